@@ -1,0 +1,91 @@
+"""Gadgetron chain XML: finding our options in it, and the chains that ship with the package."""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+from .options import OptionsError, preset_names
+
+OURS = ("gadgets",)
+DEFAULT_NAMES = ("default", "default.xml", "slicediff", "gadgets", "null", "")
+
+
+def properties_of(xml: bytes | str) -> dict[str, str]:
+    """Our options in an external node's <configuration>, or in a whole chain that holds our node.
+
+    A document without elements (Gadgetron sends a bare declaration) has none.
+
+    Raises:
+        OptionsError: for XML that does not parse, or a chain without our external node.
+    """
+    text = xml.encode() if isinstance(xml, str) else xml
+    try:
+        root = ElementTree.fromstring(text.strip(b"\0 \r\n\t"))
+    except ElementTree.ParseError as error:
+        if b"<" not in text.split(b"?>")[-1]:
+            return {}
+        raise OptionsError(f"the configuration is not valid XML: {error}") from None
+    if is_chain(root):
+        return _properties(_our_node(root))
+    return _properties(root)
+
+
+def is_gadgetron_peer(config: str) -> bool:
+    """Whether a configuration text comes from Gadgetron's <connect> and not from a client's chain script."""
+    try:
+        return not is_chain(ElementTree.fromstring(config.strip()))
+    except ElementTree.ParseError:
+        return config.lstrip().startswith("<?xml") and "<" not in config.split("?>")[-1]
+
+
+def is_chain(root: ElementTree.Element) -> bool:
+    """Whether the document is a whole chain rather than one node's configuration."""
+    return root.find(".//stream") is not None or "gadgetronStreamConfiguration" in root.tag
+
+
+def options_of_config_name(name: str) -> dict[str, str]:
+    """Options behind a configuration name that a client asks for: a shipped chain, a preset, or the default.
+
+    Raises:
+        OptionsError: naming what is known.
+    """
+    if name in DEFAULT_NAMES:
+        return {}
+    stem = name.removesuffix(".xml")
+    if stem in preset_names():
+        return {"preset": stem}
+    for folder in config_folders():
+        if (folder / f"{stem}.xml").is_file():
+            return properties_of((folder / f"{stem}.xml").read_bytes())
+    known = sorted({"default", *preset_names(), *(p.name for f in config_folders() for p in f.glob("slicediff*.xml"))})
+    raise OptionsError(f"unknown configuration {name!r}; this server knows {', '.join(known)}")
+
+
+def config_folders() -> list[Path]:
+    """Where shipped chains may lie: the checkout, the environment's share, the user's."""
+    here = Path(__file__).resolve().parent.parent / "config_xml"
+    bases = [sys.prefix, sysconfig.get_path("data")]
+    return [f for f in dict.fromkeys([here, *(Path(b) / "share/gadgetron/config" for b in bases)]) if f.is_dir()]
+
+
+def _our_node(root: ElementTree.Element) -> ElementTree.Element:
+    nodes = root.findall(".//external")
+    ours = [n for n in nodes if (e := n.find("execute")) is not None and e.get("name", "").split(".")[0] in OURS]
+    node = next(iter(ours or [n for n in nodes if n.find("connect") is not None]), None)
+    if node is None:
+        raise OptionsError('the chain has no external node for this plugin (<execute name="gadgets" .../> or <connect .../>)')
+    configuration = node.find("configuration")
+    return configuration if configuration is not None else ElementTree.Element("configuration")
+
+
+def _properties(node: ElementTree.Element) -> dict[str, str]:
+    out = {}
+    for item in node.iter("property"):
+        name = item.get("name") or item.findtext("name")
+        value = item.get("value") if item.get("value") is not None else item.findtext("value")
+        if name:
+            out[name.strip()] = (value or "").strip()
+    return out

@@ -1,0 +1,289 @@
+"""The `slicediff` command: every mouth of the package."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from .options import Options, OptionsError, make_options
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a subcommand; 0 when images were written and are finite, else 1 with one sentence on stderr."""
+    arguments = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    try:
+        return arguments.run(arguments) or 0
+    except KeyboardInterrupt:
+        print("slicediff: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:  # the boundary: one sentence, the traceback only when asked for
+        from .conversation import sentence
+
+        logging.getLogger("slicediff").info("failure", exc_info=error)
+        text = sentence(error) if not isinstance(error, OSError) else str(error)
+        print(f"slicediff: {text}", file=sys.stderr)
+        return 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; reconstruction options come from options.py."""
+    parser = argparse.ArgumentParser(prog="slicediff", description="3D MRI reconstruction with a 2D diffusion prior, for Gadgetron, MRD streams and files.")
+    parser.add_argument("-v", "--verbose", action="store_true", help="log what happens, with tracebacks")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _demo(commands.add_parser("demo", help="run the whole chain on the shipped example and draw the result"))
+    _simulate(commands.add_parser("simulate", help="write a complete ISMRMRD 3D scan of a volume"))
+    _recon(commands.add_parser("recon", help="reconstruct a scan file into an image file"))
+    _serve(commands.add_parser("serve", help="run the MRD server"))
+    _send(commands.add_parser("send", help="stream a scan file to a server and write the images"))
+    _priors(commands.add_parser("priors", help="list the shipped priors with their model cards"))
+    _train(commands.add_parser("train", help="train a prior on magnitude volumes"))
+    return parser
+
+
+def _demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("slicediff-demo"), help="folder for the files (default: slicediff-demo)")
+    parser.add_argument("--json", action="store_true", help="end stdout with one line of JSON")
+    parser.set_defaults(run=run_demo_command)
+    _add_options(parser)
+
+
+def _simulate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("volume", help="NIfTI or .npy volume, or the word phantom")
+    parser.add_argument("scan", type=Path, help="ISMRMRD file to write")
+    parser.add_argument("--voxel-mm", type=float, help="voxel size to crop the k-space to (default: the volume's)")
+    parser.add_argument("--coils", type=int, default=8)
+    parser.add_argument("--acceleration", type=float, default=8.0)
+    parser.add_argument("--pattern", choices=("poisson", "regular", "full"), default="poisson")
+    parser.add_argument("--acs", type=int, default=24, help="calibration lines along each phase-encode axis")
+    parser.add_argument("--snr", type=float, default=30.0, help="tissue brightness over noise of the full scan's image")
+    parser.add_argument("--partial-fourier", type=float, nargs="+", default=[1.0], metavar="F", help="acquired fraction along E1 (and E2)")
+    parser.add_argument("--oversampling", type=float, default=2.0, help="of the readout")
+    parser.add_argument("--noise-lines", type=int, default=16)
+    parser.add_argument("--oblique", action="store_true", help="tilt the slab about two axes")
+    parser.add_argument("--repetitions", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--reference", type=Path, help="NIfTI to write the noise-free image to")
+    parser.set_defaults(run=run_simulate)
+
+
+def _recon(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("scan", type=Path, help="ISMRMRD file")
+    parser.add_argument("images", type=Path, help="HDF5 file to append the images to")
+    parser.add_argument("--group", help="HDF5 group of the images (default: date and time)")
+    parser.add_argument("--nifti", type=Path, metavar="DIR", help="also write each volume as NIfTI into this folder")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="also draw the last volume in three orientations")
+    parser.add_argument("--json", action="store_true", help="end stdout with one line of JSON")
+    parser.set_defaults(run=run_recon)
+    _add_options(parser)
+
+
+def _serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=9002)
+    parser.add_argument("--timeout-s", type=float, default=600.0, help="longest silence of a peer")
+    parser.set_defaults(run=run_serve)
+    _add_options(parser)
+
+
+def _send(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("scan", type=Path, help="ISMRMRD file")
+    parser.add_argument("images", type=Path, help="HDF5 file to append the images to")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=9002)
+    parser.add_argument("--config", default="default", metavar="NAME|FILE", help="a configuration of the server, or a chain XML to send")
+    parser.add_argument("--group", help="HDF5 group of the images (default: date and time)")
+    parser.set_defaults(run=run_send)
+
+
+def _priors(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the whole cards as JSON")
+    parser.set_defaults(run=run_priors)
+
+
+def _train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("volumes", type=Path, nargs="+", help="NIfTI or .npy magnitude volumes, or folders of them")
+    parser.add_argument("--out", type=Path, required=True, help=".safetensors file to write; its .checkpoint is resumed from")
+    parser.add_argument("--architecture", default="small")
+    parser.add_argument("--steps", type=int, default=12000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(run=run_train)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("reconstruction options")
+    group.add_argument("--preset", metavar="NAME|FILE", help="shipped preset or YAML file of options")
+    for name, field in Options.model_fields.items():
+        default = "none" if field.default is None else field.default
+        group.add_argument(f"--{name.replace('_', '-')}", metavar="VALUE", help=f"{field.description} (default: {default})")
+
+
+def given_options(arguments: argparse.Namespace) -> dict[str, str]:
+    """The reconstruction options that were given on the command line."""
+    names = ("preset", *Options.model_fields)
+    return {n: v for n in names if (v := getattr(arguments, n, None)) is not None}
+
+
+def run_demo_command(arguments: argparse.Namespace) -> int:
+    from .demo import run_demo
+
+    progress = Display()
+    with progress:
+        result = run_demo(arguments.out, progress.say, given_options(arguments))
+    quality = result["psnr"]
+    print(f"PSNR in the object: zero-filled {quality['zero_filled']:.2f} dB, CG-SENSE {quality['cg_sense']:.2f} dB, slice diffusion {quality['diffusion']:.2f} dB")
+    print(f"{result['seconds']:.0f} s; look at {result['png']}")
+    if arguments.json:
+        print(json.dumps(result))
+    return 0
+
+
+def run_simulate(arguments: argparse.Namespace) -> int:
+    from .simulate import SimulateOptions, simulate
+
+    a = vars(arguments)
+    fractions = tuple(a["partial_fourier"])
+    if len(fractions) > 2:
+        raise OptionsError(f"--partial-fourier takes one or two fractions (E1, E2), got {len(fractions)}")
+    names = ("voxel_mm", "coils", "acceleration", "pattern", "acs", "snr", "oversampling", "noise_lines", "oblique", "repetitions", "seed")
+    options = SimulateOptions(**{n: a[n] for n in names}, partial_fourier=(*fractions, 1.0)[:2])
+    print(json.dumps(simulate(arguments.volume, arguments.scan, options, arguments.reference)))
+    return 0
+
+
+def run_recon(arguments: argparse.Namespace) -> int:
+    from .files import ImageWriter, ScanFile, write_nifti, write_png
+    from .header import parse_header
+    from .recon import load_prior_for, reconstruct
+
+    options = make_options(given_options(arguments))
+    display, writer = Display(), ImageWriter(arguments.images, arguments.group)
+    with ScanFile(arguments.scan) as scan, display:
+        prior = load_prior_for(options)
+        display.stage("prior", {})
+        for image in reconstruct(parse_header(scan.header_xml), scan.acquisitions(), prior, options, display.stage):
+            writer.write(image)
+    if arguments.nifti:
+        arguments.nifti.mkdir(parents=True, exist_ok=True)
+        for image in writer.images:
+            write_nifti(image, arguments.nifti / f"series{image.image_series_index}_{image.image_index:03d}.nii.gz")
+    if arguments.png:
+        write_png(writer.images[-1], arguments.png)
+    for warning in display.facts.get("warnings", []):
+        print(f"slicediff: note: {warning}", file=sys.stderr)
+    print(f"{writer.count} images written to {arguments.images}")
+    if arguments.json:
+        print(json.dumps({**display.facts, "images": writer.count, "seconds": display.seconds, "peak_memory_mib": peak_memory_mib()}))
+    return 0
+
+
+def run_serve(arguments: argparse.Namespace) -> int:
+    from .server import Server
+
+    logging.getLogger().setLevel(logging.INFO)
+    with Server((arguments.host, arguments.port), given_options(arguments), timeout_s=arguments.timeout_s) as server:
+        server.warm_up()
+        print(f"slicediff: serving on {arguments.host} port {server.server_address[1]}", flush=True)
+        signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())
+        server.serve_forever()
+    return 0
+
+
+def run_send(arguments: argparse.Namespace) -> int:
+    from .client import send_scan
+    from .files import ImageWriter, ScanFile
+
+    display, writer = Display(), ImageWriter(arguments.images, arguments.group)
+    with ScanFile(arguments.scan) as scan, display:
+        total = len(scan)
+        sent = lambda count: display.count("sent", count, total)  # noqa: E731
+        for image in send_scan(scan, arguments.host, arguments.port, arguments.config, display.say, sent):
+            writer.write(image)
+    print(f"{writer.count} images written to {arguments.images}")
+    return 0
+
+
+def run_priors(arguments: argparse.Namespace) -> int:
+    from recon_core.prior import list_priors
+
+    cards = list_priors()
+    if arguments.json:
+        print(json.dumps(cards))
+        return 0
+    for card in cards:
+        training = card.get("training", {})
+        print(f"{card['name']}: {card['parameters'] / 1e6:.1f} M parameters, voxels {training.get('voxel_mm')} mm, {training.get('steps_done')} steps, sha256 {card['sha256'][:12]}")
+    return 0 if cards else 1
+
+
+def run_train(arguments: argparse.Namespace) -> int:
+    from recon_core.train import TrainOptions, train
+
+    volumes = [f for v in arguments.volumes for f in (sorted(p for p in v.iterdir() if p.name.endswith((".nii.gz", ".nii", ".npy"))) if v.is_dir() else [v])]
+    train(volumes, arguments.out, TrainOptions(architecture=arguments.architecture, steps=arguments.steps, seed=arguments.seed))
+    return 0
+
+
+class Display:
+    """Progress on stderr: one live line on a terminal, plain lines elsewhere; also keeps facts and stage times."""
+
+    def __init__(self):
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn(), TimeRemainingColumn())
+        self.bars = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.tasks: dict[str, int] = {}
+        self.facts: dict = {"warnings": [], "sweeps": 0}
+        self.seconds: dict[str, float] = {}
+        self.last = time.monotonic()
+
+    def __enter__(self) -> Display:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.bars.stop()
+
+    def say(self, text: str) -> None:
+        """Show a line; "sweep 3/30" moves the bar instead."""
+        words = text.split()
+        if len(words) == 2 and words[0] == "sweep" and "/" in words[1]:
+            self.count("sweep", *map(int, words[1].split("/")))
+        else:
+            self.bars.console.print(text, style="dim", highlight=False)
+
+    def count(self, name: str, done: int, total: int) -> None:
+        """Move the bar `name`."""
+        if name not in self.tasks:
+            self.tasks[name] = self.bars.add_task(name, total=total)
+        self.bars.update(self.tasks[name], completed=done)
+
+    def stage(self, stage: str, facts: dict) -> None:
+        """Take a report of the reconstruction."""
+        now = time.monotonic()
+        name = "sweeps" if stage == "sweep" else stage
+        self.seconds[name] = round(self.seconds.get(name, 0) + now - self.last, 3)
+        self.last = now
+        if stage == "sweep":
+            self.facts["sweeps"] = facts["sweep"]
+            self.count("sweep", facts["sweep"], facts["sweeps"])
+        self.facts.update({k: v for k, v in facts.items() if k not in ("sweep", "sweeps")})
+
+
+def peak_memory_mib() -> float:
+    """Largest resident memory of this process so far."""
+    import resource
+
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

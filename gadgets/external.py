@@ -1,0 +1,36 @@
+"""Gadgetron's external gadget: started by <execute>, driven on the socket that Gadgetron's package connected.
+
+Gadgetron sees a raise, an import error or a missing target as a successful scan without images. So nothing
+leaves this function: whatever fails, the input is drained and Gadgetron is told with an ERROR message.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from .conversation import run_scan, sentence
+from .wire import Wire
+
+log = logging.getLogger("slicediff")
+
+
+def slice_diffusion(connection) -> None:
+    """Reconstruct the scan of one Gadgetron connection (after its handshake); its owner closes it."""
+    wire = Wire(connection.socket.socket)
+    answer_gadgetron(wire, connection.raw_bytes.config, connection.raw_bytes.header)
+
+
+def answer_gadgetron(wire: Wire, config_xml: bytes, header_xml: bytes, defaults: dict | None = None, load_prior=None) -> None:
+    """Run one scan for Gadgetron: images, or one ERROR after the input was drained. Does not send CLOSE."""
+    try:
+        from .chain import properties_of
+        from .recon import load_prior_for
+
+        run_scan(wire, header_xml, [defaults or {}, properties_of(config_xml)], load_prior or load_prior_for, lambda text: None)
+    except Exception as error:  # the boundary: every failure must reach Gadgetron
+        log.exception("the scan failed")
+        wire.drain()
+        try:
+            wire.send_error(f"slice diffusion: {sentence(error)}")
+        except OSError as gone:
+            log.error("Gadgetron could not be told: %s", gone)

@@ -1,0 +1,157 @@
+"""Scans and images as files: ISMRMRD HDF5, NIfTI, PNG."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+import ismrmrd
+import ismrmrd.hdf5
+import numpy as np
+
+from .header import strip_version
+
+ROWS = 512
+
+
+class FileError(Exception):
+    """A file that is missing or is not what was expected; the message is one sentence."""
+
+
+class ScanFile:
+    """An ISMRMRD scan in HDF5, read in blocks.
+
+    Raises:
+        FileError: if the file, its group, its header or its acquisitions are missing.
+    """
+
+    def __init__(self, path: str | Path, group: str = "dataset"):
+        if not Path(path).is_file():
+            raise FileError(f"no such scan file: {path}")
+        try:
+            self.file = h5py.File(path, "r")
+        except OSError as error:
+            raise FileError(f"{path} is not an HDF5 file: {error}") from None
+        if group not in self.file or not {"xml", "data"} <= set(self.file[group]):
+            raise FileError(f"{path} has no ISMRMRD scan in group {group!r} (groups: {', '.join(self.file) or 'none'})")
+        self.group = self.file[group]
+        self.header_xml = strip_version(bytes(self.group["xml"][0]))
+
+    def __enter__(self) -> ScanFile:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.file.close()
+
+    def __len__(self) -> int:
+        return self.group["data"].shape[0]
+
+    def acquisitions(self) -> Iterator[ismrmrd.Acquisition]:
+        """All acquisitions in order; FileError where the file is damaged."""
+        table = self.group["data"]
+        for first in range(0, len(self), ROWS):
+            try:
+                rows = table[first : first + ROWS]
+            except OSError as error:
+                raise FileError(f"the scan file is damaged near acquisition {first}: {error}") from None
+            for number, row in enumerate(rows, start=first):
+                yield _acquisition(row, number)
+
+
+def _acquisition(row, number: int) -> ismrmrd.Acquisition:
+    head = ismrmrd.AcquisitionHeader.from_buffer_copy(row["head"].tobytes())
+    coils, samples, dims = head.active_channels, head.number_of_samples, head.trajectory_dimensions
+    data, trajectory = row["data"], row["traj"]
+    if data.size != 2 * coils * samples or trajectory.size != samples * dims:
+        raise FileError(f"acquisition {number} announces {coils} x {samples} samples but holds {data.size // 2}")
+    return ismrmrd.Acquisition(head, data.view(np.complex64).reshape(coils, samples), trajectory.reshape(samples, dims))
+
+
+class ScanWriter:
+    """Writes an ISMRMRD scan to HDF5, in blocks; replaces an existing file."""
+
+    def __init__(self, path: str | Path, header_xml: str | bytes):
+        self.file = h5py.File(path, "w")
+        group = self.file.create_group("dataset")
+        group.create_dataset("xml", (1,), dtype=h5py.special_dtype(vlen=bytes))[0] = header_xml
+        self.table = group.create_dataset("data", (0,), maxshape=(None,), chunks=(64,), dtype=ismrmrd.hdf5.acquisition_dtype)
+        self.rows: list[ismrmrd.Acquisition] = []
+
+    def __enter__(self) -> ScanWriter:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._flush()
+        self.file.close()
+
+    def append(self, line: ismrmrd.Acquisition) -> None:
+        """Add one acquisition."""
+        self.rows.append(line)
+        if len(self.rows) == ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        block = np.empty(len(self.rows), ismrmrd.hdf5.acquisition_dtype)
+        for i, line in enumerate(self.rows):
+            block[i]["head"] = np.frombuffer(bytes(line.getHead()), ismrmrd.hdf5.acquisition_header_dtype)[0]
+            block[i]["data"] = np.ascontiguousarray(line.data).view(np.float32).ravel()
+            block[i]["traj"] = np.ascontiguousarray(line.traj).ravel()
+        start = self.table.shape[0]
+        self.table.resize(start + len(self.rows), axis=0)
+        self.table[start:] = block
+        self.rows = []
+
+
+class ImageWriter:
+    """Appends images to HDF5 in the layout of gadgetron_ismrmrd_client: /group/image_<series>/{data header attributes}."""
+
+    def __init__(self, path: str | Path, group: str | None = None):
+        self.path, self.group, self.count = Path(path), group or time.strftime("%Y-%m-%d %H:%M:%S"), 0
+        self.images: list[ismrmrd.Image] = []
+
+    def write(self, image: ismrmrd.Image) -> None:
+        """Append one image; written to disk at once, so that a later failure loses nothing."""
+        with ismrmrd.Dataset(self.path, self.group, mode="a") as dataset:
+            dataset.append_image(f"image_{image.image_series_index}", image)
+        self.images.append(image)
+        self.count += 1
+
+
+def read_images(path: str | Path, group: str | None = None) -> list[ismrmrd.Image]:
+    """All images of a group (the last one by default), by series."""
+    if not Path(path).is_file():
+        raise FileError(f"no such image file: {path}")
+    with h5py.File(path, "r") as file:
+        group = group or sorted(file)[-1]
+        names = sorted(file[group])
+    with ismrmrd.Dataset(path, group, mode="r") as dataset:
+        return [dataset.read_image(name, i) for name in names for i in range(dataset.number_of_images(name))]
+
+
+def write_nifti(image: ismrmrd.Image, path: str | Path) -> None:
+    """Write one 3D image as NIfTI in RAS millimetres, magnitude as float32 in the units before scaling."""
+    import nibabel
+
+    head = image.getHead()
+    pixels = np.abs(image.data[0]).astype(np.float32) * float(image.meta.get("RescaleSlope", 1))
+    nibabel.save(nibabel.Nifti1Image(pixels.T, affine(head)), path)
+
+
+def affine(head: ismrmrd.ImageHeader) -> np.ndarray:
+    """4 x 4 map from pixel (x, y, z) to RAS millimetres; pixel n//2 lies at the header's position (LPS)."""
+    matrix = np.array(head.matrix_size, float)
+    voxel = np.array(head.field_of_view, float) / matrix
+    directions = np.array([head.read_dir, head.phase_dir, head.slice_dir], float).T
+    out = np.eye(4)
+    out[:3, :3] = directions * voxel
+    out[:3, 3] = np.array(head.position, float) - out[:3, :3] @ (matrix // 2)
+    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ out
+
+
+def write_png(image: ismrmrd.Image, path: str | Path) -> None:
+    """Three orthogonal centre slices of an image as one PNG."""
+    from .figure import draw_orthogonal
+
+    draw_orthogonal(np.abs(image.data[0]), affine(image.getHead()), path)

@@ -1,0 +1,108 @@
+"""Every option of the plugin: one frozen, validated object, whatever it was filled from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PRESETS_DIR = Path(__file__).parent / "presets"
+
+
+class OptionsError(ValueError):
+    """A wrong option name or value; the message is one sentence for the user."""
+
+
+class Options(BaseModel):
+    """Options of a reconstruction; the descriptions are what the README's table shows."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: Literal["diffusion", "cg", "zero-filled"] = Field("diffusion", description="which image is wanted")
+    prior: str = Field("small", description="name of a shipped prior, or path of a .safetensors file")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to compute; auto takes a GPU if there is one")
+    preview: bool = Field(True, description="send the CG-SENSE image first, as a series of its own")
+    coils: int = Field(12, ge=1, le=128, description="at most this many virtual coils after compression")
+    sweeps: int = Field(30, ge=1, le=1000, description="passes over the volume; more is better and slower")
+    sigma_max: float = Field(0.3, gt=0, le=2, description="first noise level of the prior, in tissue brightness")
+    sigma_min: float = Field(0.02, gt=0, le=2, description="last noise level of the prior")
+    data_weight: float = Field(0.1, gt=0, le=10, description="pull of the prior relative to the noise model")
+    slice_fraction: float = Field(1.0, gt=0, le=1, description="share of the slices denoised per sweep")
+    deadline_s: float | None = Field(None, gt=0, description="stop the sweeps after this time and send what there is")
+    seed: int = Field(0, ge=0, description="of the random slices")
+    output: Literal["uint16", "float32", "complex64"] = Field("uint16", description="pixel type of the images")
+    layout: Literal["volume", "partitions"] = Field("volume", description="one 3D image, or one image per partition")
+
+    @model_validator(mode="after")
+    def _noise_levels_fall(self) -> Options:
+        if self.sigma_min > self.sigma_max:
+            raise ValueError(f"sigma_min {self.sigma_min:g} must not exceed sigma_max {self.sigma_max:g}")
+        return self
+
+
+def make_options(*sources: Mapping[str, Any]) -> Options:
+    """Options from mappings, later ones winning; values may be text (XML properties) or typed.
+
+    A key `preset` in any source is loaded first.
+
+    Raises:
+        OptionsError: naming the option, what was expected and what came.
+    """
+    merged: dict[str, Any] = {}
+    for source in sources:
+        merged.update(source)
+    preset = merged.pop("preset", None)
+    if preset is not None:
+        merged = {**read_preset(str(preset)), **merged}
+    merged = {key: _none_if_empty(value) for key, value in merged.items()}
+    try:
+        return Options.model_validate(merged)
+    except ValidationError as error:
+        raise OptionsError(_sentence(error)) from None
+
+
+def read_preset(name_or_path: str) -> dict[str, Any]:
+    """Options of a shipped preset or of a YAML file; OptionsError says what exists."""
+    shipped = PRESETS_DIR / f"{name_or_path}.yaml"
+    path = shipped if shipped.is_file() else Path(name_or_path)
+    if not path.is_file():
+        raise OptionsError(f"no preset {name_or_path!r}: shipped are {', '.join(preset_names())}, or give the path of a YAML file")
+    try:
+        content = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise OptionsError(f"preset {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise OptionsError(f"preset {path} must be a mapping of option: value, found {type(content).__name__}")
+    return content
+
+
+def preset_names() -> list[str]:
+    """Names of the shipped presets."""
+    return sorted(p.stem for p in PRESETS_DIR.glob("*.yaml"))
+
+
+def options_from_json(text: str) -> dict[str, Any]:
+    """Options of a FIRE/OpenRecon parameter message: {"parameters": {name: value}}; other keys are the host's."""
+    try:
+        parameters = json.loads(text).get("parameters", {})
+    except (ValueError, AttributeError):
+        raise OptionsError("the parameter text is not a JSON object") from None
+    names = set(Options.model_fields) | {"preset"}
+    return {key: value for key, value in parameters.items() if key in names}
+
+
+def _none_if_empty(value: Any) -> Any:
+    return None if isinstance(value, str) and value.strip().lower() in ("", "none") else value
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"unknown option {name!r}; known are {', '.join(sorted([*Options.model_fields, 'preset']))}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"option {name!r}: {message}, got {first['input']!r}" if name else f"options: {message}"

@@ -1,0 +1,178 @@
+"""MRD messages on a byte stream: the same framing for Gadgetron, its client, and FIRE hosts.
+
+Acquisitions, waveforms and images are (de)serialised by ismrmrd; here are only message ids and lengths,
+with the care that the stock Connection lacks: end of stream is an error, not an endless loop, lengths are
+bounded, and an unknown message is named.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import socket
+import struct
+from collections.abc import Iterator
+
+import ismrmrd
+import numpy as np
+
+CONFIG_FILE, CONFIG_TEXT, HEADER, CLOSE, TEXT, QUERY, RESPONSE, ERROR = range(1, 9)
+ACQUISITION, IMAGE, WAVEFORM = 1008, 1022, 1026
+CONFIG_FILE_BYTES = 1024
+MAX_TEXT_BYTES = 64 << 20
+MAX_ITEM_BYTES = 4 << 30
+COMPRESSED_BITS = (1 << 52) | (1 << 53)
+
+
+class WireError(Exception):
+    """The stream broke its protocol or ended early; the message is one sentence."""
+
+
+class Wire:
+    """Reads and writes messages on a connected socket.
+
+    Args:
+        sock: connected stream socket; `close` of the socket stays with the caller.
+        timeout_s: longest wait for the peer's next byte, None for ever.
+    """
+
+    def __init__(self, sock: socket.socket, timeout_s: float | None = None):
+        sock.settimeout(timeout_s)
+        self.sock, self.timeout_s = sock, timeout_s
+        self.stream = sock.makefile("rb", buffering=1 << 20)
+        self.ended = False
+
+    def read(self, nbytes: int) -> bytes:
+        """Exactly `nbytes`; WireError when the peer is gone or silent."""
+        try:
+            data = self.stream.read(nbytes)
+        except TimeoutError:
+            self.ended = True
+            raise WireError(f"the peer sent nothing for {self.timeout_s:g} s") from None
+        except OSError as error:
+            self.ended = True
+            raise WireError(f"the connection broke: {error}") from None
+        if len(data) < nbytes:
+            self.ended = True
+            raise WireError("the stream ended before its CLOSE message: the peer is gone or the scan was cut off")
+        return data
+
+    def messages(self) -> Iterator[tuple[int, object]]:
+        """(id, item) until CLOSE: text as str, queries as (correlation id, text), the rest as ismrmrd objects."""
+        readers = {
+            CONFIG_FILE: lambda: _decode(self.read(CONFIG_FILE_BYTES).split(b"\0")[0]),
+            CONFIG_TEXT: self._read_text,
+            HEADER: self._read_text,
+            TEXT: self._read_text,
+            QUERY: self._read_query,
+            RESPONSE: lambda: (self._unpack("<Q"), self._read_text("<Q")),
+            ERROR: lambda: self._read_text("<Q"),
+            ACQUISITION: self._read_acquisition,
+            WAVEFORM: self._read_waveform,
+            IMAGE: self._read_image,
+        }
+        while not self.ended:
+            kind = self._unpack("<H")
+            if kind == CLOSE:
+                self.ended = True
+                return
+            if kind not in readers:
+                self.ended = True
+                raise WireError(f"received message id {kind}, which is unknown here or out of step: the stream cannot be read on")
+            yield kind, readers[kind]()
+
+    def drain(self, limit_bytes: int = 64 << 30) -> None:
+        """Read and forget what the peer still sends, so that closing does not destroy our last words."""
+        try:
+            for _ in self.messages():
+                pass
+        except WireError:
+            pass
+
+    def send_text(self, text: str) -> None:
+        """TEXT, the only message a client shows its user."""
+        data = text.encode()
+        self.sock.sendall(struct.pack("<HI", TEXT, len(data)) + data)
+
+    def send_error(self, text: str) -> None:
+        """ERROR, which Gadgetron relays to its client; clients abort on it."""
+        data = text.encode()
+        self.sock.sendall(struct.pack("<HQ", ERROR, len(data)) + data)
+
+    def send_config(self, text: str) -> None:
+        """Configuration XML (or anything a server takes for it)."""
+        data = text.encode()
+        self.sock.sendall(struct.pack("<HI", CONFIG_TEXT, len(data)) + data)
+
+    def send_config_file(self, name: str) -> None:
+        """Name of a configuration on the server."""
+        data = name.encode()
+        if len(data) >= CONFIG_FILE_BYTES:
+            raise WireError(f"a configuration name may have {CONFIG_FILE_BYTES - 1} bytes, got {len(data)}")
+        self.sock.sendall(struct.pack("<H", CONFIG_FILE) + data.ljust(CONFIG_FILE_BYTES, b"\0"))
+
+    def send_header(self, xml: bytes) -> None:
+        """ISMRMRD header as XML bytes."""
+        self.sock.sendall(struct.pack("<HI", HEADER, len(xml)) + xml)
+
+    def send_query(self, text: str, number: int = 1) -> None:
+        """Question to a server, answered by a RESPONSE with the same number."""
+        data = text.encode()
+        self.sock.sendall(struct.pack("<HQQQ", QUERY, 0, number, len(data)) + data)
+
+    def send_response(self, number: int, text: str) -> None:
+        """Answer to a query."""
+        data = text.encode()
+        self.sock.sendall(struct.pack("<HQQ", RESPONSE, number, len(data)) + data)
+
+    def send_item(self, item: ismrmrd.Acquisition | ismrmrd.Waveform | ismrmrd.Image) -> None:
+        """One acquisition, waveform or image, in a single write."""
+        kinds = ((ismrmrd.Acquisition, ACQUISITION), (ismrmrd.Waveform, WAVEFORM), (ismrmrd.Image, IMAGE))
+        kind = next(k for cls, k in kinds if isinstance(item, cls))
+        parts = [struct.pack("<H", kind)]
+        item.serialize_into(lambda data: parts.append(bytes(data)))
+        self.sock.sendall(b"".join(parts))
+
+    def close(self) -> None:
+        """Say CLOSE, our last message."""
+        self.sock.sendall(struct.pack("<H", CLOSE))
+
+    def _unpack(self, form: str) -> int:
+        return struct.unpack(form, self.read(struct.calcsize(form)))[0]
+
+    def _read_text(self, form: str = "<I") -> str:
+        length = self._unpack(form)
+        self._check(length, MAX_TEXT_BYTES, "text")
+        return _decode(self.read(length).rstrip(b"\0"))
+
+    def _read_query(self) -> tuple[int, str]:
+        self.read(8)
+        return self._unpack("<Q"), self._read_text("<Q")
+
+    def _read_acquisition(self) -> ismrmrd.Acquisition:
+        head = ismrmrd.AcquisitionHeader.from_buffer_copy(self.read(ctypes.sizeof(ismrmrd.AcquisitionHeader)))
+        if head.flags & COMPRESSED_BITS:
+            self.ended = True
+            raise WireError("the acquisitions are compressed, which is not supported here: send them without -P or -T")
+        samples, coils, dims = head.number_of_samples, head.active_channels, head.trajectory_dimensions
+        trajectory = np.frombuffer(self.read(4 * samples * dims), np.float32).reshape(samples, dims)
+        data = np.frombuffer(self.read(8 * samples * coils), np.complex64).reshape(coils, samples)
+        return ismrmrd.Acquisition(head, data, trajectory)
+
+    def _read_waveform(self) -> ismrmrd.Waveform:
+        return ismrmrd.Waveform.deserialize_from(self.read)
+
+    def _read_image(self) -> ismrmrd.Image:
+        return ismrmrd.Image.deserialize_from(self._bounded_read)
+
+    def _bounded_read(self, nbytes: int) -> bytes:
+        self._check(int(nbytes), MAX_ITEM_BYTES, "image")
+        return self.read(int(nbytes))
+
+    def _check(self, length: int, limit: int, what: str) -> None:
+        if length > limit:
+            self.ended = True
+            raise WireError(f"a {what} of {length} bytes was announced, the limit is {limit}: the stream is damaged or out of step")
+
+
+def _decode(data: bytes) -> str:
+    return data.decode("utf-8", "replace")

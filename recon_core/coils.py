@@ -1,0 +1,108 @@
+"""Coil compression and coil maps, both from the autocalibration lines (ACS)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .fft import centre_crop_or_pad, fft, ifft
+
+ACS_READOUT = 24
+MIN_ACS = 8
+
+
+def find_acs(mask: Tensor) -> tuple[int, int]:
+    """Size (z, y) of the largest fully acquired rectangle of `mask` [z y] centred on k = 0; (0, 0) if none."""
+    full = (mask > 0).cpu()
+    nz, ny = full.shape
+    best = (0, 0)
+    for half in range(nz // 2 + 1):
+        rows = full[max(0, nz // 2 - half) : nz // 2 + half + 1].all(dim=0)
+        z = min(nz, 2 * half + 1)
+        misses = (~rows).nonzero()[:, 0] - ny // 2
+        y = ny if not len(misses) else max(0, 2 * int(misses.abs().min()) - 1)
+        if z * y > best[0] * best[1]:
+            best = (z, y)
+    return best
+
+
+def cut_acs(kspace: Tensor, size: tuple[int, int]) -> Tensor:
+    """The central block [coils z y x] as true k-space along x too, at most ACS_READOUT wide."""
+    block = centre_crop_or_pad(kspace, (*size, kspace.shape[-1]))
+    return centre_crop_or_pad(fft(block, (-1,)), (min(ACS_READOUT, kspace.shape[-1]),))
+
+
+def compression_matrix(acs: Tensor, coils: int) -> Tensor:
+    """Unitary rows [virtual coils] onto the strongest `coils` virtual coils of acs [coils z y x] (Buehrer, MRM 2007)."""
+    flat = acs.flatten(1)
+    _, vectors = torch.linalg.eigh(flat @ flat.mH)
+    return vectors.flip(1)[:, :coils].mH.contiguous()
+
+
+def estimate_coil_maps(acs: Tensor, shape: tuple[int, int, int], sigma: float = 0.0, kernel: int = 5, grid: int = 32) -> tuple[Tensor, Tensor]:
+    """ESPIRiT maps (Uecker et al., MRM 2014), computed on a coarse grid and interpolated.
+
+    The projector onto the signal space of k-space patches is folded into one C x C convolution kernel
+    of side 2k-1, so that its cost does not depend on the volume and its memory is C^2 x grid^3.
+
+    Args:
+        acs: [coils z y x] fully sampled k-space centre; put the strongest coil first, its phase is the reference.
+        shape: (z, y, x) of the maps wanted.
+        sigma: noise level of acs, to tell signal from noise patches.
+        kernel: patch side; less along axes with few lines.
+        grid: side of the coarse grid the maps are computed on.
+
+    Returns:
+        maps [coils z y x], root sum of squares 1, and the largest eigenvalue [z y x] (1 where a signal fits the maps).
+    """
+    coils = acs.shape[0]
+    sides = [min(kernel, (n + 1) // 2) for n in acs.shape[1:]]
+    signal = _signal_patches(acs, sides, sigma)
+    full = [2 * k - 1 for k in sides]
+    patches = signal.T.reshape(-1, coils, *sides)
+    spectra = torch.fft.ifftn(patches, s=full, dim=(2, 3, 4), norm="forward").flatten(2)
+    folded = torch.einsum("rcq,rdq->cdq", spectra, spectra.conj()) / float(torch.tensor(sides).prod())
+    lags = torch.fft.fftshift(torch.fft.fftn(folded.reshape(coils, coils, *full), dim=(2, 3, 4), norm="forward"), (2, 3, 4))
+    coarse = [max(f, min(grid, n)) for f, n in zip(full, shape)]
+    lags = torch.fft.ifftshift(centre_crop_or_pad(lags, coarse), (2, 3, 4))
+    matrices = torch.fft.fftshift(torch.fft.ifftn(lags, dim=(2, 3, 4), norm="forward"), (2, 3, 4))
+    values, vectors = torch.linalg.eigh(matrices.permute(2, 3, 4, 0, 1))
+    maps = vectors[..., -1].movedim(-1, 0)
+    maps = maps * torch.exp(-1j * maps[:1].angle())
+    both = _interpolate(torch.cat([maps, values[None, ..., -1]]), shape)
+    maps, value = both[:-1], both[-1].real
+    return maps / maps.norm(dim=0).clamp_min(1e-6), value
+
+
+def low_resolution_maps(kspace: Tensor, mask: Tensor) -> Tensor:
+    """Fallback without ACS: smooth coil images over their root sum of squares [coils z y x]."""
+    window = [torch.hann_window(n + 2, periodic=False, device=kspace.device)[1:-1] ** 4 for n in mask.shape]
+    smooth = kspace * (window[0][:, None] * window[1] * (mask > 0))[..., None]
+    images = ifft(smooth, (1, 2))
+    return images / images.norm(dim=0).clamp_min(1e-12)
+
+
+def _signal_patches(acs: Tensor, sides: list[int], sigma: float) -> Tensor:
+    """Orthonormal basis [coils*patch, rank] of the k-space patches that stand out of the noise."""
+    windows = acs
+    for axis, k in enumerate(sides, start=1):
+        windows = windows.unfold(axis, k, 1)
+    rows = windows.permute(1, 2, 3, 0, 4, 5, 6).reshape(-1, acs.shape[0] * sides[0] * sides[1] * sides[2])
+    values, vectors = torch.linalg.eigh(rows.T @ rows.conj())
+    noise_edge = 2 * sigma**2 * (rows.shape[0] ** 0.5 + rows.shape[1] ** 0.5) ** 2
+    keep = values > max(noise_edge, 1e-4 * float(values[-1]))
+    keep[-1] = True
+    return vectors[:, keep]
+
+
+def _interpolate(coarse: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Periodic linear interpolation of [channels z y x] between grids that both have their centre at n//2."""
+    out = coarse
+    for axis, n in enumerate(shape, start=1):
+        g = out.shape[axis]
+        position = (torch.arange(n, device=out.device) - n // 2) * (g / n) + g // 2
+        low = position.floor()
+        t = (position - low).to(out.dtype).reshape(-1, *[1] * (out.ndim - 1 - axis))
+        low = low.long()
+        out = torch.lerp(out.index_select(axis, low % g), out.index_select(axis, (low + 1) % g), t)
+    return out

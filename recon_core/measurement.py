@@ -1,0 +1,144 @@
+"""What the solver is given: data, operator, noise level and intensity scale, made from gathered k-space."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .coils import MIN_ACS, compression_matrix, cut_acs, estimate_coil_maps, find_acs, low_resolution_maps
+from .fft import centre_crop_or_pad, ifft
+from .noise import estimate_sigma, whitening_matrix
+from .sense import Sense
+
+
+@dataclass
+class Measurement:
+    """One volume's inverse problem: A^H y, A, and what is known of noise and geometry.
+
+    `adjoint` is A^H y [z y x]; `energy` is ||y||^2, for the data misfit without keeping y;
+    sigma is the noise of y per real part.
+    """
+
+    operator: Sense
+    adjoint: Tensor
+    energy: float
+    samples: int
+    sigma: float
+    voxel_mm: tuple[float, float, float]
+    acs: tuple[int, int]
+    warnings: list[str] = field(default_factory=list)
+
+    def misfit(self, volume: Tensor) -> float:
+        """Root of ||A x - y||^2 / samples over sigma sqrt(2): 1 when x explains y to the noise."""
+        cross = 2 * torch.vdot(self.adjoint.flatten(), volume.flatten()).real
+        model = torch.vdot(volume.flatten(), self.operator.normal(volume).flatten()).real
+        residual = max(0.0, self.energy - float(cross) + float(model))
+        return (residual / (2 * self.samples)) ** 0.5 / self.sigma
+
+
+def measure(
+    kspace: Tensor,
+    counts: Tensor,
+    voxel_mm: tuple[float, float, float],
+    noise: Tensor | None = None,
+    calibration: tuple[Tensor, Tensor] | None = None,
+    coils: int = 12,
+    device: str | torch.device = "cpu",
+) -> Measurement:
+    """Whiten, average, compress coils, estimate maps.
+
+    Args:
+        kspace: [coils z y x] complex64 sums over averages, x in image space, k = 0 at n//2.
+        counts: [z y] lines summed.
+        voxel_mm: voxel size of the encoded grid along z, y, x.
+        noise: [coils samples] noise samples, if there were noise lines.
+        calibration: separate calibration (kspace, counts) on the same grid, if there was one.
+        coils: at most this many virtual coils.
+        device: where to compute.
+
+    Raises:
+        ValueError: if nothing was acquired, the k-space centre is missing, or samples are not finite.
+    """
+    counts = counts.to(device)
+    if not bool(counts.any()):
+        raise ValueError("no imaging line was acquired: nothing to reconstruct")
+    kspace = kspace.to(device)
+    if not bool(torch.isfinite(torch.view_as_real(kspace)).all()):
+        raise ValueError("the k-space holds NaN or infinity; the scan cannot be reconstructed")
+    most = float(counts.max())
+    mask = (counts / most).sqrt()
+    data = kspace * (mask / counts.clamp_min(1))[..., None]
+    reference, reference_mask = data, mask
+    if calibration is not None:
+        reference_mask = (calibration[1].to(device) > 0).float()
+        reference = calibration[0].to(device) / calibration[1].to(device).clamp_min(1)[..., None]
+    whitener, warnings = _whitener(data, mask, noise)
+    acs_size = find_acs(reference_mask)
+    acs = cut_acs(reference, tuple(max(1, n) for n in acs_size)) if acs_size[0] else reference[..., :0]
+    acs = _mix(whitener, acs)
+    if acs.numel() and len(whitener) > 1:
+        whitener = compression_matrix(acs, min(coils, len(whitener))) @ whitener
+        acs = _mix(whitener, cut_acs(reference, acs_size))
+    data, reference = _mix(whitener, data), (_mix(whitener, reference) if calibration is not None else None)
+    maps, support = _maps(acs, acs_size, data if reference is None else reference, reference_mask, warnings)
+    operator = Sense(maps * support, mask)
+    samples = int((mask > 0).sum()) * data.shape[0] * data.shape[-1]
+    energy = float(torch.view_as_real(data).double().square().sum())
+    sigma = 1.0 / most**0.5
+    return Measurement(operator, operator.adjoint(data), energy, samples, sigma, voxel_mm, acs_size, warnings)
+
+
+def _mix(matrix: Tensor, data: Tensor) -> Tensor:
+    """[virtual coils] x [coils ...]."""
+    return (matrix @ data.flatten(1)).reshape(len(matrix), *data.shape[1:])
+
+
+def _whitener(data: Tensor, mask: Tensor, noise: Tensor | None) -> tuple[Tensor, list[str]]:
+    if noise is not None:
+        return whitening_matrix(noise.to(data.device)), []
+    sigma = estimate_sigma(data, mask)
+    floor = 1e-4 * float(data.abs().square().mean().sqrt())
+    if not float(sigma.max()) > 0:
+        sigma = sigma + max(floor, torch.finfo(torch.float32).tiny)
+    sigma = sigma.clamp_min(0.05 * float(sigma.max()))
+    return torch.diag(1 / sigma).to(data.dtype), ["no noise lines: the noise level was estimated from the scan itself"]
+
+
+def _maps(acs: Tensor, size: tuple[int, int], data: Tensor, mask: Tensor, warnings: list[str]) -> tuple[Tensor, Tensor]:
+    """Coil maps [coils z y x] and support [z y x], by the best way that the calibration lines allow."""
+    shape = tuple(data.shape[1:])
+    everywhere = torch.ones(shape, device=data.device)
+    if data.shape[0] == 1:
+        return torch.ones_like(data), everywhere
+    thin = [n for n, full in zip(size, shape) if n < min(MIN_ACS, full)]
+    if thin:
+        warnings.append(
+            f"calibration lines cover only {size[0]} x {size[1]} (z x y) of the k-space centre, "
+            f"{MIN_ACS} x {MIN_ACS} are wanted: coil maps were made from a smoothed image and may be poor"
+        )
+        return low_resolution_maps(data, mask), everywhere
+    maps, _ = estimate_coil_maps(acs, shape, sigma=1.0)
+    return maps, _support(acs, shape)
+
+
+def _support(acs: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Where the blurred calibration image is not dark, grown by 2 voxels: air left out, faint tissue kept.
+
+    Maps that are zero in air remove a third to a half of the unknowns (about 1 dB for CG-SENSE).
+    """
+    blurred = ifft(centre_crop_or_pad(acs * _window(acs), shape), (1, 2, 3)).abs().square().sum(0).sqrt()
+    inside = blurred > 0.025 * torch.quantile(blurred.flatten()[:: max(1, blurred.numel() // 100000)], 0.99)
+    grow = [min(5, n if n % 2 else n - 1) for n in inside.shape]
+    grown = F.max_pool3d(inside[None, None].float(), grow, stride=1, padding=[g // 2 for g in grow])
+    return grown[0, 0]
+
+
+def _window(acs: Tensor) -> Tensor:
+    out = torch.ones(acs.shape[1:], device=acs.device)
+    for axis, n in enumerate(acs.shape[1:]):
+        ramp = torch.hann_window(n + 2, periodic=False, device=acs.device)[1:-1]
+        out = out * ramp.reshape([-1 if i == axis else 1 for i in range(3)])
+    return out

@@ -1,0 +1,27 @@
+"""Image quality on the magnitude, against a reference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def object_mask(reference: Tensor, threshold: float = 0.1) -> Tensor:
+    """Where the reference [z y x] is brighter than `threshold` of its 99th percentile."""
+    magnitude = reference.abs().float()
+    flat = magnitude.flatten()
+    top = torch.quantile(flat[:: max(1, flat.numel() // 1000000)], 0.99)
+    return magnitude > threshold * top
+
+
+def psnr(image: Tensor, reference: Tensor, mask: Tensor | None = None) -> float:
+    """Peak signal-to-noise ratio in dB of |image| after the least-squares factor to |reference|.
+
+    20 log10(max |reference| / rms error), error over `mask` if given, else over the volume.
+    """
+    image, reference = image.abs().double(), reference.abs().double()
+    if mask is not None:
+        image, reference = image[mask], reference[mask]
+    factor = (image * reference).sum() / (image * image).sum().clamp_min(1e-30)
+    error = (factor * image - reference).square().mean().sqrt()
+    return float(20 * torch.log10(reference.max() / error))

@@ -1,0 +1,52 @@
+"""Receiver noise: whitening from noise lines, or an estimate of its level from the scan itself.
+
+Everywhere sigma is the standard deviation of the real part and of the imaginary part each.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def whitening_matrix(noise: Tensor) -> Tensor:
+    """Matrix W [coils coils] such that W @ noise has unit sigma and no correlation between coils.
+
+    Inverse Cholesky factor of the noise covariance (Pruessmann et al., MRM 2001, eq. 23).
+
+    Args:
+        noise: [coils samples] complex noise samples.
+
+    Raises:
+        ValueError: with fewer samples than four per coil, a dead coil, or non-finite samples.
+    """
+    coils, samples = noise.shape
+    if samples < 4 * coils:
+        raise ValueError(f"expected at least {4 * coils} noise samples for {coils} coils, got {samples}")
+    noise = noise.to(torch.complex128)
+    noise = noise - noise.mean(dim=1, keepdim=True)
+    covariance = noise @ noise.mH / (2 * samples)
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    if int(failed) or not bool(torch.isfinite(torch.view_as_real(factor)).all()):
+        raise ValueError("the noise lines have no invertible covariance: is a coil dead, or are they all zero?")
+    eye = torch.eye(coils, dtype=covariance.dtype, device=covariance.device)
+    return torch.linalg.solve_triangular(factor, eye, upper=False).to(torch.complex64)
+
+
+def estimate_sigma(kspace: Tensor, mask: Tensor) -> Tensor:
+    """Noise level per coil [coils] where there are no noise lines.
+
+    Median magnitude of the samples far from the k-space centre, at the readout positions with least of
+    it (air, mostly): an upper bound where the object fills the readout.
+
+    Args:
+        kspace: [coils z y x], x in image space.
+        mask: [z y], nonzero where acquired.
+    """
+    z, y = (torch.arange(n, device=kspace.device) - n // 2 for n in mask.shape)
+    radius = (2 * z / max(2, len(z))).square()[:, None] + (2 * y / max(2, len(y))).square()
+    acquired = mask > 0
+    far = acquired & (radius >= torch.quantile(radius[acquired], 0.7))
+    magnitude = kspace[:, far].abs()
+    median = magnitude.median(dim=1).values if magnitude.shape[1] > 16 else magnitude.mean(dim=1)
+    return torch.quantile(median, 0.1, dim=1) / (2 * torch.log(torch.tensor(2.0))).sqrt()

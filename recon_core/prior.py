@@ -1,0 +1,114 @@
+"""The prior: a callable D(x, sigma) that denoises slices, and the folder it is loaded from.
+
+Preconditioning follows Karras et al., "Elucidating the Design Space of Diffusion-Based Generative
+Models" (arXiv 2206.00364), table 1: the untrained network outputs zero, and D is then the exact
+posterior mean of a Gaussian prior with standard deviation `sigma_data`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+from torch import Tensor, nn
+
+from .unet import UNet
+
+FORMAT = 1
+WEIGHTS_DIR = Path(__file__).parent / "weights"
+ARCHITECTURES = {
+    "small": dict(channels=(48, 96, 160), blocks=2, unshuffle=2),
+    "base": dict(channels=(48, 96, 192, 192), blocks=3, unshuffle=1),
+}
+
+
+class PriorError(Exception):
+    """Weights that cannot be trusted or found; the message is one sentence for the user."""
+
+
+class Prior(nn.Module):
+    """Denoiser D(x, sigma) for complex slices whose typical tissue has magnitude 1 (see scale.py).
+
+    sigma is the standard deviation of the real and of the imaginary part each.
+    """
+
+    def __init__(self, architecture: str = "small", sigma_data: float = 0.5, card: dict | None = None):
+        super().__init__()
+        if architecture not in ARCHITECTURES:
+            raise PriorError(f"unknown architecture {architecture!r}; expected one of {sorted(ARCHITECTURES)}")
+        self.architecture, self.sigma_data, self.card = architecture, float(sigma_data), card or {}
+        self.net = UNet(**ARCHITECTURES[architecture])
+
+    def forward(self, x: Tensor, sigma: Tensor | float) -> Tensor:
+        """Denoise x [slices 2 h w] at noise level sigma, a number or [slices]; returns the same shape."""
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(x.shape[0])
+        s = sigma[:, None, None, None]
+        total = torch.sqrt(s**2 + self.sigma_data**2)
+        out = self.net(x / total, torch.log(sigma) / 4)
+        return x * (self.sigma_data / total) ** 2 + out * (s * self.sigma_data / total)
+
+
+def save_prior(prior: Prior, path: str | Path, card: dict) -> None:
+    """Write fp16 weights to `path` (.safetensors) and the model card beside it (.json) with its sha256."""
+    path = Path(path)
+    tensors = {name: t.detach().half().contiguous() for name, t in prior.state_dict().items()}
+    save_file(tensors, path)
+    card = {
+        **card,
+        "format": FORMAT,
+        "architecture": prior.architecture,
+        "sigma_data": prior.sigma_data,
+        "parameters": sum(t.numel() for t in tensors.values()),
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }
+    path.with_suffix(".json").write_text(json.dumps(card, indent=2) + "\n")
+
+
+def load_prior(name_or_path: str | Path = "small", device: str | torch.device = "cpu") -> Prior:
+    """Load a shipped prior by name, or a site's own by the path of its .safetensors file.
+
+    Raises:
+        PriorError: if weights or card are missing, damaged, or of another format version.
+    """
+    path = find_weights(name_or_path)
+    card = read_card(path)
+    data = path.read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != card.get("sha256"):
+        raise PriorError(f"{path} does not match the sha256 in its model card (truncated or changed?); install it again")
+    prior = Prior(card["architecture"], card["sigma_data"], card)
+    try:
+        prior.load_state_dict({name: t.float() for name, t in load(data).items()})
+    except (SafetensorError, RuntimeError) as error:
+        raise PriorError(f"{path} does not hold the network its card describes: {error}") from error
+    return prior.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+
+
+def find_weights(name_or_path: str | Path) -> Path:
+    """Path of the .safetensors file for a shipped name or a path; PriorError names what exists."""
+    shipped = WEIGHTS_DIR / f"{name_or_path}.safetensors"
+    path = shipped if shipped.is_file() else Path(name_or_path)
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in WEIGHTS_DIR.glob("*.safetensors"))) or "none"
+        raise PriorError(f"no prior {str(name_or_path)!r}: not a shipped name (shipped: {names}) and not a file")
+    return path
+
+
+def read_card(weights: Path) -> dict:
+    """Model card of a weights file; PriorError if missing, unreadable or of another format."""
+    try:
+        card = json.loads(weights.with_suffix(".json").read_text())
+    except (OSError, ValueError) as error:
+        raise PriorError(f"no readable model card beside {weights}: {error}") from error
+    if card.get("format") != FORMAT:
+        raise PriorError(f"{weights} has format {card.get('format')}, this version reads format {FORMAT}")
+    return card
+
+
+def list_priors() -> list[dict]:
+    """Cards of all shipped priors, each with its name."""
+    return [{"name": path.stem, **read_card(path)} for path in sorted(WEIGHTS_DIR.glob("*.safetensors"))]

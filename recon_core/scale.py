@@ -1,0 +1,31 @@
+"""The intensity scale that the prior's images are measured in: one definition for training and reconstruction."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .fft import kspace_crop
+
+SCALE_MM = 8.0
+
+
+def intensity_scale(volume: Tensor, voxel_mm: tuple[float, float, float]) -> float:
+    """Brightness of typical tissue: sum |v|^3 / sum |v|^2 of the volume blurred to 8 mm voxels.
+
+    The blur keeps noise, aliasing and the voxel size from moving it; the powers keep air, and so the
+    matrix size, from moving it. It scales exactly with the volume.
+
+    Args:
+        volume: [z y x], complex or real.
+        voxel_mm: voxel size along z, y, x.
+
+    Raises:
+        ValueError: if the volume is empty or not finite.
+    """
+    matrix = [max(1, min(n, round(n * mm / SCALE_MM))) for n, mm in zip(volume.shape, voxel_mm)]
+    magnitude = kspace_crop(volume, matrix).abs().double()
+    scale = float((magnitude**3).sum() / (magnitude**2).sum())
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"the image has no finite signal to scale by (found {scale}): is the k-space empty or NaN?")
+    return scale

@@ -1,0 +1,100 @@
+"""The measurement operator A = mask . FFT(z, y) . coil maps, on data whose readout is already an image axis.
+
+The readout of a Cartesian scan is fully sampled, so it is transformed once while gathering and A splits
+into one 2D problem per readout position. Inside, everything lives in the "frame" [x z y] with the image
+and k-space centres rolled to index 0: no shift and no readout FFT is left in any loop.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .cg import conjugate_gradient
+
+WORKING_SET_BYTES = 8 << 20
+
+
+class Sense:
+    """SENSE operator (Pruessmann et al., MRM 1999) with unitary FFT; its norm is at most 1.
+
+    Args:
+        coil_maps: [coils z y x] complex64, root sum of squares over coils 1 or 0.
+        mask: [z y] real sampling weights in [0, 1]; 0 where nothing was acquired.
+
+    Raises:
+        ValueError: if shapes disagree, the mask is empty or a value is not finite.
+    """
+
+    def __init__(self, coil_maps: Tensor, mask: Tensor):
+        if coil_maps.ndim != 4 or mask.shape != coil_maps.shape[1:3]:
+            raise ValueError(
+                f"expected coil maps [coils z y x] and a mask [z y], got {tuple(coil_maps.shape)} and {tuple(mask.shape)}"
+            )
+        if not bool(mask.any()):
+            raise ValueError("the sampling mask is empty: no line of k-space was acquired")
+        if not bool(torch.isfinite(torch.view_as_real(coil_maps)).all()):
+            raise ValueError("the coil maps hold NaN or infinity")
+        self.shape = tuple(coil_maps.shape[1:])
+        self.maps = torch.fft.ifftshift(coil_maps.permute(3, 0, 1, 2), (2, 3)).contiguous()
+        self.weights = torch.fft.ifftshift(mask.to(self.maps.real.dtype), (0, 1)).to(coil_maps.device)
+        plane = self.maps[0].numel() * self.maps.element_size()
+        cuda = coil_maps.device.type == "cuda"
+        self.chunk = max(1, (WORKING_SET_BYTES * (64 if cuda else 1)) // plane)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the operator computes."""
+        return self.maps.device
+
+    def to_frame(self, volume: Tensor) -> Tensor:
+        """[z y x] to the inner frame [x z y]."""
+        return torch.fft.ifftshift(volume.permute(2, 0, 1), (1, 2)).contiguous()
+
+    def from_frame(self, frame: Tensor) -> Tensor:
+        """Inner frame [x z y] to [z y x]."""
+        return torch.fft.fftshift(frame, (1, 2)).permute(1, 2, 0).contiguous()
+
+    def forward(self, volume: Tensor) -> Tensor:
+        """Weighted k-space [coils z y x] (x in image space) of a volume [z y x]."""
+        frame = self.to_frame(volume)
+        out = torch.empty_like(self.maps)
+        for part in self._parts():
+            out[part] = torch.fft.fft2(self.maps[part] * frame[part, None], norm="ortho").mul_(self.weights)
+        return torch.fft.fftshift(out, (2, 3)).permute(1, 2, 3, 0).contiguous()
+
+    def adjoint(self, kspace: Tensor) -> Tensor:
+        """Volume [z y x] of k-space [coils z y x] (x in image space); applies the weights."""
+        out = torch.empty(self.maps.shape[:1] + self.maps.shape[2:], dtype=self.maps.dtype, device=self.device)
+        for part in self._parts():
+            block = torch.fft.ifftshift(kspace[..., part].permute(3, 0, 1, 2), (2, 3)) * self.weights
+            out[part] = torch.linalg.vecdot(self.maps[part], torch.fft.ifft2(block, norm="ortho"), dim=1)
+        return self.from_frame(out)
+
+    def normal(self, volume: Tensor) -> Tensor:
+        """adjoint(forward(volume)), [z y x]."""
+        return self.from_frame(self.normal_frame(self.to_frame(volume)))
+
+    def normal_frame(self, frame: Tensor) -> Tensor:
+        """The same on the inner frame [x z y]; this is the inner loop of every method."""
+        out = torch.empty_like(frame)
+        squared = self.weights.square()
+        for part in self._parts():
+            maps = self.maps[part]
+            block = torch.fft.fft2(maps * frame[part, None], norm="ortho").mul_(squared)
+            out[part] = torch.linalg.vecdot(maps, torch.fft.ifft2(block, norm="ortho"), dim=1)
+        return out
+
+    def solve(self, b: Tensor, rho: float, start: Tensor | None = None, iterations: int = 10) -> Tensor:
+        """Approximate (A^H A + rho I)^-1 b by conjugate gradients; b and start are volumes [z y x]."""
+        frame = conjugate_gradient(
+            lambda v: self.normal_frame(v).add_(v, alpha=rho),
+            self.to_frame(b),
+            None if start is None else self.to_frame(start),
+            iterations,
+        )
+        return self.from_frame(frame)
+
+    def _parts(self):
+        planes = self.maps.shape[0]
+        return [slice(i, min(i + self.chunk, planes)) for i in range(0, planes, self.chunk)]

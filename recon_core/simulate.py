@@ -1,0 +1,126 @@
+"""Objects, coils, phase and sampling patterns to make scans from; deterministic given a seed."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def phantom(shape: tuple[int, int, int] = (64, 80, 64)) -> Tensor:
+    """Head-like phantom [z y x] of ellipsoids with different brightness, off-centre details included."""
+    parts = [  # brightness added, centre (z y x), half axes (z y x), in units of half the matrix
+        (1.0, (0, 0, 0), (0.80, 0.85, 0.70)),
+        (-0.7, (0, 0, 0), (0.74, 0.79, 0.64)),
+        (0.5, (0, -0.02, 0), (0.70, 0.74, 0.60)),
+        (-0.4, (0.1, -0.1, 0.18), (0.25, 0.30, 0.10)),
+        (-0.4, (0.1, -0.1, -0.18), (0.25, 0.30, 0.10)),
+        (0.3, (-0.2, 0.35, 0.0), (0.20, 0.18, 0.25)),
+        (0.4, (0.30, 0.40, 0.30), (0.06, 0.06, 0.06)),
+        (0.4, (-0.35, -0.45, 0.20), (0.04, 0.08, 0.04)),
+    ]
+    axes = [(torch.arange(n) - n // 2) / (n / 2) for n in shape]
+    grid = torch.meshgrid(*axes, indexing="ij")
+    out = torch.zeros(shape)
+    for value, centre, half in parts:
+        distance = sum(((g - c) / h) ** 2 for g, c, h in zip(grid, centre, half)).sqrt()
+        edge = 2.0 / min(shape)
+        out += value * torch.sigmoid((1 - distance) / edge * 2)
+    return out.clamp_min(0)
+
+
+def coil_sensitivity(coil: int, coils: int, shape: tuple[int, int, int]) -> Tensor:
+    """Receive field [z y x] of one of `coils` loops on two rings around the object; a single coil is uniform."""
+    if coils == 1:
+        return torch.ones(shape, dtype=torch.complex64)
+    rings = 1 if coils < 6 else 2
+    angle = 2 * math.pi * (coil // rings + 0.5 * (coil % rings)) / math.ceil(coils / rings)
+    height = 0.0 if rings == 1 else (0.5 if coil % 2 else -0.5)
+    centre = (height, 1.3 * math.sin(angle), 1.3 * math.cos(angle))
+    axes = [(torch.arange(n) - n // 2) / (n / 2) for n in shape]
+    z, y, x = (a.reshape([-1 if i == j else 1 for j in range(3)]) - c for i, (a, c) in enumerate(zip(axes, centre)))
+    squared = z**2 + y**2 + x**2
+    inward = -(y * math.sin(angle) + x * math.cos(angle))
+    phase = angle + 0.9 * torch.atan2(-y * math.cos(angle) + x * math.sin(angle), inward + 0.4) + 0.4 * z
+    return torch.polar(1 / (squared + 0.35), phase.expand_as(squared)).to(torch.complex64)
+
+
+def smooth_phase(shape: tuple[int, int, int], seed: int = 0, amount: float = 1.0) -> Tensor:
+    """Smooth object phase in radians [z y x]: a ramp and a few slow waves."""
+    rng = np.random.default_rng([seed, 10])
+    axes = [(torch.arange(n) - n // 2) / n for n in shape]
+    z, y, x = (a.reshape([-1 if i == j else 1 for j in range(3)]) for i, a in enumerate(axes))
+    out = torch.zeros(shape)
+    for _ in range(6):
+        kz, ky, kx = rng.uniform(-1.2, 1.2, 3)
+        out += float(rng.uniform(0.2, 0.6)) * torch.cos(2 * math.pi * (kz * z + ky * y + kx * x) + float(rng.uniform(0, 6.28)))
+    return amount * out
+
+
+def sampling_mask(
+    shape: tuple[int, int], acceleration: float, pattern: str = "poisson", acs: int = 24, seed: int = 0
+) -> np.ndarray:
+    """Boolean phase-encode mask [z y] with about z*y/acceleration lines, calibration square included.
+
+    Raises:
+        ValueError: for an unknown pattern, or an acceleration that the calibration lines alone exceed.
+    """
+    if pattern == "full" or acceleration <= 1:
+        return np.ones(shape, bool)
+    centre = np.zeros(shape, bool)
+    acs = [min(acs, n) for n in shape]
+    centre[tuple(slice(n // 2 - a // 2, n // 2 - a // 2 + a) for n, a in zip(shape, acs))] = True
+    wanted = shape[0] * shape[1] / acceleration
+    if centre.sum() > 0.9 * wanted:
+        raise ValueError(
+            f"acceleration {acceleration:g} leaves {wanted:.0f} of {shape[0]} x {shape[1]} lines, but the "
+            f"{acs[0]} x {acs[1]} calibration square alone takes {centre.sum()}; lower the acceleration or --acs"
+        )
+    if pattern == "regular":
+        return centre | _regular(shape, acceleration)
+    if pattern == "poisson":
+        return _poisson(shape, wanted, centre, seed)
+    raise ValueError(f"unknown pattern {pattern!r}; expected poisson, regular or full")
+
+
+def _regular(shape: tuple[int, int], acceleration: float) -> np.ndarray:
+    """CAIPIRINHA-type lattice: every Ry-th line, shifted along y from one Rz-th plane to the next."""
+    rz = max(1, int(math.sqrt(acceleration))) if shape[0] > 1 else 1
+    ry = max(1, round(acceleration / rz))
+    z, y = np.ogrid[: shape[0], : shape[1]]
+    z, y = z - shape[0] // 2, y - shape[1] // 2
+    return (z % rz == 0) & ((y - (z // rz) * (ry // 2)) % ry == 0)
+
+
+def _poisson(shape: tuple[int, int], wanted: float, centre: np.ndarray, seed: int) -> np.ndarray:
+    """Variable-density Poisson disc inside the k-space ellipse; bisection on the disc size."""
+    low, high = 0.1, 2.0 * math.sqrt(shape[0] * shape[1] / wanted)
+    mask = centre
+    for _ in range(10):
+        middle = (low + high) / 2
+        mask = centre | _throw_darts(shape, middle, seed)
+        if abs(mask.sum() - wanted) < 0.01 * wanted:
+            break
+        low, high = (middle, high) if mask.sum() > wanted else (low, middle)
+    return mask
+
+
+def _throw_darts(shape: tuple[int, int], size: float, seed: int) -> np.ndarray:
+    rng = np.random.default_rng([seed, 11])
+    nz, ny = shape
+    z, y = np.ogrid[:nz, :ny]
+    radius = np.sqrt(((z - nz // 2) / (nz / 2)) ** 2 + ((y - ny // 2) / (ny / 2)) ** 2)
+    disc = size * (0.5 + 1.0 * radius)
+    candidates = np.argwhere(radius <= 1)
+    rng.shuffle(candidates)
+    taken = np.zeros(shape, bool)
+    for cz, cy in candidates.tolist():
+        r = disc[cz, cy]
+        w = int(r)
+        z0, y0 = max(0, cz - w), max(0, cy - w)
+        hits = np.argwhere(taken[z0 : cz + w + 1, y0 : cy + w + 1])
+        if not len(hits) or ((hits - (cz - z0, cy - y0)) ** 2).sum(1).min() >= r * r:
+            taken[cz, cy] = True
+    return taken

@@ -1,0 +1,165 @@
+"""Training slices from magnitude volumes: every voxel size, every orientation, realistic phase.
+
+A volume is resampled by cropping its k-space in all three directions, so that through-plane blur is
+right too, then slices are cut. Resampled volumes are kept in a small pool of which one is replaced
+every few batches: resampling costs a second, cutting slices nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .fft import centre_crop_or_pad, fft, ifft
+from .scale import intensity_scale
+
+
+def read_volume(path: str | Path) -> tuple[np.ndarray, tuple[float, float, float]]:
+    """Read a NIfTI or .npy magnitude volume as ([z y x] in its stored type, voxel_mm along z y x).
+
+    A .npy volume has no voxel size: 1 mm is assumed.
+
+    Raises:
+        ValueError: if the file is no three-dimensional volume.
+    """
+    if str(path).endswith(".npy"):
+        data, voxel_mm = np.load(path), (1.0, 1.0, 1.0)
+    else:
+        import nibabel
+
+        image = nibabel.load(path)
+        data = np.asarray(image.dataobj).T
+        voxel_mm = tuple(float(v) for v in reversed(image.header.get_zooms()[:3]))
+    if data.ndim != 3:
+        raise ValueError(f"{path}: expected a volume with three dimensions, found shape {data.shape}")
+    return data, voxel_mm
+
+
+def resample(volume: Tensor, voxel_mm: Sequence[float], target_mm: Sequence[float], taper: float = 0.0):
+    """Resample a real volume [z y x] to about `target_mm` by k-space cropping.
+
+    Args:
+        volume: real, [z y x].
+        voxel_mm, target_mm: voxel sizes along z, y, x; never made finer than they are.
+        taper: fraction of k-space over which a cosine edge falls to zero (mild apodisation).
+
+    Returns:
+        (real volume, its exact voxel_mm).
+    """
+    out, sizes = volume, []
+    for axis, (mm, target) in enumerate(zip(voxel_mm, target_mm)):
+        n = out.shape[axis]
+        size = max(8, min(n, round(n * mm / target)))
+        sizes.append(mm * n / size)
+        spectrum = centre_crop_or_pad(fft(out, (axis,)).movedim(axis, -1), (size,))
+        if taper:
+            spectrum = spectrum * _taper(size, taper)
+        out = (ifft(spectrum, (-1,)).movedim(-1, axis) * (size / n) ** 0.5).real.contiguous()
+    return out, tuple(sizes)
+
+
+def _taper(size: int, fraction: float) -> Tensor:
+    k = (torch.arange(size) - size // 2).abs() / (size / 2)
+    return torch.cos(math.pi / 2 * ((k - 1 + fraction) / fraction).clamp(0, 1))
+
+
+class SlicePool:
+    """Random complex training slices; everything follows from (seed, step), so a resumed run repeats itself.
+
+    Args:
+        paths: magnitude volumes.
+        voxel_mm: (finest, coarsest) voxel size drawn, each volume limited by its own voxels.
+        crop: side of the square training crops.
+        size: resampled volumes held at once.
+        refresh: steps between replacements.
+    """
+
+    def __init__(self, paths, voxel_mm=(0.5, 4.0), crop=64, size=24, refresh=12, seed=0):
+        if not paths:
+            raise ValueError("expected at least one training volume, got none")
+        self.sources = [read_volume(p) for p in paths]
+        self.voxel_mm, self.crop, self.size, self.refresh, self.seed = voxel_mm, crop, size, refresh, seed
+        self.pool: dict[int, Tensor] = {}
+
+    def batch(self, step: int, slices: int) -> Tensor:
+        """[slices 2 crop crop] float32 clean slices for this step."""
+        rng = np.random.default_rng([self.seed, 1, step])
+        newest = step // self.refresh + self.size - 1
+        for index in range(newest - self.size + 1, newest + 1):
+            if index not in self.pool:
+                self.pool[index] = self._draw_volume(index)
+        self.pool = {i: v for i, v in self.pool.items() if i > newest - self.size}
+        keys = sorted(self.pool)
+        crops = torch.stack([_draw_crop(self.pool[keys[rng.integers(len(keys))]], self.crop, rng) for _ in range(slices)])
+        return _add_phase_and_shading(crops, rng)
+
+    def _draw_volume(self, index: int) -> Tensor:
+        rng = np.random.default_rng([self.seed, 2, index])
+        data, voxel_mm = self.sources[rng.integers(len(self.sources))]
+        volume = torch.from_numpy(np.asarray(data, dtype=np.float32))
+        volume = volume / intensity_scale(volume, voxel_mm)
+        if rng.random() < 0.5:
+            volume = _remap_contrast(volume, rng)
+        low, high = self.voxel_mm
+        target = [rng.uniform(max(low, min(voxel_mm)), high)] * 3
+        if rng.random() < 0.4:  # slab protocols: one or more axes coarser than the finest
+            target = [min(high, t * rng.uniform(1, 2.5)) for t in target]
+        taper = rng.uniform(0.05, 0.5) if rng.random() < 0.3 else 0.0
+        volume, voxel_mm = resample(volume, voxel_mm, target, taper)
+        return volume / intensity_scale(volume, voxel_mm)
+
+
+def _remap_contrast(volume: Tensor, rng) -> Tensor:
+    """Smooth random intensity curve through zero, so that other contrasts than the corpus' are met."""
+    knots = torch.tensor([0.0, *rng.uniform(0.1, 1.6, 5)], dtype=torch.float32)
+    knots[1:] = knots[1:] * 0.7 + torch.tensor([0.3, 0.6, 0.9, 1.2, 1.5]) * 0.3
+    position = (volume / 0.4).clamp(0, 4.999)
+    low = position.floor().long()
+    t = position - low
+    t = t * t * (3 - 2 * t)
+    return torch.lerp(knots[low], knots[low + 1], t)
+
+
+def _draw_crop(volume: Tensor, crop: int, rng) -> Tensor:
+    """Random square crop [crop crop] of a random slice; air is accepted only sparsely."""
+    for _ in range(8):
+        axis = rng.integers(3)
+        plane = volume.select(axis, int(rng.integers(volume.shape[axis])))
+        top, left = (int(rng.integers(max(1, n - crop + 1))) for n in plane.shape)
+        tile = plane[top : top + crop, left : left + crop]
+        if float((tile.abs() > 0.1).float().mean()) > 0.1 or rng.random() < 0.03:
+            break
+    pad = [(crop - n) for n in tile.shape]
+    before = [int(rng.integers(p + 1)) for p in pad]
+    tile = F.pad(tile, (before[1], pad[1] - before[1], before[0], pad[0] - before[0]))
+    if rng.random() < 0.5:
+        tile = tile.T
+    flips = [d for d in (0, 1) if rng.random() < 0.5]
+    return tile.flip(flips) if flips else tile
+
+
+def _add_phase_and_shading(crops: Tensor, rng) -> Tensor:
+    """Smooth random phase of several scales and a mild receive shading: [n h w] to [n 2 h w]."""
+    n, size = crops.shape[0], crops.shape[-1]
+    grid = torch.linspace(-1, 1, size)
+    phase = _normal(rng, n, 1, 1) * 3 + _normal(rng, n, 1, 1) * grid[:, None] + _normal(rng, n, 1, 1) * grid
+    for cells, amount in ((3, 1.0), (6, 0.4), (12, 0.15)):
+        amplitude = torch.from_numpy(rng.uniform(0, amount, (n, 1, 1))).float()
+        phase = phase + amplitude * _smooth(rng, n, cells, size)
+    shading = torch.exp(0.15 * _smooth(rng, n, 3, size) + 0.15 * _normal(rng, n, 1, 1))
+    return torch.stack([crops * shading * phase.cos(), crops * shading * phase.sin()], dim=1)
+
+
+def _normal(rng, *shape: int) -> Tensor:
+    return torch.from_numpy(rng.standard_normal(shape)).float()
+
+
+def _smooth(rng, n: int, cells: int, size: int) -> Tensor:
+    coarse = _normal(rng, n, 1, cells + 1, cells + 1)
+    return F.interpolate(coarse, (size, size), mode="bicubic", align_corners=True)[:, 0]
