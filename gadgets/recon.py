@@ -54,7 +54,7 @@ def solve(measurement: Measurement, preview: torch.Tensor, prior, options: Optio
     if options.method == "cg":
         return preview, []
     began = time.monotonic()
-    config = VariationalConfig(options.sweeps, options.sigma_max, options.sigma_min, options.data_weight, slice_fraction=options.slice_fraction)
+    config = VariationalConfig(options.sweeps, options.sigma_max, options.sigma_min, options.prior_weight, slice_fraction=options.slice_fraction)
     for state in reconstruct_variational(measurement, prior, preview, config, options.seed):
         report("sweep", {"sweep": state.sweep, "sweeps": state.sweeps})
         late = options.deadline_s is not None and time.monotonic() - began > options.deadline_s

@@ -18,7 +18,8 @@ def conjugate_gradient(
         b: right-hand sides [problems ...], complex.
         x: starting point (zero by default), not modified.
         iterations: at most this many.
-        tolerance: stop once every residual is below this fraction of its right-hand side.
+        tolerance: a problem is left alone once its residual is below this fraction of its right-hand side,
+            because going on at rounding level would undo it.
     """
     x = torch.zeros_like(b) if x is None else x.clone()
     residual = b - normal(x)
@@ -26,10 +27,11 @@ def conjugate_gradient(
     energy = _dot(residual, residual)
     enough = tolerance**2 * _dot(b, b)
     for _ in range(iterations):
-        if bool((energy <= enough).all()):
+        active = energy > enough
+        if not bool(active.any()):
             break
         mapped = normal(direction)
-        step = _ratio(energy, _dot(direction, mapped))
+        step = _ratio(energy, _dot(direction, mapped)) * active
         x.addcmul_(step, direction)
         residual.addcmul_(-step, mapped)
         previous, energy = energy, _dot(residual, residual)

@@ -1,0 +1,82 @@
+"""All phantoms and fixtures of the tests."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import shutil
+from pathlib import Path
+
+import ismrmrd
+import numpy as np
+import pytest
+import torch
+
+from gadgets.files import ScanFile
+from gadgets.header import parse_header
+from gadgets.options import make_options
+from gadgets.recon import reconstruct
+from gadgets.simulate import SimulateOptions, simulate
+from recon_core.prior import Prior
+
+DATA = Path(__file__).parent / "data"
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_collection_modifyitems(items):
+    """Skip, with the reason, what needs a program or a device that is not here."""
+    needs = {
+        "gadgetron": (shutil.which("gadgetron") and shutil.which("gadgetron_ismrmrd_client"), "gadgetron and gadgetron_ismrmrd_client are not on PATH"),
+        "bart": (shutil.which("bart"), "bart is not on PATH"),
+        "gpu": (torch.cuda.is_available(), "no CUDA device"),
+    }
+    for item in items:
+        for marker, (there, reason) in needs.items():
+            if item.get_closest_marker(marker) and not there:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def scan_path(tmp_path_factory) -> Path:
+    """A small oblique phantom scan: 4 coils, R = 3, noise lines, readout oversampling."""
+    folder = tmp_path_factory.mktemp("scan")
+    np.save(folder / "object.npy", small_object())
+    simulate(folder / "object.npy", folder / "scan.h5", SimulateOptions(coils=4, acceleration=3, acs=12, snr=40, oblique=True), folder / "reference.nii.gz")
+    return folder / "scan.h5"
+
+
+@pytest.fixture(scope="session")
+def other_scan_path(tmp_path_factory) -> Path:
+    """A second scan, of another matrix and coil count."""
+    folder = tmp_path_factory.mktemp("other")
+    np.save(folder / "object.npy", small_object((20, 30, 22)))
+    simulate(folder / "object.npy", folder / "scan.h5", SimulateOptions(coils=3, acceleration=2, acs=10, noise_lines=8, oversampling=1, seed=3))
+    return folder / "scan.h5"
+
+
+@pytest.fixture(scope="session")
+def prior() -> Prior:
+    """An untrained prior: the exact Gaussian denoiser, fast enough for every test of the chain."""
+    torch.manual_seed(0)
+    return Prior("small").eval().requires_grad_(False)
+
+
+def small_object(shape=(24, 35, 26)) -> np.ndarray:
+    """Phantom of non-cubic, odd size [z y x], float32."""
+    from recon_core.simulate import phantom
+
+    return phantom(shape).numpy()
+
+
+def run_chain(path: Path, prior, **options) -> list[ismrmrd.Image]:
+    """All images of a scan file through the chain."""
+    with ScanFile(path) as scan:
+        return list(reconstruct(parse_header(scan.header_xml), scan.acquisitions(), prior, make_options({"sweeps": 3, "device": "cpu", **options})))
+
+
+def random_complex(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Complex standard normal numbers."""
+    return torch.randn(*shape, dtype=torch.complex64, generator=torch.Generator().manual_seed(seed))
+

@@ -1,0 +1,91 @@
+"""Coil maps and compression against the fields the data were made with."""
+
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_complex
+
+from recon_core.coils import compression_matrix, cut_acs, estimate_coil_maps, find_acs, low_resolution_maps
+from recon_core.fft import fft
+from recon_core.simulate import coil_sensitivity, phantom
+
+
+def object_seen(shape, coils):
+    maps = torch.stack([coil_sensitivity(c, coils, shape) for c in range(coils)])
+    return phantom(shape) * maps, maps / maps.norm(dim=0)
+
+
+def alignment(estimate, truth, inside):
+    return (estimate.conj() * truth).sum(0).abs()[inside]
+
+
+@pytest.mark.parametrize("shape,acs", [((40, 44, 36), (20, 20)), ((33, 41, 27), (16, 24))])
+def test_maps_agree_with_the_truth(shape, acs):
+    images, truth = object_seen(shape, 6)
+    kspace = fft(images, (1, 2))
+    maps, value = estimate_coil_maps(cut_acs(kspace, acs), shape)
+    inside = phantom(shape) > 0.3
+    assert alignment(maps, truth, inside).mean() > 0.999
+    assert torch.quantile(alignment(maps, truth, inside), 0.01) > 0.99
+    torch.testing.assert_close(maps.norm(dim=0), torch.ones(shape), atol=1e-4, rtol=0)
+    assert value[inside].min() > 0.9
+
+
+def test_readout_of_one_sample():
+    images, truth = object_seen((40, 44, 9), 4)
+    plane = images[..., 4:5]
+    maps, _ = estimate_coil_maps(cut_acs(fft(plane, (1, 2)), (20, 20)), (40, 44, 1))
+    assert alignment(maps, truth[..., 4:5], plane.abs().sum(0) > 0.5).mean() > 0.995
+
+
+def test_fallback_is_rough_but_usable():
+    images, truth = object_seen((40, 44, 20), 4)
+    mask = torch.zeros(40, 44)
+    mask[18:23, 19:24] = 1
+    maps = low_resolution_maps(fft(images, (1, 2)) * mask[..., None], mask)
+    assert alignment(maps, truth, phantom((40, 44, 20)) > 0.3).mean() > 0.95
+
+
+def test_acs_is_found_also_when_it_is_not_square():
+    mask = torch.zeros(30, 41)
+    mask[15 - 4 : 15 + 5, 20 - 7 : 20 + 8] = 1
+    mask[2, 3] = 1
+    assert find_acs(mask) == (9, 15)
+    assert find_acs(torch.ones(30, 41)) == (30, 41)
+    assert find_acs(torch.zeros(30, 41)) == (0, 0)
+    mask[15, 20] = 0
+    assert find_acs(mask) == (0, 0)
+
+
+def test_compression_keeps_the_energy_of_low_rank_coils():
+    acs = torch.einsum("cv,vzyx->czyx", random_complex(10, 3), random_complex(3, 6, 6, 6, seed=1))
+    matrix = compression_matrix(acs, 3)
+    torch.testing.assert_close(matrix @ matrix.mH, torch.eye(3, dtype=torch.complex64), atol=1e-5, rtol=0)
+    kept = (matrix @ acs.flatten(1)).norm()
+    assert abs(kept / acs.norm() - 1) < 1e-5
+
+
+@pytest.mark.bart
+def test_maps_agree_with_bart_ecalib(tmp_path):
+    shape = (40, 44, 36)
+    images, _ = object_seen(shape, 5)
+    kspace = fft(images, (1, 2, 3))
+    write_cfl(tmp_path / "ksp", kspace.permute(3, 2, 1, 0).numpy())
+    subprocess.run(["bart", "ecalib", "-m", "1", "-r", "20", "-k", "5", "-c", "0", tmp_path / "ksp", tmp_path / "maps"], check=True, capture_output=True)
+    theirs = torch.from_numpy(read_cfl(tmp_path / "maps")).squeeze().permute(3, 2, 1, 0)
+    ours, _ = estimate_coil_maps(cut_acs(fft(images, (1, 2)), (20, 20)), shape)
+    inside = phantom(shape) > 0.3
+    assert alignment(ours, theirs / theirs.norm(dim=0).clamp_min(1e-9), inside).mean() > 0.999
+
+
+def write_cfl(path, array):
+    dims = [*array.shape, *[1] * (16 - array.ndim)]
+    path.with_suffix(".hdr").write_text("# Dimensions\n" + " ".join(map(str, dims)) + "\n")
+    array.astype(np.complex64).ravel(order="F").tofile(path.with_suffix(".cfl"))
+
+
+def read_cfl(path):
+    dims = [int(n) for n in path.with_suffix(".hdr").read_text().splitlines()[1].split()]
+    return np.fromfile(path.with_suffix(".cfl"), np.complex64).reshape(dims, order="F")

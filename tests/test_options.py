@@ -1,0 +1,70 @@
+"""Options: one validated object from every source."""
+
+import pytest
+
+from gadgets.chain import options_of_config_name, properties_of
+from gadgets.options import Options, OptionsError, make_options, options_from_json, preset_names, read_preset
+
+
+def test_text_and_typed_values_are_the_same():
+    assert make_options({"sweeps": "12", "preview": "false", "deadline_s": "none"}) == make_options({"sweeps": 12, "preview": False})
+
+
+def test_later_sources_win_over_presets():
+    assert make_options({"preset": "fast"}).sweeps == read_preset("fast")["sweeps"]
+    assert make_options({"preset": "fast"}, {"sweeps": 3}).sweeps == 3
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_shipped_presets_are_valid(name):
+    assert isinstance(make_options({"preset": name}), Options)
+
+
+@pytest.mark.parametrize("source,message", [
+    ({"sweep": 3}, "unknown option 'sweep'; known are .*sweeps"),
+    ({"sweeps": "many"}, "option 'sweeps'.*integer.*'many'"),
+    ({"sweeps": 0}, "greater than or equal to 1"),
+    ({"method": "magic"}, "'diffusion', 'cg' or 'zero-filled'.*'magic'"),
+    ({"sigma_min": 0.5}, "sigma_min 0.5 must not exceed sigma_max"),
+    ({"preset": "nonesuch"}, "no preset 'nonesuch': shipped are"),
+])  # fmt: skip
+def test_wrong_options_are_refused_in_a_sentence(source, message):
+    with pytest.raises(OptionsError, match=message) as caught:
+        make_options(source)
+    assert "\n" not in str(caught.value)
+
+
+def test_options_are_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        make_options().sweeps = 3
+
+
+def test_preset_files(tmp_path):
+    (tmp_path / "mine.yaml").write_text("sweeps: 7\n")
+    assert make_options({"preset": str(tmp_path / "mine.yaml")}).sweeps == 7
+    (tmp_path / "bad.yaml").write_text("- a\n")
+    with pytest.raises(OptionsError, match="mapping"):
+        make_options({"preset": str(tmp_path / "bad.yaml")})
+
+
+def test_xml_properties():
+    assert properties_of('<configuration><property name="sweeps" value="4"/></configuration>') == {"sweeps": "4"}
+    assert properties_of("<configuration><property><name>sweeps</name><value>4</value></property></configuration>") == {"sweeps": "4"}
+    assert properties_of('<?xml version="1.0"?>\n') == {}
+    with pytest.raises(OptionsError, match="not valid XML"):
+        properties_of("<configuration>")
+
+
+def test_shipped_chains_hold_our_node():
+    for name in ("slicediff_execute", "slicediff_connect.xml"):
+        assert make_options(options_of_config_name(name)) == make_options({"method": "diffusion"})
+    with pytest.raises(OptionsError, match="unknown configuration 'x.xml'.*slicediff_connect.xml"):
+        options_of_config_name("x.xml")
+    with pytest.raises(OptionsError, match="no external node"):
+        properties_of("<configuration><stream><gadget/></stream></configuration>")
+
+
+def test_host_parameters():
+    assert options_from_json('{"parameters": {"sweeps": 5, "theirs": 1}}') == {"sweeps": 5}
+    with pytest.raises(OptionsError, match="JSON"):
+        options_from_json("[")

@@ -1,0 +1,87 @@
+"""The denoiser: closed form, any size, and weights that can be trusted."""
+
+import json
+
+import pytest
+import torch
+
+from recon_core.prior import Prior, PriorError, list_priors, load_prior, save_prior
+from recon_core.scale import intensity_scale
+from recon_core.simulate import phantom
+
+
+@pytest.mark.parametrize("architecture", ["small", "base"])
+def test_untrained_network_is_the_gaussian_denoiser(architecture):
+    prior = Prior(architecture, sigma_data=0.7)
+    x = torch.randn(2, 2, 24, 20)
+    sigma = torch.tensor([0.1, 1.3])
+    expected = x * (0.7**2 / (0.7**2 + sigma**2))[:, None, None, None]
+    torch.testing.assert_close(prior(x, sigma), expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(97, 65), (33, 200), (1, 64), (3, 3), (64, 64)])
+def test_any_slice_size(size):
+    assert load_prior("small")(torch.randn(1, 2, *size), 0.1).shape == (1, 2, *size)
+
+
+def test_trained_prior_removes_noise_and_knows_no_batch():
+    prior = load_prior("small")
+    clean = torch.stack([phantom((40, 80, 64))[20], torch.zeros(80, 64)])[None]
+    clean = clean / 0.6
+    generator = torch.Generator().manual_seed(0)
+    noisy = clean + 0.1 * torch.randn(clean.shape, generator=generator)
+    gain = 10 * torch.log10((noisy - clean).square().mean() / (prior(noisy, 0.1) - clean).square().mean())
+    assert gain > 6
+    pair = prior(torch.cat([noisy, torch.randn(1, 2, 80, 64, generator=generator)]), 0.1)
+    torch.testing.assert_close(pair[:1], prior(noisy, 0.1), atol=1e-5, rtol=1e-4)
+
+
+def test_weights_travel_and_are_checked(tmp_path):
+    torch.manual_seed(1)
+    prior = Prior("small")
+    torch.nn.init.normal_(prior.net.tail.weight)
+    path = tmp_path / "site.safetensors"
+    save_prior(prior, path, {"made": "here"})
+    loaded = load_prior(path)
+    x = torch.randn(1, 2, 16, 16)
+    torch.testing.assert_close(loaded(x, 0.2), prior(x, 0.2), atol=2e-2, rtol=2e-2)
+    assert loaded.card["made"] == "here"
+
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(PriorError, match="sha256"):
+        load_prior(path)
+    path.write_bytes(data[:1000])
+    with pytest.raises(PriorError, match="sha256"):
+        load_prior(path)
+    card = json.loads(path.with_suffix(".json").read_text())
+    path.with_suffix(".json").write_text(json.dumps({**card, "format": 99}))
+    with pytest.raises(PriorError, match="format 99"):
+        load_prior(path)
+    path.with_suffix(".json").unlink()
+    with pytest.raises(PriorError, match="model card"):
+        load_prior(path)
+
+
+def test_missing_prior_is_named():
+    with pytest.raises(PriorError, match="no prior 'nonesuch'.*shipped: .*small"):
+        load_prior("nonesuch")
+
+
+def test_shipped_priors_have_cards():
+    (small,) = [c for c in list_priors() if c["name"] == "small"]
+    assert small["training"]["volumes"]
+    assert not any("sub-14" in v for v in small["training"]["volumes"] if "ds000011" in v), "the example must stay out of training"
+
+
+def test_intensity_scale_follows_the_tissue_only():
+    volume = phantom((40, 48, 40))
+    scale = intensity_scale(volume, (4.0, 4.0, 4.0))
+    assert intensity_scale(1000 * volume, (4.0, 4.0, 4.0)) == pytest.approx(1000 * scale, rel=1e-6)
+    padded = torch.nn.functional.pad(volume, (10, 10, 10, 10, 10, 10))
+    assert intensity_scale(padded, (4.0, 4.0, 4.0)) == pytest.approx(scale, rel=0.03)
+    noisy = volume + 0.2 * torch.randn(volume.shape, generator=torch.Generator().manual_seed(0))
+    assert intensity_scale(noisy, (4.0, 4.0, 4.0)) == pytest.approx(scale, rel=0.05)
+    with pytest.raises(ValueError, match="no finite signal"):
+        intensity_scale(torch.zeros(8, 8, 8), (1.0, 1.0, 1.0))

@@ -1,0 +1,102 @@
+"""The operator, its transforms and conjugate gradients against closed forms."""
+
+import pytest
+import torch
+from conftest import random_complex
+
+from recon_core.cg import conjugate_gradient
+from recon_core.fft import centre_crop_or_pad, fft, ifft, kspace_crop
+from recon_core.sense import Sense
+
+SHAPES = [(3, 12, 15, 7), (1, 9, 8, 5), (4, 1, 16, 6), (2, 10, 11, 1)]
+
+
+def make(shape, seed=0, fraction=0.4):
+    maps = random_complex(*shape, seed=seed)
+    maps = maps / maps.norm(dim=0)
+    mask = (torch.rand(shape[1:3], generator=torch.Generator().manual_seed(seed)) < fraction).float()
+    mask[shape[1] // 2, shape[2] // 2] = 1
+    mask[0, 0] = 0.5
+    return Sense(maps, mask), maps, mask
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forward_is_the_textbook_operator(shape):
+    operator, maps, mask = make(shape)
+    volume = random_complex(*shape[1:], seed=1)
+    expected = fft(maps * volume, (1, 2)) * mask[..., None]
+    torch.testing.assert_close(operator.forward(volume), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_adjoint_and_normal(shape):
+    operator, _, _ = make(shape)
+    volume, kspace = random_complex(*shape[1:], seed=1), random_complex(*shape, seed=2)
+    left = torch.vdot(operator.forward(volume).flatten(), kspace.flatten())
+    right = torch.vdot(volume.flatten(), operator.adjoint(kspace).flatten())
+    torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(operator.normal(volume), operator.adjoint(operator.forward(volume)), atol=1e-5, rtol=1e-5)
+
+
+def test_norm_is_at_most_one():
+    operator, _, _ = make((4, 12, 10, 6))
+    volume = random_complex(12, 10, 6)
+    for _ in range(30):
+        volume = operator.normal(volume / volume.norm())
+    assert volume.norm() <= 1 + 1e-5
+
+
+def test_chunks_do_not_change_the_result():
+    operator, _, _ = make((3, 12, 15, 7))
+    volume = random_complex(12, 15, 7)
+    whole = operator.normal(volume)
+    operator.chunk = 2
+    torch.testing.assert_close(operator.normal(volume), whole)
+
+
+def test_fully_sampled_noiseless_data_give_the_volume_back():
+    _, maps, _ = make((4, 12, 15, 7))
+    operator = Sense(maps, torch.ones(12, 15))
+    volume = random_complex(12, 15, 7, seed=5)
+    solved = operator.solve(operator.adjoint(operator.forward(volume)), 0.0, iterations=5)
+    torch.testing.assert_close(solved, volume, atol=1e-5, rtol=1e-4)
+
+
+def test_single_coil_tikhonov_has_its_closed_form():
+    mask = (torch.rand(16, 12, generator=torch.Generator().manual_seed(0)) < 0.5).float()
+    operator = Sense(torch.ones(1, 16, 12, 3, dtype=torch.complex64), mask)
+    b, rho = random_complex(16, 12, 3), 0.3
+    expected = ifft(fft(b, (0, 1)) / (mask + rho)[..., None], (0, 1))
+    torch.testing.assert_close(operator.solve(b, rho, iterations=10), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_conjugate_gradients_solve_each_problem_on_its_own():
+    matrices = random_complex(5, 8, 8)
+    matrices = matrices @ matrices.mH + torch.eye(8)
+    b = random_complex(5, 8, seed=3)
+    solved = conjugate_gradient(lambda v: (matrices @ v[..., None])[..., 0], b, iterations=40)
+    torch.testing.assert_close(solved, torch.linalg.solve(matrices, b), atol=1e-3, rtol=1e-3)
+
+
+def test_bad_operators_are_refused_in_a_sentence():
+    maps = torch.ones(2, 4, 4, 4, dtype=torch.complex64)
+    with pytest.raises(ValueError, match="mask is empty"):
+        Sense(maps, torch.zeros(4, 4))
+    with pytest.raises(ValueError, match="expected coil maps"):
+        Sense(maps, torch.ones(4, 5))
+    with pytest.raises(ValueError, match="NaN"):
+        Sense(maps * float("nan"), torch.ones(4, 4))
+
+
+@pytest.mark.parametrize("n,m", [(8, 4), (9, 4), (9, 5), (8, 5), (7, 12), (8, 13)])
+def test_kspace_crop_keeps_a_slow_wave_in_place(n, m):
+    position = lambda size: (torch.arange(size) - size // 2) / size  # noqa: E731
+    wave = lambda size: 2 + torch.cos(2 * torch.pi * position(size) + 0.3)  # noqa: E731
+    out = kspace_crop(wave(n)[None, None], (1, 1, m))
+    torch.testing.assert_close(out.real[0, 0], wave(m), atol=1e-5, rtol=1e-5)
+
+
+def test_crop_then_pad_keeps_the_centre():
+    line = torch.arange(9.0)
+    for size in range(1, 15):
+        assert centre_crop_or_pad(line, (size,))[size // 2] == line[4]

@@ -1,0 +1,156 @@
+"""The solver against optima that are known in closed form."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_complex
+
+from recon_core.cg_sense import cg_sense
+from recon_core.fft import fft
+from recon_core.measurement import Measurement, measure
+from recon_core.metrics import object_mask, psnr
+from recon_core.scale import intensity_scale
+from recon_core.sense import Sense
+from recon_core.simulate import coil_sensitivity, phantom, sampling_mask
+from recon_core.variational import VariationalConfig, annealed, reconstruct_variational, usable_axes
+
+VOXEL = (2.0, 2.0, 2.0)
+
+
+def problem(shape=(24, 28, 20), coils=4, acceleration=3.0, snr=30.0, seed=0, acs=10):
+    maps = torch.stack([coil_sensitivity(c, coils, shape) for c in range(coils)])
+    truth = phantom(shape) * maps
+    reference = truth.norm(dim=0)
+    sigma = intensity_scale(reference, VOXEL) / snr
+    mask = torch.from_numpy(sampling_mask(shape[:2], acceleration, "poisson", acs, seed)).float()
+    noise = sigma * 2**0.5 * random_complex(coils, 4000, seed=7)
+    kspace = (fft(truth, (1, 2)) + sigma * 2**0.5 * random_complex(coils, *shape, seed=seed)) * mask[:, :, None]
+    return kspace, mask, noise, reference
+
+
+def last(states):
+    for state in states:
+        pass
+    return state
+
+
+def test_gaussian_prior_reaches_its_closed_form_optimum():
+    """With D(x) = x d^2/(d^2+s^2) the fixed point of a sweep is Tikhonov's with a known weight."""
+    shape, sigma, data = (12, 13, 11), 0.2, 0.5
+    mask = (torch.rand(shape[:2], generator=torch.Generator().manual_seed(0)) < 0.5).float()
+    mask[4:9, 4:9] = 1
+    operator = Sense(torch.ones(1, *shape, dtype=torch.complex64), mask)
+    y = fft(random_complex(*shape)[None] + 3, (1, 2)) * mask[..., None]
+    measurement = Measurement(operator, operator.adjoint(y), 1.0, 1, 0.05, VOXEL, (5, 5))
+    shrink = data**2 / (data**2 + sigma**2)
+    config = VariationalConfig(sweeps=400, sigma_max=sigma, sigma_min=sigma, prior_weight=40.0, cg_iterations=8)
+    state = last(reconstruct_variational(measurement, lambda x, s: x * shrink, operator.adjoint(y), config))
+    noise = 0.05 / intensity_scale(operator.adjoint(y), VOXEL)
+    rho = 40.0 * noise * (noise / sigma) ** 2
+    expected = operator.solve(operator.adjoint(y), rho * (1 - shrink), iterations=50)
+    assert (state.volume - expected).norm() / expected.norm() < 1e-4
+
+
+def test_kspace_times_1000_gives_the_image_times_1000(prior):
+    kspace, mask, noise, _ = problem()
+    once = measure(kspace, mask, VOXEL, noise)
+    images = []
+    for factor in (1.0, 1000.0):
+        scaled = Measurement(once.operator, factor * once.adjoint, 1.0, 1, factor * once.sigma, VOXEL, once.acs)
+        images.append(last(reconstruct_variational(scaled, prior, cg_sense(scaled), VariationalConfig(sweeps=3))).volume)
+    torch.testing.assert_close(images[1], 1000 * images[0], rtol=1e-3, atol=1e-4 * float(images[1].abs().max()))
+
+
+def test_noiseless_full_data_give_the_object_back(prior):
+    kspace, _, _, reference = problem(snr=1e6)
+    full = torch.stack([phantom((24, 28, 20)) * coil_sensitivity(c, 4, (24, 28, 20)) for c in range(4)])
+    noise = 1e-6 * random_complex(4, 4000)
+    measurement = measure(fft(full, (1, 2)), torch.ones(24, 28), VOXEL, noise)
+    state = last(reconstruct_variational(measurement, prior, cg_sense(measurement), VariationalConfig(sweeps=3)))
+    assert psnr(state.volume, reference, object_mask(reference)) > 40
+
+
+@pytest.mark.parametrize("coils", [1, 2, 8])
+def test_trained_prior_beats_cg_sense(coils):
+    from recon_core.prior import load_prior
+
+    kspace, mask, noise, reference = problem((48, 56, 40), coils, acceleration=3.0, snr=20.0, acs=20)
+    measurement = measure(kspace, mask, VOXEL, noise)
+    start = cg_sense(measurement)
+    state = last(reconstruct_variational(measurement, load_prior("small"), start, VariationalConfig(sweeps=9)))
+    inside = object_mask(reference)
+    assert psnr(state.volume, reference, inside) > psnr(start, reference, inside) + 1.5
+
+
+def test_same_seed_same_image_other_seed_other_order(prior):
+    kspace, mask, noise, _ = problem()
+    measurement = measure(kspace, mask, VOXEL, noise)
+    start = cg_sense(measurement)
+    images = [last(reconstruct_variational(measurement, prior, start, VariationalConfig(sweeps=3, slice_fraction=0.5), seed)).volume for seed in (0, 0, 1)]
+    assert torch.equal(images[0], images[1])
+    assert not torch.equal(images[0], images[2])
+
+
+def test_every_sweep_is_a_state_that_counts_its_evaluations(prior):
+    kspace, mask, noise, _ = problem()
+    measurement = measure(kspace, mask, VOXEL, noise)
+    states = list(reconstruct_variational(measurement, prior, cg_sense(measurement), VariationalConfig(sweeps=4)))
+    assert [s.sweep for s in states] == [1, 2, 3, 4]
+    assert states[0].network_evaluations > 0
+    noise = measurement.sigma / intensity_scale(cg_sense(measurement), VOXEL)
+    assert [s.sigma for s in states] == pytest.approx(annealed(VariationalConfig(sweeps=4), noise))
+    assert states[-1].sigma == pytest.approx(max(0.02, noise / 2))
+
+
+def test_thin_slabs_are_not_cut_across_their_thin_side():
+    assert usable_axes((1, 180, 230)) == [0]
+    assert usable_axes((180, 230, 1)) == [2]
+    assert usable_axes((40, 50, 60)) == [0, 1, 2]
+    assert usable_axes((4, 100, 90)) == [0]
+
+
+def test_misfit_of_the_true_image_is_one():
+    kspace, mask, noise, _ = problem((32, 36, 28))
+    measurement = measure(kspace, mask, VOXEL, noise)
+    exact = measurement.operator.solve(measurement.adjoint, 1e-3, iterations=60)
+    assert 0.5 < measurement.misfit(exact) < 1.1
+    assert measurement.misfit(0 * exact) > 3
+
+
+def test_averages_weigh_as_their_number():
+    """Two averages everywhere equal one scan with sigma / sqrt 2."""
+    kspace, mask, noise, _ = problem()
+    once = measure(kspace, mask, VOXEL, noise)
+    twice = measure(2 * kspace, 2 * mask, VOXEL, noise)
+    torch.testing.assert_close(twice.adjoint, once.adjoint, rtol=1e-4, atol=1e-3)
+    assert twice.sigma == pytest.approx(once.sigma / np.sqrt(2))
+
+
+@pytest.mark.parametrize("break_it,message", [
+    (lambda k, m: (k * float("nan"), m), "NaN"),
+    (lambda k, m: (k, 0 * m), "no imaging line"),
+])  # fmt: skip
+def test_bad_kspace_is_refused_in_a_sentence(break_it, message):
+    kspace, mask, noise, _ = problem()
+    kspace, mask = break_it(kspace, mask)
+    with pytest.raises(ValueError, match=message):
+        measure(kspace, mask, VOXEL, noise)
+
+
+def test_missing_calibration_is_said_aloud():
+    kspace, mask, noise, _ = problem()
+    thinned = mask.clone()
+    thinned[::2] = 0
+    measurement = measure(kspace * thinned[..., None], thinned, VOXEL, noise)
+    assert any("calibration lines cover only" in w for w in measurement.warnings)
+
+
+def test_separate_calibration_lines_make_the_maps():
+    kspace, mask, noise, reference = problem()
+    thinned = mask.clone()
+    thinned[::2] = 0
+    calibration = torch.zeros_like(mask)
+    calibration[7:17, 9:19] = 1
+    measurement = measure(kspace * thinned[..., None], thinned, VOXEL, noise, (kspace * calibration[..., None], calibration))
+    assert measurement.warnings == []
+    assert measurement.acs[0] >= 9
