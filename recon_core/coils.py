@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .fft import centre_crop_or_pad, fft, ifft
 
+MAX_ACS = 32  # more sharpens nothing and costs time
 ACS_READOUT = 24
 MIN_ACS = 8
 
@@ -27,8 +28,8 @@ def find_acs(mask: Tensor) -> tuple[int, int]:
 
 
 def cut_acs(kspace: Tensor, size: tuple[int, int]) -> Tensor:
-    """The central block [coils z y x] as true k-space along x too, at most ACS_READOUT wide."""
-    block = centre_crop_or_pad(kspace, (*size, kspace.shape[-1]))
+    """The central block [coils z y x] as true k-space along x too, at most MAX_ACS and ACS_READOUT wide."""
+    block = centre_crop_or_pad(kspace, (*(min(n, MAX_ACS) for n in size), kspace.shape[-1]))
     return centre_crop_or_pad(fft(block, (-1,)), (min(ACS_READOUT, kspace.shape[-1]),))
 
 

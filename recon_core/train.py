@@ -99,7 +99,7 @@ def denoising_loss(prior: Prior, clean: Tensor, sigma: Tensor, noise: Tensor) ->
 
 def schedule(step: int, steps: int) -> float:
     """Learning-rate factor: short warm-up, constant, linear decay over the last fifth."""
-    return min(1.0, (step + 1) / 200, max(0.01, (steps - step) / (0.2 * steps)))
+    return min(1.0, (step + 1) / min(200, 1 + steps // 10), max(0.01, (steps - step) / (0.2 * steps)))
 
 
 def model_card(volumes: list[Path], options: TrainOptions, steps: int) -> dict:

@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .fft import centre_crop_or_pad, fft, ifft
+from .fft import centre_crop_or_pad, fft, ifft, kspace_crop
 from .scale import intensity_scale
+
+MAX_VOXELS = 12_000_000
 
 
 def read_volume(path: str | Path) -> tuple[np.ndarray, tuple[float, float, float]]:
@@ -110,9 +112,16 @@ class SlicePool:
         target = [rng.uniform(max(low, min(voxel_mm)), high)] * 3
         if rng.random() < 0.4:  # slab protocols: one or more axes coarser than the finest
             target = [min(high, t * rng.uniform(1, 2.5)) for t in target]
-        taper = rng.uniform(0.05, 0.5) if rng.random() < 0.3 else 0.0
+        taper = rng.uniform(0.05, 0.9) if rng.random() < 0.4 else 0.0
         volume, voxel_mm = resample(volume, voxel_mm, target, taper)
-        return volume / intensity_scale(volume, voxel_mm)
+        volume = volume / intensity_scale(volume, voxel_mm)
+        return _zero_fill(volume, rng) if rng.random() < 0.3 else volume
+
+
+def _zero_fill(volume: Tensor, rng) -> Tensor:
+    """Interpolate along random axes by padding k-space, as protocols do: fine pixels are not always fine detail."""
+    sizes = [round(n * rng.uniform(1, 1.7)) if rng.random() < 0.6 else n for n in volume.shape]
+    return kspace_crop(volume, sizes).real.contiguous() if math.prod(sizes) <= MAX_VOXELS else volume
 
 
 def _remap_contrast(volume: Tensor, rng) -> Tensor:

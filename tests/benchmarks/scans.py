@@ -1,0 +1,58 @@
+"""Measured k-space to ISMRMRD scans, and what the benchmarks share."""
+
+from __future__ import annotations
+
+import csv
+import platform
+from pathlib import Path
+
+import ismrmrd
+import numpy as np
+import torch
+
+from gadgets.files import ScanWriter
+from gadgets.simulate import SimulateOptions, make_header
+from recon_core.fft import fft
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def write_scan(path: Path, kspace: np.ndarray, mask: np.ndarray, voxel_mm: tuple[float, float, float], dropped_after: int = 0) -> None:
+    """Write measured k-space as a scan.
+
+    Args:
+        kspace: [contrasts coils kz ky kx], centre at n//2.
+        mask: [kz ky] lines to write.
+        voxel_mm: along z, y, x.
+        dropped_after: partitions at the end of kz that were never acquired.
+    """
+    nz, ny, nx = kspace.shape[2:]
+    xml = make_header((nx, ny, nz), voxel_mm, [0, 0], SimulateOptions(coils=kspace.shape[1], oversampling=1))
+    xml = xml.replace(f"<maximum>{nz - 1}</maximum>", f"<maximum>{nz - 1 - dropped_after}</maximum>") if dropped_after else xml
+    with ScanWriter(path, xml) as writer:
+        for contrast in range(len(kspace)):
+            for z, y in np.argwhere(mask):
+                line = ismrmrd.Acquisition.from_array(np.ascontiguousarray(kspace[contrast, :, z, y]), sample_time_us=5.0)
+                line.center_sample = nx // 2
+                line.idx.kspace_encode_step_1, line.idx.kspace_encode_step_2, line.idx.contrast = int(y), int(z), contrast
+                line.read_dir, line.phase_dir, line.slice_dir = (1.0, 0, 0), (0, 1.0, 0), (0, 0, 1.0)
+                writer.append(line)
+
+
+def to_kspace(array: np.ndarray, axis: int) -> np.ndarray:
+    """Fourier transform an image axis back to k-space."""
+    return fft(torch.from_numpy(array), (axis,)).numpy()
+
+
+def save_table(name: str, rows: list[dict]) -> Path:
+    """Write rows as CSV under results/, with the machine named; print them as a table."""
+    RESULTS.mkdir(exist_ok=True)
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    path = RESULTS / f"{name}.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], "machine"])
+        writer.writeheader()
+        writer.writerows({**row, "machine": machine} for row in rows)
+    for row in rows:
+        print("  ".join(f"{k} {v}" for k, v in row.items()))
+    return path

@@ -1,0 +1,90 @@
+"""The commands: what they write, print and return."""
+
+import json
+
+import h5py
+import ismrmrd
+import numpy as np
+import pytest
+
+from gadgets.cli import main
+from gadgets.files import ScanFile, read_images
+
+
+def run(capsys, *arguments):
+    code = main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_simulate_then_recon(tmp_path, capsys):
+    scan, images = tmp_path / "scan.h5", tmp_path / "images.h5"
+    code, out, _ = run(capsys, "simulate", "phantom", scan, "--coils", 2, "--acceleration", 4, "--acs", 16, "--voxel-mm", 5, "--partial-fourier", 0.8, "--reference", tmp_path / "ref.nii.gz", "--repetitions", 2)
+    assert code == 0 and json.loads(out)["matrix"] == [32, 40, 32]
+    code, out, err = run(capsys, "recon", scan, images, "--sweeps", 2, "--device", "cpu", "--nifti", tmp_path / "nii", "--png", tmp_path / "x.png", "--json", "--group", "here")
+    assert code == 0, err
+    facts = json.loads(out.splitlines()[-1])
+    assert facts["images"] == 4 and facts["sweeps"] == 2 and facts["shape"] == [2, 32, 40, 32]
+    assert {"gathered", "measured", "preview", "sweeps"} <= set(facts["seconds"]) and facts["peak_memory_mib"] > 10
+    assert (tmp_path / "x.png").stat().st_size > 1000
+    assert len(list((tmp_path / "nii").iterdir())) == 4
+    with h5py.File(images) as file:
+        assert sorted(file["here"]) == ["image_1", "image_2"]
+        assert file["here/image_2/data"].shape == (2, 1, 32, 40, 32)
+        assert set(file["here/image_2"]) == {"data", "header", "attributes"}
+    assert [i.repetition for i in read_images(images, "here")] == [0, 1, 0, 1]
+
+
+def test_images_of_a_nifti_lie_where_the_nifti_lies(tmp_path, capsys):
+    import nibabel
+
+    rng = np.random.default_rng(0)
+    matrix = np.eye(4)
+    matrix[:3, :3] = np.linalg.qr(rng.standard_normal((3, 3)))[0] * [2.0, 2.5, 3.0]
+    matrix[:3, 3] = [11, -5, 30]
+    volume = np.zeros((20, 24, 18), np.float32)
+    volume[4:16, 5:20, 4:14] = 1
+    volume[6:8, 12:16, 9:12] = 3
+    nibabel.save(nibabel.Nifti1Image(volume, matrix), tmp_path / "in.nii.gz")
+    run(capsys, "simulate", tmp_path / "in.nii.gz", tmp_path / "scan.h5", "--coils", 1, "--pattern", "full", "--snr", 1000)
+    code, _, err = run(capsys, "recon", tmp_path / "scan.h5", tmp_path / "i.h5", "--method", "cg", "--nifti", tmp_path)
+    assert code == 0, err
+    out = nibabel.load(tmp_path / "series2_001.nii.gz")
+    np.testing.assert_allclose(out.affine, matrix, atol=1e-4)
+    assert np.corrcoef(np.asarray(out.dataobj).ravel(), volume.ravel())[0, 1] > 0.999
+
+
+@pytest.mark.parametrize("arguments,message", [
+    (("recon", "/nowhere.h5", "/tmp/x.h5"), "no such scan file"),
+    (("recon", "{scan}", "{tmp}/x.h5", "--prior", "nonesuch"), "no prior 'nonesuch'"),
+    (("recon", "{scan}", "{tmp}/x.h5", "--sweeps", "lots"), "option 'sweeps'"),
+    (("recon", "{scan}", "{tmp}/x.h5", "--method", "magic"), "option 'method'"),
+    (("recon", "{junk}", "{tmp}/x.h5"), "not an HDF5 file"),
+    (("simulate", "/nowhere.nii", "{tmp}/s.h5"), "no such volume"),
+    (("simulate", "phantom", "{tmp}/s.h5", "--acceleration", "40"), "calibration square alone takes"),
+    (("simulate", "phantom", "{tmp}/s.h5", "--snr", "0"), "snr cannot be 0"),
+    (("send", "{scan}", "{tmp}/x.h5", "--port", "1"), "no server answers"),
+])  # fmt: skip
+def test_failures_are_one_sentence_and_not_zero(tmp_path, capsys, scan_path, arguments, message):
+    (tmp_path / "junk.h5").write_bytes(b"junk")
+    filled = [a.format(scan=scan_path, tmp=tmp_path, junk=tmp_path / "junk.h5") for a in arguments]
+    code, _, err = run(capsys, *filled)
+    assert code == 1
+    assert message in err and err.strip().count("\n") == 0
+
+
+def test_priors_are_listed(capsys):
+    code, out, _ = run(capsys, "priors")
+    assert code == 0 and "small" in out
+    _, out, _ = run(capsys, "priors", "--json")
+    assert json.loads(out)[0]["sha256"]
+
+
+def test_versions_in_headers_are_stripped(tmp_path):
+    header = b'<?xml version="1.0"?><ismrmrdHeader xmlns="http://www.ismrm.org/ISMRMRD"><version>8</version><experimentalConditions/></ismrmrdHeader>'
+    with h5py.File(tmp_path / "old.h5", "w") as file:
+        group = file.create_group("dataset")
+        group.create_dataset("xml", (1,), dtype=h5py.special_dtype(vlen=bytes))[0] = header
+        group.create_dataset("data", (0,), dtype=ismrmrd.hdf5.acquisition_dtype)
+    with ScanFile(tmp_path / "old.h5") as scan:
+        assert b"<version>" not in scan.header_xml and b"experimentalConditions" in scan.header_xml

@@ -1,0 +1,257 @@
+"""The three mouths: same scan, same images; every failure told; the next scan works."""
+
+import socket
+import struct
+import threading
+
+import pytest
+from conftest import run_chain
+from peers import ClientPeer, GadgetronPeer, run_execute, same_images
+
+from gadgets.client import SendError, send_scan
+from gadgets.files import ScanFile
+from gadgets.server import Server
+from recon_core.prior import PriorError, save_prior
+
+FAST = {"sweeps": 2, "device": "cpu"}
+
+
+@pytest.fixture
+def server(prior):
+    with running(FAST, lambda options: prior) as server:
+        yield server
+
+
+class running:
+    """A server in a thread."""
+
+    def __init__(self, defaults, load_prior, **kwargs):
+        self.server = Server(("127.0.0.1", 0), defaults, load_prior, **kwargs)
+
+    def __enter__(self):
+        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        self.thread.start()
+        return self.server
+
+    def __exit__(self, *exception):
+        self.server.shutdown()
+        self.thread.join(10)
+        self.server.server_close()
+
+
+@pytest.fixture(scope="module")
+def expected(scan_path, prior):
+    return run_chain(scan_path, prior, **FAST)
+
+
+def client(server, path, name="default", **kwargs):
+    with ScanFile(path) as scan, ClientPeer(server.server_address) as peer:
+        return peer.talk(scan, name, **kwargs)
+
+
+def gadgetron(server, path, config="", **kwargs):
+    with socket.create_connection(server.server_address[:2]) as sock, ScanFile(path) as scan:
+        peer = GadgetronPeer(sock)
+        peer.run(scan, config, **kwargs)
+    return peer
+
+
+def test_preview_first_then_diffusion(expected):
+    assert [i.image_series_index for i in expected] == [1, 2]
+    assert [i.meta["GADGETRON_SeqDescription"] for i in expected] == ["_CG-SENSE preview", "_slice diffusion"]
+
+
+def test_client_gets_the_same_images(server, scan_path, expected):
+    images, texts = client(server, scan_path)
+    assert same_images(images, expected)
+    assert any("k-space gathered" in t for t in texts)
+
+
+def test_our_own_client_gets_the_same_images(server, scan_path, expected):
+    with ScanFile(scan_path) as scan:
+        assert same_images(list(send_scan(scan, *server.server_address[:2], "default")), expected)
+
+
+def test_gadgetrons_connect_gets_the_same_images(server, scan_path, expected):
+    peer = gadgetron(server, scan_path)
+    assert peer.closed and not peer.errors
+    assert same_images(peer.images, expected)
+
+
+def test_gadgetron_without_a_configuration_element(server, scan_path, expected):
+    assert same_images(gadgetron(server, scan_path, None).images, expected)
+
+
+def test_gadgetrons_execute_gets_the_same_images(scan_path, tmp_path, prior, expected):
+    save_prior(prior, tmp_path / "gauss.safetensors", {})
+    properties = f'<property name="sweeps" value="2"/><property name="device" value="cpu"/><property name="prior" value="{tmp_path}/gauss.safetensors"/>'
+    peer, code = run_execute(scan_path, properties)
+    assert (code, peer.errors, peer.closed) == (0, [], True)
+    assert [i.data.shape for i in peer.images] == [i.data.shape for i in expected]
+    exact = run_chain(scan_path, load_gauss(tmp_path), **FAST)
+    assert same_images(peer.images, exact)
+
+
+def load_gauss(folder):
+    from recon_core.prior import load_prior
+
+    return load_prior(folder / "gauss.safetensors")
+
+
+def test_options_by_property_preset_name_chain_and_host_text(server, scan_path):
+    assert len(gadgetron(server, scan_path, '<property name="method" value="cg"/>').images) == 1
+    assert len(client(server, scan_path, "fast")[0]) == 2
+    assert len(client(server, scan_path, "slicediff_connect.xml")[0]) == 2
+    assert len(client(server, scan_path, text='{"parameters": {"method": "zero-filled"}}')[0]) == 1
+
+
+def test_wrong_property_is_refused_by_name(server, scan_path):
+    peer = gadgetron(server, scan_path, '<property name="swweeps" value="2"/>')
+    assert not peer.images and peer.closed
+    assert len(peer.errors) == 1 and "unknown option 'swweeps'" in peer.errors[0]
+
+
+def test_unknown_configuration_is_refused_by_name(server, scan_path, expected):
+    images, texts = client(server, scan_path, "Generic_Cartesian_Grappa.xml")
+    assert not images and texts[-1].startswith("ERROR: unknown configuration 'Generic_Cartesian_Grappa.xml'")
+    assert same_images(client(server, scan_path)[0], expected)
+
+
+def test_truncated_stream_is_told_and_the_next_scan_works(server, scan_path, expected):
+    images, texts = client(server, scan_path, lines=40, close=False)
+    assert not images and "ended before its CLOSE" in texts[-1]
+    peer = gadgetron(server, scan_path, cut_after=40)
+    assert not peer.images and "ended before its CLOSE" in peer.errors[0]
+    assert same_images(client(server, scan_path)[0], expected)
+
+
+def test_aborted_scan_is_reconstructed_with_a_warning(server, scan_path):
+    images, texts = client(server, scan_path, lines=200)
+    assert len(images) == 2 and "incomplete" in images[1].meta["ImageComments"]
+    assert any("incomplete" in t for t in texts)
+
+
+def test_a_raising_solver_leaves_the_preview_and_a_sentence(scan_path, expected, prior):
+    class Breaking:
+        def __call__(self, x, sigma):
+            raise RuntimeError("CUDA out of memory")
+
+    priors = [Breaking()]
+    with running(FAST, lambda options: priors[0]) as server:
+        images, texts = client(server, scan_path)
+        assert same_images(images, expected[:1])
+        assert texts[-1].startswith("ERROR: ") and "CUDA out of memory" in texts[-1]
+        peer = gadgetron(server, scan_path)
+        assert same_images(peer.images, expected[:1]) and "CUDA out of memory" in peer.errors[0]
+        with ScanFile(scan_path) as scan, pytest.raises(SendError, match="CUDA out of memory.*1 images were received"):
+            list(send_scan(scan, *server.server_address[:2], "default"))
+        server.priors.clear()
+        priors[0] = prior
+        assert same_images(client(server, scan_path)[0], expected)
+
+
+def test_an_image_of_nan_is_not_sent(scan_path):
+    with running(FAST, lambda options: lambda x, sigma: x * float("nan")) as server:
+        images, texts = client(server, scan_path)
+    assert len(images) == 1 and "NaN" in texts[-1]
+
+
+def test_missing_weights_are_a_sentence(scan_path, other_scan_path):
+    with running(FAST, missing_weights) as server:
+        images, texts = client(server, scan_path)
+        assert not images and texts[-1] == "ERROR: no prior 'gone'"
+        assert len(client(server, other_scan_path, text='{"parameters": {"method": "cg"}}')[0]) == 1
+
+
+def missing_weights(options):
+    if options.method == "diffusion":
+        raise PriorError("no prior 'gone'")
+    return None
+
+
+def test_missing_weights_reach_gadgetron(scan_path):
+    peer, code = run_execute(scan_path, '<property name="prior" value="/nowhere.safetensors"/>')
+    assert not peer.images and peer.closed and code == 0
+    assert "no prior '/nowhere.safetensors'" in peer.errors[0]
+
+
+def test_execute_ends_when_gadgetron_dies(scan_path):
+    """The stock connection would read for ever; ours tells what it can and goes."""
+    peer, code = run_execute(scan_path, '<property name="method" value="cg"/>', cut_after=50)
+    assert "ended before its CLOSE" in peer.errors[0]
+
+
+@pytest.mark.parametrize("noise", [b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 64, struct.pack("<HI", 3, 5) + b"<xml>" + struct.pack("<H", 4), struct.pack("<H", 1008)])
+def test_garbage_is_answered_and_the_next_scan_works(server, noise, scan_path, expected):
+    with socket.create_connection(server.server_address[:2]) as sock:
+        sock.sendall(noise)
+        sock.shutdown(socket.SHUT_WR)
+        sock.settimeout(20)
+        answer = b""
+        while chunk := sock.recv(1 << 16):
+            answer += chunk
+    assert b"ERROR: " in answer and answer.endswith(b"\x04\x00")
+    assert same_images(client(server, scan_path)[0], expected)
+
+
+def test_queries_and_empty_conversations(server):
+    with ClientPeer(server.server_address) as peer:
+        peer.wire.send_query("gadgetron::info", 9)
+        peer.wire.close()
+        ((kind, (number, text)),) = peer.wire.messages()
+        assert (kind, number) == (7, 9) and "slicediff" in text
+    with ClientPeer(server.server_address) as peer:  # what the client does first when noise is a dependency
+        assert peer.talk(None) == ([], [])
+
+
+def test_a_silent_peer_is_let_go(prior, scan_path):
+    with running(FAST, lambda options: prior, timeout_s=0.3) as server, ClientPeer(server.server_address) as peer:
+        peer.wire.send_config_file("default")
+        (message,) = list(peer.wire.messages())
+        assert "sent nothing for 0.3 s" in message[1]
+
+
+def test_two_clients_at_once(server, scan_path, other_scan_path, expected, prior):
+    results = {}
+    threads = [threading.Thread(target=lambda p=p: results.update({p: client(server, p)[0]})) for p in (scan_path, other_scan_path)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert same_images(results[scan_path], expected)
+    assert same_images(results[other_scan_path], run_chain(other_scan_path, prior, **FAST))
+
+
+def test_weights_are_loaded_once(scan_path, prior):
+    loads = []
+    with running(FAST, lambda options: loads.append(1) or prior) as server:
+        for _ in range(3):
+            client(server, scan_path)
+    assert loads == [1]
+
+
+def test_no_server_is_a_sentence(scan_path):
+    with ScanFile(scan_path) as scan, pytest.raises(SendError, match="no server answers at 127.0.0.1 port 1"):
+        list(send_scan(scan, "127.0.0.1", 1, "default"))
+
+
+def test_a_server_that_sends_nothing_is_an_error(scan_path):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer():
+            sock, _ = listener.accept()
+            with sock, sock.makefile("rb") as stream:
+                sock.sendall(struct.pack("<H", 4))
+                sock.shutdown(socket.SHUT_WR)
+                stream.read()
+
+        threading.Thread(target=answer, daemon=True).start()
+        with ScanFile(scan_path) as scan, pytest.raises(SendError, match="without sending an image"):
+            list(send_scan(scan, *listener.getsockname(), "default"))
+
+
+def test_deadline_returns_the_best_so_far(scan_path, prior):
+    _, image = run_chain(scan_path, prior, sweeps=1000, deadline_s=0.3)
+    assert "stopped at the deadline of 0.3 s after" in image.meta["ImageComments"]
+
+

@@ -1,0 +1,87 @@
+"""Training: what it learns from, that it goes on after a kill, that it repeats itself."""
+
+import numpy as np
+import pytest
+import torch
+
+from recon_core.prior import load_prior
+from recon_core.simulate import phantom
+from recon_core.train import TrainOptions, train
+from recon_core.volumes import SlicePool, resample
+
+
+@pytest.fixture
+def volumes(tmp_path):
+    paths = []
+    for i in range(2):
+        path = tmp_path / f"volume{i}.npy"
+        np.save(path, (phantom((40, 44, 36)).numpy() * (100 + 50 * i)).astype(np.uint8))
+        paths.append(path)
+    return paths
+
+
+QUICK = TrainOptions(steps=6, batch=2, crop=16, save_every_s=0)
+
+
+def test_loss_falls(volumes, tmp_path):
+    prior = train(volumes, tmp_path / "p.safetensors", TrainOptions(steps=80, batch=4, crop=32, ema_decay=0.9), log=lambda s: None)
+    pool = SlicePool(volumes, crop=32, size=2)
+    clean = pool.batch(0, 8)
+    noisy = clean + 0.2 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    untrained = noisy * (0.25 / (0.25 + 0.04))
+    with torch.no_grad():
+        assert (prior(noisy, 0.2) - clean).square().mean() < 0.8 * (untrained - clean).square().mean()
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(volumes, tmp_path):
+    whole = train(volumes, tmp_path / "whole.safetensors", QUICK, log=lambda s: None)
+
+    class Killed(Exception):
+        pass
+
+    saves = []
+
+    def kill(data, path, save=torch.save):
+        save(data, path)
+        saves.append(1)
+        if len(saves) == 3:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "save", lambda data, path: kill(data, path))
+        with pytest.raises(Killed):
+            train(volumes, tmp_path / "cut.safetensors", QUICK, log=lambda s: None)
+    resumed = train(volumes, tmp_path / "cut.safetensors", QUICK, log=lambda s: None)
+    for a, b in zip(whole.parameters(), resumed.parameters()):
+        torch.testing.assert_close(a, b)
+    assert load_prior(tmp_path / "cut.safetensors").card["training"]["steps_done"] == 6
+
+
+def test_slices_follow_from_seed_and_step(volumes):
+    first, second = SlicePool(volumes, crop=24, size=2, seed=3), SlicePool(volumes, crop=24, size=2, seed=3)
+    first.batch(0, 4)
+    assert torch.equal(first.batch(30, 4), second.batch(30, 4))
+    assert not torch.equal(first.batch(31, 4), first.batch(30, 4))
+
+
+def test_slices_are_complex_bright_and_rarely_empty(volumes):
+    pool = SlicePool(volumes, crop=32, size=3)
+    slices = torch.cat([pool.batch(step, 16) for step in range(6)])
+    magnitude = slices.norm(dim=1)
+    assert slices.shape[1:] == (2, 32, 32)
+    assert (magnitude.amax(dim=(1, 2)) > 0.3).float().mean() > 0.9
+    assert 0.5 < float(magnitude.amax(dim=(1, 2)).median()) < 3
+    assert float(slices.mean().abs()) < 0.1, "phase should be anywhere"
+
+
+def test_resampling_blurs_through_the_plane_too():
+    volume = torch.zeros(40, 40, 40)
+    volume[20] = 1
+    out, voxel_mm = resample(volume, (1.0, 1.0, 1.0), (4.0, 2.0, 1.0))
+    assert out.shape == (10, 20, 40) and voxel_mm == (4.0, 2.0, 1.0)
+    assert float(out[5].mean()) == pytest.approx(0.25, abs=0.03)
+
+
+def test_no_volumes_is_a_sentence(tmp_path):
+    with pytest.raises(ValueError, match="at least one training volume"):
+        train([], tmp_path / "x.safetensors", QUICK)
