@@ -111,6 +111,7 @@ def _train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("volumes", type=Path, nargs="+", help="NIfTI or .npy magnitude volumes, or folders of them")
     parser.add_argument("--out", type=Path, required=True, help=".safetensors file to write; its .checkpoint is resumed from")
     parser.add_argument("--architecture", default="small")
+    parser.add_argument("--start-from", metavar="NAME|PATH", help="go on from these weights, for example to add a site's own volumes")
     parser.add_argument("--steps", type=int, default=12000)
     parser.add_argument("--seed", type=int, default=0)
     parser.set_defaults(run=run_train)
@@ -226,7 +227,7 @@ def run_train(arguments: argparse.Namespace) -> int:
     from recon_core.train import TrainOptions, train
 
     volumes = [f for v in arguments.volumes for f in (sorted(p for p in v.iterdir() if p.name.endswith((".nii.gz", ".nii", ".npy"))) if v.is_dir() else [v])]
-    train(volumes, arguments.out, TrainOptions(architecture=arguments.architecture, steps=arguments.steps, seed=arguments.seed))
+    train(volumes, arguments.out, TrainOptions(architecture=arguments.architecture, steps=arguments.steps, seed=arguments.seed, start_from=arguments.start_from))
     return 0
 
 

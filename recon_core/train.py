@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .prior import Prior, save_prior
+from .prior import Prior, find_weights, load_prior, read_card, save_prior
 from .volumes import SlicePool
 
 SIGMA_BINS = (0.01, 0.03, 0.1, 0.3, 1.0, 2.0)
@@ -41,6 +41,7 @@ class TrainOptions:
     sigma_range: tuple[float, float] = (0.008, 2.0)
     seed: int = 0
     save_every_s: float = 60.0
+    start_from: str | None = None
 
 
 def train(volumes: list[Path], out: Path, options: TrainOptions, log=print) -> Prior:
@@ -50,7 +51,7 @@ def train(volumes: list[Path], out: Path, options: TrainOptions, log=print) -> P
         ValueError: if there are no volumes, or a loss is not finite.
     """
     torch.manual_seed(options.seed)
-    prior = Prior(options.architecture).to(memory_format=torch.channels_last)
+    prior = first_prior(options).to(memory_format=torch.channels_last)
     average = copy.deepcopy(prior).requires_grad_(False)
     optimiser = torch.optim.AdamW(prior.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     checkpoint = out.with_suffix(".checkpoint")
@@ -81,6 +82,21 @@ def train(volumes: list[Path], out: Path, options: TrainOptions, log=print) -> P
     return average
 
 
+def first_prior(options: TrainOptions) -> Prior:
+    """The network a new run begins with: untrained, or the weights it is told to start from.
+
+    Raises:
+        PriorError: if those weights cannot be loaded.
+        ValueError: if they are of another architecture.
+    """
+    if options.start_from is None:
+        return Prior(options.architecture)
+    prior = load_prior(options.start_from)
+    if prior.architecture != options.architecture:
+        raise ValueError(f"{options.start_from} is of architecture {prior.architecture!r}, asked for {options.architecture!r}; name one of them")
+    return prior.train().requires_grad_(True)
+
+
 def draw_noise(clean: Tensor, step: int, options: TrainOptions) -> tuple[Tensor, Tensor]:
     """Noise level [slices] (log-normal, truncated) and unit noise like `clean` for this step."""
     rng = np.random.default_rng([options.seed, 3, step])
@@ -104,8 +120,12 @@ def schedule(step: int, steps: int) -> float:
 
 def model_card(volumes: list[Path], options: TrainOptions, steps: int) -> dict:
     """What a user should know of these weights; completed with hash and size by save_prior."""
+    training = {**asdict(options), "steps_done": steps, "volumes": sorted(Path(v).name for v in volumes)}
+    if options.start_from:
+        training["start_from"] = Path(options.start_from).name
+        training["earlier"] = read_card(find_weights(options.start_from))["training"]
     return {
-        "training": {**asdict(options), "steps_done": steps, "volumes": sorted(Path(v).name for v in volumes)},
+        "training": training,
         "orientations": "axial, coronal, sagittal",
         "intensity_scale": "sum|v|^3/sum|v|^2 at 8 mm is 1",
     }

@@ -29,15 +29,15 @@ class VariationalConfig:
     """sigma in units of tissue brightness.
 
     With n the noise of the data in those units, a sweep at sigma pulls towards its denoised image with
-    rho = prior_weight * n * (n / sigma)^2. The factor (n / sigma)^2 is the Gaussian model's; the further n was
-    found by experiment (SNR 10 to 60, R 3 to 8, 1 to 8 coils): a fixed factor that suits clean data leaves
-    noisy data noisy. For the same reason sigma never falls below n / 2.
+    rho = prior_weight * (n / sigma)^2: the Gaussian model's balance of data noise and prior noise, times one
+    factor, found by experiment (tests/benchmarks/prior_weight.py) and the same for every protocol.
+    sigma never falls below n / 2.
     """
 
     sweeps: int = 24
     sigma_max: float = 0.3
     sigma_min: float = 0.02
-    prior_weight: float = 3.0
+    prior_weight: float = 0.2
     momentum: float = 0.8
     cg_iterations: int = 4
     slice_fraction: float = 1.0
@@ -80,7 +80,7 @@ def reconstruct_variational(
         axes = axes or [a for a in torch.randperm(3, generator=random).tolist() if a in usable]
         denoised = x + config.momentum * (x - previous)
         evaluations += denoise_slices(denoised[box], prior, sigma, axes.pop(), config.slice_fraction, random)
-        rho = config.prior_weight * noise * (noise / sigma) ** 2
+        rho = config.prior_weight * (noise / sigma) ** 2
         previous = x
         x = measurement.operator.solve(target + rho * denoised, rho, denoised, config.cg_iterations)
         yield State(sweep, config.sweeps, sigma, x * scale, evaluations)

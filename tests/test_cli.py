@@ -1,6 +1,9 @@
 """The commands: what they write, print and return."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import h5py
 import ismrmrd
@@ -88,3 +91,21 @@ def test_versions_in_headers_are_stripped(tmp_path):
         group.create_dataset("data", (0,), dtype=ismrmrd.hdf5.acquisition_dtype)
     with ScanFile(tmp_path / "old.h5") as scan:
         assert b"<version>" not in scan.header_xml and b"experimentalConditions" in scan.header_xml
+
+
+def test_serve_and_send_as_processes(tmp_path, capsys, scan_path):
+    """The server prints its port, serves, refuses no second scan, and ends on SIGTERM with exit code 0."""
+    code = "import sys; from gadgets.cli import main; sys.exit(main())"
+    serve = [sys.executable, "-W", "ignore", "-c", code, "serve", "--port", "0", "--sweeps", "2", "--device", "cpu"]
+    with subprocess.Popen(serve, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        try:
+            port = server.stdout.readline().split()[-1]
+            for name in ("first", "second"):
+                code, out, err = run(capsys, "send", scan_path, tmp_path / f"{name}.h5", "--port", port)
+                assert code == 0 and "2 images written" in out, err
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(20) == 0
+        finally:
+            server.kill()
+    first, second = (read_images(tmp_path / f"{name}.h5")[1].data for name in ("first", "second"))
+    assert np.array_equal(first, second)

@@ -6,7 +6,7 @@ import torch
 
 from recon_core.prior import load_prior
 from recon_core.simulate import phantom
-from recon_core.train import TrainOptions, train
+from recon_core.train import TrainOptions, first_prior, train
 from recon_core.volumes import SlicePool, resample
 
 
@@ -85,3 +85,16 @@ def test_resampling_blurs_through_the_plane_too():
 def test_no_volumes_is_a_sentence(tmp_path):
     with pytest.raises(ValueError, match="at least one training volume"):
         train([], tmp_path / "x.safetensors", QUICK)
+
+
+def test_starting_from_other_weights_keeps_them_and_their_history(volumes, tmp_path):
+    """As a site does that adds its own volumes: the card tells both trainings, and no path of the machine."""
+    first = train(volumes, tmp_path / "first.safetensors", QUICK, log=lambda s: None)
+    again = TrainOptions(steps=2, batch=2, crop=16, seed=1, start_from=str(tmp_path / "first.safetensors"))
+    for a, b in zip(first.parameters(), first_prior(again).parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)  # stored in half precision
+    train(volumes, tmp_path / "second.safetensors", again, log=lambda s: None)
+    training = load_prior(tmp_path / "second.safetensors").card["training"]
+    assert training["start_from"] == "first.safetensors" and training["earlier"]["steps_done"] == 6
+    with pytest.raises(ValueError, match="asked for 'base'"):
+        first_prior(TrainOptions(architecture="base", start_from=str(tmp_path / "first.safetensors")))

@@ -43,10 +43,10 @@ def test_gaussian_prior_reaches_its_closed_form_optimum():
     y = fft(random_complex(*shape)[None] + 3, (1, 2)) * mask[..., None]
     measurement = Measurement(operator, operator.adjoint(y), 1.0, 1, 0.05, VOXEL, (5, 5))
     shrink = data**2 / (data**2 + sigma**2)
-    config = VariationalConfig(sweeps=400, sigma_max=sigma, sigma_min=sigma, prior_weight=40.0, cg_iterations=8)
+    config = VariationalConfig(sweeps=400, sigma_max=sigma, sigma_min=sigma, prior_weight=2.0, cg_iterations=8)
     state = last(reconstruct_variational(measurement, lambda x, s: x * shrink, operator.adjoint(y), config))
     noise = 0.05 / intensity_scale(operator.adjoint(y), VOXEL)
-    rho = 40.0 * noise * (noise / sigma) ** 2
+    rho = 2.0 * (noise / sigma) ** 2
     expected = operator.solve(operator.adjoint(y), rho * (1 - shrink), iterations=50)
     assert (state.volume - expected).norm() / expected.norm() < 1e-4
 

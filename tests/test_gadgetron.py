@@ -1,0 +1,104 @@
+"""With the real Gadgetron and its client: our chains on its server, its client on ours."""
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import run_chain
+
+from gadgets.files import read_images
+from recon_core.prior import load_prior
+
+pytestmark = pytest.mark.gadgetron
+CHAINS = Path(__file__).resolve().parents[1] / "config_xml"
+FAST = '<property name="sweeps" value="2"/><property name="device" value="cpu"/>'
+COMMAND = [sys.executable, "-c", "import sys; from gadgets.cli import main; sys.exit(main())"]
+LOST_WAKE_UP = "Bad file descriptor"  # a known race in the client's connect; the run may be repeated
+
+
+@pytest.fixture(scope="module")
+def expected(scan_path):
+    return run_chain(scan_path, load_prior("small"), sweeps=2)
+
+
+@contextlib.contextmanager
+def serving(command, environment=None):
+    """A server process that listens on a free port, given to `command` as its last argument; yields the port."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    process = subprocess.Popen([*command, str(port)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            assert process.poll() is None, f"{command[0]} ended with {process.returncode}"
+            time.sleep(0.1)
+        yield port
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@contextlib.contextmanager
+def gadgetron():
+    """Gadgetron with this interpreter first on its PATH, for <execute>."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    with serving([shutil.which("gadgetron"), "-p"], environment) as port:
+        yield port
+
+
+def run_client(port, scan, out, *config):
+    """What gadgetron_ismrmrd_client printed."""
+    for _ in range(5):
+        command = ["gadgetron_ismrmrd_client", "-a", "127.0.0.1", "-p", str(port), "-f", str(scan), "-o", str(out), "-G", "images", *config]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        if LOST_WAKE_UP not in done.stdout + done.stderr:
+            break
+        out.unlink(missing_ok=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def assert_same_pixels(path, expected):
+    found = read_images(path, "images")
+    assert [i.image_series_index for i in found] == [i.image_series_index for i in expected]
+    for mine, theirs in zip(expected, found):
+        assert theirs.data.tobytes() == mine.data.tobytes()
+        for name in ("matrix_size", "field_of_view", "position", "read_dir", "phase_dir", "slice_dir"):
+            assert list(getattr(theirs.getHead(), name)) == list(getattr(mine.getHead(), name)), name
+
+
+def test_execute_chain(scan_path, tmp_path, expected):
+    chain = (CHAINS / "slicediff_execute.xml").read_text().replace("<configuration>\n                <property", f"<configuration>{FAST}<property")
+    assert FAST in chain
+    (tmp_path / "chain.xml").write_text(chain)
+    with gadgetron() as port:
+        run_client(port, scan_path, tmp_path / "out.h5", "-C", str(tmp_path / "chain.xml"))
+    assert_same_pixels(tmp_path / "out.h5", expected)
+
+
+def test_connect_chain(scan_path, tmp_path, expected):
+    with serving([*COMMAND, "serve", "--sweeps", "2", "--device", "cpu", "--port"]) as ours, gadgetron() as port:
+        (tmp_path / "chain.xml").write_text((CHAINS / "slicediff_connect.xml").read_text().replace('port="9003"', f'port="{ours}"'))
+        run_client(port, scan_path, tmp_path / "out.h5", "-C", str(tmp_path / "chain.xml"))
+    assert_same_pixels(tmp_path / "out.h5", expected)
+
+
+def test_an_error_reaches_the_client(scan_path, tmp_path):
+    chain = (CHAINS / "slicediff_execute.xml").read_text().replace('name="method" value="diffusion"', 'name="method" value="magic"')
+    (tmp_path / "chain.xml").write_text(chain)
+    with gadgetron() as port:
+        assert "option 'method'" in run_client(port, scan_path, tmp_path / "out.h5", "-C", str(tmp_path / "chain.xml"))
+    assert not (tmp_path / "out.h5").exists() or not read_images(tmp_path / "out.h5", "images")
+
+
+def test_gadgetrons_client_on_our_server(scan_path, tmp_path, expected):
+    with serving([*COMMAND, "serve", "--sweeps", "2", "--device", "cpu", "--port"]) as port:
+        run_client(port, scan_path, tmp_path / "out.h5", "-c", "default")
+    assert_same_pixels(tmp_path / "out.h5", expected)
