@@ -34,12 +34,12 @@ class VariationalConfig:
     sigma never falls below n / 2.
     """
 
-    sweeps: int = 24
+    sweeps: int = 16
     sigma_max: float = 0.3
     sigma_min: float = 0.02
-    prior_weight: float = 0.2
+    prior_weight: float = 0.25
     momentum: float = 0.8
-    cg_iterations: int = 4
+    cg_iterations: int = 3
     slice_fraction: float = 1.0
 
 
