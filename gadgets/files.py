@@ -113,7 +113,7 @@ class ImageWriter:
 
     def write(self, image: ismrmrd.Image) -> None:
         """Append one image; written to disk at once, so that a later failure loses nothing."""
-        with ismrmrd.Dataset(self.path, self.group, mode="a") as dataset:
+        with ismrmrd.Dataset(self.path, self.group) as dataset:
             dataset.append_image(f"image_{image.image_series_index}", image)
         self.images.append(image)
         self.count += 1
@@ -126,7 +126,7 @@ def read_images(path: str | Path, group: str | None = None) -> list[ismrmrd.Imag
     with h5py.File(path, "r") as file:
         group = group or sorted(file)[-1]
         names = sorted(file[group])
-    with ismrmrd.Dataset(path, group, mode="r") as dataset:
+    with ismrmrd.Dataset(path, group) as dataset:
         return [dataset.read_image(name, i) for name in names for i in range(dataset.number_of_images(name))]
 
 
