@@ -11,7 +11,7 @@ import threading
 import time
 from pathlib import Path
 
-from .options import Options, OptionsError, make_options
+from .options import Options, make_options
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,9 +32,16 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, without the whole usage before it."""
+
+    def error(self, message: str):
+        self.exit(2, f"slicediff: {message} (see {self.prog} --help)\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line; reconstruction options come from options.py."""
-    parser = argparse.ArgumentParser(prog="slicediff", description="3D MRI reconstruction with a 2D diffusion prior, for Gadgetron, MRD streams and files.")
+    parser = Parser(prog="slicediff", description="3D MRI reconstruction with a 2D diffusion prior, for Gadgetron, MRD streams and files.")
     parser.add_argument("-v", "--verbose", action="store_true", help="log what happens, with tracebacks")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _demo(commands.add_parser("demo", help="run the whole chain on the shipped example and draw the result"))
@@ -63,7 +70,7 @@ def _simulate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pattern", choices=("poisson", "regular", "full"), default="poisson")
     parser.add_argument("--acs", type=int, default=24, help="calibration lines along each phase-encode axis")
     parser.add_argument("--snr", type=float, default=30.0, help="tissue brightness over noise of the full scan's image")
-    parser.add_argument("--partial-fourier", type=float, nargs="+", default=[1.0], metavar="F", help="acquired fraction along E1 (and E2)")
+    parser.add_argument("--partial-fourier", type=_fractions, default=(1.0, 1.0), metavar="F[,F2]", help="acquired fraction along E1 (and E2)")
     parser.add_argument("--oversampling", type=float, default=2.0, help="of the readout")
     parser.add_argument("--noise-lines", type=int, default=16)
     parser.add_argument("--oblique", action="store_true", help="tilt the slab about two axes")
@@ -71,6 +78,11 @@ def _simulate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--reference", type=Path, help="NIfTI to write the noise-free image to")
     parser.set_defaults(run=run_simulate)
+
+
+def _fractions(text: str) -> tuple[float, float]:
+    first, _, second = text.partition(",")
+    return float(first), float(second or 1)
 
 
 def _recon(parser: argparse.ArgumentParser) -> None:
@@ -149,11 +161,8 @@ def run_simulate(arguments: argparse.Namespace) -> int:
     from .simulate import SimulateOptions, simulate
 
     a = vars(arguments)
-    fractions = tuple(a["partial_fourier"])
-    if len(fractions) > 2:
-        raise OptionsError(f"--partial-fourier takes one or two fractions (E1, E2), got {len(fractions)}")
     names = ("voxel_mm", "coils", "acceleration", "pattern", "acs", "snr", "oversampling", "noise_lines", "oblique", "repetitions", "seed")
-    options = SimulateOptions(**{n: a[n] for n in names}, partial_fourier=(*fractions, 1.0)[:2])
+    options = SimulateOptions(**{n: a[n] for n in names}, partial_fourier=a["partial_fourier"])
     print(json.dumps(simulate(arguments.volume, arguments.scan, options, arguments.reference)))
     return 0
 

@@ -22,9 +22,9 @@ class Options(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    method: Literal["diffusion", "cg", "zero-filled"] = Field("diffusion", description="which image is wanted")
+    method: Literal["diffusion", "cg", "zero-filled"] = Field("diffusion", description="the image wanted: diffusion, cg or zero-filled")
     prior: str = Field("small", description="name of a shipped prior, or path of a .safetensors file")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to compute; auto takes a GPU if there is one")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto (a GPU if there is one), cpu or cuda")
     preview: bool = Field(True, description="send the CG-SENSE image first, as a series of its own")
     coils: int = Field(12, ge=1, le=128, description="at most this many virtual coils after compression")
     sweeps: int = Field(16, ge=1, le=1000, description="passes over the volume; more is better and slower")
@@ -34,8 +34,8 @@ class Options(BaseModel):
     slice_fraction: float = Field(1.0, gt=0, le=1, description="share of the slices denoised per sweep")
     deadline_s: float | None = Field(None, gt=0, description="stop the sweeps after this time and send what there is")
     seed: int = Field(0, ge=0, description="of the random slices")
-    output: Literal["uint16", "float32", "complex64"] = Field("uint16", description="pixel type of the images")
-    layout: Literal["volume", "partitions"] = Field("volume", description="one 3D image, or one image per partition")
+    output: Literal["uint16", "float32", "complex64"] = Field("uint16", description="pixel type: uint16 (12 bit), float32 or complex64")
+    layout: Literal["volume", "partitions"] = Field("volume", description="volume (one 3D image) or partitions (one image each)")
 
     @model_validator(mode="after")
     def _noise_levels_fall(self) -> Options:

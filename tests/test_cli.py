@@ -12,6 +12,7 @@ import pytest
 
 from gadgets.cli import main
 from gadgets.files import ScanFile, read_images
+from gadgets.header import parse_header
 
 
 def run(capsys, *arguments):
@@ -74,6 +75,22 @@ def test_failures_are_one_sentence_and_not_zero(tmp_path, capsys, scan_path, arg
     code, _, err = run(capsys, *filled)
     assert code == 1
     assert message in err and err.strip().count("\n") == 0
+
+
+@pytest.mark.parametrize("arguments", [("simulate", "phantom"), ("simulate", "phantom", "s.h5", "--coils", "many"), ("nonesuch",), ()])
+def test_wrong_command_lines_are_one_sentence(capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("slicediff: ") and err.count("\n") == 1
+
+
+def test_partial_fourier_of_one_or_both_axes(tmp_path, capsys):
+    for fractions, limits in (("0.75", (29, 31)), ("0.75,0.8", (29, 25))):
+        code, _, _ = run(capsys, "simulate", "--partial-fourier", fractions, "--coils", 1, "--voxel-mm", 5, "--acs", 8, "phantom", tmp_path / "s.h5")
+        with ScanFile(tmp_path / "s.h5") as scan:
+            found = parse_header(scan.header_xml).encoding[0].encodingLimits
+        assert code == 0 and (found.kspace_encoding_step_1.maximum, found.kspace_encoding_step_2.maximum) == limits
 
 
 def test_priors_are_listed(capsys):
