@@ -122,10 +122,11 @@ def _priors(parser: argparse.ArgumentParser) -> None:
 def _train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("volumes", type=Path, nargs="+", help="NIfTI or .npy magnitude volumes, or folders of them")
     parser.add_argument("--out", type=Path, required=True, help=".safetensors file to write; its .checkpoint is resumed from")
-    parser.add_argument("--architecture", default="small")
+    parser.add_argument("--validate", type=Path, nargs="+", default=[], metavar="VOLUME", help="volumes to measure on; they are not trained on")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of training options; the options below win over it")
     parser.add_argument("--start-from", metavar="NAME|PATH", help="go on from these weights, for example to add a site's own volumes")
-    parser.add_argument("--steps", type=int, default=12000)
-    parser.add_argument("--seed", type=int, default=0)
+    for name in ("architecture", "steps", "batch", "seed", "device"):
+        parser.add_argument(f"--{name}")
     parser.set_defaults(run=run_train)
 
 
@@ -233,10 +234,17 @@ def run_priors(arguments: argparse.Namespace) -> int:
 
 
 def run_train(arguments: argparse.Namespace) -> int:
-    from recon_core.train import TrainOptions, train
+    from recon_core.train import train
 
-    volumes = [f for v in arguments.volumes for f in (sorted(p for p in v.iterdir() if p.name.endswith((".nii.gz", ".nii", ".npy"))) if v.is_dir() else [v])]
-    train(volumes, arguments.out, TrainOptions(architecture=arguments.architecture, steps=arguments.steps, seed=arguments.seed, start_from=arguments.start_from))
+    from .figure import draw_denoising
+    from .training import find_volumes, make_train_options
+
+    names = ("start_from", "architecture", "steps", "batch", "seed", "device")
+    options = make_train_options(arguments.config, {n: v for n in names if (v := getattr(arguments, n)) is not None})
+    held_out = find_volumes(arguments.validate)
+    volumes = [v for v in find_volumes(arguments.volumes) if v.resolve() not in {h.resolve() for h in held_out}]
+    picture = arguments.out.with_suffix(".png")
+    train(volumes, arguments.out, options, lambda line: print(line, flush=True), held_out, lambda step, images: draw_denoising(images.numpy(), f"step {step}", picture))
     return 0
 
 

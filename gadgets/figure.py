@@ -32,6 +32,22 @@ def draw_comparison(volumes: dict[str, np.ndarray], affine: np.ndarray, path: st
     _draw([(f"{name}\n{captions.get(name, '')}".strip(), v) for name, v in volumes.items()], affine, path, volumes[reference])
 
 
+def draw_denoising(images: np.ndarray, title: str, path: str | Path) -> None:
+    """Slices [noisy|denoised|clean slices h w] as rows and columns, as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows, columns = images.shape[:2]
+    figure = Figure(figsize=(1.6 * columns, 1.6 * rows + 0.4), facecolor="black")
+    FigureCanvasAgg(figure)
+    for axis, image in zip(figure.subplots(rows, columns, squeeze=False).flat, images.reshape(-1, *images.shape[2:])):
+        axis.imshow(image, cmap="gray", vmin=0, vmax=1.8)
+        axis.axis("off")
+    figure.suptitle(f"{title}: noisy, denoised, clean", color="white", fontsize=10)
+    figure.subplots_adjust(0.01, 0.01, 0.99, 1 - 0.35 / figure.get_figheight(), 0.02, 0.02)
+    figure.savefig(path, dpi=100, facecolor="black")
+
+
 def _draw(columns: list[tuple[str, np.ndarray]], affine: np.ndarray, path: str | Path, reference: np.ndarray | None) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,7 +62,7 @@ def make_options(*sources: Mapping[str, Any]) -> Options:
     try:
         return Options.model_validate(merged)
     except ValidationError as error:
-        raise OptionsError(_sentence(error)) from None
+        raise OptionsError(error_sentence(error, [*Options.model_fields, "preset"])) from None
 
 
 def read_preset(name_or_path: str) -> dict[str, Any]:
@@ -71,12 +71,17 @@ def read_preset(name_or_path: str) -> dict[str, Any]:
     path = shipped if shipped.is_file() else Path(name_or_path)
     if not path.is_file():
         raise OptionsError(f"no preset {name_or_path!r}: shipped are {', '.join(preset_names())}, or give the path of a YAML file")
+    return read_yaml(path)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file of option: value; OptionsError if it is something else."""
     try:
         content = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise OptionsError(f"preset {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise OptionsError(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise OptionsError(f"preset {path} must be a mapping of option: value, found {type(content).__name__}")
+        raise OptionsError(f"{path} must be a mapping of option: value, found {type(content).__name__}")
     return content
 
 
@@ -99,10 +104,11 @@ def _none_if_empty(value: Any) -> Any:
     return None if isinstance(value, str) and value.strip().lower() in ("", "none") else value
 
 
-def _sentence(error: ValidationError) -> str:
+def error_sentence(error: ValidationError, known: Iterable[str]) -> str:
+    """The first thing that is wrong, with the option's name and what came; `known` are the valid names."""
     first = error.errors()[0]
     name = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return f"unknown option {name!r}; known are {', '.join(sorted([*Options.model_fields, 'preset']))}"
+        return f"unknown option {name!r}; known are {', '.join(sorted(known))}"
     message = first["msg"].removeprefix("Value error, ")
     return f"option {name!r}: {message}, got {first['input']!r}" if name else f"options: {message}"

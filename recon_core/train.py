@@ -1,84 +1,119 @@
 """Train a slice prior on magnitude volumes: one file, from top to bottom.
 
     slicediff train VOLUMES... --out prior.safetensors
+    torchrun --nproc-per-node 4 -m gadgets.cli train VOLUMES... --out prior.safetensors
 
 The network learns to remove Gaussian noise of every level from slices of every orientation and voxel
 size. All randomness follows from (seed, step) and the state is written every minute, so a killed run
-continues where it was. The learning rate is constant and falls linearly to zero over the last fifth,
-so that `--steps` may be changed when a run is resumed.
+continues where it was, and several processes do what one would. The learning rate is constant and falls
+linearly to zero over the last fifth, so that `--steps` may be changed when a run is resumed.
 """
 
 from __future__ import annotations
 
 import copy
+import csv
 import math
 import os
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from .prior import Prior, find_weights, load_prior, read_card, save_prior
+from .team import Team
 from .volumes import SlicePool
 
-SIGMA_BINS = (0.01, 0.03, 0.1, 0.3, 1.0, 2.0)
+SIGMA_BINS = (0.008, 0.03, 0.1, 0.3, 1.0, 2.0)
+VOXEL_BINS_MM = (0.5, 1.0, 1.5, 2.5, 4.0)
 
 
-@dataclass(frozen=True)
-class TrainOptions:
-    """What a training run depends on; sigma in units of tissue brightness, voxel sizes in mm."""
+class TrainOptions(BaseModel):
+    """What a training run depends on."""
 
-    architecture: str = "small"
-    steps: int = 12000
-    batch: int = 16
-    crop: int = 64
-    learning_rate: float = 8e-4
-    ema_decay: float = 0.999
-    voxel_mm: tuple[float, float] = (0.5, 4.0)
-    sigma_range: tuple[float, float] = (0.008, 2.0)
-    seed: int = 0
-    save_every_s: float = 60.0
-    start_from: str | None = None
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    architecture: str = Field("small", description="small (for CPUs too) or base")
+    steps: int = Field(12000, ge=1, description="may be changed when a run is resumed")
+    batch: int = Field(16, ge=1, description="slices per step, of all processes together")
+    crop: int = Field(64, ge=8, description="side of the square training crops")
+    learning_rate: float = Field(8e-4, gt=0, description="of AdamW")
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="of the averaged weights, per step")
+    voxel_mm: tuple[float, float] = Field((0.5, 4.0), description="finest and coarsest voxel size; the same twice for one fixed size")
+    sigma_range: tuple[float, float] = Field((0.008, 2.0), description="noise levels, in tissue brightness")
+    seed: int = Field(0, ge=0, description="of everything random")
+    save_every_s: float = Field(60.0, ge=0, description="at most this much work is lost by a kill")
+    validate_every: int = Field(1000, ge=1, description="steps between validations")
+    start_from: str | None = Field(None, description="weights to go on from, for example to add a site's own volumes")
+    device: str = Field("auto", pattern="^(auto|cpu|cuda)$", description="auto (a GPU per process if there is one), cpu or cuda")
 
 
-def train(volumes: list[Path], out: Path, options: TrainOptions, log=print) -> Prior:
+def train(
+    volumes: Sequence[Path],
+    out: Path,
+    options: TrainOptions,
+    log: Callable[[str], None] = print,
+    validation: Sequence[Path] = (),
+    show: Callable[[int, Tensor], None] = lambda step, images: None,
+) -> Prior:
     """Train, or go on training, and write weights and card to `out`; returns the averaged prior.
 
+    Beside `out` stand its .checkpoint and its .csv, the curve of losses and validations.
+
+    Args:
+        validation: volumes to measure on, not to be trained on.
+        show: given noisy, denoised and clean validation slices [3 slices h w] now and then.
+
     Raises:
-        ValueError: if there are no volumes, or a loss is not finite.
+        ValueError: if there are no volumes, the batch cannot be shared out, or a loss is not finite.
     """
-    torch.manual_seed(options.seed)
-    prior = first_prior(options).to(memory_format=torch.channels_last)
-    average = copy.deepcopy(prior).requires_grad_(False)
-    optimiser = torch.optim.AdamW(prior.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
-    checkpoint = out.with_suffix(".checkpoint")
-    start = _resume(checkpoint, prior, average, optimiser)
-    pool = SlicePool(volumes, options.voxel_mm, options.crop, seed=options.seed)
-    curve, began, saved = LossCurve(), time.monotonic(), time.monotonic()
-    for step in range(start, options.steps):
-        clean = pool.batch(step, options.batch)
-        sigma, noise = draw_noise(clean, step, options)
-        loss = denoising_loss(prior, clean, sigma, noise)
-        if not bool(torch.isfinite(loss).all()):
-            raise ValueError(f"the loss became {loss.mean().item()} at step {step}; lower the learning rate")
-        for group in optimiser.param_groups:
-            group["lr"] = options.learning_rate * schedule(step, options.steps)
-        optimiser.zero_grad(set_to_none=True)
-        loss.mean().backward()
-        torch.nn.utils.clip_grad_norm_(prior.parameters(), 1.0)
-        optimiser.step()
-        _update_average(average, prior, min(options.ema_decay, (1 + step) / (10 + step)))
-        curve.add(sigma, loss.detach())
-        if (step + 1) % 100 == 0:
-            left = (time.monotonic() - began) / (step + 1 - start) * (options.steps - step - 1)
-            log(f"step {step + 1}/{options.steps}  {curve.report()}  {left / 60:.0f} min left")
-        if time.monotonic() - saved > options.save_every_s or step + 1 == options.steps:
-            _save(checkpoint, step + 1, prior, average, optimiser)
-            save_prior(average, out, model_card(volumes, options, step + 1))
-            saved = time.monotonic()
+    with Team.join(options.device) as team:
+        if options.batch % team.size:
+            raise ValueError(f"a batch of {options.batch} cannot be shared by {team.size} processes; choose a multiple")
+        torch.manual_seed(options.seed)
+        prior = first_prior(options).to(team.device, memory_format=torch.channels_last)
+        average = copy.deepcopy(prior).requires_grad_(False)
+        optimiser = torch.optim.AdamW(prior.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+        checkpoint = out.with_suffix(".checkpoint")
+        start = _resume(checkpoint, prior, average, optimiser)
+        pool = SlicePool(volumes, options.voxel_mm, options.crop, seed=options.seed)
+        held_out = Validation(validation, options.seed) if validation and team.leads else None
+        shared, curve = team.wrap(prior), Curve(out.with_suffix(".csv"), start)
+        began = saved = time.monotonic()
+        for step in range(start, options.steps):
+            clean, voxel_mm = pool.batch(step, options.batch)
+            sigma, noise = draw_noise(clean, step, options)
+            loss = denoising_loss(shared, *(team.share(t) for t in (clean, sigma, noise)), prior.sigma_data)
+            for group in optimiser.param_groups:
+                group["lr"] = options.learning_rate * schedule(step, options.steps)
+            optimiser.zero_grad(set_to_none=True)
+            loss.mean().backward()
+            torch.nn.utils.clip_grad_norm_(prior.parameters(), 1.0)
+            optimiser.step()
+            _update_average(average, prior, min(options.ema_decay, (1 + step) / (10 + step)))
+            losses = team.gather(loss.detach()).cpu()
+            if not bool(torch.isfinite(losses).all()):
+                raise ValueError(f"the loss became {losses.mean().item()} at step {step}; lower the learning rate")
+            curve.add(losses, sigma, voxel_mm)
+            last = step + 1 == options.steps
+            if not team.leads:
+                continue
+            if held_out and ((step + 1) % options.validate_every == 0 or last):
+                log(f"step {step + 1}  {held_out.report(average)}")
+                curve.note(held_out.measure(average))
+                show(step + 1, held_out.images(average))
+            if (step + 1) % 100 == 0 or last:
+                left = (time.monotonic() - began) / (step + 1 - start) * (options.steps - step - 1)
+                log(f"step {step + 1}/{options.steps}  {curve.report()}  {left / 60:.0f} min left")
+                curve.write(step + 1)
+            if time.monotonic() - saved > options.save_every_s or last:
+                _save(checkpoint, step + 1, prior, average, optimiser)
+                save_prior(average, out, model_card(volumes, options, step + 1))
+                saved = time.monotonic()
     return average
 
 
@@ -106,11 +141,13 @@ def draw_noise(clean: Tensor, step: int, options: TrainOptions) -> tuple[Tensor,
     return torch.from_numpy(sigma).float(), torch.from_numpy(noise)
 
 
-def denoising_loss(prior: Prior, clean: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
-    """Per-slice weighted squared error [slices]; weight as in arXiv 2206.00364, table 1."""
+def denoising_loss(prior: Callable[[Tensor, Tensor], Tensor], clean: Tensor, sigma: Tensor, noise: Tensor, sigma_data: float) -> Tensor:
+    """Per-slice weighted squared error [slices]; weight as in arXiv 2206.00364, table 1. bf16 on GPUs."""
     noisy = (clean + sigma[:, None, None, None] * noise).contiguous(memory_format=torch.channels_last)
-    error = (prior(noisy, sigma) - clean).square().mean(dim=(1, 2, 3))
-    return error * (sigma**2 + prior.sigma_data**2) / (sigma * prior.sigma_data) ** 2
+    with torch.autocast(clean.device.type, torch.bfloat16, enabled=clean.device.type == "cuda"):
+        denoised = prior(noisy, sigma)
+    error = (denoised.float() - clean).square().mean(dim=(1, 2, 3))
+    return error * (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 
 def schedule(step: int, steps: int) -> float:
@@ -120,7 +157,7 @@ def schedule(step: int, steps: int) -> float:
 
 def model_card(volumes: list[Path], options: TrainOptions, steps: int) -> dict:
     """What a user should know of these weights; completed with hash and size by save_prior."""
-    training = {**asdict(options), "steps_done": steps, "volumes": sorted(Path(v).name for v in volumes)}
+    training = {**options.model_dump(exclude={"device"}), "steps_done": steps, "volumes": sorted(Path(v).name for v in volumes)}
     if options.start_from:
         training["start_from"] = Path(options.start_from).name
         training["earlier"] = read_card(find_weights(options.start_from))["training"]
@@ -131,21 +168,77 @@ def model_card(volumes: list[Path], options: TrainOptions, steps: int) -> dict:
     }
 
 
-class LossCurve:
-    """Running mean of the loss per noise-level bin."""
+class Curve:
+    """Running mean of the loss per noise level and per voxel size, kept as CSV; a resumed run appends.
 
-    def __init__(self):
-        self.mean = [math.nan] * (len(SIGMA_BINS) - 1)
+    Args:
+        path: of the .csv.
+        start: step the run begins with; 0 begins a new file.
+    """
 
-    def add(self, sigma: Tensor, loss: Tensor) -> None:
-        for i, (low, high) in enumerate(zip(SIGMA_BINS, SIGMA_BINS[1:])):
-            inside = loss[(sigma >= low) & (sigma < high)]
-            if inside.numel():
-                value = float(inside.mean())
-                self.mean[i] = value if math.isnan(self.mean[i]) else 0.99 * self.mean[i] + 0.01 * value
+    def __init__(self, path: Path, start: int):
+        self.path, self.values, self.notes = path, {}, {}
+        if start == 0:
+            path.unlink(missing_ok=True)
+
+    def add(self, loss: Tensor, sigma: Tensor, voxel_mm: Tensor) -> None:
+        """Losses [slices] with their noise levels and voxel sizes."""
+        for name, value, bins in (("sigma", sigma, SIGMA_BINS), ("mm", voxel_mm, VOXEL_BINS_MM)):
+            for low, high in zip(bins, bins[1:]):
+                inside = loss[(value >= low) & (value < high * 1.0001)]
+                if inside.numel():
+                    key, new = f"{name}<{high:g}", float(inside.mean())
+                    self.values[key] = 0.99 * self.values.get(key, new) + 0.01 * new
+
+    def note(self, measured: dict[str, float]) -> None:
+        """Validation to stand in the next row."""
+        self.notes = measured
 
     def report(self) -> str:
-        return "loss " + " ".join(f"<{high:g}: {m:.4f}" for high, m in zip(SIGMA_BINS[1:], self.mean))
+        """The losses in one line."""
+        return "loss " + " ".join(f"{key} {value:.4f}" for key, value in sorted(self.values.items()))
+
+    def write(self, step: int) -> None:
+        """Append a row to the file."""
+        with self.path.open("a", newline="") as file:
+            writer = csv.writer(file)
+            for key, value in sorted({**self.values, **self.notes}.items()):
+                writer.writerow([step, key, f"{value:.5f}"])
+        self.notes = {}
+
+
+class Validation:
+    """Denoising of fixed slices that are not trained on, per voxel size and noise level."""
+
+    VOXEL_MM = (1.0, 2.0, 4.0)
+    SIGMAS = (0.05, 0.2)
+
+    def __init__(self, volumes: Sequence[Path], seed: int):
+        self.slices = {mm: SlicePool(volumes, (mm, mm), crop=96, size=6, seed=seed).batch(0, 12)[0] for mm in self.VOXEL_MM}
+
+    def measure(self, prior: Prior) -> dict[str, float]:
+        """PSNR in dB against tissue brightness, 20 log10(1 / rms |error|), by name."""
+        out = {}
+        for mm, clean in self.slices.items():
+            for sigma in self.SIGMAS:
+                error = (self._denoise(prior, clean, sigma)[1] - clean).square().sum(1).mean().sqrt()
+                out[f"psnr {mm:g} mm sigma {sigma:g}"] = -20 * math.log10(float(error))
+        return out
+
+    def report(self, prior: Prior) -> str:
+        """The same in one line."""
+        return "held out: " + ", ".join(f"{name} {value:.2f} dB" for name, value in self.measure(prior).items())
+
+    def images(self, prior: Prior) -> Tensor:
+        """Magnitudes [noisy|denoised|clean slices h w] of two slices per voxel size at the larger noise level."""
+        clean = torch.cat([slices[:2] for slices in self.slices.values()])
+        return torch.stack([image.norm(dim=1) for image in (*self._denoise(prior, clean, self.SIGMAS[-1]), clean)])
+
+    @staticmethod
+    def _denoise(prior: Prior, clean: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+        noisy = clean + sigma * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            return noisy, prior(noisy.to(next(prior.parameters()).device), sigma).float().cpu()
 
 
 def _update_average(average: Prior, prior: Prior, decay: float) -> None:
@@ -163,7 +256,7 @@ def _save(checkpoint: Path, step: int, prior: Prior, average: Prior, optimiser) 
 def _resume(checkpoint: Path, prior: Prior, average: Prior, optimiser) -> int:
     if not checkpoint.is_file():
         return 0
-    state = torch.load(checkpoint, weights_only=True)
+    state = torch.load(checkpoint, weights_only=True, map_location="cpu")
     prior.load_state_dict(state["prior"])
     average.load_state_dict(state["average"])
     optimiser.load_state_dict(state["optimiser"])

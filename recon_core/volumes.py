@@ -87,10 +87,10 @@ class SlicePool:
             raise ValueError("expected at least one training volume, got none")
         self.sources = [read_volume(p) for p in paths]
         self.voxel_mm, self.crop, self.size, self.refresh, self.seed = voxel_mm, crop, size, refresh, seed
-        self.pool: dict[int, Tensor] = {}
+        self.pool: dict[int, tuple[Tensor, float]] = {}
 
-    def batch(self, step: int, slices: int) -> Tensor:
-        """[slices 2 crop crop] float32 clean slices for this step."""
+    def batch(self, step: int, slices: int) -> tuple[Tensor, Tensor]:
+        """[slices 2 crop crop] float32 clean slices for this step, and the voxel size in mm of each (the finest of its axes)."""
         rng = np.random.default_rng([self.seed, 1, step])
         newest = step // self.refresh + self.size - 1
         for index in range(newest - self.size + 1, newest + 1):
@@ -98,10 +98,14 @@ class SlicePool:
                 self.pool[index] = self._draw_volume(index)
         self.pool = {i: v for i, v in self.pool.items() if i > newest - self.size}
         keys = sorted(self.pool)
-        crops = torch.stack([_draw_crop(self.pool[keys[rng.integers(len(keys))]], self.crop, rng) for _ in range(slices)])
-        return _add_phase_and_shading(crops, rng)
+        crops, sizes = [], []
+        for _ in range(slices):
+            volume, voxel_mm = self.pool[keys[rng.integers(len(keys))]]
+            crops.append(_draw_crop(volume, self.crop, rng))
+            sizes.append(voxel_mm)
+        return _add_phase_and_shading(torch.stack(crops), rng), torch.tensor(sizes)
 
-    def _draw_volume(self, index: int) -> Tensor:
+    def _draw_volume(self, index: int) -> tuple[Tensor, float]:
         rng = np.random.default_rng([self.seed, 2, index])
         data, voxel_mm = self.sources[rng.integers(len(self.sources))]
         volume = torch.from_numpy(np.asarray(data, dtype=np.float32))
@@ -115,7 +119,7 @@ class SlicePool:
         taper = rng.uniform(0.05, 0.9) if rng.random() < 0.4 else 0.0
         volume, voxel_mm = resample(volume, voxel_mm, target, taper)
         volume = volume / intensity_scale(volume, voxel_mm)
-        return _zero_fill(volume, rng) if rng.random() < 0.3 else volume
+        return (_zero_fill(volume, rng) if rng.random() < 0.3 else volume), min(voxel_mm)
 
 
 def _zero_fill(volume: Tensor, rng) -> Tensor:

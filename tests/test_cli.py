@@ -13,6 +13,7 @@ import pytest
 from gadgets.cli import main
 from gadgets.files import ScanFile, read_images
 from gadgets.header import parse_header
+from recon_core.simulate import phantom
 
 
 def run(capsys, *arguments):
@@ -126,3 +127,21 @@ def test_serve_and_send_as_processes(tmp_path, capsys, scan_path):
             server.kill()
     first, second = (read_images(tmp_path / f"{name}.h5")[1].data for name in ("first", "second"))
     assert np.array_equal(first, second)
+
+
+def test_train_from_a_folder_with_a_config(tmp_path, capsys):
+    folder = tmp_path / "volumes"
+    folder.mkdir()
+    for name in ("a", "b"):
+        np.save(folder / f"{name}.npy", (phantom((40, 44, 36)).numpy() * 100).astype(np.uint8))
+    (tmp_path / "c.yaml").write_text("crop: 16\nbatch: 2\nsteps: 50\n")
+    arguments = ("train", folder, "--validate", folder / "b.npy", "--out", tmp_path / "p.safetensors", "--config", tmp_path / "c.yaml", "--device", "cpu")
+    code, out, err = run(capsys, *arguments, "--steps", 2)
+    assert code == 0 and "held out" in out, err
+    assert (tmp_path / "p.png").stat().st_size > 1000
+    training = json.loads((tmp_path / "p.json").read_text())["training"]
+    assert (training["steps_done"], training["crop"], training["volumes"]) == (2, 16, ["a.npy"])
+    for text, message in (("steps: many", "option 'steps'"), ("stepps: 3", "unknown option 'stepps'"), ("- 3", "must be a mapping")):
+        (tmp_path / "c.yaml").write_text(text)
+        code, _, err = run(capsys, *arguments)
+        assert code == 1 and message in err and err.count("\n") == 1

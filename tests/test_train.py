@@ -1,5 +1,10 @@
 """Training: what it learns from, that it goes on after a kill, that it repeats itself."""
 
+import csv
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -23,10 +28,14 @@ def volumes(tmp_path):
 QUICK = TrainOptions(steps=6, batch=2, crop=16, save_every_s=0)
 
 
+def read_curve(path):
+    return list(csv.reader(path.read_text().splitlines()))
+
+
 def test_loss_falls(volumes, tmp_path):
     prior = train(volumes, tmp_path / "p.safetensors", TrainOptions(steps=80, batch=4, crop=32, ema_decay=0.9), log=lambda s: None)
     pool = SlicePool(volumes, crop=32, size=2)
-    clean = pool.batch(0, 8)
+    clean, _ = pool.batch(0, 8)
     noisy = clean + 0.2 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
     untrained = noisy * (0.25 / (0.25 + 0.04))
     with torch.no_grad():
@@ -60,13 +69,13 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(volumes, tmp_path):
 def test_slices_follow_from_seed_and_step(volumes):
     first, second = SlicePool(volumes, crop=24, size=2, seed=3), SlicePool(volumes, crop=24, size=2, seed=3)
     first.batch(0, 4)
-    assert torch.equal(first.batch(30, 4), second.batch(30, 4))
-    assert not torch.equal(first.batch(31, 4), first.batch(30, 4))
+    assert torch.equal(first.batch(30, 4)[0], second.batch(30, 4)[0])
+    assert not torch.equal(first.batch(31, 4)[0], first.batch(30, 4)[0])
 
 
 def test_slices_are_complex_bright_and_rarely_empty(volumes):
     pool = SlicePool(volumes, crop=32, size=3)
-    slices = torch.cat([pool.batch(step, 16) for step in range(6)])
+    slices = torch.cat([pool.batch(step, 16)[0] for step in range(6)])
     magnitude = slices.norm(dim=1)
     assert slices.shape[1:] == (2, 32, 32)
     assert (magnitude.amax(dim=(1, 2)) > 0.3).float().mean() > 0.9
@@ -98,3 +107,41 @@ def test_starting_from_other_weights_keeps_them_and_their_history(volumes, tmp_p
     assert training["start_from"] == "first.safetensors" and training["earlier"]["steps_done"] == 6
     with pytest.raises(ValueError, match="asked for 'base'"):
         first_prior(TrainOptions(architecture="base", start_from=str(tmp_path / "first.safetensors")))
+
+
+def test_two_processes_do_what_one_does(volumes, tmp_path):
+    """Started as torchrun starts them; the same losses and the same weights."""
+    one = train(volumes, tmp_path / "one.safetensors", QUICK, log=lambda s: None)
+    code = f"""
+import sys
+from pathlib import Path
+from recon_core.train import TrainOptions, train
+options = TrainOptions(steps=6, batch=2, crop=16, save_every_s=0, device="cpu")
+train([Path(p) for p in sys.argv[2:]], Path(sys.argv[1]), options, log=lambda s: None)
+"""
+    (tmp_path / "main.py").write_text(code)
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", tmp_path / "main.py", tmp_path / "two.safetensors", *volumes]
+    subprocess.run([sys.executable, *map(str, command)], check=True, timeout=120, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    two = load_prior(tmp_path / "two.safetensors")
+    for a, b in zip(one.parameters(), two.parameters()):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)  # stored in half precision
+    rows = [read_curve(tmp_path / f"{name}.csv") for name in ("one", "two")]
+    assert [r[:2] for r in rows[0]] == [r[:2] for r in rows[1]]
+    assert [float(r[2]) for r in rows[0]] == pytest.approx([float(r[2]) for r in rows[1]], rel=1e-3)
+
+
+def test_the_curve_tells_losses_and_validation(volumes, tmp_path):
+    options = TrainOptions(steps=4, batch=4, crop=16, validate_every=2)
+    shown, lines = [], []
+    train(volumes[:1], tmp_path / "p.safetensors", options, lines.append, volumes[1:], lambda step, images: shown.append((step, images.shape)))
+    assert [step for step, _ in shown] == [2, 4] and shown[0][1] == (3, 6, 96, 96)
+    assert "held out: psnr 1 mm sigma 0.05" in lines[0] and "loss mm<" in lines[2]
+    names = {row[1] for row in read_curve(tmp_path / "p.csv")}
+    assert {"psnr 2 mm sigma 0.2"} <= names and any(n.startswith("sigma<") for n in names) and any(n.startswith("mm<") for n in names)
+
+
+def test_a_batch_that_cannot_be_shared_is_a_sentence(volumes, tmp_path, monkeypatch):
+    monkeypatch.setattr("recon_core.team.Team.size", 3, raising=False)
+    monkeypatch.setattr("recon_core.team.Team.__init__", lambda self, device: setattr(self, "rank", 0))
+    with pytest.raises(ValueError, match="cannot be shared by 3 processes"):
+        train(volumes, tmp_path / "x.safetensors", QUICK)

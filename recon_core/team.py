@@ -1,0 +1,65 @@
+"""The processes that train together: one, or as many as torchrun started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class Team:
+    """Rank and size of a training run, and what the ranks do together.
+
+    Every rank draws the whole batch and takes its share, so that a run follows from its seed alone and
+    does not change with the number of processes.
+    """
+
+    def __init__(self, device: torch.device, rank: int = 0, size: int = 1):
+        self.device, self.rank, self.size = device, rank, size
+
+    @classmethod
+    @contextmanager
+    def join(cls, device: str = "auto") -> Iterator[Team]:
+        """The team that torchrun's environment describes, one process without it; leaves it at the end.
+
+        Args:
+            device: auto (a GPU per process if there are any), cpu or cuda.
+        """
+        cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+        size, rank, local = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+        where = torch.device("cuda", local) if cuda else torch.device("cpu")
+        if size == 1:
+            yield cls(where)
+            return
+        dist.init_process_group("nccl" if cuda else "gloo")
+        try:
+            yield cls(where, rank, size)
+        finally:
+            dist.destroy_process_group()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process logs and saves."""
+        return self.rank == 0
+
+    def share(self, batch: Tensor) -> Tensor:
+        """This rank's part of a batch [n ...], on its device."""
+        return batch[self.rank :: self.size].to(self.device)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model with gradients averaged over the team."""
+        if self.size == 1:
+            return model
+        return nn.parallel.DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Everybody's values [n] in the order of the batch they were shared from."""
+        if self.size == 1:
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(parts, values.contiguous())
+        return torch.stack(parts, dim=1).flatten()
