@@ -31,5 +31,8 @@ setup(
         "rich>=13",  # progress
         "matplotlib>=3.8",  # the comparison picture, --png
     ],
-    extras_require={"test": ["pytest>=8"]},
+    extras_require={
+        "test": ["pytest>=8"],
+        "bench": ["scikit-image>=0.22", "PyWavelets>=1.5"],  # the classical denoisers that the prior is compared with
+    },
 )

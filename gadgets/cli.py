@@ -120,7 +120,7 @@ def _priors(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("volumes", type=Path, nargs="+", help="NIfTI or .npy magnitude volumes, or folders of them")
+    parser.add_argument("volumes", type=Path, nargs="+", help="NIfTI, .npy, HDF5 or ISMRMRD volumes, magnitude or complex, or folders of them")
     parser.add_argument("--out", type=Path, required=True, help=".safetensors file to write; its .checkpoint is resumed from")
     parser.add_argument("--validate", type=Path, nargs="+", default=[], metavar="VOLUME", help="volumes to measure on; they are not trained on")
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of training options; the options below win over it")
@@ -237,14 +237,14 @@ def run_train(arguments: argparse.Namespace) -> int:
     from recon_core.train import train
 
     from .figure import draw_denoising
-    from .training import find_volumes, make_train_options
+    from .training import find_volumes, load_volumes, make_train_options
 
     names = ("start_from", "architecture", "steps", "batch", "seed", "device")
     options = make_train_options(arguments.config, {n: v for n in names if (v := getattr(arguments, n)) is not None})
     held_out = find_volumes(arguments.validate)
-    volumes = [v for v in find_volumes(arguments.volumes) if v.resolve() not in {h.resolve() for h in held_out}]
+    volumes = load_volumes(v for v in find_volumes(arguments.volumes) if v not in held_out)
     picture = arguments.out.with_suffix(".png")
-    train(volumes, arguments.out, options, lambda line: print(line, flush=True), held_out, lambda step, images: draw_denoising(images.numpy(), f"step {step}", picture))
+    train(volumes, arguments.out, options, lambda line: print(line, flush=True), load_volumes(held_out), lambda step, images: draw_denoising(images.numpy(), f"step {step}", picture))
     return 0
 
 

@@ -120,14 +120,22 @@ class ImageWriter:
 
 
 def read_images(path: str | Path, group: str | None = None) -> list[ismrmrd.Image]:
-    """All images of a group (the last one by default), by series."""
+    """All images of a group (the last one by default), by series.
+
+    Read here and not by ismrmrd.Dataset, which before 1.15 opens files for writing.
+    """
     if not Path(path).is_file():
         raise FileError(f"no such image file: {path}")
     with h5py.File(path, "r") as file:
-        group = group or sorted(file)[-1]
-        names = sorted(file[group])
-    with ismrmrd.Dataset(path, group) as dataset:
-        return [dataset.read_image(name, i) for name in names for i in range(dataset.number_of_images(name))]
+        series = file[group or sorted(file)[-1]]
+        return [image for name in sorted(series) for image in _series(series[name])]
+
+
+def _series(node: h5py.Group) -> Iterator[ismrmrd.Image]:
+    for head, attributes, pixels in zip(node["header"], node["attributes"], node["data"]):
+        image = ismrmrd.Image(head, attributes)
+        image.data[:] = pixels.view(image.data.dtype) if pixels.dtype.names else pixels
+        yield image
 
 
 def write_nifti(image: ismrmrd.Image, path: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""What `slicediff train` is given: volumes, folders of volumes, and options from YAML and the command line."""
+"""What `slicediff train` is given: volumes in any file, folders of them, options from YAML and the command line."""
 
 from __future__ import annotations
 
@@ -6,18 +6,36 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import h5py
+import numpy as np
 from pydantic import ValidationError
 
 from recon_core.train import TrainOptions
+from recon_core.volumes import Volume, read_volume
 
-from .files import FileError
-from .options import OptionsError, error_sentence, read_yaml
+from .files import FileError, ScanFile, read_images
+from .header import parse_header
+from .options import OptionsError, error_sentence, make_options, read_yaml
+from .recon import reconstruct
 
-VOLUMES = (".nii.gz", ".nii", ".npy")
+VOLUMES = (".nii.gz", ".nii", ".npy", ".h5", ".hdf5", ".mrd")
+
+
+def load_volumes(paths: Iterable[Path]) -> list[Volume]:
+    """All volumes in files and folders, in order.
+
+    NIfTI and .npy hold one volume. HDF5 may be an ISMRMRD scan (fully sampled; reconstructed with coil maps,
+    complex), ISMRMRD images (each a volume), or one array with three dimensions z, y, x and an attribute voxel_mm
+    (z, y, x).
+
+    Raises:
+        FileError: for a path that does not exist, a folder without volumes, or a file that holds none.
+    """
+    return [volume for path in find_volumes(paths) for volume in _load(path)]
 
 
 def find_volumes(paths: Iterable[Path]) -> list[Path]:
-    """The volume files among files and folders, in order.
+    """The volume files among files and folders, in order, each once.
 
     Raises:
         FileError: for a path that does not exist or a folder without volumes.
@@ -29,8 +47,8 @@ def find_volumes(paths: Iterable[Path]) -> list[Path]:
         inside = sorted(p for p in path.iterdir() if p.name.endswith(VOLUMES)) if path.is_dir() else [path]
         if not inside:
             raise FileError(f"the folder {path} holds no volume ({', '.join(VOLUMES)})")
-        found += inside
-    return found
+        found += [p.resolve() for p in inside]
+    return list(dict.fromkeys(found))
 
 
 def make_train_options(config: Path | None, given: Mapping[str, Any]) -> TrainOptions:
@@ -44,3 +62,51 @@ def make_train_options(config: Path | None, given: Mapping[str, Any]) -> TrainOp
         return TrainOptions.model_validate(merged)
     except ValidationError as error:
         raise OptionsError(error_sentence(error, TrainOptions.model_fields)) from None
+
+
+def _load(path: Path) -> list[Volume]:
+    if not path.name.endswith((".h5", ".hdf5", ".mrd")):
+        try:
+            return [Volume(path.name, *read_volume(path))]
+        except Exception as error:  # nibabel and numpy raise many kinds for damaged files
+            raise FileError(f"{path} cannot be read as a volume: {error}") from None
+    try:
+        with h5py.File(path, "r") as file:
+            if "dataset" in file and {"xml", "data"} <= set(file["dataset"]):
+                return _from_scan(path)
+            if any("header" in node for group in file.values() if isinstance(group, h5py.Group) for node in group.values() if isinstance(node, h5py.Group)):
+                return _from_images(path)
+            return [_from_array(path, file)]
+    except OSError as error:
+        raise FileError(f"{path} is not an HDF5 file: {error}") from None
+
+
+def _from_scan(path: Path) -> list[Volume]:
+    options = make_options({"method": "cg", "output": "complex64", "preview": "false", "device": "cpu"})
+    with ScanFile(path) as scan:
+        images = list(reconstruct(parse_header(scan.header_xml), scan.acquisitions(), None, options))
+    return [_from_image(f"{path.name}#{n}" if n else path.name, image) for n, image in enumerate(images)]
+
+
+def _from_images(path: Path) -> list[Volume]:
+    images = [i for i in read_images(path) if i.data.shape[1] > 1]
+    if not images:
+        raise FileError(f"{path} holds only single slices; volumes are needed to resample through the plane")
+    return [_from_image(f"{path.name}#{n}" if n else path.name, image) for n, image in enumerate(images)]
+
+
+def _from_image(name: str, image) -> Volume:
+    head = image.getHead()
+    voxel_mm = tuple(float(f) / n for f, n in zip(reversed(head.field_of_view), reversed(head.matrix_size)))
+    return Volume(name, np.array(image.data[0]), voxel_mm)
+
+
+def _from_array(path: Path, file: h5py.File) -> Volume:
+    arrays = []
+    file.visititems(lambda name, node: arrays.append(node) if isinstance(node, h5py.Dataset) and node.ndim == 3 else None)
+    if len(arrays) != 1:
+        raise FileError(f"{path} should hold one array with three dimensions (z, y, x), it holds {len(arrays)}")
+    voxel_mm = arrays[0].attrs.get("voxel_mm")
+    if voxel_mm is None or len(voxel_mm) != 3:
+        raise FileError(f"{path}: the array {arrays[0].name} lacks the attribute voxel_mm (z, y, x)")
+    return Volume(path.name, arrays[0][()], tuple(float(v) for v in voxel_mm))

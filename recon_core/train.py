@@ -1,4 +1,4 @@
-"""Train a slice prior on magnitude volumes: one file, from top to bottom.
+"""Train a slice prior on volumes: one file, from top to bottom.
 
     slicediff train VOLUMES... --out prior.safetensors
     torchrun --nproc-per-node 4 -m gadgets.cli train VOLUMES... --out prior.safetensors
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .prior import Prior, find_weights, load_prior, read_card, save_prior
 from .team import Team
-from .volumes import SlicePool
+from .volumes import SlicePool, Volume
 
 SIGMA_BINS = (0.008, 0.03, 0.1, 0.3, 1.0, 2.0)
 VOXEL_BINS_MM = (0.5, 1.0, 1.5, 2.5, 4.0)
@@ -53,11 +53,11 @@ class TrainOptions(BaseModel):
 
 
 def train(
-    volumes: Sequence[Path],
+    volumes: Sequence[Volume],
     out: Path,
     options: TrainOptions,
     log: Callable[[str], None] = print,
-    validation: Sequence[Path] = (),
+    validation: Sequence[Volume] = (),
     show: Callable[[int, Tensor], None] = lambda step, images: None,
 ) -> Prior:
     """Train, or go on training, and write weights and card to `out`; returns the averaged prior.
@@ -155,9 +155,9 @@ def schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / min(200, 1 + steps // 10), max(0.01, (steps - step) / (0.2 * steps)))
 
 
-def model_card(volumes: list[Path], options: TrainOptions, steps: int) -> dict:
+def model_card(volumes: Sequence[Volume], options: TrainOptions, steps: int) -> dict:
     """What a user should know of these weights; completed with hash and size by save_prior."""
-    training = {**options.model_dump(exclude={"device"}), "steps_done": steps, "volumes": sorted(Path(v).name for v in volumes)}
+    training = {**options.model_dump(exclude={"device"}), "steps_done": steps, "volumes": sorted(v.name for v in volumes)}
     if options.start_from:
         training["start_from"] = Path(options.start_from).name
         training["earlier"] = read_card(find_weights(options.start_from))["training"]
@@ -213,7 +213,7 @@ class Validation:
     VOXEL_MM = (1.0, 2.0, 4.0)
     SIGMAS = (0.05, 0.2)
 
-    def __init__(self, volumes: Sequence[Path], seed: int):
+    def __init__(self, volumes: Sequence[Volume], seed: int):
         self.slices = {mm: SlicePool(volumes, (mm, mm), crop=96, size=6, seed=seed).batch(0, 12)[0] for mm in self.VOXEL_MM}
 
     def measure(self, prior: Prior) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Training slices from magnitude volumes: every voxel size, every orientation, realistic phase.
+"""Training slices from volumes: every voxel size, every orientation, realistic phase.
 
 A volume is resampled by cropping its k-space in all three directions, so that through-plane blur is
 right too, then slices are cut. Resampled volumes are kept in a small pool of which one is replaced
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,22 @@ from .scale import intensity_scale
 MAX_VOXELS = 12_000_000
 
 
+@dataclass(frozen=True)
+class Volume:
+    """Something to train on: magnitude or complex data [z y x] in its stored type, voxel_mm along z, y, x."""
+
+    name: str
+    data: np.ndarray
+    voxel_mm: tuple[float, float, float]
+
+
+def load_volume(path: str | Path) -> Volume:
+    """A NIfTI or .npy file to train on; see read_volume."""
+    return Volume(Path(path).name, *read_volume(path))
+
+
 def read_volume(path: str | Path) -> tuple[np.ndarray, tuple[float, float, float]]:
-    """Read a NIfTI or .npy magnitude volume as ([z y x] in its stored type, voxel_mm along z y x).
+    """Read a NIfTI or .npy volume as ([z y x] in its stored type, voxel_mm along z y x).
 
     A .npy volume has no voxel size: 1 mm is assumed.
 
@@ -44,15 +59,15 @@ def read_volume(path: str | Path) -> tuple[np.ndarray, tuple[float, float, float
 
 
 def resample(volume: Tensor, voxel_mm: Sequence[float], target_mm: Sequence[float], taper: float = 0.0):
-    """Resample a real volume [z y x] to about `target_mm` by k-space cropping.
+    """Resample a volume [z y x] to about `target_mm` by k-space cropping; a real one stays real.
 
     Args:
-        volume: real, [z y x].
+        volume: real or complex, [z y x].
         voxel_mm, target_mm: voxel sizes along z, y, x; never made finer than they are.
         taper: fraction of k-space over which a cosine edge falls to zero (mild apodisation).
 
     Returns:
-        (real volume, its exact voxel_mm).
+        (volume, its exact voxel_mm).
     """
     out, sizes = volume, []
     for axis, (mm, target) in enumerate(zip(voxel_mm, target_mm)):
@@ -62,8 +77,14 @@ def resample(volume: Tensor, voxel_mm: Sequence[float], target_mm: Sequence[floa
         spectrum = centre_crop_or_pad(fft(out, (axis,)).movedim(axis, -1), (size,))
         if taper:
             spectrum = spectrum * _taper(size, taper)
-        out = (ifft(spectrum, (-1,)).movedim(-1, axis) * (size / n) ** 0.5).real.contiguous()
+        out = ifft(spectrum, (-1,)).movedim(-1, axis) * (size / n) ** 0.5
+        out = _like(volume, out)
     return out, tuple(sizes)
+
+
+def _like(original: Tensor, computed: Tensor) -> Tensor:
+    """`computed`, real if `original` was."""
+    return (computed if original.is_complex() else computed.real).contiguous()
 
 
 def _taper(size: int, fraction: float) -> Tensor:
@@ -75,17 +96,17 @@ class SlicePool:
     """Random complex training slices; everything follows from (seed, step), so a resumed run repeats itself.
 
     Args:
-        paths: magnitude volumes.
+        volumes: to draw from.
         voxel_mm: (finest, coarsest) voxel size drawn, each volume limited by its own voxels.
         crop: side of the square training crops.
         size: resampled volumes held at once.
         refresh: steps between replacements.
     """
 
-    def __init__(self, paths, voxel_mm=(0.5, 4.0), crop=64, size=24, refresh=12, seed=0):
-        if not paths:
+    def __init__(self, volumes: Sequence[Volume], voxel_mm=(0.5, 4.0), crop=64, size=24, refresh=12, seed=0):
+        if not volumes:
             raise ValueError("expected at least one training volume, got none")
-        self.sources = [read_volume(p) for p in paths]
+        self.volumes = list(volumes)
         self.voxel_mm, self.crop, self.size, self.refresh, self.seed = voxel_mm, crop, size, refresh, seed
         self.pool: dict[int, tuple[Tensor, float]] = {}
 
@@ -103,12 +124,13 @@ class SlicePool:
             volume, voxel_mm = self.pool[keys[rng.integers(len(keys))]]
             crops.append(_draw_crop(volume, self.crop, rng))
             sizes.append(voxel_mm)
-        return _add_phase_and_shading(torch.stack(crops), rng), torch.tensor(sizes)
+        return _add_phase_and_shading(torch.stack([c.to(torch.complex64) for c in crops]), rng), torch.tensor(sizes)
 
     def _draw_volume(self, index: int) -> tuple[Tensor, float]:
         rng = np.random.default_rng([self.seed, 2, index])
-        data, voxel_mm = self.sources[rng.integers(len(self.sources))]
-        volume = torch.from_numpy(np.asarray(data, dtype=np.float32))
+        source = self.volumes[rng.integers(len(self.volumes))]
+        voxel_mm = source.voxel_mm
+        volume = torch.from_numpy(source.data.astype(np.complex64 if np.iscomplexobj(source.data) else np.float32))
         volume = volume / intensity_scale(volume, voxel_mm)
         if rng.random() < 0.5:
             volume = _remap_contrast(volume, rng)
@@ -125,18 +147,20 @@ class SlicePool:
 def _zero_fill(volume: Tensor, rng) -> Tensor:
     """Interpolate along random axes by padding k-space, as protocols do: fine pixels are not always fine detail."""
     sizes = [round(n * rng.uniform(1, 1.7)) if rng.random() < 0.6 else n for n in volume.shape]
-    return kspace_crop(volume, sizes).real.contiguous() if math.prod(sizes) <= MAX_VOXELS else volume
+    return _like(volume, kspace_crop(volume, sizes)) if math.prod(sizes) <= MAX_VOXELS else volume
 
 
 def _remap_contrast(volume: Tensor, rng) -> Tensor:
     """Smooth random intensity curve through zero, so that other contrasts than the corpus' are met."""
     knots = torch.tensor([0.0, *rng.uniform(0.1, 1.6, 5)], dtype=torch.float32)
     knots[1:] = knots[1:] * 0.7 + torch.tensor([0.3, 0.6, 0.9, 1.2, 1.5]) * 0.3
-    position = (volume / 0.4).clamp(0, 4.999)
+    magnitude = volume.abs()
+    position = (magnitude / 0.4).clamp(0, 4.999)
     low = position.floor().long()
     t = position - low
     t = t * t * (3 - 2 * t)
-    return torch.lerp(knots[low], knots[low + 1], t)
+    remapped = torch.lerp(knots[low], knots[low + 1], t)
+    return remapped * torch.sgn(volume) if volume.is_complex() else remapped
 
 
 def _draw_crop(volume: Tensor, crop: int, rng) -> Tensor:
@@ -166,7 +190,8 @@ def _add_phase_and_shading(crops: Tensor, rng) -> Tensor:
         amplitude = torch.from_numpy(rng.uniform(0, amount, (n, 1, 1))).float()
         phase = phase + amplitude * _smooth(rng, n, cells, size)
     shading = torch.exp(0.15 * _smooth(rng, n, 3, size) + 0.15 * _normal(rng, n, 1, 1))
-    return torch.stack([crops * shading * phase.cos(), crops * shading * phase.sin()], dim=1)
+    turned = crops * shading * torch.polar(torch.ones_like(phase), phase)
+    return torch.view_as_real(turned).permute(0, 3, 1, 2).contiguous()
 
 
 def _normal(rng, *shape: int) -> Tensor:

@@ -1,0 +1,46 @@
+"""Files to train on: every kind gives the same volume, wrong ones a sentence."""
+
+import h5py
+import nibabel
+import numpy as np
+import pytest
+from conftest import small_object
+
+from gadgets.cli import main
+from gadgets.files import FileError
+from gadgets.training import find_volumes, load_volumes
+
+
+def test_every_kind_of_file_gives_the_volume(tmp_path):
+    volume = small_object()
+    nibabel.save(nibabel.Nifti1Image(volume.T, np.diag([2.0, 2.5, 3.0, 1.0])), tmp_path / "a.nii.gz")
+    np.save(tmp_path / "b.npy", volume)
+    with h5py.File(tmp_path / "c.h5", "w") as file:
+        file["some/where"] = volume
+        file["some/where"].attrs["voxel_mm"] = (3.0, 2.5, 2.0)
+    assert main(["simulate", str(tmp_path / "a.nii.gz"), str(tmp_path / "d.h5"), "--coils", "3", "--pattern", "full", "--snr", "1000"]) == 0
+    assert main(["recon", str(tmp_path / "d.h5"), str(tmp_path / "e.h5"), "--method", "cg"]) == 0
+    found = load_volumes([tmp_path])
+    assert [v.name for v in found] == ["a.nii.gz", "b.npy", "c.h5", "d.h5", "e.h5"]
+    assert [v.voxel_mm for v in found] == [pytest.approx(mm) for mm in ([3, 2.5, 2], [1, 1, 1], [3, 2.5, 2], [3, 2.5, 2], [3, 2.5, 2])]
+    assert np.iscomplexobj(found[3].data) and found[4].data.dtype == np.uint16
+    for other in found:
+        assert other.data.shape == volume.shape
+        assert np.corrcoef(np.abs(other.data).ravel(), volume.ravel())[0, 1] > 0.95
+
+
+def test_a_file_named_twice_is_read_once(tmp_path):
+    np.save(tmp_path / "b.npy", small_object())
+    assert len(find_volumes([tmp_path, tmp_path / "b.npy"])) == 1
+
+
+def test_what_is_no_volume_is_told(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "junk.h5").write_bytes(b"junk")
+    (tmp_path / "junk.nii").write_bytes(b"junk")
+    np.save(tmp_path / "flat.npy", np.zeros((3, 3)))
+    with h5py.File(tmp_path / "bare.h5", "w") as file:
+        file["x"] = np.zeros((3, 3, 3))
+    for name, message in (("none", "no such volume"), ("empty", "holds no volume"), ("junk.h5", "not an HDF5 file"), ("junk.nii", "cannot be read"), ("flat.npy", "three dimensions"), ("bare.h5", "lacks the attribute voxel_mm")):
+        with pytest.raises(FileError, match=message):
+            load_volumes([tmp_path / name])
