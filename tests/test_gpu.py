@@ -1,0 +1,32 @@
+"""On a CUDA device: the same images as on the CPU."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_chain
+
+from gadgets.options import make_options
+from gadgets.recon import load_prior_for
+from recon_core.train import TrainOptions, train
+from recon_core.volumes import Volume
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("method", ["cg", "diffusion"])
+def test_the_gpu_gives_the_cpus_image(scan_path, method):
+    images = {}
+    for device in ("cpu", "cuda"):
+        options = {"method": method, "device": device, "output": "float32", "preview": False}
+        (image,) = run_chain(scan_path, load_prior_for(make_options(options)), **options)
+        images[device] = np.array(image.data)
+    error = np.linalg.norm(images["cuda"] - images["cpu"]) / np.linalg.norm(images["cpu"])
+    assert error < 5e-3, "TF32 convolutions may differ by this much"
+
+
+def test_training_on_the_gpu(tmp_path):
+    volume = Volume("box", np.pad(np.ones((20, 24, 22), np.float32), 8), (1.0, 1.0, 1.0))
+    lines = []
+    prior = train([volume], tmp_path / "p.safetensors", TrainOptions(steps=3, batch=4, crop=32, device="cuda"), lines.append)
+    assert next(prior.parameters()).is_cuda and lines
+    assert all(bool(torch.isfinite(p).all()) for p in prior.parameters())
