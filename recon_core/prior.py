@@ -44,7 +44,13 @@ class Prior(nn.Module):
         self.net = UNet(**ARCHITECTURES[architecture])
 
     def forward(self, x: Tensor, sigma: Tensor | float) -> Tensor:
-        """Denoise x [slices 2 h w] at noise level sigma, a number or [slices]; returns the same shape."""
+        """Denoise x [slices 2 h w] at noise level sigma, a number or [slices]; returns the same shape.
+
+        Raises:
+            ValueError: if x is not finite.
+        """
+        if not torch.compiler.is_compiling() and not bool(torch.isfinite(x).all()):
+            raise ValueError("the slices given to the prior hold NaN or infinity")
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(x.shape[0])
         s = sigma[:, None, None, None]
         total = torch.sqrt(s**2 + self.sigma_data**2)

@@ -24,6 +24,14 @@ def test_any_slice_size(size):
     assert load_prior("small")(torch.randn(1, 2, *size), 0.1).shape == (1, 2, *size)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_slices_that_are_not_finite_are_refused(value):
+    x = torch.zeros(1, 2, 16, 16)
+    x[0, 1, 3, 3] = value
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        Prior("small")(x, 0.1)
+
+
 def test_trained_prior_removes_noise_and_knows_no_batch():
     prior = load_prior("small")
     clean = torch.stack([phantom((40, 80, 64))[20], torch.zeros(80, 64)])[None]

@@ -1,10 +1,13 @@
 """How well the prior denoises: noise level x voxel size x orientation, on volumes left out of training.
 
-    python tests/benchmarks/denoising.py VOLUMES... [--priors small] [--voxel-mm 1 2 4] [--sigmas 0.05 0.1 0.2 0.5]
+    python tests/benchmarks/denoising.py VOLUMES... [--priors small other.safetensors] [--voxel-mm 1 2 4] [--sigmas 0.05 0.1 0.2 0.5]
 
 Beside the noisy slice stands the better of two classical denoisers that are told the noise level (non-local
 means and cycle-spun wavelet shrinkage of scikit-image, real and imaginary part as channels). PSNR of the
 complex slice: 20 log10(99.9th percentile of the volume / rms |error|).
+
+Priors trained for one voxel size, to compare with, come from the same program with `voxel_mm: [2, 2]`:
+    slicediff train VOLUMES... --config two_mm.yaml --steps 2500 --out fixed_2mm.safetensors
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ def main() -> None:
     parser.add_argument("--sigmas", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.5])
     parser.add_argument("--slices", type=int, default=2, help="per orientation")
     arguments = parser.parse_args()
-    priors, rows = {name: load_prior(name) for name in arguments.priors}, []
+    priors, rows = {Path(name).stem: load_prior(name) for name in arguments.priors}, []
     for path in arguments.volumes:
         for voxel_mm in arguments.voxel_mm:
             volume, size = complex_volume(path, voxel_mm)
