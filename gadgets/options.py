@@ -30,7 +30,7 @@ class Options(BaseModel):
     sweeps: int = Field(16, ge=1, le=1000, description="passes over the volume; more is better and slower")
     sigma_max: float = Field(0.3, gt=0, le=2, description="first noise level of the prior, in tissue brightness")
     sigma_min: float = Field(0.02, gt=0, le=2, description="last noise level of the prior")
-    prior_weight: float = Field(0.25, gt=0, le=100, description="pull of the prior against the data; needs no tuning per protocol")
+    prior_weight: float = Field(0.5, gt=0, le=100, description="pull of the prior against the data; needs no tuning per protocol")
     slice_fraction: float = Field(1.0, gt=0, le=1, description="share of the slices denoised per sweep")
     deadline_s: float | None = Field(None, gt=0, description="stop the sweeps after this time and send what there is")
     seed: int = Field(0, ge=0, description="of the random slices")

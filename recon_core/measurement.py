@@ -29,6 +29,7 @@ class Measurement:
     sigma: float
     voxel_mm: tuple[float, float, float]
     acs: tuple[int, int]
+    sigma_known: bool = True
     warnings: list[str] = field(default_factory=list)
 
     def misfit(self, volume: Tensor) -> float:
@@ -37,6 +38,17 @@ class Measurement:
         model = torch.vdot(volume.flatten(), self.operator.normal(volume).flatten()).real
         residual = max(0.0, self.energy - float(cross) + float(model))
         return (residual / (2 * self.samples)) ** 0.5 / self.sigma
+
+    def noise_level(self, image: Tensor) -> float:
+        """Noise of y per real part; where it was estimated, no more than what `image` [z y x] leaves unexplained.
+
+        The estimate is high at high SNR. A least-squares image explains at most one sample per voxel of the
+        support, so residual / sqrt(samples - voxels) bounds the noise; with several coils often more closely.
+        """
+        free = self.samples - int((self.operator.maps != 0).any(dim=1).sum())
+        if self.sigma_known or free <= 0:
+            return self.sigma
+        return self.sigma * min(1.0, self.misfit(image) * (self.samples / free) ** 0.5)
 
 
 def measure(
@@ -88,7 +100,7 @@ def measure(
     samples = int((mask > 0).sum()) * data.shape[0] * data.shape[-1]
     energy = float(torch.view_as_real(data).double().square().sum())
     sigma = 1.0 / most**0.5
-    return Measurement(operator, operator.adjoint(data), energy, samples, sigma, voxel_mm, acs_size, warnings)
+    return Measurement(operator, operator.adjoint(data), energy, samples, sigma, voxel_mm, acs_size, noise is not None, warnings)
 
 
 def _mix(matrix: Tensor, data: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from .unet import UNet
@@ -62,7 +62,7 @@ def save_prior(prior: Prior, path: str | Path, card: dict) -> None:
     """Write fp16 weights to `path` (.safetensors) and the model card beside it (.json) with its sha256."""
     path = Path(path)
     tensors = {name: t.detach().half().contiguous() for name, t in prior.state_dict().items()}
-    save_file(tensors, path)
+    path.write_bytes(save(tensors))
     card = {
         **card,
         "format": FORMAT,

@@ -29,15 +29,16 @@ class VariationalConfig:
     """sigma in units of tissue brightness.
 
     With n the noise of the data in those units, a sweep at sigma pulls towards its denoised image with
-    rho = prior_weight * (n / sigma)^2: the Gaussian model's balance of data noise and prior noise, times one
-    factor, found by experiment (tests/benchmarks/prior_weight.py) and the same for every protocol.
+    rho = prior_weight * sqrt(1 / R) * (n / sigma)^2: the Gaussian model's balance of data noise and prior noise,
+    times a factor found by experiment (tests/benchmarks/prior_weight.py), the same for every protocol; the more
+    of k-space was sampled (R = 1: all), the better the image bears a strong prior.
     sigma never falls below n / 2.
     """
 
     sweeps: int = 16
     sigma_max: float = 0.3
     sigma_min: float = 0.02
-    prior_weight: float = 0.25
+    prior_weight: float = 0.5
     momentum: float = 0.8
     cg_iterations: int = 3
     slice_fraction: float = 1.0
@@ -71,16 +72,17 @@ def reconstruct_variational(
     """
     random = torch.Generator().manual_seed(seed)
     scale = intensity_scale(start, measurement.voxel_mm)
-    noise = measurement.sigma / scale
+    noise = measurement.noise_level(start) / scale
     box = object_box(measurement.operator.maps)
     usable = usable_axes(tuple(s.stop - s.start for s in box))
+    weight = config.prior_weight * float((measurement.operator.weights > 0).float().mean()) ** 0.5
     x, target, evaluations = start / scale, measurement.adjoint / scale, 0
     previous, axes = x, []
     for sweep, sigma in enumerate(annealed(config, noise), start=1):
         axes = axes or [a for a in torch.randperm(3, generator=random).tolist() if a in usable]
         denoised = x + config.momentum * (x - previous)
         evaluations += denoise_slices(denoised[box], prior, sigma, axes.pop(), config.slice_fraction, random)
-        rho = config.prior_weight * (noise / sigma) ** 2
+        rho = weight * (noise / sigma) ** 2
         previous = x
         x = measurement.operator.solve(target + rho * denoised, rho, denoised, config.cg_iterations)
         yield State(sweep, config.sweeps, sigma, x * scale, evaluations)

@@ -46,7 +46,7 @@ def test_gaussian_prior_reaches_its_closed_form_optimum():
     config = VariationalConfig(sweeps=400, sigma_max=sigma, sigma_min=sigma, prior_weight=2.0, cg_iterations=8)
     state = last(reconstruct_variational(measurement, lambda x, s: x * shrink, operator.adjoint(y), config))
     noise = 0.05 / intensity_scale(operator.adjoint(y), VOXEL)
-    rho = 2.0 * (noise / sigma) ** 2
+    rho = 2.0 * float(mask.mean()) ** 0.5 * (noise / sigma) ** 2
     expected = operator.solve(operator.adjoint(y), rho * (1 - shrink), iterations=50)
     assert (state.volume - expected).norm() / expected.norm() < 1e-4
 
@@ -154,3 +154,16 @@ def test_separate_calibration_lines_make_the_maps():
     measurement = measure(kspace * thinned[..., None], thinned, VOXEL, noise, (kspace * calibration[..., None], calibration))
     assert measurement.warnings == []
     assert measurement.acs[0] >= 9
+
+
+def test_an_estimated_noise_level_is_bounded_by_the_residual():
+    """Six coils, fully sampled, noise half of what was estimated: the least-squares residual tells."""
+    shape, coils = (16, 18, 14), 6
+    maps = torch.stack([coil_sensitivity(c, coils, shape) for c in range(coils)])
+    operator = Sense(maps / maps.abs().square().sum(0).sqrt(), torch.ones(shape[:2]))
+    y = operator.forward(random_complex(*shape, seed=1)) + 0.5 * 2**0.5 * random_complex(coils, *shape, seed=2)
+    energy = float(y.abs().square().sum())
+    for known, expected in ((True, 1.0), (False, 0.5)):
+        measurement = Measurement(operator, operator.adjoint(y), energy, y.numel(), 1.0, VOXEL, (5, 5), known)
+        image = operator.solve(operator.adjoint(y), 0.0, iterations=20)
+        assert measurement.noise_level(image) == pytest.approx(expected, rel=0.03)
