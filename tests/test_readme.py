@@ -1,0 +1,31 @@
+"""What the README says is what the code does."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from gadgets.cli import build_parser
+from gadgets.options import Options, preset_names
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+COMMANDS = re.findall(r"(?m)^(?:.*&& )?(slicediff .*?)(?: +#.*)?$", "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S)))
+
+
+def test_options_table():
+    text = lambda value: "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)  # noqa: E731
+    rows = [f"| `{name}` | {text(field.default)} | {field.description} |" for name, field in Options.model_fields.items()]
+    assert re.findall(r"(?m)^\| `\w+` \| [^|]+ \| [^|]+ \|$", README) == rows
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_are_understood(command):
+    build_parser().parse_args(shlex.split(command)[1:])
+
+
+def test_enough_is_shown():
+    assert len(COMMANDS) >= 6
+    assert all(f"`{name}`" in README for name in preset_names())
+    picture = re.search(r"!\[.*?\]\((.*?)\)", README, re.S).group(1)
+    assert (Path(__file__).resolve().parents[1] / picture).is_file()
