@@ -10,7 +10,7 @@ from typing import Any
 from .wire import ACQUISITION, WAVEFORM, Wire
 
 log = logging.getLogger("slicediff")
-PROGRESS_EVERY_S = 5.0
+PROGRESS_EVERY_S = 2.0
 
 
 def run_scan(wire: Wire, header_xml: bytes, sources: list[Mapping[str, Any]], load_prior: Callable, notify: Callable[[str], None], first: tuple | None = None) -> int:

@@ -118,8 +118,9 @@ def _image(pixels: np.ndarray, scan: Scan, z: int, partitions: int, series: int,
     if partitions > 1:
         out.slice = z
     out.image_index = index
-    image.setHead(out)
     image.meta = ismrmrd.Meta(meta)
+    out.attribute_string_len = len(image.attribute_string.encode())
+    image.setHead(out)
     return image
 
 

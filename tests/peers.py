@@ -125,5 +125,5 @@ def same_images(first: list[ismrmrd.Image], second: list[ismrmrd.Image]) -> bool
     """Identical pixels, headers and attributes."""
     pairs = list(zip(first, second))
     return len(first) == len(second) and all(
-        bytes(a.getHead())[:194] == bytes(b.getHead())[:194] and a.data.tobytes() == b.data.tobytes() and a.attribute_string == b.attribute_string for a, b in pairs
+        bytes(a.getHead()) == bytes(b.getHead()) and a.data.tobytes() == b.data.tobytes() and a.attribute_string == b.attribute_string for a, b in pairs
     )
