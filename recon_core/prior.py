@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -75,7 +76,7 @@ def save_prior(prior: Prior, path: str | Path, card: dict) -> None:
 
 
 def load_prior(name_or_path: str | Path = "small", device: str | torch.device = "cpu") -> Prior:
-    """Load a shipped prior by name, or a site's own by the path of its .safetensors file.
+    """Load a prior by name (see prior_folders), or by the path of its .safetensors file.
 
     Raises:
         PriorError: if weights or card are missing, damaged, or of another format version.
@@ -94,14 +95,24 @@ def load_prior(name_or_path: str | Path = "small", device: str | torch.device = 
     return prior.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
 
 
+def prior_folders() -> list[Path]:
+    """Where weights are looked for by name: the folders in SLICEDIFF_PRIORS (a site's own), then what ships."""
+    own = [Path(p) for p in os.environ.get("SLICEDIFF_PRIORS", "").split(os.pathsep) if p]
+    return [*own, WEIGHTS_DIR]
+
+
 def find_weights(name_or_path: str | Path) -> Path:
-    """Path of the .safetensors file for a shipped name or a path; PriorError names what exists."""
-    shipped = WEIGHTS_DIR / f"{name_or_path}.safetensors"
-    path = shipped if shipped.is_file() else Path(name_or_path)
+    """Path of the .safetensors file for a name or a path; PriorError names what exists."""
+    named = [folder / f"{name_or_path}.safetensors" for folder in prior_folders()]
+    path = next((p for p in named if p.is_file()), Path(name_or_path))
     if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in WEIGHTS_DIR.glob("*.safetensors"))) or "none"
-        raise PriorError(f"no prior {str(name_or_path)!r}: not a shipped name (shipped: {names}) and not a file")
+        names = ", ".join(dict.fromkeys(p.stem for p in _all_weights())) or "none"
+        raise PriorError(f"no prior {str(name_or_path)!r}: neither a known name (known: {names}) nor a file")
     return path
+
+
+def _all_weights() -> list[Path]:
+    return [p for folder in prior_folders() for p in sorted(folder.glob("*.safetensors"))]
 
 
 def read_card(weights: Path) -> dict:
@@ -116,5 +127,6 @@ def read_card(weights: Path) -> dict:
 
 
 def list_priors() -> list[dict]:
-    """Cards of all shipped priors, each with its name."""
-    return [{"name": path.stem, **read_card(path)} for path in sorted(WEIGHTS_DIR.glob("*.safetensors"))]
+    """Cards of all priors known by name, each with its name; the first of a name is the one that is used."""
+    first = {path.stem: path for path in reversed(_all_weights())}
+    return [{"name": name, **read_card(first[name])} for name in sorted(first)]

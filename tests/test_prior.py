@@ -73,7 +73,7 @@ def test_weights_travel_and_are_checked(tmp_path):
 
 
 def test_missing_prior_is_named():
-    with pytest.raises(PriorError, match="no prior 'nonesuch'.*shipped: .*small"):
+    with pytest.raises(PriorError, match="no prior 'nonesuch'.*known: .*small"):
         load_prior("nonesuch")
 
 
@@ -93,3 +93,13 @@ def test_intensity_scale_follows_the_tissue_only():
     assert intensity_scale(noisy, (4.0, 4.0, 4.0)) == pytest.approx(scale, rel=0.05)
     with pytest.raises(ValueError, match="no finite signal"):
         intensity_scale(torch.zeros(8, 8, 8), (1.0, 1.0, 1.0))
+
+
+def test_a_sites_own_weights_drop_in(tmp_path, monkeypatch):
+    """By name, before what ships; the list shows both."""
+    save_prior(Prior("small", sigma_data=0.6), tmp_path / "ours.safetensors", {"good_for": "knees"})
+    monkeypatch.setenv("SLICEDIFF_PRIORS", f"/nowhere:{tmp_path}")
+    assert load_prior("ours").sigma_data == 0.6
+    assert [c["name"] for c in list_priors()] == ["ours", "small"]
+    save_prior(Prior("small", sigma_data=0.7), tmp_path / "small.safetensors", {})
+    assert load_prior("small").sigma_data == 0.7 and {c["name"]: c["sigma_data"] for c in list_priors()}["small"] == 0.7
