@@ -11,14 +11,17 @@ import torch
 from recon_core.cg_sense import cg_sense
 from recon_core.measurement import Measurement, measure
 from recon_core.prior import Prior, PriorError, load_prior
+from recon_core.state import State
 from recon_core.variational import VariationalConfig, reconstruct_variational
+from recon_core.wavelet import reconstruct_wavelet
 
 from .gather import gather
 from .images import SERIES, make_images
 from .options import Options
 
+ITERATIVE = ("diffusion", "wavelet")
 Report = Callable[[str, dict], None]
-NAMES = {"diffusion": "slice diffusion", "cg": "CG-SENSE", "zero-filled": "zero-filled"}
+NAMES = {"diffusion": "slice diffusion", "wavelet": "l1-wavelet", "cg": "CG-SENSE", "zero-filled": "zero-filled"}
 
 
 def reconstruct(header, items: Iterable, prior, options: Options, report: Report = lambda stage, facts: None) -> Iterator[ismrmrd.Image]:
@@ -41,7 +44,7 @@ def reconstruct(header, items: Iterable, prior, options: Options, report: Report
         report("measured", {"coils": measurement.operator.maps.shape[1], "acs": list(measurement.acs), "warnings": notes})
         preview = cg_sense(measurement)
         report("preview", {})
-        if options.method == "diffusion" and options.preview:
+        if options.method in ITERATIVE and options.preview:
             yield from make_images(preview, scan, options, header, SERIES["preview"], number, "CG-SENSE preview", notes)
         volume, remarks = solve(measurement, preview, prior, options, report)
         yield from make_images(volume, scan, options, header, SERIES["final"], number, NAMES[options.method], notes + remarks)
@@ -54,13 +57,20 @@ def solve(measurement: Measurement, preview: torch.Tensor, prior, options: Optio
     if options.method == "cg":
         return preview, []
     began = time.monotonic()
-    config = VariationalConfig(options.sweeps, options.sigma_max, options.sigma_min, options.prior_weight, slice_fraction=options.slice_fraction)
-    for state in reconstruct_variational(measurement, prior, preview, config, options.seed):
+    for state in states(measurement, preview, prior, options):
         report("sweep", {"sweep": state.sweep, "sweeps": state.sweeps})
         late = options.deadline_s is not None and time.monotonic() - began > options.deadline_s
         if late and state.sweep < state.sweeps:
             return state.volume, [f"stopped at the deadline of {options.deadline_s:g} s after {state.sweep} of {state.sweeps} sweeps"]
     return state.volume, []
+
+
+def states(measurement: Measurement, preview: torch.Tensor, prior, options: Options) -> Iterator[State]:
+    """The states of the iterative method asked for."""
+    if options.method == "wavelet":
+        return reconstruct_wavelet(measurement, preview, seed=options.seed)
+    config = VariationalConfig(options.sweeps, options.sigma_max, options.sigma_min, options.prior_weight, slice_fraction=options.slice_fraction)
+    return reconstruct_variational(measurement, prior, preview, config, options.seed)
 
 
 def load_prior_for(options: Options) -> Prior | None:

@@ -82,7 +82,7 @@ def train(
         start = _resume(checkpoint, prior, average, optimiser)
         pool = SlicePool(volumes, options.voxel_mm, options.crop, seed=options.seed)
         held_out = Validation(validation, options.seed) if validation and team.leads else None
-        shared, curve = team.wrap(prior), Curve(out.with_suffix(".csv"), start)
+        shared, curve = team.wrap(prior), Curve(out.with_suffix(".csv") if team.leads else None, start)
         began = saved = time.monotonic()
         for step in range(start, options.steps):
             clean, voxel_mm = pool.batch(step, options.batch)
@@ -169,17 +169,22 @@ def model_card(volumes: Sequence[Volume], options: TrainOptions, steps: int) -> 
 
 
 class Curve:
-    """Running mean of the loss per noise level and per voxel size, kept as CSV; a resumed run appends.
+    """Running mean of the loss per noise level and per voxel size, kept as CSV; a resumed run goes on with it.
 
     Args:
-        path: of the .csv.
+        path: of the .csv; None for none.
         start: step the run begins with; 0 begins a new file.
     """
 
-    def __init__(self, path: Path, start: int):
+    def __init__(self, path: Path | None, start: int):
         self.path, self.values, self.notes = path, {}, {}
-        if start == 0:
-            path.unlink(missing_ok=True)
+        if path is None:
+            return
+        text = path.read_text() if start and path.is_file() else ""
+        kept = [row for row in csv.reader(text.splitlines()) if int(row[0]) <= start]
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows(kept)
+        self.values = {key: float(value) for _, key, value in kept if not key.startswith("psnr")}
 
     def add(self, loss: Tensor, sigma: Tensor, voxel_mm: Tensor) -> None:
         """Losses [slices] with their noise levels and voxel sizes."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .measurement import Measurement
 from .scale import intensity_scale
+from .state import State
 
 Denoiser = Callable[[Tensor, float], Tensor]
 MIN_SIDE = 16  # shorter slices show the network hardly any anatomy
@@ -42,17 +43,6 @@ class VariationalConfig:
     momentum: float = 0.8
     cg_iterations: int = 3
     slice_fraction: float = 1.0
-
-
-@dataclass
-class State:
-    """One sweep's result: volume [z y x] in the units of the data."""
-
-    sweep: int
-    sweeps: int
-    sigma: float
-    volume: Tensor
-    network_evaluations: int
 
 
 def reconstruct_variational(

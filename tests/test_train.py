@@ -11,7 +11,7 @@ import torch
 
 from recon_core.prior import load_prior
 from recon_core.simulate import phantom
-from recon_core.train import TrainOptions, first_prior, train
+from recon_core.train import Curve, TrainOptions, first_prior, train
 from recon_core.volumes import SlicePool, Volume, load_volume, resample
 
 
@@ -64,6 +64,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(volumes, tmp_path):
     for a, b in zip(whole.parameters(), resumed.parameters()):
         torch.testing.assert_close(a, b)
     assert load_prior(tmp_path / "cut.safetensors").card["training"]["steps_done"] == 6
+    assert {row[0] for row in read_curve(tmp_path / "cut.csv")} == {"6"}
 
 
 def test_slices_follow_from_seed_and_step(volumes):
@@ -159,3 +160,12 @@ def test_complex_volumes_keep_their_phase():
     fastest = torch.maximum(step(1), step(2))
     assert ((fastest - 1.2).abs() < 0.35).float().mean() > 0.4, "two of three orientations show the ramp"
     assert bool((voxel_mm >= 1.0).all()) and float(slices.abs().max()) > 0.3
+
+
+def test_the_curve_goes_on_where_the_checkpoint_was(tmp_path):
+    """Rows of steps that a kill undid are dropped; the running means do not jump."""
+    (tmp_path / "c.csv").write_text("100,sigma<0.1,0.4\n100,psnr 1 mm sigma 0.2,20\n200,sigma<0.1,0.3\n")
+    curve = Curve(tmp_path / "c.csv", start=150)
+    assert [row[0] for row in read_curve(tmp_path / "c.csv")] == ["100", "100"]
+    curve.add(torch.tensor([1.4]), torch.tensor([0.05]), torch.tensor([2.0]))
+    assert curve.values["sigma<0.1"] == pytest.approx(0.99 * 0.4 + 0.01 * 1.4)

@@ -1,0 +1,18 @@
+"""What every iterative method yields: the image so far, so that the caller owns time, display and stopping."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass
+class State:
+    """One sweep's result: volume [z y x] in the units of the data, and sigma, the strength that was denoised with."""
+
+    sweep: int
+    sweeps: int
+    sigma: float
+    volume: Tensor
+    network_evaluations: int
