@@ -38,6 +38,7 @@ class Team:
         dist.init_process_group("nccl" if cuda else "gloo")
         try:
             yield cls(where, rank, size)
+            dist.barrier()  # nobody may leave while another still talks
         finally:
             dist.destroy_process_group()
 
