@@ -72,48 +72,52 @@ def train(
         ValueError: if there are no volumes, the batch cannot be shared out, or a loss is not finite.
     """
     with Team.join(options.device) as team:
-        if options.batch % team.size:
-            raise ValueError(f"a batch of {options.batch} cannot be shared by {team.size} processes; choose a multiple")
-        torch.manual_seed(options.seed)
-        prior = first_prior(options).to(team.device, memory_format=torch.channels_last)
-        average = copy.deepcopy(prior).requires_grad_(False)
-        optimiser = torch.optim.AdamW(prior.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
-        checkpoint = out.with_suffix(".checkpoint")
-        start = _resume(checkpoint, prior, average, optimiser)
-        pool = SlicePool(volumes, options.voxel_mm, options.crop, seed=options.seed)
-        held_out = Validation(validation, options.seed) if validation and team.leads else None
-        shared, curve = team.wrap(prior), Curve(out.with_suffix(".csv") if team.leads else None, start)
-        began = saved = time.monotonic()
-        for step in range(start, options.steps):
-            clean, voxel_mm = pool.batch(step, options.batch)
-            sigma, noise = draw_noise(clean, step, options)
-            loss = denoising_loss(shared, *(team.share(t) for t in (clean, sigma, noise)), prior.sigma_data)
-            for group in optimiser.param_groups:
-                group["lr"] = options.learning_rate * schedule(step, options.steps)
-            optimiser.zero_grad(set_to_none=True)
-            loss.mean().backward()
-            torch.nn.utils.clip_grad_norm_(prior.parameters(), 1.0)
-            optimiser.step()
-            _update_average(average, prior, min(options.ema_decay, (1 + step) / (10 + step)))
-            losses = team.gather(loss.detach()).cpu()
-            if not bool(torch.isfinite(losses).all()):
-                raise ValueError(f"the loss became {losses.mean().item()} at step {step}; lower the learning rate")
-            curve.add(losses, sigma, voxel_mm)
-            last = step + 1 == options.steps
-            if not team.leads:
-                continue
-            if held_out and ((step + 1) % options.validate_every == 0 or last):
-                log(f"step {step + 1}  {held_out.report(average)}")
-                curve.note(held_out.measure(average))
-                show(step + 1, held_out.images(average))
-            if (step + 1) % 100 == 0 or last:
-                left = (time.monotonic() - began) / (step + 1 - start) * (options.steps - step - 1)
-                log(f"step {step + 1}/{options.steps}  {curve.report()}  {left / 60:.0f} min left")
-                curve.write(step + 1)
-            if time.monotonic() - saved > options.save_every_s or last:
-                _save(checkpoint, step + 1, prior, average, optimiser)
-                save_prior(average, out, model_card(volumes, options, step + 1))
-                saved = time.monotonic()
+        return _train(team, volumes, out, options, log, validation, show)
+
+
+def _train(team: Team, volumes, out: Path, options: TrainOptions, log, validation, show) -> Prior:
+    if options.batch % team.size:
+        raise ValueError(f"a batch of {options.batch} cannot be shared by {team.size} processes; choose a multiple")
+    torch.manual_seed(options.seed)
+    prior = first_prior(options).to(team.device, memory_format=torch.channels_last)
+    average = copy.deepcopy(prior).requires_grad_(False)
+    optimiser = torch.optim.AdamW(prior.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    checkpoint = out.with_suffix(".checkpoint")
+    start = _resume(checkpoint, prior, average, optimiser)
+    pool = SlicePool(volumes, options.voxel_mm, options.crop, seed=options.seed)
+    held_out = Validation(validation, options.seed) if validation and team.leads else None
+    shared, curve = team.wrap(prior), Curve(out.with_suffix(".csv") if team.leads else None, start)
+    began = saved = time.monotonic()
+    for step in range(start, options.steps):
+        clean, voxel_mm = pool.batch(step, options.batch)
+        sigma, noise = draw_noise(clean, step, options)
+        loss = denoising_loss(shared, *(team.share(t) for t in (clean, sigma, noise)), prior.sigma_data)
+        for group in optimiser.param_groups:
+            group["lr"] = options.learning_rate * schedule(step, options.steps)
+        optimiser.zero_grad(set_to_none=True)
+        loss.mean().backward()
+        torch.nn.utils.clip_grad_norm_(prior.parameters(), 1.0)
+        optimiser.step()
+        _update_average(average, prior, min(options.ema_decay, (1 + step) / (10 + step)))
+        losses = team.gather(loss.detach()).cpu()
+        if not bool(torch.isfinite(losses).all()):
+            raise ValueError(f"the loss became {losses.mean().item()} at step {step}; lower the learning rate")
+        curve.add(losses, sigma, voxel_mm)
+        last = step + 1 == options.steps
+        if not team.leads:
+            continue
+        if held_out and ((step + 1) % options.validate_every == 0 or last):
+            log(f"step {step + 1}  {held_out.report(average)}")
+            curve.note(held_out.measure(average))
+            show(step + 1, held_out.images(average))
+        if (step + 1) % 100 == 0 or last:
+            left = (time.monotonic() - began) / (step + 1 - start) * (options.steps - step - 1)
+            log(f"step {step + 1}/{options.steps}  {curve.report()}  {left / 60:.0f} min left")
+            curve.write(step + 1)
+        if time.monotonic() - saved > options.save_every_s or last:
+            _save(checkpoint, step + 1, prior, average, optimiser)
+            save_prior(average, out, model_card(volumes, options, step + 1))
+            saved = time.monotonic()
     return average
 
 
