@@ -50,7 +50,7 @@ def main() -> None:
     run("simulate", arguments.volume, scan, "--voxel-mm", arguments.voxel_mm, "--acceleration", arguments.acceleration, "--coils", arguments.coils, "--snr", arguments.snr, "--reference", reference)
     truth = torch.from_numpy(np.asarray(nibabel.load(reference).dataobj).T.copy())
     images, seconds, matrix = {}, {}, None
-    for method in ("zero-filled", "cg", "diffusion"):
+    for method in ("zero-filled", "cg", "wavelet", "diffusion"):
         images[method], seconds[method], matrix = ours(scan, out, method)
     if shutil.which("bart"):
         for strength in arguments.lambdas:

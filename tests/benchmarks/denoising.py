@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from scans import save_table
-from skimage.restoration import cycle_spin, denoise_nl_means, denoise_wavelet
+from skimage.restoration import denoise_nl_means, denoise_wavelet
 
 from recon_core.prior import load_prior
 from recon_core.scale import intensity_scale
@@ -86,10 +86,14 @@ def nl_means(image: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def wavelet(image: np.ndarray, sigma: float) -> np.ndarray:
-    """BayesShrink of [h w 2], averaged over shifts."""
+    """BayesShrink of [h w 2], averaged over 16 shifts."""
+    total = np.zeros_like(image)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about the levels of small slices
-        return cycle_spin(image, denoise_wavelet, max_shifts=(3, 3, 0), shift_steps=(1, 1, 1), func_kw={"sigma": sigma, "channel_axis": -1, "rescale_sigma": False}, num_workers=1, channel_axis=None)
+        for shift in np.ndindex(4, 4):
+            shrunk = denoise_wavelet(np.roll(image, shift, (0, 1)), sigma=sigma, channel_axis=-1, rescale_sigma=False)
+            total += np.roll(shrunk, [-s for s in shift], (0, 1)) / 16
+    return total
 
 
 if __name__ == "__main__":
