@@ -135,9 +135,10 @@ class SlicePool:
         if rng.random() < 0.5:
             volume = _remap_contrast(volume, rng)
         low, high = self.voxel_mm
-        target = [rng.uniform(max(low, min(voxel_mm)), high)] * 3
+        finest = max(low, min(voxel_mm))
+        target = [rng.uniform(finest, max(finest, high))] * 3  # a volume coarser than asked for stays as it is
         if rng.random() < 0.4:  # slab protocols: one or more axes coarser than the finest
-            target = [min(high, t * rng.uniform(1, 2.5)) for t in target]
+            target = [max(finest, min(high, t * rng.uniform(1, 2.5))) for t in target]
         taper = rng.uniform(0.05, 0.9) if rng.random() < 0.4 else 0.0
         volume, voxel_mm = resample(volume, voxel_mm, target, taper)
         volume = volume / intensity_scale(volume, voxel_mm)

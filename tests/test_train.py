@@ -170,3 +170,9 @@ def test_the_curve_goes_on_where_the_checkpoint_was(tmp_path):
     assert [row[0] for row in read_curve(tmp_path / "c.csv")] == ["100", "100"]
     curve.add(torch.tensor([1.4]), torch.tensor([0.05]), torch.tensor([2.0]))
     assert curve.values["sigma<0.1"] == pytest.approx(0.99 * 0.4 + 0.01 * 1.4)
+
+
+def test_a_volume_coarser_than_the_voxel_size_asked_for_is_used_as_it_is():
+    volume = Volume("coarse", phantom((40, 44, 48)).numpy(), (1.5, 1.5, 1.5))
+    _, voxel_mm = SlicePool([volume], (1.0, 1.0), crop=32, size=2).batch(0, 4)
+    assert voxel_mm.tolist() == [1.5] * 4
