@@ -44,6 +44,7 @@ class TrainOptions(BaseModel):
     learning_rate: float = Field(8e-4, gt=0, description="of AdamW")
     ema_decay: float = Field(0.999, ge=0, lt=1, description="of the averaged weights, per step")
     voxel_mm: tuple[float, float] = Field((0.5, 4.0), description="finest and coarsest voxel size; the same twice for one fixed size")
+    vary_sharpness: bool = Field(True, description="taper or interpolate some volumes, as protocols do; off to compare voxel sizes")
     sigma_range: tuple[float, float] = Field((0.008, 2.0), description="noise levels, in tissue brightness")
     seed: int = Field(0, ge=0, description="of everything random")
     save_every_s: float = Field(60.0, ge=0, description="at most this much work is lost by a kill")
@@ -84,7 +85,7 @@ def _train(team: Team, volumes, out: Path, options: TrainOptions, log, validatio
     optimiser = torch.optim.AdamW(prior.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     checkpoint = out.with_suffix(".checkpoint")
     start = _resume(checkpoint, prior, average, optimiser)
-    pool = SlicePool(volumes, options.voxel_mm, options.crop, seed=options.seed)
+    pool = SlicePool(volumes, options.voxel_mm, options.crop, seed=options.seed, vary_sharpness=options.vary_sharpness)
     held_out = Validation(validation, options.seed) if validation and team.leads else None
     shared, curve = team.wrap(prior), Curve(out.with_suffix(".csv") if team.leads else None, start)
     began = saved = time.monotonic()

@@ -101,13 +101,16 @@ class SlicePool:
         crop: side of the square training crops.
         size: resampled volumes held at once.
         refresh: steps between replacements.
+        seed: of everything random.
+        vary_sharpness: taper or interpolate some volumes, as protocols do.
     """
 
-    def __init__(self, volumes: Sequence[Volume], voxel_mm=(0.5, 4.0), crop=64, size=24, refresh=12, seed=0):
+    def __init__(self, volumes: Sequence[Volume], voxel_mm=(0.5, 4.0), crop=64, size=24, refresh=12, seed=0, vary_sharpness=True):
         if not volumes:
             raise ValueError("expected at least one training volume, got none")
         self.volumes = list(volumes)
         self.voxel_mm, self.crop, self.size, self.refresh, self.seed = voxel_mm, crop, size, refresh, seed
+        self.vary_sharpness = vary_sharpness
         self.pool: dict[int, tuple[Tensor, float]] = {}
 
     def batch(self, step: int, slices: int) -> tuple[Tensor, Tensor]:
@@ -139,10 +142,10 @@ class SlicePool:
         target = [rng.uniform(finest, max(finest, high))] * 3  # a volume coarser than asked for stays as it is
         if rng.random() < 0.4:  # slab protocols: one or more axes coarser than the finest
             target = [max(finest, min(high, t * rng.uniform(1, 2.5))) for t in target]
-        taper = rng.uniform(0.05, 0.9) if rng.random() < 0.4 else 0.0
+        taper = rng.uniform(0.05, 0.9) if self.vary_sharpness and rng.random() < 0.4 else 0.0
         volume, voxel_mm = resample(volume, voxel_mm, target, taper)
         volume = volume / intensity_scale(volume, voxel_mm)
-        return (_zero_fill(volume, rng) if rng.random() < 0.3 else volume), min(voxel_mm)
+        return (_zero_fill(volume, rng) if self.vary_sharpness and rng.random() < 0.3 else volume), min(voxel_mm)
 
 
 def _zero_fill(volume: Tensor, rng) -> Tensor:
