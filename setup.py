@@ -33,6 +33,9 @@ setup(
     ],
     extras_require={
         "test": ["pytest>=8"],
-        "bench": ["scikit-image>=0.22", "PyWavelets>=1.5"],  # the classical denoisers that the prior is compared with
+        "bench": [
+            "scikit-image>=0.22",  # SSIM, and the classical denoisers that the prior is compared with
+            "PyWavelets>=1.5",  # which scikit-image's wavelet denoiser needs
+        ],
     },
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import runpy
 import signal
 import sys
 import threading
@@ -51,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     _send(commands.add_parser("send", help="stream a scan file to a server and write the images"))
     _priors(commands.add_parser("priors", help="list the shipped priors with their model cards"))
     _train(commands.add_parser("train", help="train a prior on magnitude volumes"))
+    _bench(commands.add_parser("bench", help="methods side by side (in a checkout)", add_help=False, prefix_chars="\0"))
     return parser
 
 
@@ -128,6 +130,11 @@ def _train(parser: argparse.ArgumentParser) -> None:
     for name in ("architecture", "steps", "batch", "seed", "device"):
         parser.add_argument(f"--{name}")
     parser.set_defaults(run=run_train)
+
+
+def _bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("rest", nargs="*", help="as tests/benchmarks/bench.py --help lists them")
+    parser.set_defaults(run=run_bench_command)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -305,3 +312,14 @@ def peak_memory_mib() -> float:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+def run_bench_command(arguments) -> None:
+    """Run tests/benchmarks/bench.py of the checkout that the package or the current folder is."""
+    places = [root / "tests" / "benchmarks" / "bench.py" for root in (Path.cwd(), Path(__file__).resolve().parent.parent)]
+    program = next((p for p in places if p.is_file()), None)
+    if program is None:
+        raise FileNotFoundError("the benchmarks are not installed with the package: run `slicediff bench` in a checkout of the project")
+    sys.argv = [str(program), *arguments.rest]
+    sys.path.insert(0, str(program.parent))
+    runpy.run_path(str(program), run_name="__main__")

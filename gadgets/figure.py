@@ -27,9 +27,11 @@ def draw_orthogonal(volume: np.ndarray, affine: np.ndarray, path: str | Path) ->
     _draw([("", volume)], affine, path, None)
 
 
-def draw_comparison(volumes: dict[str, np.ndarray], affine: np.ndarray, path: str | Path, captions: dict[str, str], reference: str) -> None:
-    """Volumes [z y x] side by side in three orientations with captions and their errors against `reference`, as PNG."""
-    _draw([(f"{name}\n{captions.get(name, '')}".strip(), v) for name, v in volumes.items()], affine, path, volumes[reference])
+def draw_comparison(
+    volumes: dict[str, np.ndarray], affine: np.ndarray, path: str | Path, captions: dict[str, str], reference: str, errors: int = 1
+) -> None:
+    """Volumes [z y x] side by side in three orientations with captions, and their errors against `reference` in `errors` of them, as PNG."""
+    _draw([(f"{name}\n{captions.get(name, '')}".strip(), v) for name, v in volumes.items()], affine, path, volumes[reference], errors)
 
 
 def draw_denoising(images: np.ndarray, title: str, path: str | Path) -> None:
@@ -48,7 +50,7 @@ def draw_denoising(images: np.ndarray, title: str, path: str | Path) -> None:
     figure.savefig(path, dpi=100, facecolor="black")
 
 
-def _draw(columns: list[tuple[str, np.ndarray]], affine: np.ndarray, path: str | Path, reference: np.ndarray | None) -> None:
+def _draw(columns: list[tuple[str, np.ndarray]], affine: np.ndarray, path: str | Path, reference: np.ndarray | None, errors: int = 1) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -61,7 +63,7 @@ def _draw(columns: list[tuple[str, np.ndarray]], affine: np.ndarray, path: str |
         truth = anatomical(reference, affine)[0]
         panels, titles = [], [t for t, *_ in turned]
         for _, v, mm in turned:
-            error = planes(np.abs(v - truth), mm)[:1]
+            error = planes(np.abs(v - truth), mm)[:errors]
             panels.append([(p, a, "gray", top) for p, a in planes(v, mm)] + [(p, a, "magma", top / 5) for p, a in error])
     rows = len(panels[0])
     heights = [p.shape[0] * a / p.shape[1] for p, a, *_ in panels[0]]
@@ -74,6 +76,6 @@ def _draw(columns: list[tuple[str, np.ndarray]], affine: np.ndarray, path: str |
             axes[row, column].imshow(plane, cmap=colours, vmin=0, vmax=vmax, origin="lower", aspect=aspect, interpolation="nearest")
             axes[row, column].axis("off")
     if reference is not None:
-        figure.text(0.005, 0.005, "bottom row: absolute error, brightened 5 times", color="white", fontsize=8)
+        figure.text(0.005, 0.005, "last row: absolute error, brightened 5 times" if errors == 1 else f"last {errors} rows: absolute error, brightened 5 times", color="white", fontsize=8)
     figure.subplots_adjust(0.01, 0.03, 0.99, 1 - 0.55 / figure.get_figheight(), 0.02, 0.02)
     figure.savefig(path, dpi=100, facecolor="black")

@@ -22,7 +22,9 @@ class Options(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    method: Literal["diffusion", "wavelet", "cg", "zero-filled"] = Field("diffusion", description="the image wanted: diffusion, wavelet, cg or zero-filled")
+    method: Literal["diffusion", "faithful", "dds", "tpdm", "mbir", "pnp", "wavelet", "tv", "cg", "zero-filled"] = Field(
+        "diffusion", description="the image wanted: diffusion, wavelet, tv, cg or zero-filled; to compare with: faithful, dds, tpdm, mbir, pnp"
+    )
     prior: str = Field("small", description="name of a prior (see `slicediff priors`), or path of a .safetensors file")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto (a GPU if there is one), cpu or cuda")
     preview: bool = Field(True, description="send the CG-SENSE image first, as a series of its own")

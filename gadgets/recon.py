@@ -10,18 +10,16 @@ import torch
 
 from recon_core.cg_sense import cg_sense
 from recon_core.measurement import Measurement, measure
+from recon_core.methods import METHODS
 from recon_core.prior import Prior, PriorError, load_prior
 from recon_core.state import State
-from recon_core.variational import VariationalConfig, reconstruct_variational
-from recon_core.wavelet import reconstruct_wavelet
+from recon_core.variational import VariationalConfig
 
 from .gather import gather
 from .images import SERIES, make_images
 from .options import Options
 
-ITERATIVE = ("diffusion", "wavelet")
 Report = Callable[[str, dict], None]
-NAMES = {"diffusion": "slice diffusion", "wavelet": "l1-wavelet", "cg": "CG-SENSE", "zero-filled": "zero-filled"}
 
 
 def reconstruct(header, items: Iterable, prior, options: Options, report: Report = lambda stage, facts: None) -> Iterator[ismrmrd.Image]:
@@ -44,18 +42,14 @@ def reconstruct(header, items: Iterable, prior, options: Options, report: Report
         report("measured", {"coils": measurement.operator.maps.shape[1], "acs": list(measurement.acs), "warnings": notes})
         preview = cg_sense(measurement)
         report("preview", {})
-        if options.method in ITERATIVE and options.preview:
+        if options.preview and options.method not in ("cg", "zero-filled"):
             yield from make_images(preview, scan, options, header, SERIES["preview"], number, "CG-SENSE preview", notes)
         volume, remarks = solve(measurement, preview, prior, options, report)
-        yield from make_images(volume, scan, options, header, SERIES["final"], number, NAMES[options.method], notes + remarks)
+        yield from make_images(volume, scan, options, header, SERIES["final"], number, METHODS[options.method].title, notes + remarks)
 
 
 def solve(measurement: Measurement, preview: torch.Tensor, prior, options: Options, report: Report) -> tuple[torch.Tensor, list[str]]:
     """The volume [z y x] of the method asked for, and what the user should know of how it was made."""
-    if options.method == "zero-filled":
-        return measurement.adjoint, []
-    if options.method == "cg":
-        return preview, []
     began = time.monotonic()
     for state in states(measurement, preview, prior, options):
         report("sweep", {"sweep": state.sweep, "sweeps": state.sweeps})
@@ -66,11 +60,12 @@ def solve(measurement: Measurement, preview: torch.Tensor, prior, options: Optio
 
 
 def states(measurement: Measurement, preview: torch.Tensor, prior, options: Options) -> Iterator[State]:
-    """The states of the iterative method asked for."""
-    if options.method == "wavelet":
-        return reconstruct_wavelet(measurement, preview, seed=options.seed)
-    config = VariationalConfig(options.sweeps, options.sigma_max, options.sigma_min, options.prior_weight, slice_fraction=options.slice_fraction)
-    return reconstruct_variational(measurement, prior, preview, config, options.seed)
+    """The states of the method asked for; `sweeps` and the like are of the method `diffusion`."""
+    method = METHODS[options.method]
+    config = method.config
+    if options.method == "diffusion":
+        config = VariationalConfig(options.sweeps, options.sigma_max, options.sigma_min, options.prior_weight, slice_fraction=options.slice_fraction)
+    return method.run(measurement, prior, preview, config, options.seed)
 
 
 def load_prior_for(options: Options) -> Prior | None:
@@ -79,7 +74,7 @@ def load_prior_for(options: Options) -> Prior | None:
     Raises:
         PriorError: if the weights cannot be loaded, or CUDA was asked for and is not there.
     """
-    if options.method != "diffusion":
+    if not METHODS[options.method].uses_prior:
         return None
     return load_prior(options.prior, device_of(options))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +12,10 @@ from torch import Tensor
 from .coils import MIN_ACS, compression_matrix, cut_acs, estimate_coil_maps, find_acs, low_resolution_maps
 from .fft import centre_crop_or_pad, ifft
 from .noise import estimate_sigma, whitening_matrix
+from .scale import intensity_scale
 from .sense import Sense
+
+WORK_ARRAYS = 3  # data, maps and a copy of them on the way
 
 
 @dataclass
@@ -19,7 +23,7 @@ class Measurement:
     """One volume's inverse problem: A^H y, A, and what is known of noise and geometry.
 
     `adjoint` is A^H y [z y x]; `energy` is ||y||^2, for the data misfit without keeping y;
-    sigma is the noise of y per real part.
+    sigma is the noise of y per real part; `mixing` [virtual coils coils] made y from the coils.
     """
 
     operator: Sense
@@ -29,6 +33,7 @@ class Measurement:
     sigma: float
     voxel_mm: tuple[float, float, float]
     acs: tuple[int, int]
+    mixing: Tensor | None = None
     sigma_known: bool = True
     warnings: list[str] = field(default_factory=list)
 
@@ -50,6 +55,11 @@ class Measurement:
             return self.sigma
         return self.sigma * min(1.0, self.misfit(image) * (self.samples / free) ** 0.5)
 
+    def in_tissue_units(self, image: Tensor) -> tuple[float, float, Tensor, Tensor]:
+        """(scale, noise level / scale, image / scale, A^H y / scale), the prior's units, with the scale of `image` [z y x]."""
+        scale = intensity_scale(image, self.voxel_mm)
+        return scale, self.noise_level(image) / scale, image / scale, self.adjoint / scale
+
 
 def measure(
     kspace: Tensor,
@@ -63,7 +73,7 @@ def measure(
     """Whiten, average, compress coils, estimate maps.
 
     Args:
-        kspace: [coils z y x] complex64 sums over averages, x in image space, k = 0 at n//2.
+        kspace: [coils z y x] complex64 sums over averages, x in image space, k = 0 at n//2; it may stay on the host.
         counts: [z y] lines summed.
         voxel_mm: voxel size of the encoded grid along z, y, x.
         noise: [coils samples] noise samples, if there were noise lines.
@@ -74,33 +84,35 @@ def measure(
     Raises:
         ValueError: if nothing was acquired, the k-space centre is missing, or samples are not finite.
     """
-    counts = counts.to(device)
     if not bool(counts.any()):
         raise ValueError("no imaging line was acquired: nothing to reconstruct")
-    kspace = kspace.to(device)
-    if not bool(torch.isfinite(torch.view_as_real(kspace)).all()):
+    if not bool(torch.isfinite(kspace.sum(dim=0).abs().sum())):
         raise ValueError("the k-space holds NaN or infinity; the scan cannot be reconstructed")
     most = float(counts.max())
     mask = (counts / most).sqrt()
-    data = kspace * (mask / counts.clamp_min(1))[..., None]
-    reference, reference_mask = data, mask
+    factor = mask / counts.clamp_min(1)
+    reference, reference_mask, reference_factor = kspace, mask, factor
     if calibration is not None:
-        reference_mask = (calibration[1].to(device) > 0).float()
-        reference = calibration[0].to(device) / calibration[1].to(device).clamp_min(1)[..., None]
-    whitener, warnings = _whitener(data, mask, noise)
+        reference, lines = calibration
+        reference_mask, reference_factor = (lines > 0).float(), 1 / lines.clamp_min(1)
+    mixing, warnings = _whitener(kspace, mask, factor, noise)
     acs_size = find_acs(reference_mask)
-    acs = cut_acs(reference, tuple(max(1, n) for n in acs_size)) if acs_size[0] else reference[..., :0]
-    acs = _mix(whitener, acs)
-    if acs.numel() and len(whitener) > 1:
-        whitener = compression_matrix(acs, min(coils, len(whitener))) @ whitener
-        acs = _mix(whitener, cut_acs(reference, acs_size))
-    data, reference = _mix(whitener, data), (_mix(whitener, reference) if calibration is not None else None)
-    maps, support = _maps(acs, acs_size, data if reference is None else reference, reference_mask, warnings)
-    operator = Sense(maps * support, mask)
+    acs = torch.zeros((len(kspace), 0, 0, 0), dtype=kspace.dtype)
+    if acs_size[0]:
+        acs = cut_acs(reference, acs_size)
+        acs = _mix(mixing, acs * centre_crop_or_pad(reference_factor, acs.shape[1:3])[..., None])
+    if acs.numel() and len(mixing) > 1:
+        compression = compression_matrix(acs, min(coils, len(mixing)))
+        mixing, acs = compression @ mixing, _mix(compression, acs)
+    home = _home(mixing.shape[0], kspace.shape[1:], torch.device(device), warnings)
+    data = _mix_planes(mixing, kspace, factor, home)
+    wide = data if calibration is None else _mix_planes(mixing, reference, reference_factor, home)
+    maps, support = _maps(acs.to(device), acs_size, wide, reference_mask.to(home), home, warnings)
+    operator = Sense(maps.mul_(support), mask, device)
     samples = int((mask > 0).sum()) * data.shape[0] * data.shape[-1]
-    energy = float(torch.view_as_real(data).double().square().sum())
+    energy = sum(float(torch.view_as_real(plane).double().square().sum()) for plane in data.unbind(1))
     sigma = 1.0 / most**0.5
-    return Measurement(operator, operator.adjoint(data), energy, samples, sigma, voxel_mm, acs_size, noise is not None, warnings)
+    return Measurement(operator, operator.adjoint(data), energy, samples, sigma, voxel_mm, acs_size, mixing, noise is not None, warnings)
 
 
 def _mix(matrix: Tensor, data: Tensor) -> Tensor:
@@ -108,21 +120,40 @@ def _mix(matrix: Tensor, data: Tensor) -> Tensor:
     return (matrix @ data.flatten(1)).reshape(len(matrix), *data.shape[1:])
 
 
-def _whitener(data: Tensor, mask: Tensor, noise: Tensor | None) -> tuple[Tensor, list[str]]:
+def _mix_planes(matrix: Tensor, kspace: Tensor, factor: Tensor, home: torch.device) -> Tensor:
+    """matrix @ (kspace * factor) [virtual coils z y x] at `home`, plane by plane: no second array of all coils."""
+    out = torch.empty((len(matrix), *kspace.shape[1:]), dtype=kspace.dtype, device=home)
+    for z in range(kspace.shape[1]):
+        out[:, z] = _mix(matrix, kspace[:, z] * factor[z, :, None])
+    return out
+
+
+def _home(coils: int, shape: tuple[int, int, int], device: torch.device, warnings: list[str]) -> torch.device:
+    """Where the arrays of all coils live: on the device if they fit, else on the host, read by it in parts."""
+    if device.type != "cuda":
+        return device
+    needed, free = WORK_ARRAYS * 8 * (coils + 3) * math.prod(shape), torch.cuda.mem_get_info(device)[0]
+    if needed <= free:
+        return device
+    warnings.append(f"the GPU has {free / 2**30:.1f} GiB free, {coils} coils need {needed / 2**30:.1f} GiB: coil maps stay in the host's memory")
+    return torch.device("cpu")
+
+
+def _whitener(kspace: Tensor, mask: Tensor, factor: Tensor, noise: Tensor | None) -> tuple[Tensor, list[str]]:
     if noise is not None:
-        return whitening_matrix(noise.to(data.device)), []
-    sigma = estimate_sigma(data, mask)
-    floor = 1e-4 * float(data.abs().square().mean().sqrt())
+        return whitening_matrix(noise), []
+    sigma = estimate_sigma(kspace, mask, factor)
+    floor = 1e-4 * float((kspace.abs().square().mean(dim=(0, 3)) * factor.square()).mean().sqrt())
     if not float(sigma.max()) > 0:
         sigma = sigma + max(floor, torch.finfo(torch.float32).tiny)
     sigma = sigma.clamp_min(0.05 * float(sigma.max()))
-    return torch.diag(1 / sigma).to(data.dtype), ["no noise lines: the noise level was estimated from the scan itself"]
+    return torch.diag(1 / sigma).to(kspace.dtype), ["no noise lines: the noise level was estimated from the scan itself"]
 
 
-def _maps(acs: Tensor, size: tuple[int, int], data: Tensor, mask: Tensor, warnings: list[str]) -> tuple[Tensor, Tensor]:
+def _maps(acs: Tensor, size: tuple[int, int], data: Tensor, mask: Tensor, home: torch.device, warnings: list[str]) -> tuple[Tensor, Tensor]:
     """Coil maps [coils z y x] and support [z y x], by the best way that the calibration lines allow."""
     shape = tuple(data.shape[1:])
-    everywhere = torch.ones(shape, device=data.device)
+    everywhere = torch.ones(shape, device=home)
     if data.shape[0] == 1:
         return torch.ones_like(data), everywhere
     thin = [n for n, full in zip(size, shape) if n < min(MIN_ACS, full)]
@@ -133,7 +164,7 @@ def _maps(acs: Tensor, size: tuple[int, int], data: Tensor, mask: Tensor, warnin
         )
         return low_resolution_maps(data, mask), everywhere
     maps, _ = estimate_coil_maps(acs, shape, sigma=1.0)
-    return maps, _support(acs, shape)
+    return maps.to(home), _support(acs, shape).to(home)
 
 
 def _support(acs: Tensor, shape: tuple[int, int, int]) -> Tensor:

@@ -33,7 +33,7 @@ def whitening_matrix(noise: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(factor, eye, upper=False).to(torch.complex64)
 
 
-def estimate_sigma(kspace: Tensor, mask: Tensor) -> Tensor:
+def estimate_sigma(kspace: Tensor, mask: Tensor, factor: Tensor | None = None) -> Tensor:
     """Noise level per coil [coils] where there are no noise lines.
 
     Median magnitude of the samples far from the k-space centre. It is high where fine detail still stands
@@ -43,11 +43,14 @@ def estimate_sigma(kspace: Tensor, mask: Tensor) -> Tensor:
     Args:
         kspace: [coils z y x], x in image space.
         mask: [z y], nonzero where acquired.
+        factor: [z y] to multiply the lines with, for example one over their averages.
     """
     z, y = (torch.arange(n, device=kspace.device) - n // 2 for n in mask.shape)
     radius = (2 * z / max(2, len(z))).square()[:, None] + (2 * y / max(2, len(y))).square()
     acquired = mask > 0
     far = acquired & (radius >= torch.quantile(radius[acquired], 0.7))
     magnitude = kspace[:, far].abs()
+    if factor is not None:
+        magnitude = magnitude * factor[far][:, None]
     median = magnitude.median(dim=1).values if magnitude.shape[1] > 16 else magnitude.mean(dim=1)
     return torch.quantile(median, 0.5, dim=1) / (2 * torch.log(torch.tensor(2.0))).sqrt()

@@ -21,12 +21,13 @@ class Sense:
     Args:
         coil_maps: [coils z y x] complex64, root sum of squares over coils 1 or 0.
         mask: [z y] real sampling weights in [0, 1]; 0 where nothing was acquired.
+        device: where to compute, if not where the maps are; maps are then read part by part.
 
     Raises:
         ValueError: if shapes disagree, the mask is empty or a value is not finite.
     """
 
-    def __init__(self, coil_maps: Tensor, mask: Tensor):
+    def __init__(self, coil_maps: Tensor, mask: Tensor, device: str | torch.device | None = None):
         if coil_maps.ndim != 4 or mask.shape != coil_maps.shape[1:3]:
             raise ValueError(
                 f"expected coil maps [coils z y x] and a mask [z y], got {tuple(coil_maps.shape)} and {tuple(mask.shape)}"
@@ -37,15 +38,18 @@ class Sense:
             raise ValueError("the coil maps hold NaN or infinity")
         self.shape = tuple(coil_maps.shape[1:])
         self.maps = torch.fft.ifftshift(coil_maps.permute(3, 0, 1, 2), (2, 3)).contiguous()
-        self.weights = torch.fft.ifftshift(mask.to(self.maps.real.dtype), (0, 1)).to(coil_maps.device)
+        self.weights = torch.fft.ifftshift(mask.to(self.maps.real.dtype), (0, 1)).to(device or coil_maps.device)
         plane = self.maps[0].numel() * self.maps.element_size()
-        cuda = coil_maps.device.type == "cuda"
-        self.chunk = max(1, (WORKING_SET_BYTES * (64 if cuda else 1)) // plane)
+        self.chunk = max(1, (WORKING_SET_BYTES * (64 if self.device.type == "cuda" else 1)) // plane)
 
     @property
     def device(self) -> torch.device:
         """Where the operator computes."""
-        return self.maps.device
+        return self.weights.device
+
+    def coil_maps(self) -> Tensor:
+        """[coils z y x], as they were given."""
+        return torch.fft.fftshift(self.maps, (2, 3)).permute(1, 2, 3, 0)
 
     def to_frame(self, volume: Tensor) -> Tensor:
         """[z y x] to the inner frame [x z y]."""
@@ -60,15 +64,15 @@ class Sense:
         frame = self.to_frame(volume)
         out = torch.empty_like(self.maps)
         for part in self._parts():
-            out[part] = torch.fft.fft2(self.maps[part] * frame[part, None], norm="ortho").mul_(self.weights)
+            out[part] = torch.fft.fft2(self._maps(part) * frame[part, None], norm="ortho").mul_(self.weights)
         return torch.fft.fftshift(out, (2, 3)).permute(1, 2, 3, 0).contiguous()
 
     def adjoint(self, kspace: Tensor) -> Tensor:
         """Volume [z y x] of k-space [coils z y x] (x in image space); applies the weights."""
         out = torch.empty(self.maps.shape[:1] + self.maps.shape[2:], dtype=self.maps.dtype, device=self.device)
         for part in self._parts():
-            block = torch.fft.ifftshift(kspace[..., part].permute(3, 0, 1, 2), (2, 3)) * self.weights
-            out[part] = torch.linalg.vecdot(self.maps[part], torch.fft.ifft2(block, norm="ortho"), dim=1)
+            block = torch.fft.ifftshift(kspace[..., part].to(self.device).permute(3, 0, 1, 2), (2, 3)) * self.weights
+            out[part] = torch.linalg.vecdot(self._maps(part), torch.fft.ifft2(block, norm="ortho"), dim=1)
         return self.from_frame(out)
 
     def normal(self, volume: Tensor) -> Tensor:
@@ -80,7 +84,7 @@ class Sense:
         out = torch.empty_like(frame)
         squared = self.weights.square()
         for part in self._parts():
-            maps = self.maps[part]
+            maps = self._maps(part)
             block = torch.fft.fft2(maps * frame[part, None], norm="ortho").mul_(squared)
             out[part] = torch.linalg.vecdot(maps, torch.fft.ifft2(block, norm="ortho"), dim=1)
         return out
@@ -94,6 +98,9 @@ class Sense:
             iterations,
         )
         return self.from_frame(frame)
+
+    def _maps(self, part: slice) -> Tensor:
+        return self.maps[part].to(self.device)
 
     def _parts(self):
         planes = self.maps.shape[0]

@@ -9,20 +9,15 @@ the result (conjugate gradients on independent 2D problems). The denoiser is nev
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .measurement import Measurement
-from .scale import intensity_scale
+from .slices import Denoiser, denoise_slices, object_box, some_slices, usable_axes
 from .state import State
-
-Denoiser = Callable[[Tensor, float], Tensor]
-MIN_SIDE = 16  # shorter slices show the network hardly any anatomy
-PIXELS_PER_BATCH = {"cpu": 1 << 16, "cuda": 1 << 22}
 
 
 @dataclass(frozen=True)
@@ -61,27 +56,20 @@ def reconstruct_variational(
         seed: of the random slices.
     """
     random = torch.Generator().manual_seed(seed)
-    scale = intensity_scale(start, measurement.voxel_mm)
-    noise = measurement.noise_level(start) / scale
+    scale, noise, x, target = measurement.in_tissue_units(start)
     box = object_box(measurement.operator.maps)
     usable = usable_axes(tuple(s.stop - s.start for s in box))
     weight = config.prior_weight * float((measurement.operator.weights > 0).float().mean()) ** 0.5
-    x, target, evaluations = start / scale, measurement.adjoint / scale, 0
-    previous, axes = x, []
+    previous, axes, evaluations = x, [], 0
     for sweep, sigma in enumerate(annealed(config, noise), start=1):
         axes = axes or [a for a in torch.randperm(3, generator=random).tolist() if a in usable]
-        denoised = x + config.momentum * (x - previous)
-        evaluations += denoise_slices(denoised[box], prior, sigma, axes.pop(), config.slice_fraction, random)
+        denoised, axis = x + config.momentum * (x - previous), axes.pop()
+        chosen = some_slices(denoised[box].shape[axis], config.slice_fraction, random)
+        evaluations += denoise_slices(denoised[box], prior, sigma, axis, chosen)
         rho = weight * (noise / sigma) ** 2
         previous = x
         x = measurement.operator.solve(target + rho * denoised, rho, denoised, config.cg_iterations)
         yield State(sweep, config.sweeps, sigma, x * scale, evaluations)
-
-
-def usable_axes(shape: tuple[int, int, int]) -> list[int]:
-    """Axes across which slices are worth denoising: both in-plane sides long enough, or the best there is."""
-    sides = [min(n for i, n in enumerate(shape) if i != axis) for axis in range(3)]
-    return [a for a in range(3) if sides[a] >= MIN_SIDE] or [max(range(3), key=lambda a: sides[a])]
 
 
 def annealed(config: VariationalConfig, noise: float) -> list[float]:
@@ -89,28 +77,3 @@ def annealed(config: VariationalConfig, noise: float) -> list[float]:
     steps = max(1, config.sweeps - 1)
     lowest = min(config.sigma_max, max(config.sigma_min, noise / 2))
     return [config.sigma_max * (lowest / config.sigma_max) ** (i / steps) for i in range(config.sweeps)]
-
-
-def object_box(maps: Tensor) -> tuple[slice, slice, slice]:
-    """Bounding box (z, y, x) of where the coil maps (operator frame [x coils z y]) are not zero."""
-    inside = (maps != 0).any(dim=1)
-    inside = torch.fft.fftshift(inside, (1, 2)).permute(1, 2, 0)
-    box = []
-    for axis in range(3):
-        line = inside.any(dim=tuple(a for a in range(3) if a != axis)).nonzero()[:, 0]
-        box.append(slice(int(line[0]), int(line[-1]) + 1) if len(line) else slice(0, inside.shape[axis]))
-    return tuple(box)
-
-
-def denoise_slices(volume: Tensor, prior: Denoiser, sigma: float, axis: int, fraction: float, random: torch.Generator) -> int:
-    """Denoise random slices of `volume` [z y x] across `axis` in place; returns how many."""
-    planes = volume.movedim(axis, 0)
-    count = max(1, math.ceil(fraction * planes.shape[0]))
-    chosen = torch.randperm(planes.shape[0], generator=random)[:count].sort().values.to(volume.device)
-    batch = max(1, PIXELS_PER_BATCH.get(volume.device.type, 1 << 16) // planes[0].numel())
-    for part in chosen.split(batch):
-        slices = torch.view_as_real(planes[part]).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
-        with torch.no_grad():
-            clean = prior(slices, sigma)
-        planes[part] = torch.view_as_complex(clean.permute(0, 2, 3, 1).contiguous())
-    return count

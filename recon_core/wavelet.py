@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .measurement import Measurement
 from .scale import intensity_scale
+from .slices import Denoiser
 from .state import State
 
 _R3 = math.sqrt(3)
@@ -35,11 +36,14 @@ class WaveletConfig:
     levels: int = 3
 
 
-def reconstruct_wavelet(measurement: Measurement, start: Tensor, config: WaveletConfig = WaveletConfig(), seed: int = 0) -> Iterator[State]:
+def reconstruct_wavelet(
+    measurement: Measurement, prior: Denoiser | None, start: Tensor, config: WaveletConfig = WaveletConfig(), seed: int = 0
+) -> Iterator[State]:
     """Yield a State after every iteration.
 
     Args:
         measurement: the inverse problem.
+        prior: not used.
         start: volume [z y x], the CG-SENSE image.
         seed: of the random shifts.
     """

@@ -12,7 +12,8 @@ from recon_core.metrics import object_mask, psnr
 from recon_core.scale import intensity_scale
 from recon_core.sense import Sense
 from recon_core.simulate import coil_sensitivity, phantom, sampling_mask
-from recon_core.variational import VariationalConfig, annealed, reconstruct_variational, usable_axes
+from recon_core.slices import usable_axes
+from recon_core.variational import VariationalConfig, annealed, reconstruct_variational
 
 VOXEL = (2.0, 2.0, 2.0)
 
@@ -164,6 +165,6 @@ def test_an_estimated_noise_level_is_bounded_by_the_residual():
     y = operator.forward(random_complex(*shape, seed=1)) + 0.5 * 2**0.5 * random_complex(coils, *shape, seed=2)
     energy = float(y.abs().square().sum())
     for known, expected in ((True, 1.0), (False, 0.5)):
-        measurement = Measurement(operator, operator.adjoint(y), energy, y.numel(), 1.0, VOXEL, (5, 5), known)
+        measurement = Measurement(operator, operator.adjoint(y), energy, y.numel(), 1.0, VOXEL, (5, 5), sigma_known=known)
         image = operator.solve(operator.adjoint(y), 0.0, iterations=20)
         assert measurement.noise_level(image) == pytest.approx(expected, rel=0.03)

@@ -37,7 +37,7 @@ def test_better_than_cg_sense_and_explains_the_data():
     kspace, mask, noise, reference = problem(shape=(32, 36, 30), snr=15.0)
     measurement = measure(kspace, mask, VOXEL, noise)
     preview, inside = cg_sense(measurement), object_mask(reference)
-    state = last(reconstruct_wavelet(measurement, preview))
+    state = last(reconstruct_wavelet(measurement, None, preview))
     assert psnr(state.volume, reference, inside) > psnr(preview, reference, inside) + 1
     assert measurement.misfit(state.volume) < 1.2
 

@@ -1,0 +1,51 @@
+"""Every way to make the volume, behind one interface: (measurement, prior, start, config, seed) -> states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .faithful import FaithfulConfig, reconstruct_faithful
+from .measurement import Measurement
+from .plug_and_play import PlugAndPlayConfig, reconstruct_plug_and_play
+from .posterior import PosteriorConfig, reconstruct_posterior
+from .slices import Denoiser
+from .state import State
+from .total_variation import TotalVariationConfig, reconstruct_total_variation
+from .variational import VariationalConfig, reconstruct_variational
+from .wavelet import WaveletConfig, reconstruct_wavelet
+
+
+@dataclass(frozen=True)
+class Method:
+    """`title` for people; `run` yields States from the measurement, the prior (None without one) and the CG-SENSE image."""
+
+    title: str
+    run: Callable[[Measurement, Denoiser | None, Tensor, Any, int], Iterator[State]]
+    config: Any = None
+    uses_prior: bool = False
+
+
+def _zero_filled(measurement: Measurement, prior: None, start: Tensor, config: None, seed: int) -> Iterator[State]:
+    yield State(1, 1, 0.0, measurement.adjoint, 0)
+
+
+def _cg_sense(measurement: Measurement, prior: None, start: Tensor, config: None, seed: int) -> Iterator[State]:
+    yield State(1, 1, 0.0, start, 0)
+
+
+METHODS = {
+    "diffusion": Method("slice diffusion", reconstruct_variational, VariationalConfig(), True),
+    "faithful": Method("slice diffusion as published", reconstruct_faithful, FaithfulConfig(), True),
+    "dds": Method("posterior sampling DDS", reconstruct_posterior, PosteriorConfig(axis=0), True),
+    "tpdm": Method("posterior sampling TPDM", reconstruct_posterior, PosteriorConfig(), True),
+    "mbir": Method("posterior sampling DiffusionMBIR", reconstruct_posterior, PosteriorConfig(axis=0, tv=0.003), True),
+    "pnp": Method("plug-and-play ADMM", reconstruct_plug_and_play, PlugAndPlayConfig(), True),
+    "wavelet": Method("l1-wavelet", reconstruct_wavelet, WaveletConfig()),
+    "tv": Method("total variation", reconstruct_total_variation, TotalVariationConfig()),
+    "cg": Method("CG-SENSE", _cg_sense),
+    "zero-filled": Method("zero-filled", _zero_filled),
+}

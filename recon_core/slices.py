@@ -1,0 +1,58 @@
+"""The prior on the slices of a volume: which orientations are worth it, and denoising in batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Denoiser = Callable[[Tensor, float], Tensor]
+MIN_SIDE = 16  # shorter slices show the network hardly any anatomy
+PIXELS_PER_BATCH = {"cpu": 1 << 16, "cuda": 1 << 22}
+
+
+def usable_axes(shape: tuple[int, int, int]) -> list[int]:
+    """Axes across which slices are worth denoising: both in-plane sides long enough, or the best there is."""
+    sides = [min(n for i, n in enumerate(shape) if i != axis) for axis in range(3)]
+    return [a for a in range(3) if sides[a] >= MIN_SIDE] or [max(range(3), key=lambda a: sides[a])]
+
+
+def object_box(maps: Tensor) -> tuple[slice, slice, slice]:
+    """Bounding box (z, y, x) of where the coil maps (operator frame [x coils z y]) are not zero."""
+    inside = (maps != 0).any(dim=1)
+    inside = torch.fft.fftshift(inside, (1, 2)).permute(1, 2, 0)
+    box = []
+    for axis in range(3):
+        line = inside.any(dim=tuple(a for a in range(3) if a != axis)).nonzero()[:, 0]
+        box.append(slice(int(line[0]), int(line[-1]) + 1) if len(line) else slice(0, inside.shape[axis]))
+    return tuple(box)
+
+
+def denoise_slices(volume: Tensor, prior: Denoiser, sigma: float, axis: int, chosen: Sequence[int] | Tensor | None = None) -> int:
+    """Denoise the `chosen` slices (all by default) of `volume` [z y x] across `axis` in place; returns how many."""
+    planes = volume.movedim(axis, 0)
+    chosen = torch.arange(len(planes)) if chosen is None else torch.as_tensor(chosen)
+    chosen = chosen.to(volume.device)
+    for part in chosen.split(max(1, PIXELS_PER_BATCH.get(volume.device.type, 1 << 16) // planes[0].numel())):
+        planes[part] = denoise_planes(planes[part], prior, sigma)
+    return len(chosen)
+
+
+def denoise_planes(planes: Tensor, prior: Denoiser, sigma: float | Tensor) -> Tensor:
+    """D of complex `planes` [slices h w], sigma a number or [slices]."""
+    slices = torch.view_as_real(planes).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        return torch.view_as_complex(prior(slices, sigma).float().permute(0, 2, 3, 1).contiguous())
+
+
+def some_slices(count: int, fraction: float, random: torch.Generator) -> Tensor:
+    """Sorted random choice of ceil(fraction * count) of `count` slices."""
+    return torch.randperm(count, generator=random)[: max(1, math.ceil(fraction * count))].sort().values
+
+
+def complex_noise(like: Tensor, random: torch.Generator) -> Tensor:
+    """Standard normal real and imaginary parts, shaped like `like`; the same on every device."""
+    parts = torch.randn((*like.shape, 2), generator=random)
+    return torch.view_as_complex(parts).to(like.device)

@@ -1,0 +1,56 @@
+"""BART as a peer: l1-wavelet `pics` on whitened k-space, with coil maps of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recon_core.fft import fft
+
+
+def available() -> bool:
+    """Whether `bart` is on PATH."""
+    return shutil.which("bart") is not None
+
+
+def wavelet(kspace: Tensor, strength: float, iterations: int = 50, acs: int = 24) -> tuple[Tensor, dict[str, float]]:
+    """(|image| [z y x], {"seconds", "cpu_s", "peak_gib"}) of kspace [coils z y x], x in image space."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        write_cfl(path / "kspace", fft(kspace, (3,)).permute(3, 2, 1, 0).numpy())
+        calibrate = ["ecalib", "-m", "1", "-r", str(acs), path / "kspace", path / "maps"]
+        solve = ["pics", "-R", f"W:7:0:{strength:g}", "-i", str(iterations), path / "kspace", path / "maps", path / "image"]
+        costs = [run(calibrate), run(solve)]
+        image = torch.from_numpy(np.abs(read_cfl(path / "image").squeeze().T.reshape(kspace.shape[1:])))
+    return image, {"seconds": sum(c[0] for c in costs), "cpu_s": sum(c[1] for c in costs), "peak_gib": max(c[2] for c in costs)}
+
+
+def run(arguments: list) -> tuple[float, float, float]:
+    """(wall seconds, CPU seconds, peak GiB) of one BART command."""
+    began = time.monotonic()
+    process = subprocess.Popen(["bart", *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"bart {arguments[0]} ended with exit code {process.returncode}")
+    return time.monotonic() - began, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20
+
+
+def write_cfl(path: Path, array: np.ndarray) -> None:
+    """BART's file pair, first axis fastest."""
+    path.with_suffix(".hdr").write_text("# Dimensions\n" + " ".join(map(str, [*array.shape, *[1] * (16 - array.ndim)])) + "\n")
+    array.astype(np.complex64).ravel(order="F").tofile(path.with_suffix(".cfl"))
+
+
+def read_cfl(path: Path) -> np.ndarray:
+    """Array of BART's file pair."""
+    dims = [int(n) for n in path.with_suffix(".hdr").read_text().splitlines()[1].split()]
+    return np.fromfile(path.with_suffix(".cfl"), np.complex64).reshape(dims, order="F")

@@ -1,0 +1,207 @@
+"""Methods side by side on the same scans: quality, seconds, memory.
+
+    slicediff bench VOLUMES... [--raw FOLDER] [--methods diffusion wavelet ...] [--accelerations 4 8] [--voxel-mm 1 2 4]
+
+Volumes are seen by simulated coils (k-space crops of each coil's own image, correlated noise, maps estimated from the
+calibration lines); --raw adds the measured scans. PSNR and 3D SSIM of the magnitude inside the object after the
+least-squares factor, complex NRMSE after the least-squares complex factor. `bart` is BART's `pics -R W:7:0:lambda`
+with maps of its own ecalib, whose lambda comes from --tune VOLUME (best of --lambdas there, per voxel size and R).
+Every row is printed as it comes and kept in OUT/bench.csv, pictures beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import platform
+import resource
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import bart
+import numpy as np
+import torch
+from problems import Problem, measured, simulated
+from rich.console import Console
+from rich.table import Table
+from skimage.metrics import structural_similarity
+from torch import Tensor
+
+from gadgets.figure import draw_comparison
+from recon_core.cg_sense import cg_sense
+from recon_core.methods import METHODS
+from recon_core.metrics import psnr
+from recon_core.prior import load_prior
+
+COLUMNS = ("psnr", "ssim", "nrmse", "seconds", "cpu_s", "peak_gib", "evaluations", "misfit")
+
+
+def main() -> None:
+    """Run all methods on all problems."""
+    parser = argparse.ArgumentParser(prog="slicediff bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("volumes", type=Path, nargs="*")
+    parser.add_argument("--raw", type=Path, help="folder of measured k-space")
+    parser.add_argument("--methods", nargs="+", default=["zero-filled", "cg", "tv", "wavelet", "bart", "diffusion"], choices=[*METHODS, "bart"])
+    parser.add_argument("--accelerations", type=float, nargs="+", default=[8.0])
+    parser.add_argument("--voxel-mm", type=float, nargs="+", default=[2.0])
+    parser.add_argument("--coils", type=int, default=8)
+    parser.add_argument("--snr", type=float, default=30.0)
+    parser.add_argument("--acs", type=int, default=20)
+    parser.add_argument("--prior", default="small")
+    parser.add_argument("--tune", type=Path, help="volume to choose BART's lambda on; not one of the tested")
+    parser.add_argument("--lambdas", type=float, nargs="+", default=[0.001, 0.003, 0.01], help="BART's, relative to its own scaling")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path("bench"))
+    arguments = parser.parse_args()
+    if "bart" in arguments.methods and not bart.available():
+        parser.error("bart is not on PATH; leave it out of --methods")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    prior = load_prior(arguments.prior, arguments.device)
+    tuned: dict[tuple[float, float], float] = {}
+    rows = []
+    for problem in problems(arguments):
+        images = {}
+        for method in arguments.methods:
+            strength = bart_strength(problem, arguments, tuned) if method == "bart" else None
+            images[method], costs = run_bart(problem, strength) if method == "bart" else run(method, problem, prior)
+            row = {**problem.facts, "method": method if strength is None else f"bart W {strength:g}", **costs, **quality(images[method], problem)}
+            rows.append(row)
+            print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+        save(arguments.out / "bench.csv", rows)
+        draw(images, problem, rows[-len(images) :], arguments.out)
+    Console().print(table(rows))
+
+
+def problems(arguments) -> Iterator[Problem]:
+    """All scans asked for; a protocol whose calibration lines leave no room is left out, and said."""
+    for path in arguments.volumes:
+        for voxel_mm in arguments.voxel_mm:
+            for acceleration in arguments.accelerations:
+                try:
+                    yield simulated(path, voxel_mm, arguments.coils, acceleration, arguments.snr, arguments.acs, device=arguments.device)
+                except ValueError as error:
+                    print(f"{path.name} {voxel_mm:g} mm: {error}")
+    if arguments.raw:
+        yield from measured(arguments.raw)
+
+
+def run(name: str, problem: Problem, prior) -> tuple[Tensor, dict]:
+    """The last volume of one of our methods, CG-SENSE start included, and what it cost."""
+    method, evaluations = METHODS[name], 0
+    with Meter(problem.measurement.operator.device) as meter:
+        start = problem.measurement.adjoint if name == "zero-filled" else cg_sense(problem.measurement)
+        for state in method.run(problem.measurement, prior if method.uses_prior else None, start, method.config, 0):
+            evaluations = state.network_evaluations
+        volume = state.volume.cpu()
+    return volume, {**meter.costs, "evaluations": evaluations, "misfit": round(problem.measurement.misfit(state.volume), 3)}
+
+
+def run_bart(problem: Problem, strength: float) -> tuple[Tensor, dict]:
+    """BART's magnitude and what it cost, coil maps included."""
+    image, costs = bart.wavelet(problem.kspace, strength)
+    return image, {**{k: round(v, 2) for k, v in costs.items()}, "evaluations": 0, "misfit": ""}
+
+
+def bart_strength(problem: Problem, arguments, tuned: dict) -> float:
+    """The lambda that is best on the volume for tuning at this voxel size and acceleration; the middle one without."""
+    key = (problem.facts["voxel_mm"], problem.facts["R"])
+    if arguments.tune is None or problem.phased is None:
+        return arguments.lambdas[len(arguments.lambdas) // 2]
+    if key not in tuned:
+        trial = simulated(arguments.tune, key[0], arguments.coils, key[1], arguments.snr, arguments.acs)
+        scores = {s: psnr(bart.wavelet(trial.kspace, s)[0], trial.truth, trial.inside) for s in arguments.lambdas}
+        print("bart tuned on", arguments.tune.name, key, {s: round(v, 2) for s, v in scores.items()}, flush=True)
+        tuned[key] = max(scores, key=scores.get)
+    return tuned[key]
+
+
+def quality(image: Tensor, problem: Problem) -> dict[str, float | str]:
+    """PSNR and SSIM of the magnitude inside the object, NRMSE of the complex volume there where its phase is known."""
+    truth, inside = problem.truth, problem.inside
+    magnitude = image.abs()
+    magnitude = magnitude * (magnitude * truth)[inside].sum() / magnitude[inside].square().sum()
+    window = dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False, full=True) if min(truth.shape) >= 11 else dict(win_size=3, full=True)
+    data = [v.squeeze().numpy() for v in (magnitude, truth)]
+    _, similarity = structural_similarity(*data, data_range=float(truth[inside].max()), **window)
+    out = {"psnr": round(psnr(image, truth, inside), 2), "ssim": round(float(similarity[inside.squeeze().numpy()].mean()), 4), "nrmse": ""}
+    if image.is_complex() and problem.phased is not None:
+        image, phased = image[inside], problem.phased.cpu()[inside]
+        factor = torch.vdot(image, phased) / torch.vdot(image, image)
+        out["nrmse"] = round(float((factor * image - phased).norm() / phased.norm()), 4)
+    return out
+
+
+class Meter:
+    """Wall and CPU seconds and the peak of memory above what was there before (on a GPU, its own memory)."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.costs = device, {}
+
+    def __enter__(self) -> Meter:
+        self.began, self.cpu = time.monotonic(), time.process_time()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        self.before = self.peak = resident_bytes()
+        self.done = threading.Event()
+        self.watch = threading.Thread(target=self._watch, daemon=True)
+        self.watch.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.done.set()
+        self.watch.join()
+        peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else self.peak - self.before
+        self.costs = {"seconds": round(time.monotonic() - self.began, 2), "cpu_s": round(time.process_time() - self.cpu, 2), "peak_gib": round(peak / 2**30, 2)}
+
+    def _watch(self) -> None:
+        while not self.done.wait(0.02):
+            self.peak = max(self.peak, resident_bytes())
+
+
+def resident_bytes() -> int:
+    """Memory of this process now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def save(path: Path, rows: list[dict]) -> None:
+    """All rows so far as CSV, with the machine named."""
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}{gpu}"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], "machine"])
+        writer.writeheader()
+        writer.writerows({**row, "machine": machine} for row in rows)
+
+
+def table(rows: list[dict]) -> Table:
+    """The rows for a terminal; the best of each scan in bold."""
+    out = Table("volume", "mm", "R", "method", *COLUMNS)
+    best: dict[tuple, float] = {}
+    for row in rows:
+        key = (row["volume"], row["voxel_mm"], row["R"])
+        best[key] = max(best.get(key, 0), row["psnr"])
+    for row in rows:
+        top = row["psnr"] == best[(row["volume"], row["voxel_mm"], row["R"])]
+        out.add_row(*map(str, (row["volume"], row["voxel_mm"], row["R"], row["method"], *(row[c] for c in COLUMNS))), style="bold" if top else None)
+    return out
+
+
+def draw(images: dict[str, Tensor], problem: Problem, rows: list[dict], out: Path) -> None:
+    """Three orientations of every method with their errors."""
+    truth = problem.truth
+    shown = {}
+    for name, image in images.items():
+        magnitude = image.abs()
+        shown[name] = (magnitude * (magnitude * truth).sum() / magnitude.square().sum()).numpy()
+    matrix = np.diag([*reversed(problem.measurement.voxel_mm), 1.0])
+    captions = {name: f"{row['psnr']} dB" for name, row in zip(images, rows)}
+    name = "_".join(str(problem.facts[k]).replace(" ", "_") for k in ("volume", "voxel_mm", "R"))
+    draw_comparison({**shown, "reference": truth.numpy()}, matrix, out / f"{name}.png", captions, "reference", errors=3)
+
+
+if __name__ == "__main__":
+    main()

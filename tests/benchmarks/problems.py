@@ -1,0 +1,70 @@
+"""What the benchmarks reconstruct: volumes seen by simulated coils, and measured k-space with lines left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from measured import cases
+from torch import Tensor
+
+from gadgets.simulate import Noise, SimulateOptions, coil_images, load_object
+from recon_core.cg_sense import cg_sense
+from recon_core.fft import fft, ifft
+from recon_core.measurement import Measurement, measure
+from recon_core.metrics import object_mask
+from recon_core.noise import estimate_sigma, whitening_matrix
+from recon_core.scale import intensity_scale
+from recon_core.simulate import sampling_mask
+
+
+@dataclass
+class Problem:
+    """A measurement with its answer.
+
+    `truth` [z y x] is the magnitude without noise (or with the noise of the scan, if it was measured), `phased` the
+    same as the measurement's coil maps combine it, None if unknown; `kspace` [coils z y x] is whitened, x in image space.
+    """
+
+    facts: dict
+    measurement: Measurement
+    truth: Tensor
+    phased: Tensor | None
+    inside: Tensor
+    kspace: Tensor
+
+
+def simulated(path: Path, voxel_mm: float, coils: int, acceleration: float, snr: float, acs: int, seed: int = 0, device: str = "cpu") -> Problem:
+    """A volume with phase, seen by each coil at its own resolution, cropped in k-space to `voxel_mm`, with correlated noise."""
+    data, size, _, _ = load_object(path)
+    images, size = coil_images(data, size, SimulateOptions(voxel_mm=voxel_mm, coils=coils, seed=seed))
+    truth = images.abs().square().sum(0).sqrt()
+    noise = Noise(coils, intensity_scale(truth, size) / snr, seed)
+    mask = torch.from_numpy(sampling_mask(truth.shape[:2], acceleration, "poisson", acs, seed))
+    kspace = fft(images, (1, 2))
+    kspace[:, ~mask] = 0
+    kspace[:, mask] += torch.from_numpy(noise.draw(int(mask.sum()) * truth.shape[2]).reshape(coils, -1, truth.shape[2]))
+    lines = torch.from_numpy(noise.draw(4096))
+    measurement = measure(kspace, mask.float(), size, lines, device=device)
+    phased = torch.linalg.vecdot(measurement.operator.coil_maps(), _mix(measurement.mixing.cpu(), images).to(device), dim=0)
+    facts = {"volume": path.name.split(".")[0], "voxel_mm": voxel_mm, "matrix": "x".join(map(str, reversed(truth.shape))), "coils": coils, "R": round(mask.numel() / int(mask.sum()), 1), "snr": snr, "acs": acs}
+    return Problem(facts, measurement, truth, phased, object_mask(truth), _mix(whitening_matrix(lines), kspace))
+
+
+def measured(raw: Path) -> Iterator[Problem]:
+    """The measured scans that have a reference: all lines, combined by CG-SENSE, noise included."""
+    for name, planes, mask, voxel_mm, acceleration, _, has_reference in cases(raw):
+        for contrast in range(len(planes) if has_reference else 0):
+            whole, lines = ifft(torch.from_numpy(np.ascontiguousarray(planes[contrast])), (3,)), torch.from_numpy(mask)
+            kspace = whole * lines[..., None]
+            truth = cg_sense(measure(whole, torch.ones_like(lines).float(), voxel_mm)).abs()
+            white = kspace / estimate_sigma(kspace, lines)[:, None, None, None]
+            facts = {"volume": f"{name} {contrast}", "voxel_mm": voxel_mm[1], "matrix": "x".join(map(str, reversed(truth.shape))), "coils": len(kspace), "R": acceleration, "snr": "", "acs": ""}
+            yield Problem(facts, measure(kspace, lines.float(), voxel_mm), truth, None, object_mask(truth, 0.15), white)
+
+
+def _mix(matrix: Tensor, data: Tensor) -> Tensor:
+    return (matrix @ data.flatten(1)).reshape(len(matrix), *data.shape[1:])

@@ -1,0 +1,147 @@
+"""Every method behind the one interface, against answers that are known."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import random_complex
+from test_variational import VOXEL, last, problem
+
+from recon_core.cg_sense import cg_sense
+from recon_core.faithful import FaithfulConfig, diffusion_levels, prior_gradient, random_slabs
+from recon_core.measurement import Measurement, measure
+from recon_core.methods import METHODS
+from recon_core.metrics import object_mask, psnr
+from recon_core.plug_and_play import PlugAndPlayConfig, reconstruct_plug_and_play
+from recon_core.posterior import PosteriorConfig, Variation, reconstruct_posterior
+from recon_core.sense import Sense
+from recon_core.total_variation import TotalVariationConfig, divergence, gradient, reconstruct_total_variation
+
+
+@pytest.fixture(scope="module")
+def scan():
+    kspace, mask, noise, reference = problem(shape=(32, 36, 30), snr=15.0)
+    return measure(kspace, mask, VOXEL, noise), reference
+
+
+def gaussian(slices, sigma):
+    """The exact denoiser of a zero-mean Gaussian prior with standard deviation 0.5."""
+    sigma = torch.as_tensor(sigma).reshape(-1, *[1] * (slices.ndim - 1))
+    return slices * 0.25 / (0.25 + sigma**2)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_yields_finite_states_and_counts(name, scan, prior):
+    measurement, reference = scan
+    method = METHODS[name]
+    states = method.run(measurement, prior if method.uses_prior else None, cg_sense(measurement), method.config, 0)
+    first = next(states)
+    assert first.sweep == 1 and first.sweep <= first.sweeps
+    assert first.volume.shape == reference.shape and first.volume.is_complex()
+    assert bool(torch.isfinite(first.volume.abs()).all())
+    assert (first.network_evaluations > 0) == method.uses_prior
+
+
+def test_total_variation_divergence_is_minus_the_adjoint_of_the_gradient():
+    volume, field = random_complex(5, 6, 7), random_complex(3, 5, 6, 7, seed=1)
+    left, right = torch.vdot(gradient(volume).flatten(), field.flatten()), torch.vdot(volume.flatten(), divergence(field).flatten())
+    torch.testing.assert_close(left, -right)
+
+
+def test_total_variation_denoises_a_step_by_the_known_shift():
+    """Fully sampled, one coil: a step of two plateaus of m voxels each keeps its edge and moves by threshold / m per plateau."""
+    volume = torch.ones(1, 1, 16, dtype=torch.complex64)
+    volume[..., 8:] = 3
+    operator = Sense(torch.ones(1, 1, 1, 16, dtype=torch.complex64), torch.ones(1, 1))
+    measurement = Measurement(operator, volume, 1.0, 1, 0.4, VOXEL, (1, 1))
+    state = last(reconstruct_total_variation(measurement, None, volume, TotalVariationConfig(iterations=3000, strength=1.0)))
+    expected = torch.where(volume.real == 1, 1 + 0.4 / 8, 3 - 0.4 / 8)
+    torch.testing.assert_close(state.volume.real, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_total_variation_beats_cg_sense_on_a_piecewise_constant_object(scan):
+    measurement, reference = scan
+    preview, inside = cg_sense(measurement), object_mask(reference)
+    state = last(reconstruct_total_variation(measurement, None, preview))
+    assert psnr(state.volume, reference, inside) > psnr(preview, reference, inside) + 1
+
+
+def test_plug_and_play_with_a_gaussian_denoiser_reaches_its_closed_form_optimum():
+    """D = x d^2 / (d^2 + s^2) is the proximal map of s^2 |x|^2 / (2 d^2): ADMM ends at Tikhonov's with n^2 / d^2."""
+    shape = (12, 13, 11)
+    mask = (torch.rand(shape[:2], generator=torch.Generator().manual_seed(0)) < 0.5).float()
+    mask[4:9, 4:9] = 1
+    operator = Sense(torch.ones(1, *shape, dtype=torch.complex64), mask)
+    zero_filled = operator.adjoint(operator.forward(random_complex(*shape) + 3))
+    measurement = Measurement(operator, zero_filled, 1.0, 1, 1.0, VOXEL, (5, 5))
+    state = last(reconstruct_plug_and_play(measurement, gaussian, zero_filled, PlugAndPlayConfig(iterations=300, sigma=0.4, cg_iterations=20)))
+    _, noise, _, _ = measurement.in_tissue_units(zero_filled)
+    expected = operator.solve(zero_filled, (noise / 0.5) ** 2, iterations=60)
+    assert (state.volume - expected).norm() / expected.norm() < 1e-4
+
+
+def test_published_schedule_of_noise_levels():
+    """The truncated range 0.0148 to 2.03 of the linear schedule; time 200 is 0.72."""
+    levels = diffusion_levels()
+    assert float(levels[1]) == pytest.approx(0.0148, abs=1e-4)
+    assert float(levels[200]) == pytest.approx(0.72, abs=0.01)
+    assert float(levels[399]) == pytest.approx(2.03, abs=0.01)
+
+
+def test_faithful_prior_gradient_is_the_denoising_residual_with_a_weight_of_each_slice():
+    """With D = 0 the direction is x / sqrt(1 + s^2), slice by slice, whatever the noise."""
+    planes = random_complex(3, 8, 9)
+    sigma = torch.tensor([0.1, 1.0, 2.0])
+    pull, _ = prior_gradient(planes, lambda x, s: 0 * x, sigma, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(pull, planes / torch.sqrt(1 + sigma[:, None, None] ** 2))
+
+
+def test_faithful_slabs_are_contiguous_and_stay_inside():
+    chosen = random_slabs(17, FaithfulConfig(slabs=50), torch.Generator().manual_seed(0)).reshape(50, 5)
+    assert bool((chosen.diff(dim=1) == 1).all()) and int(chosen.min()) >= 0 and int(chosen.max()) <= 16
+    assert len(random_slabs(3, FaithfulConfig(slabs=2), torch.Generator().manual_seed(0))) == 6
+
+
+def test_posterior_samples_of_a_gaussian_have_its_mean_and_spread():
+    """Where nothing is measured (a mask of next to nothing) the sampler must draw from the prior N(0, 0.5^2)."""
+    shape = (24, 24, 24)
+    mask = torch.zeros(shape[:2])
+    mask[12, 12] = 1e-4
+    operator = Sense(torch.ones(1, *shape, dtype=torch.complex64), mask)
+    unit = torch.ones(shape, dtype=torch.complex64)
+    measurement = Measurement(operator, 0 * unit, 1.0, 1, 1.0, VOXEL, (5, 5))
+    state = last(reconstruct_posterior(measurement, gaussian, unit, PosteriorConfig(steps=200, sigma_max=20.0, axis=0)))
+    parts = torch.view_as_real(state.volume)
+    assert float(parts.std()) == pytest.approx(0.5, rel=0.05)
+    assert float(parts.mean()) == pytest.approx(0, abs=0.06)
+
+
+def test_data_step_with_variation_across_slices_solves_its_problem():
+    """Kept up, the ADMM iterations reach the minimum: no small change of x lowers the objective."""
+    kspace, mask, noise, _ = problem((16, 18, 10), acs=8)
+    measurement = measure(kspace, mask, VOXEL, noise)
+    config = PosteriorConfig(tv=0.02, pull=0.5, cg_iterations=8)
+    scale, _, clean, target = measurement.in_tissue_units(cg_sense(measurement))
+    variation = Variation(measurement, config)
+    for _ in range(200):
+        x = variation.solve(target, clean)
+
+    def objective(x):
+        data = 0.5 * torch.vdot(x.flatten(), measurement.operator.normal(x).flatten()).real - torch.vdot(target.flatten(), x.flatten()).real
+        return float(data + 0.5 * config.pull * (x - clean).abs().square().sum() + config.tv * torch.diff(x, dim=0).abs().sum())
+
+    least = objective(x)
+    for seed in range(5):
+        change = random_complex(*x.shape, seed=seed)
+        assert objective(x + 1e-2 * change) > least - 1e-3 * abs(least)
+    assert objective(clean) > least
+
+
+@pytest.mark.parametrize("name, fewer", [("tpdm", {"steps": 12, "pull": 1.0}), ("pnp", {"iterations": 4})])
+def test_compared_methods_with_the_shipped_prior_beat_cg_sense(name, fewer, scan):
+    from recon_core.prior import load_prior
+
+    measurement, reference = scan
+    method, inside, preview = METHODS[name], object_mask(reference), cg_sense(measurement)
+    state = last(method.run(measurement, load_prior("small"), preview, replace(method.config, **fewer), 0))
+    assert psnr(state.volume, reference, inside) > psnr(preview, reference, inside) + 1
