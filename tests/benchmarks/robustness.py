@@ -1,0 +1,83 @@
+"""One setting for every protocol: gain over CG-SENSE, and what tuning the prior's weight by the answer would add.
+
+    python tests/benchmarks/robustness.py VOLUMES... [--coils 1 4 12 32] [--snr 8 20 50] [--accelerations 2 4 8 12] [--voxel-mm 1 2 4]
+                                          [--weights 0.5 1 2] [--share 1]
+
+The rules of VariationalConfig come from this table on heads left out of training; test volumes have no place here.
+--share 0.25 runs a seeded quarter of the grid. PSNR of the magnitude inside the object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import random
+from pathlib import Path
+
+import numpy as np
+from problems import simulated
+from scans import save_table
+
+from recon_core.cg_sense import cg_sense
+from recon_core.metrics import psnr
+from recon_core.prior import load_prior
+from recon_core.variational import VariationalConfig, reconstruct_variational
+
+
+def main() -> None:
+    """Run the grid and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("volumes", type=Path, nargs="+")
+    parser.add_argument("--coils", type=int, nargs="+", default=[1, 4, 12, 32])
+    parser.add_argument("--snr", type=float, nargs="+", default=[8.0, 20.0, 50.0])
+    parser.add_argument("--accelerations", type=float, nargs="+", default=[2.0, 4.0, 8.0, 12.0])
+    parser.add_argument("--voxel-mm", type=float, nargs="+", default=[1.0, 2.0, 4.0])
+    parser.add_argument("--weights", type=float, nargs="+", default=[0.5, 1.0, 2.0])
+    parser.add_argument("--share", type=float, default=1.0)
+    parser.add_argument("--prior", default="small")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--name", default="robustness")
+    arguments = parser.parse_args()
+    grid = list(itertools.product(arguments.volumes, arguments.voxel_mm, arguments.coils, arguments.accelerations, arguments.snr))
+    chosen = random.Random(0).sample(grid, max(1, round(arguments.share * len(grid))))
+    prior, rows = load_prior(arguments.prior, arguments.device), []
+    for cell in sorted(chosen, key=grid.index):
+        try:
+            row = run(prior, arguments, *cell)
+        except ValueError as error:  # calibration lines alone exceed what the acceleration leaves
+            print(*cell, error)
+            continue
+        rows.append(row)
+        print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+    path = save_table(arguments.name, rows)
+    summarise(rows, arguments.weights)
+    print(path)
+
+
+def run(prior, arguments, path: Path, voxel_mm: float, coils: int, acceleration: float, snr: float) -> dict:
+    """One protocol with every weight."""
+    problem = simulated(path, voxel_mm, coils, acceleration, snr, acs=12 if voxel_mm > 3 else 16 if voxel_mm > 1.5 else 24, device=arguments.device)
+    preview = cg_sense(problem.measurement)
+    row = {**problem.facts, "cg": round(psnr(preview.cpu(), problem.truth, problem.inside), 2)}
+    for weight in arguments.weights:
+        for state in reconstruct_variational(problem.measurement, prior, preview, VariationalConfig(prior_weight=weight)):
+            pass
+        row[f"weight {weight:g}"] = round(psnr(state.volume.cpu(), problem.truth, problem.inside), 2)
+        row[f"misfit {weight:g}"] = round(problem.measurement.misfit(state.volume), 3)
+    return row
+
+
+def summarise(rows: list[dict], weights: list[float]) -> None:
+    """Gain over CG-SENSE and distance from the best weight, for each weight over all rows."""
+    best = [max(row[f"weight {w:g}"] for w in weights) for row in rows]
+    for weight in weights:
+        short = [b - row[f"weight {weight:g}"] for b, row in zip(best, rows)]
+        gain = [row[f"weight {weight:g}"] - row["cg"] for row in rows]
+        print(
+            f"weight {weight:g}: gain over CG-SENSE {min(gain):.2f} to {max(gain):.2f} dB, median {np.median(gain):.2f}; "
+            f"short of the best weight by {np.median(short):.2f} dB in the median, {max(short):.2f} at most"
+        )
+
+
+if __name__ == "__main__":
+    main()
