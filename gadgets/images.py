@@ -14,7 +14,8 @@ import torch
 
 from recon_core.fft import centre_crop_or_pad, kspace_crop
 
-from .gather import Geometry, Scan
+from .geometry import Geometry
+from .volume import Scan
 from .options import Options
 
 SERIES = {"preview": 1, "final": 2}

@@ -6,6 +6,7 @@ to the voxel size asked for: the reconstruction never meets the maps or the grid
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,13 +188,14 @@ def make_header(matrix: tuple[int, int, int], voxel_mm: tuple[float, float, floa
         kspace_encoding_step_1=limit(ny, dropped[0]), kspace_encoding_step_2=limit(nz, dropped[1]),
         repetition=x.limitType(minimum=0, maximum=options.repetitions - 1, center=0),
     )  # fmt: skip
+    factors = announced_factors(options, nz)
     encoding = x.encodingType(
         encodedSpace=space((samples, ny, nz), (samples * dx, ny * dy, nz * dz)),
         reconSpace=space((nx, ny, nz), (nx * dx, ny * dy, nz * dz)),
         encodingLimits=limits,
         trajectory=x.trajectoryType.CARTESIAN,
         parallelImaging=x.parallelImagingType(
-            accelerationFactor=x.accelerationFactorType(kspace_encoding_step_1=1, kspace_encoding_step_2=1),
+            accelerationFactor=x.accelerationFactorType(kspace_encoding_step_1=factors[0], kspace_encoding_step_2=factors[1]),
             calibrationMode=x.calibrationModeType.EMBEDDED,
         ),
     )
@@ -204,6 +206,15 @@ def make_header(matrix: tuple[int, int, int], voxel_mm: tuple[float, float, floa
         encoding=[encoding],
     )
     return header.toXML()
+
+
+def announced_factors(options: SimulateOptions, partitions: int) -> tuple[int, int]:
+    """Acceleration along E1, E2 for the header: the lattice of a regular scan; at random, no fewer lines come than this."""
+    if options.pattern == "full" or options.acceleration <= 1:
+        return (1, 1)
+    second = max(1, int(options.acceleration**0.5)) if partitions > 1 else 1
+    first = options.acceleration / second
+    return (max(1, round(first) if options.pattern == "regular" else math.ceil(first)), second)
 
 
 def tilt(directions: np.ndarray) -> np.ndarray:

@@ -7,7 +7,8 @@ import torch
 from conftest import run_chain
 
 from gadgets.files import affine
-from gadgets.gather import Geometry, Scan
+from gadgets.geometry import Geometry
+from gadgets.volume import Scan
 from gadgets.images import make_images, to_pixels, to_recon_matrix
 from gadgets.options import make_options
 
