@@ -15,6 +15,7 @@ import torch
 from .completeness import missing_ends, missing_volumes
 from .geometry import Geometry, ScanError, announced, noise_bandwidth, read_geometry
 from .readout import Readout
+from .recon_data import ReconData, ReconDataError, take_lines
 from .volume import BOTH_BIT, Grid, Scan, Volume
 
 SKIPPED = (
@@ -33,6 +34,8 @@ NOISE_BIT = _bits(ismrmrd.ACQ_IS_NOISE_MEASUREMENT)
 CALIBRATION_BIT = _bits(ismrmrd.ACQ_IS_PARALLEL_CALIBRATION)
 LAST_BIT = _bits(ismrmrd.ACQ_LAST_IN_REPETITION)
 SETTLED = 64  # lines of a later repetition in a row, after which an earlier one without its last flag is complete
+KEY = ("slice", "contrast", "repetition", "set", "phase")  # what tells volumes apart, as counters of a line
+CALIBRATION_ONLY = CALIBRATION_BIT | BOTH_BIT
 INTEGRATED = ("embedded", "interleaved")
 
 
@@ -40,7 +43,7 @@ def gather(header: ismrmrd.xsd.ismrmrdHeader, items: Iterable) -> Iterator[Scan]
     """Yield each volume once its last line has arrived (a later repetition began, or the input ended).
 
     Volumes are told apart by slice (slab), contrast, repetition, set and phase; averages are summed.
-    Items that are no acquisitions (waveforms) are left aside.
+    Items are acquisitions or Gadgetron's buffers of them; others (waveforms) are left aside.
 
     Raises:
         ScanError: when there is nothing to reconstruct.
@@ -48,10 +51,9 @@ def gather(header: ismrmrd.xsd.ismrmrdHeader, items: Iterable) -> Iterator[Scan]
     gatherer = Gatherer(header)
     found = 0
     for item in items:
-        if isinstance(item, ismrmrd.Acquisition):
-            for scan in gatherer.add(item):
-                found += 1
-                yield scan
+        for scan in gatherer.take(item):
+            found += 1
+            yield scan
     for scan in gatherer.finish():
         found += 1
         yield scan
@@ -74,8 +76,45 @@ class Gatherer:
         self.skipped = self.foreign = self.late = self.streak = 0
         self.repetition, self.flags = -1, {}  # of each repetition: the flags of all its lines together
         self.seen: dict[str, set[int]] = {name: set() for name in self.promised}
+        self.notes: list[str] = []
         self.given: set[tuple[int, ...]] = set()
         self.series: dict[int, float] = {}
+
+    def take(self, item) -> Iterator[Scan]:
+        """Take whatever a scan consists of; yield the volumes of earlier repetitions that are complete."""
+        if isinstance(item, ismrmrd.Acquisition):
+            return self.add(item)
+        return self.add_buffers(item) if isinstance(item, ReconData) else iter(())
+
+    def add_buffers(self, message: ReconData) -> Iterator[Scan]:
+        """Take the lines out of a ReconData; a block that has the size of a volume becomes its array."""
+        for bit in message.bits:
+            for buffer in (bit.reference, bit.data):
+                try:
+                    blocks = list(buffer.blocks()) if buffer is not None else []
+                except ReconDataError as error:
+                    if buffer is bit.data:
+                        raise
+                    blocks, self.notes = [], [*self.notes, f"reference lines were left out: {error}"]
+                for data, headers in blocks:
+                    if buffer is bit.reference:
+                        headers["number_of_samples"][headers["flags"] & CALIBRATION_ONLY != CALIBRATION_BIT] = 0
+                    else:
+                        self._adopt(data, headers)
+                    for line in take_lines(data, headers):
+                        yield from self.add(line)
+
+    def _adopt(self, data: np.ndarray, headers: np.ndarray) -> None:
+        """Gather into the block itself where all its lines stay where they are."""
+        acquired = headers[headers["number_of_samples"] > 0]
+        idx = acquired["idx"]
+        keys = np.unique(np.stack([idx[name] for name in KEY], axis=-1), axis=0) if acquired.size else []
+        if len(keys) != 1 or data.shape[1:] != self.geometry.shape:
+            return
+        z, y = self.geometry.place(idx["kspace_encode_step_1"].astype(int), idx["kspace_encode_step_2"].astype(int))
+        key, stays = tuple(int(n) for n in keys[0]), np.array_equal(np.stack([z, y], axis=-1), np.argwhere(headers["number_of_samples"] > 0))
+        if stays and key not in self.volumes and key not in self.given:
+            self._volume(key, len(data), data)
 
     def add(self, line: ismrmrd.Acquisition) -> Iterator[Scan]:
         """Take one acquisition; yield the volumes of earlier repetitions that are complete."""
@@ -110,14 +149,16 @@ class Gatherer:
                 yield self._scan(volume, key, [*missing_ends(self.flags[key[2]]), *notes])
 
     def _image(self, line: ismrmrd.Acquisition, key: tuple[int, ...]) -> None:
-        volume = self.volumes.get(key)
-        if volume is None:
-            volume = self.volumes[key] = Volume(self.geometry, line.active_channels)
-            for name, value in zip(("slice", "contrast", "repetition", "set", "phase"), key):
-                self.seen.setdefault(name, set()).add(value)
+        volume = self.volumes.get(key) or self._volume(key, line.active_channels)
         if "average" in self.seen:
             self.seen["average"].add(line.idx.average)
         volume.add(line, self.readouts[0][1])
+
+    def _volume(self, key: tuple[int, ...], coils: int, kspace: np.ndarray | None = None) -> Volume:
+        volume = self.volumes[key] = Volume(self.geometry, coils, kspace)
+        for name, value in zip(KEY, key):
+            self.seen.setdefault(name, set()).add(value)
+        return volume
 
     def _settled(self, repetition: int) -> Iterator[Scan]:
         """Earlier volumes, once a later repetition runs and no line of an earlier one can follow.
@@ -163,7 +204,7 @@ class Gatherer:
             remarks.append(f"{self.foreign} lines of another encoding space were left out")
         if self.late:
             remarks.append(f"{self.late} lines of volumes that were handed out already were left out")
-        scan.warnings += [*remarks, *notes]
+        scan.warnings += [*self.notes, *remarks, *notes]
         scan.series = self.series
         return scan
 

@@ -36,15 +36,18 @@ class Scan:
 
 
 class Grid:
-    """Sums [coils z y x] of lines at their places, and how many came [z y]."""
+    """Sums [coils z y x] of lines at their places, and how many came [z y].
 
-    def __init__(self, geometry: Geometry, coils: int):
+    `kspace` may bring the array to gather into, of zeros by the time that its lines come.
+    """
+
+    def __init__(self, geometry: Geometry, coils: int, kspace: np.ndarray | None = None):
         if coils < 1:
             raise ScanError("an imaging line has no coil channels")
         nbytes = 8 * coils * int(np.prod(geometry.shape))
         if nbytes > MAX_VOLUME_BYTES:
             raise ScanError(f"the header asks for {nbytes / 2**30:.0f} GiB of k-space ({coils} coils, matrix {geometry.shape}); the limit is {MAX_VOLUME_BYTES >> 30} GiB")
-        self.kspace = np.zeros((coils, *geometry.shape), np.complex64)
+        self.kspace = np.zeros((coils, *geometry.shape), np.complex64) if kspace is None else kspace
         self.counts = np.zeros(geometry.shape[:2], np.float32)
         self.outside = self.unfit = 0
 
@@ -85,8 +88,8 @@ class Grid:
 class Volume:
     """One volume under construction: its grid, and what its lines said."""
 
-    def __init__(self, geometry: Geometry, coils: int):
-        self.geometry, self.grid = geometry, Grid(geometry, coils)
+    def __init__(self, geometry: Geometry, coils: int, kspace: np.ndarray | None = None):
+        self.geometry, self.grid = geometry, Grid(geometry, coils, kspace)
         self.averages_at = np.zeros(geometry.shape[:2], np.uint64)
         self.calibrating = np.zeros(geometry.shape[:2], bool)
         self.head: ismrmrd.AcquisitionHeader | None = None
