@@ -19,7 +19,8 @@ from gadgets.gather import gather
 from gadgets.header import parse_header
 from gadgets.options import make_options
 from gadgets.recon import reconstruct
-from gadgets.simulate import SimulateOptions, simulate
+from gadgets.protocol import SimulateOptions
+from gadgets.simulate import simulate
 from recon_core.prior import Prior
 
 DATA = Path(__file__).parent / "data"

@@ -6,7 +6,7 @@ import ismrmrd
 from conftest import gathered, line_like, load_small_scan
 
 from gadgets.gather import gather
-from gadgets.simulate import SimulateOptions
+from gadgets.protocol import SimulateOptions
 
 
 def incomplete(scan):

@@ -10,7 +10,7 @@ from conftest import gathered, line_like, load_small_scan, run_chain
 
 from gadgets.gather import gather
 from gadgets.geometry import ScanError, read_geometry
-from gadgets.simulate import SimulateOptions
+from gadgets.protocol import SimulateOptions
 
 
 def test_full_scan_is_complete_and_clean(full):

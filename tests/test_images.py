@@ -12,7 +12,7 @@ from gadgets.volume import Scan
 from gadgets.images import make_images, to_pixels, to_recon_matrix
 from gadgets.options import make_options
 from gadgets.recon import reconstruct
-from gadgets.simulate import SimulateOptions
+from gadgets.protocol import SimulateOptions
 
 HEADER = ismrmrd.xsd.ismrmrdHeader(experimentalConditions=ismrmrd.xsd.experimentalConditionsType(H1resonanceFrequency_Hz=1))
 DIRECTIONS = np.linalg.qr(np.random.default_rng(0).standard_normal((3, 3)))[0]

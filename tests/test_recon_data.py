@@ -16,7 +16,7 @@ from gadgets.files import ScanFile
 from gadgets.gather import gather
 from gadgets.recon_data import ReconDataError, ReconDataReader
 from gadgets.server import Server
-from gadgets.simulate import SimulateOptions
+from gadgets.protocol import SimulateOptions
 from gadgets.wire import RECON_DATA, Wire, WireError
 
 
