@@ -117,6 +117,8 @@ def _send(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=9002)
     parser.add_argument("--config", default="default", metavar="NAME|FILE", help="a configuration of the server, or a chain XML to send")
     parser.add_argument("--group", help="HDF5 group of the images (default: date and time)")
+    parser.add_argument("--realtime", action="store_true", help="send each line at its time stamp, as the scanner did")
+    parser.add_argument("--expect", type=int, metavar="N", help="fail if fewer images come (default: the scan's volumes, in every series)")
     parser.set_defaults(run=run_send)
 
 
@@ -221,7 +223,7 @@ def run_send(arguments: argparse.Namespace) -> int:
     with ScanFile(arguments.scan) as scan, display:
         total = len(scan)
         sent = lambda count: display.count("sent", count, total)  # noqa: E731
-        for image in send_scan(scan, arguments.host, arguments.port, arguments.config, display.say, sent):
+        for image in send_scan(scan, arguments.host, arguments.port, arguments.config, display.say, sent, realtime=arguments.realtime, expect=arguments.expect):
             writer.write(image)
     print(f"{writer.count} images written to {arguments.images}")
     return 0

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import ismrmrd
 import numpy as np
 
+from .flags import END_BIT, PAIRS
 from .geometry import Geometry
 
 INCOMPLETE = "the scan seems incomplete: "
 ELLIPSE = 0.7  # the corners may be left out (pi/4), and a little more
-PAIRS = (
-    ("repetition", 1 << (ismrmrd.ACQ_FIRST_IN_REPETITION - 1), 1 << (ismrmrd.ACQ_LAST_IN_REPETITION - 1)),
-    ("slice", 1 << (ismrmrd.ACQ_FIRST_IN_SLICE - 1), 1 << (ismrmrd.ACQ_LAST_IN_SLICE - 1)),
-)
-END_BIT = 1 << (ismrmrd.ACQ_LAST_IN_MEASUREMENT - 1)
 
 
 def missing_ends(flags: int) -> list[str]:

@@ -13,29 +13,13 @@ import numpy as np
 import torch
 
 from .completeness import missing_ends, missing_volumes
+from .flags import BOTH_BIT, CALIBRATION_BIT, KEY, LAST_BIT, NOISE_BIT, SKIP_BITS, is_calibration_only, volume_key
 from .geometry import Geometry, ScanError, announced, noise_bandwidth, read_geometry
 from .readout import Readout
 from .recon_data import ReconData, ReconDataError, take_lines
-from .volume import BOTH_BIT, Grid, Scan, Volume
+from .volume import Grid, Scan, Volume
 
-SKIPPED = (
-    ismrmrd.ACQ_IS_NAVIGATION_DATA,
-    ismrmrd.ACQ_IS_PHASECORR_DATA,
-    ismrmrd.ACQ_IS_HPFEEDBACK_DATA,
-    ismrmrd.ACQ_IS_DUMMYSCAN_DATA,
-    ismrmrd.ACQ_IS_RTFEEDBACK_DATA,
-    ismrmrd.ACQ_IS_SURFACECOILCORRECTIONSCAN_DATA,
-    ismrmrd.ACQ_IS_PHASE_STABILIZATION_REFERENCE,
-    ismrmrd.ACQ_IS_PHASE_STABILIZATION,
-)
-_bits = lambda *flags: sum(1 << (flag - 1) for flag in flags)  # noqa: E731
-SKIP_BITS = _bits(*SKIPPED)
-NOISE_BIT = _bits(ismrmrd.ACQ_IS_NOISE_MEASUREMENT)
-CALIBRATION_BIT = _bits(ismrmrd.ACQ_IS_PARALLEL_CALIBRATION)
-LAST_BIT = _bits(ismrmrd.ACQ_LAST_IN_REPETITION)
 SETTLED = 64  # lines of a later repetition in a row, after which an earlier one without its last flag is complete
-KEY = ("slice", "contrast", "repetition", "set", "phase")  # what tells volumes apart, as counters of a line
-CALIBRATION_ONLY = CALIBRATION_BIT | BOTH_BIT
 INTEGRATED = ("embedded", "interleaved")
 
 
@@ -98,7 +82,7 @@ class Gatherer:
                     blocks, self.notes = [], [*self.notes, f"reference lines were left out: {error}"]
                 for data, headers in blocks:
                     if buffer is bit.reference:
-                        headers["number_of_samples"][headers["flags"] & CALIBRATION_ONLY != CALIBRATION_BIT] = 0
+                        headers["number_of_samples"][headers["flags"] & (CALIBRATION_BIT | BOTH_BIT) != CALIBRATION_BIT] = 0
                     else:
                         self._adopt(data, headers)
                     for line in take_lines(data, headers):
@@ -128,9 +112,9 @@ class Gatherer:
         if flags & SKIP_BITS:
             self.skipped += 1
             return
-        key = (idx.slice, idx.contrast, idx.repetition, idx.set, idx.phase)
+        key = volume_key(idx)
         yield from self._settled(idx.repetition)
-        if flags & CALIBRATION_BIT and not flags & BOTH_BIT and self.geometry.calibration not in INTEGRATED:
+        if is_calibration_only(flags) and self.geometry.calibration not in INTEGRATED:
             self._calibrate(line, key)
         elif line.encoding_space_ref:
             self.foreign += 1

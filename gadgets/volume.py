@@ -9,12 +9,11 @@ import numpy as np
 import torch
 
 from .completeness import missing_lines
+from .flags import BOTH_BIT, REVERSE_BIT
 from .geometry import Geometry, ScanError
 from .readout import Readout
 
 MAX_VOLUME_BYTES = 64 << 30
-REVERSE_BIT = 1 << (ismrmrd.ACQ_IS_REVERSE - 1)
-BOTH_BIT = 1 << (ismrmrd.ACQ_IS_PARALLEL_CALIBRATION_AND_IMAGING - 1)
 
 
 @dataclass
