@@ -1,4 +1,4 @@
-"""Acquisitions per second from memory and from a socket, and the memory that it takes: `python tests/benchmarks/gathering.py`.
+"""Acquisitions per second from memory, from a socket and from a ReconData buffer, and the memory that it takes: `python tests/benchmarks/gathering.py`.
 
 One CPU core gathers (each way in a process of its own, bound to one core); the sender of the socket runs on
 another. On a machine that others use too, lines_per_cpu_s is the figure: it leaves out the waiting. Peak memory is what the process grew by, over the k-space's size, with everything else loaded before.
@@ -59,9 +59,9 @@ def from_memory(coils: int, samples: int, steps: tuple[int, int]):
 
 
 def from_socket(sock: socket.socket):
-    """Acquisitions as the server and the external gadget read them."""
+    """Acquisitions or buffers as the server and the external gadget read them."""
     for kind, item in w.Wire(sock).messages():
-        if kind == w.ACQUISITION:
+        if kind in w.SCAN_ITEMS:
             yield item
 
 
@@ -74,15 +74,26 @@ def send(address, coils: int, samples: int, steps: tuple[int, int]) -> None:
         sock.sendall(struct.pack("<H", w.CLOSE))
 
 
+def send_buffer(address, coils: int, samples: int, steps: tuple[int, int]) -> None:
+    """The other side of the second entry: one ReconData, oversampling removed."""
+    plane = np.broadcast_to(samples_of_a_line(coils, samples // 2)[:1], (steps[0], samples // 2)).tobytes()
+    with socket.create_connection(address) as sock:
+        sock.sendall(struct.pack("<HQQ7Q", w.RECON_DATA, 1, 7, samples // 2, *steps, coils, 1, 1, 1))
+        for _ in range(coils * steps[1]):
+            sock.sendall(plane)
+        sock.sendall(bytes(2) + struct.pack("<Q5Q", 5, *steps, 1, 1, 1) + b"".join(payloads(coils, samples // 2, steps)))
+        sock.sendall(bytes(56) + bytes(1) + struct.pack("<H", w.CLOSE))
+
+
 def measure(source: str, coils: int, samples: int, steps: tuple[int, int], out) -> None:
     """Seconds and growth of the peak memory in MiB, into the queue `out`."""
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[0]})
     header = a_header(samples, steps)
     list(gather(a_header(samples, (2, 2)), from_memory(coils, samples, (2, 2))))
     with contextlib.ExitStack() as stack:
-        if source == "socket":
+        if source != "memory":
             listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-            multiprocessing.get_context("spawn").Process(target=send, args=(listener.getsockname(), coils, samples, steps)).start()
+            multiprocessing.get_context("spawn").Process(target=send if source == "socket" else send_buffer, args=(listener.getsockname(), coils, samples, steps)).start()
             items = from_socket(stack.enter_context(listener.accept()[0]))
         else:
             items = from_memory(coils, samples, steps)
@@ -103,7 +114,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     context, rows = multiprocessing.get_context("spawn"), []
-    for source in ("memory", "socket"):
+    for source in ("memory", "socket", "recon_data"):
         queue, found = context.Queue(), []
         for _ in range(arguments.repeats):
             process = context.Process(target=measure, args=(source, arguments.coils, arguments.samples, tuple(arguments.steps), queue))
