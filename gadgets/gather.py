@@ -16,10 +16,11 @@ from .completeness import missing_ends, missing_volumes
 from .flags import BOTH_BIT, CALIBRATION_BIT, KEY, LAST_BIT, NOISE_BIT, SKIP_BITS, is_calibration_only, volume_key
 from .geometry import Geometry, ScanError, announced, noise_bandwidth, read_geometry
 from .readout import Readout
-from .recon_data import ReconData, ReconDataError, take_lines
+from .recon_data import ReconBit, ReconData, ReconDataError, take_lines
 from .volume import Grid, Scan, Volume
 
-SETTLED = 64  # lines of a later repetition in a row, after which an earlier one without its last flag is complete
+SETTLED = 128  # an earlier repetition without its last flag is complete when half as many lines of a later one came in a row, or half of its own
+MAX_NOISE_SAMPLES = 1 << 24  # more make the covariance no better
 INTEGRATED = ("embedded", "interleaved")
 
 
@@ -73,20 +74,24 @@ class Gatherer:
     def add_buffers(self, message: ReconData) -> Iterator[Scan]:
         """Take the lines out of a ReconData; a block that has the size of a volume becomes its array."""
         for bit in message.bits:
-            for buffer in (bit.reference, bit.data):
-                try:
-                    blocks = list(buffer.blocks()) if buffer is not None else []
-                except ReconDataError as error:
-                    if buffer is bit.data:
-                        raise
-                    blocks, self.notes = [], [*self.notes, f"reference lines were left out: {error}"]
-                for data, headers in blocks:
-                    if buffer is bit.reference:
-                        headers["number_of_samples"][headers["flags"] & (CALIBRATION_BIT | BOTH_BIT) != CALIBRATION_BIT] = 0
-                    else:
-                        self._adopt(data, headers)
-                    for line in take_lines(data, headers):
-                        yield from self.add(line)
+            for data, headers in self._reference_blocks(bit):
+                for line in take_lines(data, headers):
+                    yield from self.add(line)
+            for data, headers in bit.data.blocks():
+                self._adopt(data, headers)
+                for line in take_lines(data, headers):
+                    yield from self.add(line)
+
+    def _reference_blocks(self, bit: ReconBit) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Blocks of lines for calibration alone; those that serve the image too are in the data."""
+        try:
+            blocks = list(bit.reference.blocks()) if bit.reference is not None else []
+        except ReconDataError as error:
+            self.notes.append(f"reference lines were left out: {error}")
+            return []
+        for _, headers in blocks:
+            headers["number_of_samples"][headers["flags"] & (CALIBRATION_BIT | BOTH_BIT) != CALIBRATION_BIT] = 0
+        return blocks
 
     def _adopt(self, data: np.ndarray, headers: np.ndarray) -> None:
         """Gather into the block itself where all its lines stay where they are."""
@@ -104,8 +109,7 @@ class Gatherer:
         """Take one acquisition; yield the volumes of earlier repetitions that are complete."""
         flags = line.flags
         if flags & NOISE_BIT:
-            self.noise.append(np.array(line.data))
-            self.noise_dwell_us = line.sample_time_us
+            self._add_noise(line)
             return
         idx = line.idx
         self.flags[idx.repetition] = self.flags.get(idx.repetition, 0) | flags
@@ -122,6 +126,11 @@ class Gatherer:
             self.late += 1
         else:
             self._image(line, key)
+
+    def _add_noise(self, line: ismrmrd.Acquisition) -> None:
+        if sum(n.size for n in self.noise) < MAX_NOISE_SAMPLES:
+            self.noise.append(np.array(line.data))
+            self.noise_dwell_us = line.sample_time_us
 
     def finish(self, before: int | None = None) -> Iterator[Scan]:
         """Hand out and forget all volumes, or those of repetitions below `before`."""
@@ -147,12 +156,12 @@ class Gatherer:
     def _settled(self, repetition: int) -> Iterator[Scan]:
         """Earlier volumes, once a later repetition runs and no line of an earlier one can follow.
 
-        Either its last line was flagged, or the later one has gone on for a while: repetitions may be interleaved.
+        Either its last line was flagged, or the later one is half through: repetitions may be interleaved.
         """
         self.streak = self.streak + 1 if repetition == self.repetition else 0
         self.repetition = max(self.repetition, repetition)
-        earlier = {key[2] for key in self.volumes if key[2] < self.repetition}
-        if earlier and (self.streak > SETTLED or all(self.flags[r] & LAST_BIT for r in earlier)):
+        earlier = {key[2]: volume.grid.lines for key, volume in self.volumes.items() if key[2] < self.repetition}
+        if earlier and (all(self.flags[r] & LAST_BIT for r in earlier) or self.streak > max(SETTLED, *earlier.values()) // 2):
             yield from self.finish(self.repetition)
 
     def _calibrate(self, line: ismrmrd.Acquisition, key: tuple[int, ...]) -> None:
@@ -209,6 +218,9 @@ class Gatherer:
         usable = [n for n in self.noise if n.shape[0] == coils]
         if not usable:
             return None, [f"the noise lines have {self.noise[0].shape[0]} channels, the scan {coils}: they were not used"] if self.noise else []
+        samples = sum(n.shape[1] for n in usable)
+        if samples < 4 * coils:
+            return None, [f"the noise lines have {samples} samples for {coils} channels, too few: they were not used"]
         dwell_us = volume.head.sample_time_us
         power = (self.noise_dwell_us / dwell_us if self.noise_dwell_us and dwell_us else 1.0) / self.bandwidth_ratio
         return torch.from_numpy(np.concatenate(usable, axis=1)) * power**0.5, []

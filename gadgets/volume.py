@@ -48,7 +48,7 @@ class Grid:
             raise ScanError(f"the header asks for {nbytes / 2**30:.0f} GiB of k-space ({coils} coils, matrix {geometry.shape}); the limit is {MAX_VOLUME_BYTES >> 30} GiB")
         self.kspace = np.zeros((coils, *geometry.shape), np.complex64) if kspace is None else kspace
         self.counts = np.zeros(geometry.shape[:2], np.float32)
-        self.outside = self.unfit = 0
+        self.lines = self.outside = self.unfit = 0
 
     def place(self, line: ismrmrd.Acquisition, own: Geometry, image: Geometry) -> tuple[int, int] | None:
         """Where a line of encoding `own` belongs, as z, y; None, and counted, if it is outside the matrix."""
@@ -64,7 +64,7 @@ class Grid:
     def add(self, line: ismrmrd.Acquisition, place: tuple[int, int], readout: Readout) -> bool:
         """Add a line at its place, turned if it was read backwards; False, and counted, if it does not fit."""
         before, samples = line.discard_pre, line.number_of_samples
-        data, centre = line.data[:, before : samples - line.discard_post], line.center_sample - before
+        data, centre = line.data[:, before : max(0, samples - line.discard_post)], line.center_sample - before
         if len(data) != len(self.kspace) or not 0 <= centre < data.shape[1]:
             self.unfit += 1
             return False
@@ -72,6 +72,7 @@ class Grid:
             data, centre = data[:, ::-1], data.shape[1] - 1 - centre
         readout.add(data, centre, self.kspace[(slice(None), *place)])
         self.counts[place] += 1
+        self.lines += 1
         return True
 
     def warnings(self, kind: str) -> list[str]:

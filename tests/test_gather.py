@@ -91,9 +91,9 @@ def test_a_strongly_asymmetric_echo_is_not_taken_for_removed_oversampling(full):
 
 def test_a_line_without_its_echo_is_counted_and_told(full):
     header, lines, _ = full
-    scan = gathered(header, [line_like(lines[0], center_sample=999), *lines[1:]])
-    assert int(scan.counts.sum()) == len(lines) - 1
-    assert any(w.startswith("1 lines had another number of channels, no samples or no echo") for w in scan.warnings)
+    scan = gathered(header, [line_like(lines[0], center_sample=999), line_like(lines[1], discard_post=90), *lines[2:]])
+    assert int(scan.counts.sum()) == len(lines) - 2
+    assert any(w.startswith("2 lines had another number of channels, no samples or no echo") for w in scan.warnings)
 
 
 @pytest.mark.parametrize("matrix,samples", [(11, 22), (13, 13), (12, 15), (9, 24)])
@@ -128,11 +128,12 @@ def test_volumes_are_kept_apart(full, counter):
     assert getattr(second.head.idx, counter) == 1
 
 
-def test_interleaved_repetitions_give_one_volume_each(full):
+@pytest.mark.parametrize("block", [1, 13, 60])
+def test_interleaved_repetitions_give_one_volume_each(full, block):
     header, lines, _ = full
     plain = [line_like(line, flags=0) for line in lines]
     others = [line_like(line, 2 * line.data, repetition=1) for line in plain]
-    first, second = gather(header, [line for pair in zip(plain, others) for line in pair])
+    first, second = gather(header, [line for n in range(0, len(lines), block) for line in plain[n : n + block] + others[n : n + block]])
     torch.testing.assert_close(second.kspace, 2 * first.kspace)
     assert bool((first.counts == 1).all()) and bool((second.counts == 1).all())
 
@@ -150,6 +151,10 @@ def test_a_repetition_is_handed_out_before_the_next_ends(tmp_path):
     scans = gather(header, (consumed.append(1) or line for line in lines))
     next(scans)
     assert len(consumed) == len(lines) // 2 + 1
+    consumed.clear()
+    scans = gather(header, (consumed.append(1) or line_like(line, flags=0) for line in lines))
+    next(scans)
+    assert len(lines) // 2 < len(consumed) < 0.8 * len(lines)  # without a flag for the last line
 
 
 def test_partial_fourier_lands_where_it_belongs(tmp_path, full):
@@ -252,6 +257,12 @@ def test_noise_of_other_coils_is_not_used_and_said(tmp_path):
     lines = [line_like(line, line.data[:1]) if line.is_flag_set(ismrmrd.ACQ_IS_NOISE_MEASUREMENT) else line for line in lines]
     scan = gathered(header, lines)
     assert scan.noise is None and "the noise lines have 1 channels, the scan 2: they were not used" in scan.warnings
+
+
+def test_too_few_noise_samples_are_not_used_and_said(tmp_path):
+    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=2, pattern="full", noise_lines=1))
+    scan = gathered(header, [line_like(lines[0], lines[0].data[:, :7]), *lines[1:]])
+    assert scan.noise is None and "the noise lines have 7 samples for 2 channels, too few: they were not used" in scan.warnings
 
 
 def test_memory_is_one_array(tmp_path):

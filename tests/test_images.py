@@ -23,7 +23,7 @@ def a_scan(matrix=(12, 10, 8), recon=None, fov=(24.0, 30.0, 16.0), recon_fov=Non
     head = ismrmrd.AcquisitionHeader()
     head.position, head.read_dir, head.phase_dir, head.slice_dir = (5.0, -7.0, 11.0), *(tuple(d) for d in DIRECTIONS)
     head.acquisition_time_stamp, head.measurement_uid, head.patient_table_position = 1234, 77, (0.0, 0.0, -3.0)
-    head.idx.contrast = 2
+    head.idx.contrast, head.physiology_time_stamp = 2, (7, 8, 9)
     return Scan(geometry, torch.empty(0), torch.empty(0), head)
 
 
@@ -84,7 +84,7 @@ def test_header_carries_the_acquisition():
     assert (head.acquisition_time_stamp, head.measurement_uid, head.contrast) == (1234, 77, 2)
     assert (head.image_series_index, head.image_index, head.image_type, head.version) == (2, 5, ismrmrd.IMTYPE_MAGNITUDE, 1)
     assert tuple(head.field_of_view) == (24.0, 30.0, 16.0) and tuple(head.position) == (5.0, -7.0, 11.0)
-    assert tuple(head.patient_table_position) == (0.0, 0.0, -3.0)
+    assert tuple(head.patient_table_position) == (0.0, 0.0, -3.0) and list(head.physiology_time_stamp) == [7, 8, 9]
 
 
 def test_meta_speaks_both_dialects_in_ascii_with_whole_windows():
