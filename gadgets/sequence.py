@@ -80,13 +80,14 @@ class Sequence:
     def _calibration_lines(self) -> Iterator[ismrmrd.Acquisition]:
         """The centre square, before the scan; an external one is of half the resolution along the readout, and brighter."""
         external, kspace = self.options.calibration == "external", self.kspace(0)
-        for z, y in np.argwhere(self._square()):
+        places = np.argwhere(self._square(whole=external))
+        low = places[0] if external else self.dropped[::-1]
+        for z, y in places:
             samples = kspace[:, z, y]
             if external:
                 quarter = samples.shape[1] // 2 - samples.shape[1] // 2 // 2
                 samples = 1.5 * samples[:, quarter : quarter + samples.shape[1] // 2]
             line = self._line(samples, samples.shape[1] // 2)
-            low = np.argwhere(self._square())[0] if external else self.dropped[::-1]
             line.idx.kspace_encode_step_1, line.idx.kspace_encode_step_2 = int(y - low[1]), int(z - low[0])
             line.encoding_space_ref = int(external)
             line.setFlag(ismrmrd.ACQ_IS_PARALLEL_CALIBRATION)
@@ -130,10 +131,11 @@ class Sequence:
             yield ismrmrd.Waveform.from_array(np.stack([pulse, pulse // 2]), time_stamp=line.acquisition_time_stamp, sample_time_us=2500.0, waveform_id=0)
         yield line
 
-    def _square(self) -> np.ndarray:
-        """Where calibration lines lie [z y]."""
+    def _square(self, whole: bool = False) -> np.ndarray:
+        """Where calibration lines lie [z y], without what partial Fourier leaves out unless the whole is wanted."""
         out = np.zeros_like(self.mask)
         sides = [min(self.options.acs, n) for n in out.shape]
         out[tuple(slice(n // 2 - a // 2, n // 2 - a // 2 + a) for n, a in zip(out.shape, sides))] = True
-        out[: self.dropped[1]] = out[:, : self.dropped[0]] = False
+        if not whole:
+            out[: self.dropped[1]] = out[:, : self.dropped[0]] = False
         return out

@@ -153,6 +153,14 @@ def test_repetitions_share_the_scale_through_the_chain(tmp_path):
         assert np.median(second.data[bright] / first.data[bright]) == pytest.approx(1.2, abs=0.02)
 
 
+def test_each_slab_keeps_its_own_place(full):
+    header, lines, _ = full
+    other = [line_like(line, slice=1, position=(10.0, 20.0, 30.0)) for line in lines]
+    first, second = reconstruct(header, [*lines, *other], None, make_options({"method": "zero-filled", "device": "cpu"}))
+    assert (tuple(first.position), tuple(second.position)) == ((0.0, 0.0, 0.0), (10.0, 20.0, 30.0))
+    assert (first.slice, second.slice, first.image_index, second.image_index) == (0, 1, 1, 2)
+
+
 def test_timing_and_protocol_reach_the_attributes(scan_path):
     x = ismrmrd.xsd
     header = x.ismrmrdHeader(

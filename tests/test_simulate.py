@@ -18,6 +18,7 @@ CASES = {
     "regular with CAIPI shift": (dict(acceleration=4, pattern="regular", acs=12), 0.96),
     "separate calibration": (dict(acceleration=3, pattern="regular", acs=14, calibration="separate"), 0.96),
     "external calibration": (dict(acceleration=3, pattern="regular", acs=14, calibration="external"), 0.96),
+    "external calibration, partial Fourier": (dict(acceleration=3, pattern="regular", acs=14, calibration="external", partial_fourier=(0.6, 1)), 0.93),
     "partial Fourier": (dict(pattern="full", partial_fourier=(0.75, 0.8)), 0.96),
     "partial echo": (dict(pattern="full", partial_echo=0.75), 0.97),
     "no oversampling": (dict(pattern="full", oversampling=1), 0.995),
