@@ -122,7 +122,10 @@ class ReconDataReader:
             raise ReconDataError(f"an array of {nbytes} bytes was announced, the limit is {MAX_ARRAY_BYTES}: the stream is damaged or out of step")
         if not count or not nbytes:
             return np.empty(0, dtype)
-        out = np.empty(nbytes, np.uint8)  # untouched pages cost nothing: a lie about the length fills no memory
+        try:
+            out = np.empty(nbytes, np.uint8)  # untouched pages cost nothing: a lie about the length fills no memory
+        except MemoryError:
+            raise ReconDataError(f"an array of {nbytes} bytes was announced, which does not fit into memory") from None
         for start in range(0, nbytes, CHUNK_BYTES):
             stop = min(nbytes, start + CHUNK_BYTES)
             out[start:stop] = np.frombuffer(self.read(stop - start), np.uint8)

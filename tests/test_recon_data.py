@@ -14,7 +14,7 @@ from peers import GadgetronPeer, recon_data, run_execute, same_images
 
 from gadgets.files import ScanFile
 from gadgets.gather import gather
-from gadgets.recon_data import ReconDataError, ReconDataReader
+from gadgets.recon_data import ReconData, ReconDataError, ReconDataReader
 from gadgets.server import Server
 from gadgets.protocol import SimulateOptions
 from gadgets.wire import RECON_DATA, Wire, WireError
@@ -125,6 +125,27 @@ def test_reference_lines(full, mode):
 def test_nonsense_is_refused(payload, message):
     with pytest.raises(ReconDataError, match=message):
         parsed(payload)
+
+
+def test_an_array_that_does_not_fit_into_memory_is_refused(monkeypatch):
+    monkeypatch.setattr("gadgets.recon_data.MAX_ARRAY_BYTES", 1 << 60)
+    with pytest.raises(ReconDataError, match="does not fit into memory"):
+        parsed(struct.pack("<QQ7Q", 1, 7, *(1 << 7,) * 7) + bytes(8))
+
+
+def test_an_aborted_scan_is_recognised_in_a_partly_filled_buffer(full):
+    header, lines, _ = full
+    scan = buffered(header, lines[:70])
+    assert int(scan.counts.sum()) == 70
+    assert scan.warnings == gathered(header, lines[:70]).warnings and "E2 was announced from 0 to 9 and came from 0 to 5" in scan.warnings[0]
+
+
+def test_a_second_encoding_space_is_counted_and_told(full):
+    header, lines, _ = full
+    message = parsed(recon_data(header, lines))
+    other = parsed(recon_data(header, [line_like(line, encoding_space_ref=1) for line in lines]))
+    scan = gathered(header, [ReconData([*message.bits, *other.bits])])
+    assert bool((scan.counts == 1).all()) and "130 lines of another encoding space were left out" in scan.warnings
 
 
 def test_headers_that_do_not_fit_the_data_are_refused(full):
