@@ -71,12 +71,18 @@ def _simulate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--acceleration", type=float, default=8.0)
     parser.add_argument("--pattern", choices=("poisson", "regular", "full"), default="poisson")
     parser.add_argument("--acs", type=int, default=24, help="calibration lines along each phase-encode axis")
+    parser.add_argument("--calibration", choices=("integrated", "separate", "external"), default="integrated", help="calibration lines within the scan, before it, or as a scan of their own")
     parser.add_argument("--snr", type=float, default=30.0, help="tissue brightness over noise of the full scan's image")
     parser.add_argument("--partial-fourier", type=_fractions, default=(1.0, 1.0), metavar="F[,F2]", help="acquired fraction along E1 (and E2)")
+    parser.add_argument("--partial-echo", type=float, default=1.0, help="acquired fraction of the readout (asymmetric echo)")
     parser.add_argument("--oversampling", type=float, default=2.0, help="of the readout")
     parser.add_argument("--noise-lines", type=int, default=16)
     parser.add_argument("--oblique", action="store_true", help="tilt the slab about two axes")
     parser.add_argument("--repetitions", type=int, default=1)
+    parser.add_argument("--contrasts", type=int, default=1, help="echoes")
+    parser.add_argument("--averages", type=int, default=1)
+    parser.add_argument("--navigators", type=int, default=0, metavar="N", help="a navigator line at every Nth line (default: none)")
+    parser.add_argument("--waveforms", action="store_true", help="a physiological waveform beside the lines")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--reference", type=Path, help="NIfTI to write the noise-free image to")
     parser.set_defaults(run=run_simulate)
@@ -113,6 +119,8 @@ def _send(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=9002)
     parser.add_argument("--config", default="default", metavar="NAME|FILE", help="a configuration of the server, or a chain XML to send")
     parser.add_argument("--group", help="HDF5 group of the images (default: date and time)")
+    parser.add_argument("--realtime", action="store_true", help="send each line at its time stamp, as the scanner did")
+    parser.add_argument("--expect", type=int, metavar="N", help="fail if fewer images come (default: the scan's volumes, in every series)")
     parser.set_defaults(run=run_send)
 
 
@@ -166,11 +174,12 @@ def run_demo_command(arguments: argparse.Namespace) -> int:
 
 
 def run_simulate(arguments: argparse.Namespace) -> int:
-    from .simulate import SimulateOptions, simulate
+    from dataclasses import fields
 
-    a = vars(arguments)
-    names = ("voxel_mm", "coils", "acceleration", "pattern", "acs", "snr", "oversampling", "noise_lines", "oblique", "repetitions", "seed")
-    options = SimulateOptions(**{n: a[n] for n in names}, partial_fourier=a["partial_fourier"])
+    from .protocol import SimulateOptions
+    from .simulate import simulate
+
+    options = SimulateOptions(**{f.name: getattr(arguments, f.name) for f in fields(SimulateOptions)})
     print(json.dumps(simulate(arguments.volume, arguments.scan, options, arguments.reference)))
     return 0
 
@@ -221,7 +230,7 @@ def run_send(arguments: argparse.Namespace) -> int:
     with ScanFile(arguments.scan) as scan, display:
         total = len(scan)
         sent = lambda count: display.count("sent", count, total)  # noqa: E731
-        for image in send_scan(scan, arguments.host, arguments.port, arguments.config, display.say, sent):
+        for image in send_scan(scan, arguments.host, arguments.port, arguments.config, display.say, sent, realtime=arguments.realtime, expect=arguments.expect):
             writer.write(image)
     print(f"{writer.count} images written to {arguments.images}")
     return 0

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,23 +14,39 @@ import ismrmrd
 
 from . import wire as w
 from .files import ScanFile
+from .flags import NOISE_BIT, SKIP_BITS, is_calibration_only, volume_key
+
+TICK_S = 0.0025  # of time stamps
+ERROR_TEXT = re.compile(r"^(\[[^]]*\] )?ERROR: ")  # ours, and Gadgetron's, which names its node first
 
 
 class SendError(Exception):
-    """The server refused, failed, or sent no image; the message is one sentence."""
+    """The server refused, failed, or sent fewer images than it should; the message is one sentence."""
 
 
-def send_scan(scan: ScanFile, host: str, port: int, config: str, on_text: Callable[[str], None] = lambda text: None, on_sent: Callable[[int], None] = lambda count: None, timeout_s: float = 3600.0) -> Iterator[ismrmrd.Image]:
-    """Stream a scan and yield the images as they come.
+def send_scan(
+    scan: ScanFile,
+    host: str,
+    port: int,
+    config: str,
+    on_text: Callable[[str], None] = lambda text: None,
+    on_sent: Callable[[int], None] = lambda count: None,
+    timeout_s: float = 3600.0,
+    realtime: bool = False,
+    expect: int | None = None,
+) -> Iterator[ismrmrd.Image]:
+    """Stream a scan, waveforms included, and yield the images as they come.
 
     Args:
         config: path of a chain XML to send whole, else the name of a configuration on the server.
         on_text: called with each line the server sends.
         on_sent: called with the count of acquisitions sent.
         timeout_s: longest silence of the server.
+        realtime: send each line at its time stamp, as the scanner did.
+        expect: how many images must come; None: in every series as many as the scan has volumes, or more.
 
     Raises:
-        SendError: when the server cannot be reached, reports an error, or ends without an image.
+        SendError: when the server cannot be reached, reports an error, or sends fewer images than expected.
     """
     try:
         sock = socket.create_connection((host, port), 10)
@@ -35,34 +54,53 @@ def send_scan(scan: ScanFile, host: str, port: int, config: str, on_text: Callab
         raise SendError(f"no server answers at {host} port {port}: {error}") from None
     with sock:
         wire = w.Wire(sock, timeout_s)
-        sender = _Sender(scan, wire, config, on_sent)
+        sender = _Sender(scan, wire, config, on_sent, realtime)
         sender.start()
-        count, failure = 0, ""
+        came, failure = Counter(), ""
         try:
             for kind, item in wire.messages():
                 if kind == w.IMAGE:
-                    count += 1
+                    came[item.image_series_index] += 1
                     yield item
                 elif kind in (w.TEXT, w.ERROR):
                     on_text(item)
-                    if kind == w.ERROR or item.startswith("ERROR"):
-                        failure = item
+                    if kind == w.ERROR or ERROR_TEXT.match(item):
+                        failure = ERROR_TEXT.sub("", item)
         except w.WireError as error:
             failure = failure or f"the server is gone: {error}"
+        finally:
+            sender.stop.set()
         sender.join(10)
-        failure = failure or sender.failure
-        if failure:
-            raise SendError(f"{failure.removeprefix('ERROR: ')} ({count} images were received)")
-        if not count:
-            raise SendError("the server ended the scan without sending an image")
+        if failure or sender.failure:
+            raise SendError(f"{failure or sender.failure} ({came.total()} images were received)")
+        _check(came, sender.volumes, expect)
+
+
+def _check(came: Counter, volumes: int, expect: int | None) -> None:
+    """SendError where images are missing."""
+    if not came:
+        raise SendError("the server ended the scan without sending an image")
+    if expect is not None and came.total() < expect:
+        raise SendError(f"expected {expect} images, {came.total()} came")
+    short = [series for series, count in sorted(came.items()) if count < volumes]
+    if expect is None and short:
+        raise SendError(f"the scan has {volumes} volumes, but series {short[0]} has only {came[short[0]]} images")
 
 
 class _Sender(threading.Thread):
     """Sends while the images are being read, so that neither side waits for the other."""
 
-    def __init__(self, scan: ScanFile, wire: w.Wire, config: str, on_sent: Callable[[int], None]):
+    def __init__(self, scan: ScanFile, wire: w.Wire, config: str, on_sent: Callable[[int], None], realtime: bool):
         super().__init__(daemon=True)
         self.scan, self.wire, self.config, self.on_sent, self.failure = scan, wire, config, on_sent, ""
+        self.pace = _Pace() if realtime else None
+        self.stop = threading.Event()
+        self.seen: set[tuple[int, ...]] = set()
+
+    @property
+    def volumes(self) -> int:
+        """How many volumes the lines that were sent belong to."""
+        return len(self.seen)
 
     def run(self) -> None:
         try:
@@ -71,14 +109,39 @@ class _Sender(threading.Thread):
             else:
                 self.wire.send_config_file(self.config)
             self.wire.send_header(self.scan.header_xml)
-            for count, line in enumerate(self.scan.acquisitions(), start=1):
-                self.wire.send_item(line)
-                if count % 256 == 0:
-                    self.on_sent(count)
-            self.on_sent(len(self.scan))
-            self.wire.close()
+            if self._send_items():
+                self.on_sent(len(self.scan))
+                self.wire.close()
         except OSError as error:
             self.failure = f"the server stopped taking the scan: {error}"
         except Exception as error:  # a thread's failure must reach the caller
             self.failure = f"the scan could not be sent: {error}"
             self.wire.sock.shutdown(socket.SHUT_RDWR)
+
+    def _send_items(self) -> bool:
+        """Send everything; False if nobody listens any more."""
+        count = 0
+        for item in self.scan.items():
+            stamp = item.time_stamp if isinstance(item, ismrmrd.Waveform) else item.acquisition_time_stamp
+            if self.stop.wait(self.pace.seconds_until(stamp)) if self.pace else self.stop.is_set():
+                return False
+            self.wire.send_item(item)
+            if isinstance(item, ismrmrd.Acquisition):
+                count += 1
+                if not item.flags & (NOISE_BIT | SKIP_BITS) and not is_calibration_only(item.flags):
+                    self.seen.add(volume_key(item.idx))
+                if self.pace or count % 256 == 0:
+                    self.on_sent(count)
+        return True
+
+
+class _Pace:
+    """When a line is due, by its time stamp; lines without one, or out of order, are due at once."""
+
+    def __init__(self):
+        self.first, self.began = 0, 0.0
+
+    def seconds_until(self, stamp: int) -> float:
+        if not self.first and stamp:
+            self.first, self.began = stamp, time.monotonic()
+        return max(0.0, (stamp - self.first) * TICK_S - (time.monotonic() - self.began)) if stamp else 0.0

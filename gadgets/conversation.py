@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from .wire import ACQUISITION, WAVEFORM, Wire
+from .wire import SCAN_ITEMS, Wire
 
 log = logging.getLogger("slicediff")
 PROGRESS_EVERY_S = 2.0
@@ -37,10 +37,10 @@ def run_scan(wire: Wire, header_xml: bytes, sources: list[Mapping[str, Any]], lo
 
 
 def _items(wire: Wire, first: tuple | None) -> Iterator:
-    if first is not None and first[0] in (ACQUISITION, WAVEFORM):
+    if first is not None and first[0] in SCAN_ITEMS:
         yield first[1]
     for kind, item in wire.messages():
-        if kind in (ACQUISITION, WAVEFORM):
+        if kind in SCAN_ITEMS:
             yield item
 
 

@@ -18,8 +18,9 @@ from .files import ImageWriter, ScanFile, affine, write_nifti
 from .header import parse_header
 from .options import make_options
 from .recon import reconstruct
+from .protocol import SimulateOptions
 from .server import Server
-from .simulate import SimulateOptions, simulate
+from .simulate import simulate
 
 EXAMPLE = Path(__file__).parent / "example" / "head_2mm.nii.gz"
 

@@ -60,6 +60,27 @@ class ScanFile:
                 yield _acquisition(row, number)
 
 
+    def waveforms(self) -> Iterator[ismrmrd.Waveform]:
+        """All waveforms in order."""
+        for row in self.group["waveforms"] if "waveforms" in self.group else ():
+            waveform = ismrmrd.Waveform(row["head"].tobytes())
+            waveform.data[:] = row["data"].reshape(waveform.data.shape)
+            yield waveform
+
+    def items(self) -> Iterator[ismrmrd.Acquisition | ismrmrd.Waveform]:
+        """Acquisitions and waveforms, each waveform before the first acquisition that is not earlier."""
+        waveforms = self.waveforms()
+        waiting = next(waveforms, None)
+        for line in self.acquisitions():
+            while waiting is not None and waiting.time_stamp <= line.acquisition_time_stamp:
+                yield waiting
+                waiting = next(waveforms, None)
+            yield line
+        if waiting is not None:
+            yield waiting
+            yield from waveforms
+
+
 def _acquisition(row, number: int) -> ismrmrd.Acquisition:
     head = ismrmrd.AcquisitionHeader.from_buffer_copy(row["head"].tobytes())
     coils, samples, dims = head.active_channels, head.number_of_samples, head.trajectory_dimensions
@@ -77,18 +98,27 @@ class ScanWriter:
         group = self.file.create_group("dataset")
         group.create_dataset("xml", (1,), dtype=h5py.special_dtype(vlen=bytes))[0] = header_xml
         self.table = group.create_dataset("data", (0,), maxshape=(None,), chunks=(64,), dtype=ismrmrd.hdf5.acquisition_dtype)
-        self.rows: list[ismrmrd.Acquisition] = []
+        self.group, self.rows, self.waveforms = group, [], []
 
     def __enter__(self) -> ScanWriter:
         return self
 
     def __exit__(self, *exception) -> None:
         self._flush()
+        if self.waveforms:
+            table = np.empty(len(self.waveforms), ismrmrd.hdf5.waveform_dtype)
+            for i, waveform in enumerate(self.waveforms):
+                table[i]["head"] = np.frombuffer(bytes(waveform.getHead()), ismrmrd.hdf5.waveform_header_dtype)[0]
+                table[i]["data"] = np.ascontiguousarray(waveform.data).ravel()
+            self.group.create_dataset("waveforms", data=table, maxshape=(None,))
         self.file.close()
 
-    def append(self, line: ismrmrd.Acquisition) -> None:
-        """Add one acquisition."""
-        self.rows.append(line)
+    def append(self, item: ismrmrd.Acquisition | ismrmrd.Waveform) -> None:
+        """Add one acquisition or waveform."""
+        if isinstance(item, ismrmrd.Waveform):
+            self.waveforms.append(item)
+            return
+        self.rows.append(item)
         if len(self.rows) == ROWS:
             self._flush()
 

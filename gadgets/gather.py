@@ -1,4 +1,4 @@
-"""Acquisitions to k-space: one preallocated array per volume, filled while the scan runs.
+"""Acquisitions to k-space, volume by volume, while the scan runs: what each line's flags and counters mean.
 
 Each line is cut, turned, centred and Fourier transformed along the readout as it arrives, and its
 readout oversampling is removed, so that the array has the size of the image from the start.
@@ -7,114 +7,28 @@ readout oversampling is removed, so that the array has the size of the image fro
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 
 import ismrmrd
 import numpy as np
 import torch
 
-SKIPPED = (
-    ismrmrd.ACQ_IS_NAVIGATION_DATA,
-    ismrmrd.ACQ_IS_PHASECORR_DATA,
-    ismrmrd.ACQ_IS_HPFEEDBACK_DATA,
-    ismrmrd.ACQ_IS_DUMMYSCAN_DATA,
-    ismrmrd.ACQ_IS_RTFEEDBACK_DATA,
-    ismrmrd.ACQ_IS_SURFACECOILCORRECTIONSCAN_DATA,
-    ismrmrd.ACQ_IS_PHASE_STABILIZATION_REFERENCE,
-    ismrmrd.ACQ_IS_PHASE_STABILIZATION,
-)
-_bits = lambda *flags: sum(1 << (flag - 1) for flag in flags)  # noqa: E731
-SKIP_BITS = _bits(*SKIPPED)
-NOISE_BIT = _bits(ismrmrd.ACQ_IS_NOISE_MEASUREMENT)
-CALIBRATION_BIT = _bits(ismrmrd.ACQ_IS_PARALLEL_CALIBRATION)
-BOTH_BIT = _bits(ismrmrd.ACQ_IS_PARALLEL_CALIBRATION_AND_IMAGING)
-REVERSE_BIT = _bits(ismrmrd.ACQ_IS_REVERSE)
+from .completeness import missing_ends, missing_volumes
+from .flags import BOTH_BIT, CALIBRATION_BIT, KEY, LAST_BIT, NOISE_BIT, SKIP_BITS, is_calibration_only, volume_key
+from .geometry import Geometry, ScanError, announced, noise_bandwidth, read_geometry
+from .readout import Readout
+from .recon_data import ReconBit, ReconData, ReconDataError, take_lines
+from .volume import Grid, Scan, Volume
 
-MAX_VOLUME_BYTES = 64 << 30
-
-
-class ScanError(ValueError):
-    """A scan that cannot be reconstructed; the message is one sentence for the user."""
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Matrix and field of view as x, y, z; where k = 0 lies among the encoding steps."""
-
-    encoded_matrix: tuple[int, int, int]
-    encoded_fov_mm: tuple[float, float, float]
-    recon_matrix: tuple[int, int, int]
-    recon_fov_mm: tuple[float, float, float]
-    centre: tuple[int, int]
-    limits: tuple[tuple[int, int], tuple[int, int]]
-    readout: int
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Gathered matrix z, y, x: phase-encode axes as encoded, readout without oversampling."""
-        return (self.encoded_matrix[2], self.encoded_matrix[1], self.readout)
-
-    @property
-    def voxel_mm(self) -> tuple[float, float, float]:
-        """Voxel size of the gathered matrix along z, y, x."""
-        x, y, z = self.encoded_fov_mm
-        return (z / self.shape[0], y / self.shape[1], self.recon_fov_mm[0] / self.readout)
-
-
-@dataclass
-class Scan:
-    """One volume: sums of lines [coils z y x] (x in image space), line counts [z y], and its headers."""
-
-    geometry: Geometry
-    kspace: torch.Tensor
-    counts: torch.Tensor
-    head: ismrmrd.AcquisitionHeader
-    noise: torch.Tensor | None = None
-    calibration: tuple[torch.Tensor, torch.Tensor] | None = None
-    warnings: list[str] = field(default_factory=list)
-
-
-def read_geometry(header: ismrmrd.xsd.ismrmrdHeader) -> Geometry:
-    """Geometry of the first encoding.
-
-    Raises:
-        ScanError: without an encoding, with an impossible matrix, or for a trajectory that is not Cartesian.
-    """
-    if not header.encoding:
-        raise ScanError("the header has no encoding: matrix and field of view are unknown")
-    encoding, warnings = header.encoding[0], []
-    kind = getattr(encoding.trajectory, "value", encoding.trajectory)
-    if kind not in (None, "cartesian"):
-        raise ScanError(f"expected a cartesian trajectory, the header says {kind!r}")
-    if encoding.encodedSpace is None or encoding.reconSpace is None:
-        raise ScanError("the header lacks encodedSpace or reconSpace")
-    encoded, recon = _matrix(encoding.encodedSpace), _matrix(encoding.reconSpace)
-    encoded_fov, recon_fov = _fov(encoding.encodedSpace), _fov(encoding.reconSpace)
-    limits, centres = [], []
-    for axis, name in ((1, "kspace_encoding_step_1"), (2, "kspace_encoding_step_2")):
-        limit = getattr(encoding.encodingLimits, name, None) if encoding.encodingLimits else None
-        if limit is None or limit.maximum is None:
-            limits.append((0, encoded[axis] - 1))
-            centres.append(encoded[axis] // 2)
-            if encoded[axis] > 1:
-                warnings.append(f"the header has no limits for {name}: centre {encoded[axis] // 2} assumed")
-        else:
-            low, high, centre = limit.minimum or 0, limit.maximum, limit.center
-            if centre is None or not low <= centre <= high:
-                warnings.append(f"the header's centre {centre} of {name} lies outside {low} to {high}: {(low + high + 1) // 2} assumed")
-                centre = (low + high + 1) // 2
-            limits.append((low, high))
-            centres.append(centre)
-    readout = max(1, round(encoded[0] * recon_fov[0] / encoded_fov[0]))
-    return Geometry(encoded, encoded_fov, recon, recon_fov, tuple(centres), tuple(limits), readout, tuple(warnings))
+SETTLED = 128  # an earlier repetition without its last flag is complete when half as many lines of a later one came in a row, or half of its own
+MAX_NOISE_SAMPLES = 1 << 24  # more make the covariance no better
+INTEGRATED = ("embedded", "interleaved")
 
 
 def gather(header: ismrmrd.xsd.ismrmrdHeader, items: Iterable) -> Iterator[Scan]:
     """Yield each volume once its last line has arrived (a later repetition began, or the input ended).
 
     Volumes are told apart by slice (slab), contrast, repetition, set and phase; averages are summed.
-    Items that are no acquisitions (waveforms) are left aside.
+    Items are acquisitions or Gadgetron's buffers of them; others (waveforms) are left aside.
 
     Raises:
         ScanError: when there is nothing to reconstruct.
@@ -122,10 +36,9 @@ def gather(header: ismrmrd.xsd.ismrmrdHeader, items: Iterable) -> Iterator[Scan]
     gatherer = Gatherer(header)
     found = 0
     for item in items:
-        if isinstance(item, ismrmrd.Acquisition):
-            for scan in gatherer.add(item):
-                found += 1
-                yield scan
+        for scan in gatherer.take(item):
+            found += 1
+            yield scan
     for scan in gatherer.finish():
         found += 1
         yield scan
@@ -138,158 +51,176 @@ class Gatherer:
 
     def __init__(self, header: ismrmrd.xsd.ismrmrdHeader):
         self.geometry = read_geometry(header)
-        self.volumes: dict[tuple[int, ...], _Volume] = {}
+        self.header, self.promised = header, announced(header)
+        self.readouts: dict[int, tuple[Geometry, Readout] | None] = {0: (self.geometry, Readout(self.geometry))}
+        self.volumes: dict[tuple[int, ...], Volume] = {}
+        self.calibrations: dict[tuple[int, ...], tuple[int, Grid]] = {}
         self.noise: list[np.ndarray] = []
         self.noise_dwell_us = 0.0
-        self.bandwidth_ratio = _noise_bandwidth(header)
-        self.skipped = 0
-        self.repetition = -1
+        self.bandwidth_ratio = noise_bandwidth(header)
+        self.skipped = self.foreign = self.late = self.streak = 0
+        self.repetition, self.flags = -1, {}  # of each repetition: the flags of all its lines together
+        self.seen: dict[str, set[int]] = {name: set() for name in self.promised}
+        self.notes: list[str] = []
+        self.given: set[tuple[int, ...]] = set()
+        self.series: dict[int, float] = {}
+
+    def take(self, item) -> Iterator[Scan]:
+        """Take whatever a scan consists of; yield the volumes of earlier repetitions that are complete."""
+        if isinstance(item, ismrmrd.Acquisition):
+            return self.add(item)
+        return self.add_buffers(item) if isinstance(item, ReconData) else iter(())
+
+    def add_buffers(self, message: ReconData) -> Iterator[Scan]:
+        """Take the lines out of a ReconData; a block that has the size of a volume becomes its array."""
+        for bit in message.bits:
+            for data, headers in self._reference_blocks(bit):
+                for line in take_lines(data, headers):
+                    yield from self.add(line)
+            for data, headers in bit.data.blocks():
+                self._adopt(data, headers)
+                for line in take_lines(data, headers):
+                    yield from self.add(line)
+
+    def _reference_blocks(self, bit: ReconBit) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Blocks of lines for calibration alone; those that serve the image too are in the data."""
+        try:
+            blocks = list(bit.reference.blocks()) if bit.reference is not None else []
+        except ReconDataError as error:
+            self.notes.append(f"reference lines were left out: {error}")
+            return []
+        for _, headers in blocks:
+            headers["number_of_samples"][headers["flags"] & (CALIBRATION_BIT | BOTH_BIT) != CALIBRATION_BIT] = 0
+        return blocks
+
+    def _adopt(self, data: np.ndarray, headers: np.ndarray) -> None:
+        """Gather into the block itself where all its lines stay where they are."""
+        acquired = headers[headers["number_of_samples"] > 0]
+        idx = acquired["idx"]
+        keys = np.unique(np.stack([idx[name] for name in KEY], axis=-1), axis=0) if acquired.size else []
+        if len(keys) != 1 or data.shape[1:] != self.geometry.shape:
+            return
+        z, y = self.geometry.place(idx["kspace_encode_step_1"].astype(int), idx["kspace_encode_step_2"].astype(int))
+        key, stays = tuple(int(n) for n in keys[0]), np.array_equal(np.stack([z, y], axis=-1), np.argwhere(headers["number_of_samples"] > 0))
+        if stays and key not in self.volumes and key not in self.given:
+            self._volume(key, len(data), data)
 
     def add(self, line: ismrmrd.Acquisition) -> Iterator[Scan]:
-        """Take one acquisition; yield the volumes of earlier repetitions that it completes."""
+        """Take one acquisition; yield the volumes of earlier repetitions that are complete."""
         flags = line.flags
         if flags & NOISE_BIT:
-            self.noise.append(np.array(line.data))
-            self.noise_dwell_us = line.sample_time_us
+            self._add_noise(line)
             return
+        idx = line.idx
+        self.flags[idx.repetition] = self.flags.get(idx.repetition, 0) | flags
         if flags & SKIP_BITS:
             self.skipped += 1
             return
-        idx = line.idx
-        if idx.repetition > self.repetition:
-            yield from self.finish()
-            self.repetition = idx.repetition
-        key = (idx.slice, idx.contrast, idx.repetition, idx.set, idx.phase)
-        if key not in self.volumes:
-            self.volumes[key] = _Volume(self.geometry, line.active_channels)
-        self.volumes[key].add(line)
+        key = volume_key(idx)
+        yield from self._settled(idx.repetition)
+        if is_calibration_only(flags) and self.geometry.calibration not in INTEGRATED:
+            self._calibrate(line, key)
+        elif line.encoding_space_ref:
+            self.foreign += 1
+        elif key in self.given:
+            self.late += 1
+        else:
+            self._image(line, key)
 
-    def finish(self) -> Iterator[Scan]:
-        """Hand out and forget all volumes gathered so far."""
-        volumes, self.volumes = self.volumes, {}
-        for key in sorted(volumes):
-            volume = volumes[key]
+    def _add_noise(self, line: ismrmrd.Acquisition) -> None:
+        if sum(n.size for n in self.noise) < MAX_NOISE_SAMPLES:
+            self.noise.append(np.array(line.data))
+            self.noise_dwell_us = line.sample_time_us
+
+    def finish(self, before: int | None = None) -> Iterator[Scan]:
+        """Hand out and forget all volumes, or those of repetitions below `before`."""
+        notes = missing_volumes(self.promised, self.seen) if before is None else []
+        for key in sorted(key for key in self.volumes if before is None or key[2] < before):
+            volume = self.volumes.pop(key)
+            self.given.add(key)
             if volume.head is not None:
-                yield volume.scan(self._noise(volume), self.skipped)
+                yield self._scan(volume, key, [*missing_ends(self.flags[key[2]]), *notes])
 
-    def _noise(self, volume: _Volume) -> torch.Tensor | None:
-        """[coils samples] scaled to the noise of one gathered sample."""
-        usable = [n for n in self.noise if n.shape[0] == volume.kspace.shape[0]]
-        if not usable:
-            return None
-        dwell = volume.head.sample_time_us
-        scale = (self.noise_dwell_us / dwell if self.noise_dwell_us and dwell else 1.0) * self.bandwidth_ratio
-        return torch.from_numpy(np.concatenate(usable, axis=1)) * scale**0.5
+    def _image(self, line: ismrmrd.Acquisition, key: tuple[int, ...]) -> None:
+        volume = self.volumes.get(key) or self._volume(key, line.active_channels)
+        if "average" in self.seen:
+            self.seen["average"].add(line.idx.average)
+        volume.add(line, self.readouts[0][1])
 
+    def _volume(self, key: tuple[int, ...], coils: int, kspace: np.ndarray | None = None) -> Volume:
+        volume = self.volumes[key] = Volume(self.geometry, coils, kspace)
+        for name, value in zip(KEY, key):
+            self.seen.setdefault(name, set()).add(value)
+        return volume
 
-class _Volume:
-    """k-space of one volume under construction."""
+    def _settled(self, repetition: int) -> Iterator[Scan]:
+        """Earlier volumes, once a later repetition runs and no line of an earlier one can follow.
 
-    def __init__(self, geometry: Geometry, coils: int):
-        if coils < 1:
-            raise ScanError("an imaging line has no coil channels")
-        nbytes = 8 * coils * int(np.prod(geometry.shape))
-        if nbytes > MAX_VOLUME_BYTES:
-            raise ScanError(f"the header asks for {nbytes / 2**30:.0f} GiB of k-space ({coils} coils, matrix {geometry.shape}); the limit is {MAX_VOLUME_BYTES >> 30} GiB")
-        self.geometry = geometry
-        self.kspace = np.zeros((coils, *geometry.shape), np.complex64)
-        self.counts = np.zeros(geometry.shape[:2], np.float32)
-        self.calibration: tuple[np.ndarray, np.ndarray] | None = None
-        self.head: ismrmrd.AcquisitionHeader | None = None
-        self.nearest = np.inf
-        self.outside = self.wrong_shape = 0
-        self.reach = [[1 << 16, -1], [1 << 16, -1]]
+        Either its last line was flagged, or the later one is half through: repetitions may be interleaved.
+        """
+        self.streak = self.streak + 1 if repetition == self.repetition else 0
+        self.repetition = max(self.repetition, repetition)
+        earlier = {key[2]: volume.grid.lines for key, volume in self.volumes.items() if key[2] < self.repetition}
+        if earlier and (all(self.flags[r] & LAST_BIT for r in earlier) or self.streak > max(SETTLED, *earlier.values()) // 2):
+            yield from self.finish(self.repetition)
 
-    def add(self, line: ismrmrd.Acquisition) -> None:
-        """Add one imaging or calibration line at its place; lines that do not fit are counted."""
-        z, y = self._place(line.idx)
-        if not (0 <= z < self.counts.shape[0] and 0 <= y < self.counts.shape[1]):
-            self.outside += 1
+    def _calibrate(self, line: ismrmrd.Acquisition, key: tuple[int, ...]) -> None:
+        """Add a calibration line; those of a later repetition replace earlier ones."""
+        own = self._encoding(line.encoding_space_ref)
+        if own is None:
+            self.foreign += 1
             return
-        data = line.data[:, line.discard_pre : line.number_of_samples - line.discard_post]
-        if data.shape[0] != self.kspace.shape[0] or data.shape[1] == 0:
-            self.wrong_shape += 1
-            return
-        centre = line.center_sample - line.discard_pre
-        if line.flags & REVERSE_BIT:
-            data, centre = data[:, ::-1], data.shape[1] - 1 - centre
-        row = readout_to_image(data, centre, self.geometry)
-        if line.flags & CALIBRATION_BIT and not line.flags & BOTH_BIT:
-            if self.calibration is None:
-                self.calibration = (np.zeros_like(self.kspace), np.zeros_like(self.counts))
-            self.calibration[0][:, z, y] += row
-            self.calibration[1][z, y] += 1
-            return
-        self.kspace[:, z, y] += row
-        self.counts[z, y] += 1
-        self._remember(line, z, y)
+        place = (key[0], key[1], key[3], key[4])
+        repetition, grid = self.calibrations.get(place, (-1, None))
+        if grid is None or key[2] > repetition:
+            grid = Grid(self.geometry, line.active_channels)
+            self.calibrations[place] = (key[2], grid)
+        where = grid.place(line, own[0], self.geometry)
+        if where is not None:
+            grid.add(line, where, own[1])
 
-    def scan(self, noise: torch.Tensor | None, skipped: int) -> Scan:
-        """The finished volume with what the user should know of it."""
-        calibration = None if self.calibration is None else tuple(torch.from_numpy(a) for a in self.calibration)
-        scan = Scan(self.geometry, torch.from_numpy(self.kspace), torch.from_numpy(self.counts), self.head, noise, calibration)
-        scan.warnings += self.geometry.warnings
-        if self.outside:
-            scan.warnings.append(f"{self.outside} lines lay outside the encoded matrix and were left out")
-        if self.wrong_shape:
-            scan.warnings.append(f"{self.wrong_shape} lines had another number of channels or no samples and were left out")
-        missing = self._missing()
-        if missing:
-            scan.warnings.append(f"the scan seems incomplete: {missing}")
+    def _encoding(self, number: int) -> tuple[Geometry, Readout] | None:
+        """Geometry and readout of an encoding whose phase encodes fit the image's, else None."""
+        if number not in self.readouts:
+            try:
+                own = read_geometry(self.header, number)
+                fits = all(abs(a / b - 1) < 0.01 for a, b in zip(own.encoded_fov_mm[1:], self.geometry.encoded_fov_mm[1:]))
+                self.readouts[number] = (own, Readout(self.geometry, own)) if fits else None
+            except (ScanError, IndexError):
+                self.readouts[number] = None
+        return self.readouts[number]
+
+    def _scan(self, volume: Volume, key: tuple[int, ...], notes: list[str]) -> Scan:
+        noise, remarks = self._noise(volume)
+        scan = volume.scan(noise, self._calibration(volume, key))
+        if self.foreign:
+            remarks.append(f"{self.foreign} lines of another encoding space were left out")
+        if self.late:
+            remarks.append(f"{self.late} lines of volumes that were handed out already were left out")
+        scan.warnings += [*self.notes, *remarks, *notes]
+        scan.series = self.series
         return scan
 
-    def _place(self, idx) -> tuple[int, int]:
-        (cy, cz), (nz, ny) = self.geometry.centre, self.counts.shape
-        return idx.kspace_encode_step_2 + nz // 2 - cz, idx.kspace_encode_step_1 + ny // 2 - cy
+    def _calibration(self, volume: Volume, key: tuple[int, ...]) -> Grid | None:
+        """Calibration lines of this volume, else of another contrast, set or phase of its slice."""
+        coils = len(volume.grid.kspace)
+        own = (key[0], key[1], key[3], key[4])
+        found = [place for place, (_, grid) in self.calibrations.items() if place[0] == key[0] and len(grid.kspace) == coils and grid.counts.any()]
+        return self.calibrations[min(found, key=lambda place: (place != own, place))][1] if found else None
 
-    def _remember(self, line: ismrmrd.Acquisition, z: int, y: int) -> None:
-        distance = abs(z - self.counts.shape[0] // 2) + abs(y - self.counts.shape[1] // 2)
-        if distance < self.nearest:
-            self.nearest, self.head = distance, line.getHead()
-        for reach, step in zip(self.reach, (line.idx.kspace_encode_step_1, line.idx.kspace_encode_step_2)):
-            reach[0], reach[1] = min(reach[0], step), max(reach[1], step)
+    def _noise(self, volume: Volume) -> tuple[torch.Tensor | None, list[str]]:
+        """[coils samples] scaled to the noise of one gathered sample, and what the user should know.
 
-    def _missing(self) -> str:
-        """Which announced end of k-space was never approached (corners may be left out, so be tolerant)."""
-        for name, (low, high), (first, last) in zip(("E1", "E2"), self.geometry.limits, self.reach):
-            slack = max(2, (high - low) // 10)
-            if last < high - slack or first > low + slack:
-                return f"{name} was announced from {low} to {high} and came from {first} to {last}"
-        return ""
-
-
-def readout_to_image(data: np.ndarray, centre: int, geometry: Geometry) -> np.ndarray:
-    """Readout samples [coils samples] to image space [coils x], echo at `centre`, oversampling removed.
-
-    An asymmetric echo is zero-filled; the transform is unitary.
-    """
-    length = geometry.encoded_matrix[0] if data.shape[1] > geometry.readout else geometry.readout
-    start = length // 2 - centre
-    if start != 0 or data.shape[1] != length:
-        padded = np.zeros((data.shape[0], length), np.complex64)
-        source = slice(max(0, -start), min(data.shape[1], length - start))
-        padded[:, max(0, start) : max(0, start) + source.stop - source.start] = data[:, source]
-        data = padded
-    image = np.fft.fftshift(np.fft.ifft(np.fft.ifftshift(data, axes=1), axis=1, norm="ortho"), axes=1)
-    low = length // 2 - geometry.readout // 2
-    return image[:, low : low + geometry.readout].astype(np.complex64, copy=False)
-
-
-def _matrix(space) -> tuple[int, int, int]:
-    m = space.matrixSize
-    if min(m.x, m.y, m.z) < 1:
-        raise ScanError(f"expected a matrix of at least 1 in each direction, the header says {m.x} x {m.y} x {m.z}")
-    return (m.x, m.y, m.z)
-
-
-def _fov(space) -> tuple[float, float, float]:
-    f = space.fieldOfView_mm
-    if not min(f.x, f.y, f.z) > 0:
-        raise ScanError(f"expected a positive field of view, the header says {f.x} x {f.y} x {f.z} mm")
-    return (f.x, f.y, f.z)
-
-
-def _noise_bandwidth(header) -> float:
-    """Receiver noise bandwidth ratio (about 0.79 on Siemens), 1 if not stated."""
-    system = header.acquisitionSystemInformation
-    return float(getattr(system, "relativeReceiverNoiseBandwidth", None) or 1.0)
+        Noise power per sample goes with 1/dwell; a noise scan sees only the receiver's noise bandwidth of it,
+        the middle of the readout sees all (Kellman and McVeigh, MRM 2005).
+        """
+        coils = len(volume.grid.kspace)
+        usable = [n for n in self.noise if n.shape[0] == coils]
+        if not usable:
+            return None, [f"the noise lines have {self.noise[0].shape[0]} channels, the scan {coils}: they were not used"] if self.noise else []
+        samples = sum(n.shape[1] for n in usable)
+        if samples < 4 * coils:
+            return None, [f"the noise lines have {samples} samples for {coils} channels, too few: they were not used"]
+        dwell_us = volume.head.sample_time_us
+        power = (self.noise_dwell_us / dwell_us if self.noise_dwell_us and dwell_us else 1.0) / self.bandwidth_ratio
+        return torch.from_numpy(np.concatenate(usable, axis=1)) * power**0.5, []

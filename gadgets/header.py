@@ -6,7 +6,7 @@ import re
 
 import ismrmrd
 
-from .gather import ScanError
+from .geometry import ScanError
 
 
 def parse_header(xml: bytes | str):

@@ -12,10 +12,12 @@ import ismrmrd
 import numpy as np
 import torch
 
-from recon_core.fft import centre_crop_or_pad, kspace_crop
+from recon_core.fft import resample
 
-from .gather import Geometry, Scan
+from .geometry import Geometry
 from .options import Options
+from .orientation import Frame, orient
+from .volume import Scan
 
 SERIES = {"preview": 1, "final": 2}
 FULL_SCALE = 4095
@@ -23,17 +25,19 @@ FULL_SCALE = 4095
 
 def to_recon_matrix(volume: torch.Tensor, geometry: Geometry) -> torch.Tensor:
     """Cut [z y x] to the reconstructed field of view and interpolate it to the reconstructed matrix."""
-    fovs = zip(volume.shape, reversed(geometry.recon_fov_mm), reversed(geometry.encoded_fov_mm))
-    cut = [max(1, min(n, round(n * recon / encoded))) for n, recon, encoded in fovs]
-    cut[2] = volume.shape[2]  # the readout was cut while gathering
-    return kspace_crop(centre_crop_or_pad(volume, cut), tuple(reversed(geometry.recon_matrix)))
+    gathered_fov = [n * mm for n, mm in zip(volume.shape, geometry.voxel_mm)]
+    extent = [recon / fov for recon, fov in zip(reversed(geometry.recon_fov_mm), gathered_fov)]
+    return resample(volume, tuple(reversed(geometry.recon_matrix)), extent)
 
 
 def make_images(volume: torch.Tensor, scan: Scan, options: Options, header, series: int, number: int, name: str, notes: list[str]) -> Iterator[ismrmrd.Image]:
-    """Images of one reconstructed volume [z y x]: one 3D image, or one per partition with the same scale.
+    """Images of one reconstructed volume [z y x]: one 3D image, or one per partition.
+
+    All images of a series have one scale: its first volume fixes it, because the later ones are not known
+    when the first is sent, and a scale of its own for each would hide changes over time or contrast.
 
     Args:
-        header: the scan's ISMRMRD header, for the protocol name.
+        header: the scan's ISMRMRD header, for the protocol name and timing.
         series: image_series_index.
         number: of the volume in the scan, for image_index.
         name: what the image is; goes into the series description.
@@ -45,80 +49,102 @@ def make_images(volume: torch.Tensor, scan: Scan, options: Options, header, seri
     volume = to_recon_matrix(volume, scan.geometry).cpu()
     if not bool(torch.isfinite(torch.view_as_real(volume)).all()):
         raise ValueError(f"the {name} image holds NaN or infinity and was not sent")
-    pixels, scale = to_pixels(volume.numpy(), options.output)
-    meta = make_meta(scan, pixels, scale, name, "; ".join([name, *notes]), protocol_name(header))
-    if options.layout == "volume":
-        yield _image(pixels, scan, 0, 1, series, number + 1, meta)
-    else:
-        for z in range(len(pixels)):
-            yield _image(pixels[z : z + 1], scan, z, len(pixels), series, number * len(pixels) + z + 1, meta)
+    pixels, scale, saturated = to_pixels(volume.numpy(), options.output, scan.series.get(series))
+    if pixels.any():
+        scan.series.setdefault(series, scale)
+    if saturated:
+        notes = [*notes, f"{saturated} voxels are brighter than {FULL_SCALE} and were cut: the first volume fixed the scale of the series"]
+    pixels, frame = orient(pixels, _frame(scan), options.orientation)
+    meta = make_meta(scan, frame, pixels, scale, name, "; ".join([name, *notes]), header)
+    parts = [(0, pixels)] if options.layout == "volume" else [(z, pixels[z : z + 1]) for z in range(len(pixels))]
+    for z, part in parts:
+        yield _image(part, scan.head, frame, z, len(pixels) if options.layout == "partitions" else 1, series, number * len(parts) + z + 1, meta)
 
 
-def protocol_name(header) -> str:
-    """The measurement's protocol name, empty if the header has none."""
-    return getattr(header.measurementInformation, "protocolName", None) or ""
+def to_pixels(volume: np.ndarray, output: str, scale: float | None = None) -> tuple[np.ndarray, float, int]:
+    """Pixels of the wanted type, the factor they were multiplied by, and how many voxels had to be cut.
 
-
-def to_pixels(volume: np.ndarray, output: str) -> tuple[np.ndarray, float]:
-    """Pixels of the wanted type and the factor they were multiplied by (12 bit: 99.9th percentile at 2/3)."""
+    uint16 (12 bit): the factor given, else the one that puts the 99.9th percentile at 2/3, so that half as much
+    again finds room in later volumes.
+    """
     if output == "complex64":
-        return np.ascontiguousarray(volume, np.complex64), 1.0
+        return np.ascontiguousarray(volume, np.complex64), 1.0, 0
     magnitude = np.abs(volume).astype(np.float32)
     if output == "float32":
-        return np.ascontiguousarray(magnitude), 1.0
-    top = float(np.percentile(magnitude, 99.9)) or 1.0
-    scale = FULL_SCALE * 2 / 3 / top
-    return np.clip(np.rint(magnitude * scale), 0, FULL_SCALE).astype(np.uint16), scale
+        return np.ascontiguousarray(magnitude), 1.0, 0
+    first = scale is None
+    if first:
+        scale = FULL_SCALE * 2 / 3 / (float(np.percentile(magnitude, 99.9)) or 1.0)
+    scaled = np.rint(magnitude * scale)
+    cut = 0 if first else int((scaled > FULL_SCALE).sum())
+    return np.clip(scaled, 0, FULL_SCALE).astype(np.uint16), scale, cut
 
 
-def make_meta(scan: Scan, pixels: np.ndarray, scale: float, name: str, comment: str, protocol: str) -> ismrmrd.Meta:
+def make_meta(scan: Scan, frame: Frame, pixels: np.ndarray, scale: float, name: str, comment: str, header) -> dict:
     """Meta attributes in Gadgetron's and in FIRE's words, ASCII only."""
-    head, geometry = scan.head, scan.geometry
+    geometry, protocol = scan.geometry, getattr(header.measurementInformation, "protocolName", None) or ""
     top = float(np.percentile(np.abs(pixels), 99.5))
     window = {"Center": str(max(1, round(top / 2))), "Width": str(max(1, round(top)))}
-    history = ["Gadgetron", "SliceDiffusion", name]
-    directions = {k: [f"{v:.18f}" for v in getattr(head, k)] for k in ("read_dir", "phase_dir", "slice_dir")}
-    series = _ascii(f"{protocol} {name}".strip())
+    history = ["Gadgetron", "SliceDiffusion", _ascii(name)]
+    read, phase, slices = ([f"{v:.18f}" for v in row] for row in frame.directions)
     comment = _ascii(comment)
-    return ismrmrd.Meta({
+    return {
         "GADGETRON_DataRole": "Image", "DataRole": "Image",
         "GADGETRON_ImageProcessingHistory": history, "ImageProcessingHistory": history,
         "GADGETRON_ImageComment": comment, "ImageComments": comment, "ImageComment": comment,
         "GADGETRON_SeqDescription": f"_{_ascii(name)}", "SequenceDescriptionAdditional": _ascii(name),
-        "SeriesDescription": series,
+        "SeriesDescription": _ascii(f"{protocol} {name}".strip()),
         "GADGETRON_WindowCenter": window["Center"], "WindowCenter": window["Center"],
         "GADGETRON_WindowWidth": window["Width"], "WindowWidth": window["Width"],
-        "GADGETRON_ScaleRatio": f"{scale:.9g}", "RescaleSlope": f"{1 / scale:.9g}", "RescaleIntercept": "0",
-        "ImageRowDir": directions["read_dir"], "ImageColumnDir": directions["phase_dir"], "ImageSliceNormDir": directions["slice_dir"],
-        **directions,
+        "GADGETRON_ScaleRatio": f"{scale:.9g}", "GADGETRON_ScaleOffset": "0", "RescaleSlope": f"{1 / scale:.9g}", "RescaleIntercept": "0",
+        "ImageRowDir": read, "ImageColumnDir": phase, "ImageSliceNormDir": slices,
+        "read_dir": read, "phase_dir": phase, "slice_dir": slices,
         "Keep_image_geometry": "1",
         "encoded_matrix": [str(n) for n in geometry.encoded_matrix], "encoding_FOV": [f"{v:g}" for v in geometry.encoded_fov_mm],
         "recon_matrix": [str(n) for n in geometry.recon_matrix], "recon_FOV": [f"{v:g}" for v in geometry.recon_fov_mm],
-    })
+        **_about_the_scan(scan, header),
+    }  # fmt: skip
 
 
-def _image(pixels: np.ndarray, scan: Scan, z: int, partitions: int, series: int, index: int, meta: ismrmrd.Meta) -> ismrmrd.Image:
-    """One image from pixels [z y x]; partition z of `partitions` (1: the whole volume)."""
+def _about_the_scan(scan: Scan, header) -> dict:
+    """What the header says of protocol and timing (ms), under the names of both conventions."""
+    information, sequence = header.measurementInformation, header.sequenceParameters
+    out = {}
+    for ours, theirs in (("measurementID", "measurementID"), ("protocolName", "protocolName"), ("patientPosition", "PatientPosition")):
+        value = getattr(information, ours, None)
+        if value:
+            out[theirs] = _ascii(str(getattr(value, "value", value)))
+    for ours, names in (("TE", ("GADGETRON_TE", "EchoTime")), ("TI", ("GADGETRON_TI", "InversionTime"))):
+        times = list(getattr(sequence, ours, None) or [])
+        if times:
+            out |= dict.fromkeys(names, f"{times[min(scan.head.idx.contrast, len(times) - 1)]:g}")
+    return out
+
+
+def _frame(scan: Scan) -> Frame:
     head = scan.head
-    fov = list(scan.geometry.recon_fov_mm)
-    position = np.array(head.position, float)
-    if partitions > 1 or len(pixels) == 1:
-        spacing = fov[2] / partitions
-        position = position + np.array(head.slice_dir, float) * (z - partitions // 2) * spacing
-        fov[2] = spacing
+    return Frame(np.array([head.read_dir, head.phase_dir, head.slice_dir], float), scan.geometry.recon_fov_mm, np.array(head.position, float))
+
+
+def _image(pixels: np.ndarray, head, frame: Frame, z: int, partitions: int, series: int, index: int, meta: dict) -> ismrmrd.Image:
+    """One image from pixels [z y x]; partition z of `partitions` (1: the whole volume)."""
+    fov, position = list(frame.fov_mm), frame.position
+    if partitions > 1:
+        fov[2] /= partitions
+        position = position + frame.directions[2] * (z - partitions // 2) * fov[2]
     image = ismrmrd.Image.from_array(np.ascontiguousarray(pixels), transpose=False)
     out = image.getHead()
-    for name in ("measurement_uid", "patient_table_position", "acquisition_time_stamp", "physiology_time_stamp", "read_dir", "phase_dir", "slice_dir", "user_int", "user_float"):
+    for name in ("measurement_uid", "patient_table_position", "acquisition_time_stamp", "physiology_time_stamp", "user_int", "user_float"):
         setattr(out, name, getattr(head, name))
     for name in ("average", "slice", "contrast", "phase", "repetition", "set"):
         setattr(out, name, getattr(head.idx, name))
+    out.read_dir, out.phase_dir, out.slice_dir = (tuple(row) for row in frame.directions)
     out.version, out.position, out.field_of_view = 1, tuple(position), tuple(fov)
     out.image_type = ismrmrd.IMTYPE_COMPLEX if np.iscomplexobj(pixels) else ismrmrd.IMTYPE_MAGNITUDE
-    out.image_series_index = series
+    out.image_series_index, out.image_index = series, index
     if partitions > 1:
-        out.slice = z
-    out.image_index = index
-    image.meta = ismrmrd.Meta(meta)
+        out.slice = head.idx.slice * partitions + z
+    image.meta = ismrmrd.Meta({**meta, "GADGETRON_ImageNumber": str(index)})
     out.attribute_string_len = len(image.attribute_string.encode())
     image.setHead(out)
     return image

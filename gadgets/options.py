@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .orientation import parse_orientation
 
 PRESETS_DIR = Path(__file__).parent / "presets"
 
@@ -37,7 +39,14 @@ class Options(BaseModel):
     deadline_s: float | None = Field(None, gt=0, description="stop the sweeps after this time and send what there is")
     seed: int = Field(0, ge=0, description="of the random slices")
     output: Literal["uint16", "float32", "complex64"] = Field("uint16", description="pixel type: uint16 (12 bit), float32 or complex64")
+    orientation: str = Field("acquired", description="order of the pixels: acquired, or any of transpose, flip_x, flip_y, flip_z joined by +")
     layout: Literal["volume", "partitions"] = Field("volume", description="volume (one 3D image) or partitions (one image each)")
+
+    @field_validator("orientation")
+    @classmethod
+    def _orientation_exists(cls, text: str) -> str:
+        parse_orientation(text)
+        return text
 
     @model_validator(mode="after")
     def _noise_levels_fall(self) -> Options:

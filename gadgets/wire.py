@@ -15,8 +15,11 @@ from collections.abc import Iterator
 import ismrmrd
 import numpy as np
 
+from .recon_data import ReconData, ReconDataError, ReconDataReader
+
 CONFIG_FILE, CONFIG_TEXT, HEADER, CLOSE, TEXT, QUERY, RESPONSE, ERROR = range(1, 9)
-ACQUISITION, IMAGE, WAVEFORM = 1008, 1022, 1026
+ACQUISITION, IMAGE, RECON_DATA, WAVEFORM = 1008, 1022, 1023, 1026
+SCAN_ITEMS = (ACQUISITION, RECON_DATA, WAVEFORM)
 CONFIG_FILE_BYTES = 1024
 MAX_TEXT_BYTES = 64 << 20
 MAX_ITEM_BYTES = 4 << 30
@@ -69,6 +72,7 @@ class Wire:
             ACQUISITION: self._read_acquisition,
             WAVEFORM: self._read_waveform,
             IMAGE: self._read_image,
+            RECON_DATA: self._read_recon_data,
         }
         while not self.ended:
             kind = self._unpack("<H")
@@ -163,6 +167,13 @@ class Wire:
 
     def _read_image(self) -> ismrmrd.Image:
         return ismrmrd.Image.deserialize_from(self._bounded_read)
+
+    def _read_recon_data(self) -> ReconData:
+        try:
+            return ReconDataReader(self.read).message()
+        except ReconDataError as error:
+            self.ended = True
+            raise WireError(str(error)) from None
 
     def _bounded_read(self, nbytes: int) -> bytes:
         self._check(int(nbytes), MAX_ITEM_BYTES, "image")

@@ -48,3 +48,32 @@ def kspace_crop(volume: Tensor, shape: Sequence[int]) -> Tensor:
         spectrum = centre_crop_or_pad(spectrum, (size,)).movedim(-1, axis)
         out = ifft(spectrum, (axis,)) * (size / n) ** 0.5
     return out
+
+
+def resample(volume: Tensor, shape: Sequence[int], extent: Sequence[float]) -> Tensor:
+    """Resample a volume [z y x] to matrix `shape` over `extent` times its field of view, about index n//2.
+
+    Intensities are kept. An axis whose extent is a whole number of voxels is cropped (or padded with zeros) and
+    then resampled by FFT; any other by its Fourier sum at the new places, so that no voxel moves by rounding.
+    """
+    out = volume
+    for axis, (size, part) in enumerate(zip(shape, extent)):
+        voxels = out.shape[axis] * part
+        if abs(voxels - round(voxels)) > 0.02:
+            out = _fourier_sum(out, axis, size, part)
+            continue
+        cut, final = list(out.shape), list(out.shape)
+        cut[axis], final[axis] = max(1, round(voxels)), size
+        out = kspace_crop(centre_crop_or_pad(out, cut), final)
+    return out
+
+
+def _fourier_sum(volume: Tensor, axis: int, size: int, part: float) -> Tensor:
+    """One axis at `size` places over `part` of its field of view; detail finer than the new voxels is left out, beyond the old field is zero."""
+    n = volume.shape[axis]
+    place = (torch.arange(size, dtype=torch.float64) - size // 2) * part / size
+    k = torch.arange(n, dtype=torch.float64) - n // 2
+    waves = torch.polar(torch.full((size, n), n**-0.5, dtype=torch.float64), 2 * torch.pi * place[:, None] * k)
+    waves = waves * (k.abs() <= size / (2 * part)) * (place.abs() <= 0.5)[:, None]
+    spectrum = fft(volume, (axis,)).movedim(axis, 0)
+    return torch.tensordot(waves.to(spectrum.device, spectrum.dtype), spectrum, dims=1).movedim(0, axis)

@@ -15,10 +15,12 @@ import pytest
 import torch
 
 from gadgets.files import ScanFile
+from gadgets.gather import gather
 from gadgets.header import parse_header
 from gadgets.options import make_options
 from gadgets.recon import reconstruct
-from gadgets.simulate import SimulateOptions, simulate
+from gadgets.protocol import SimulateOptions
+from gadgets.simulate import simulate
 from recon_core.prior import Prior
 
 DATA = Path(__file__).parent / "data"
@@ -54,6 +56,37 @@ def other_scan_path(tmp_path_factory) -> Path:
     np.save(folder / "object.npy", small_object((20, 30, 22)))
     simulate(folder / "object.npy", folder / "scan.h5", SimulateOptions(coils=3, acceleration=2, acs=10, noise_lines=8, oversampling=1, seed=3))
     return folder / "scan.h5"
+
+
+@pytest.fixture
+def full(tmp_path):
+    """(header, acquisitions, folder) of a fully sampled, nearly noiseless scan without noise lines."""
+    return load_small_scan(tmp_path, SimulateOptions(coils=2, pattern="full", snr=1e5, noise_lines=0))
+
+
+def load_small_scan(folder: Path, options: SimulateOptions, shape=(10, 13, 12)):
+    """(header, acquisitions, folder) of a simulated scan of the phantom [z y x]."""
+    np.save(folder / "object.npy", small_object(shape))
+    simulate(folder / "object.npy", folder / "scan.h5", options, folder / "reference.nii.gz")
+    with ScanFile(folder / "scan.h5") as scan:
+        return parse_header(scan.header_xml), list(scan.acquisitions()), folder
+
+
+def gathered(header, lines):
+    """The only volume of a scan."""
+    (scan,) = gather(header, lines)
+    return scan
+
+
+def line_like(line: ismrmrd.Acquisition, data=None, **changes) -> ismrmrd.Acquisition:
+    """A copy of a line with other data [coils samples] or header fields."""
+    head = ismrmrd.AcquisitionHeader.from_buffer_copy(bytes(line.getHead()))
+    data = line.data if data is None else data
+    head.active_channels, head.number_of_samples = data.shape
+    out = ismrmrd.Acquisition(head, np.array(data, np.complex64))
+    for name, value in changes.items():
+        setattr(out.idx if hasattr(out.idx, name) and name != "flags" else out, name, value)
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -9,17 +9,20 @@ import sys
 import threading
 
 import ismrmrd
+import numpy as np
+from ismrmrd.hdf5 import acquisition_header_dtype
 
 from gadgets import wire as w
 from gadgets.files import ScanFile
+from gadgets.header import parse_header
 
 
 class GadgetronPeer:
     """Gadgetron's side of an external node: CONFIG, HEADER, acquisitions, CLOSE; collects images and errors."""
 
-    def __init__(self, sock: socket.socket):
+    def __init__(self, sock: socket.socket, buffered: bool = False, remove_oversampling: bool = False):
         sock.settimeout(120)
-        self.sock = sock
+        self.sock, self.buffered, self.remove_oversampling = sock, buffered, remove_oversampling
         self.images: list[ismrmrd.Image] = []
         self.errors: list[str] = []
         self.closed = False
@@ -36,14 +39,23 @@ class GadgetronPeer:
         try:
             self.sock.sendall(struct.pack("<HI", 2, len(config)) + config)
             self.sock.sendall(struct.pack("<HI", 3, len(scan.header_xml)) + scan.header_xml)
-            for number, line in enumerate(scan.acquisitions()):
+            for number, message in enumerate(self._messages(scan)):
                 if number == cut_after:
                     self.sock.shutdown(socket.SHUT_WR)
                     return
-                self.sock.sendall(struct.pack("<H", 1008) + line.to_bytes())
+                self.sock.sendall(message)
             self.sock.sendall(struct.pack("<H", 4))
         except OSError as error:
             self.errors.append(f"send failed: {error}")
+
+    def _messages(self, scan):
+        if self.buffered:
+            header = parse_header(scan.header_xml)
+            for lines in buckets(scan.acquisitions()):
+                yield struct.pack("<H", 1023) + recon_data(header, lines, self.remove_oversampling)
+        else:
+            for line in scan.acquisitions():
+                yield struct.pack("<H", 1008) + line.to_bytes()
 
     def _receive(self) -> None:
         stream = self.sock.makefile("rb")
@@ -67,14 +79,69 @@ class GadgetronPeer:
         return data
 
 
-def run_execute(scan_path, properties="", cut_after=None, target="slice_diffusion", environment=None) -> tuple[GadgetronPeer, int]:
+def buckets(lines):
+    """Lines as the accumulating gadget hands them on: by repetition, without noise and phase correction."""
+    bucket, repetition = [], None
+    for line in lines:
+        if line.is_flag_set(ismrmrd.ACQ_IS_NOISE_MEASUREMENT) or line.is_flag_set(ismrmrd.ACQ_IS_PHASECORR_DATA):
+            continue
+        if bucket and line.idx.repetition != repetition:
+            yield bucket
+            bucket = []
+        repetition = line.idx.repetition
+        bucket.append(line)
+    yield bucket
+
+
+def recon_data(header, lines, remove_oversampling: bool = False) -> bytes:
+    """ReconData payload of a bucket: N contrast, S average, LOC slice; k = 0 at matrix/2, as with parallelImaging in the header."""
+    only, both = (1 << (flag - 1) for flag in (ismrmrd.ACQ_IS_PARALLEL_CALIBRATION, ismrmrd.ACQ_IS_PARALLEL_CALIBRATION_AND_IMAGING))
+    data = [line for line in lines if not line.flags & only or line.flags & both]
+    reference = [line for line in lines if line.flags & (only | both)]
+    bits = _recon_buffer(header, data, remove_oversampling) + (b"\1" + _recon_buffer(header, reference, remove_oversampling) if reference else b"\0")
+    return struct.pack("<Q", 1) + bits
+
+
+def _recon_buffer(header, lines, remove_oversampling) -> bytes:
+    encoding = header.encoding[0]
+    encoded, recon = encoding.encodedSpace, encoding.reconSpace
+    limits = (encoding.encodingLimits.kspace_encoding_step_1, encoding.encodingLimits.kspace_encoding_step_2)
+    ny, nz = encoded.matrixSize.y, encoded.matrixSize.z
+    nx = recon.matrixSize.x if remove_oversampling else encoded.matrixSize.x
+    sizes = [1 + max(getattr(line.idx, name) for line in lines) for name in ("slice", "average", "contrast")]
+    data = np.zeros((*sizes, lines[0].active_channels, nz, ny, nx), np.complex64)
+    heads = np.zeros((*sizes, nz, ny), acquisition_header_dtype)
+    for line in lines:
+        samples = np.zeros((line.active_channels, encoded.matrixSize.x), np.complex64)
+        start = encoded.matrixSize.x // 2 - line.center_sample
+        samples[:, start : start + line.number_of_samples] = line.data
+        if remove_oversampling:
+            image = np.fft.fftshift(np.fft.ifft(np.fft.ifftshift(samples, 1), axis=1, norm="ortho"), 1)
+            low = samples.shape[1] // 2 - nx // 2
+            samples = np.fft.fftshift(np.fft.fft(np.fft.ifftshift(image[:, low : low + nx], 1), axis=1, norm="ortho"), 1)
+        place = (line.idx.slice, line.idx.average, line.idx.contrast)
+        y, z = (step + n // 2 - limit.center for step, n, limit in zip((line.idx.kspace_encode_step_1, line.idx.kspace_encode_step_2), (ny, nz), limits))
+        data[place][:, z, y] = samples
+        heads[(*place, z, y)] = np.frombuffer(bytes(line.getHead()), acquisition_header_dtype)[0]
+    fovs = [v for space in (encoded, recon) for f in [space.fieldOfView_mm] for v in (f.x, f.y, f.z)]
+    matrices = [nx, ny, nz, recon.matrixSize.x, recon.matrixSize.y, recon.matrixSize.z]
+    shifted = [n for limit, size in zip(limits, (ny, nz)) for n in (limit.minimum + size // 2 - limit.center, size // 2, limit.maximum + size // 2 - limit.center)]
+    sampling = struct.pack("<6f6H9H2x", *fovs, *matrices, 0, nx // 2, nx - 1, *shifted)
+    return _array(data) + b"\0\0" + _array(heads) + sampling
+
+
+def _array(array: np.ndarray) -> bytes:
+    return struct.pack(f"<Q{array.ndim}Q", array.ndim, *array.shape[::-1]) + array.tobytes()
+
+
+def run_execute(scan_path, properties="", cut_after=None, target="slice_diffusion", environment=None, buffered=False) -> tuple[GadgetronPeer, int]:
     """Start `python -m gadgetron PORT gadgets TARGET` as <execute> does and play Gadgetron; returns the peer and the exit code."""
     with socket.create_server(("localhost", 0)) as listener, ScanFile(scan_path) as scan:
         port = listener.getsockname()[1]
         process = subprocess.Popen([sys.executable, "-W", "ignore", "-m", "gadgetron", str(port), "gadgets", target], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         listener.settimeout(60)
         sock, _ = listener.accept()
-        peer = GadgetronPeer(sock)
+        peer = GadgetronPeer(sock, buffered)
         try:
             peer.run(scan, properties, cut_after)
         finally:

@@ -4,12 +4,15 @@ import ismrmrd
 import numpy as np
 import pytest
 import torch
-from conftest import run_chain
+from conftest import line_like, load_small_scan, run_chain
 
 from gadgets.files import affine
-from gadgets.gather import Geometry, Scan
+from gadgets.geometry import Geometry
+from gadgets.volume import Scan
 from gadgets.images import make_images, to_pixels, to_recon_matrix
 from gadgets.options import make_options
+from gadgets.recon import reconstruct
+from gadgets.protocol import SimulateOptions
 
 HEADER = ismrmrd.xsd.ismrmrdHeader(experimentalConditions=ismrmrd.xsd.experimentalConditionsType(H1resonanceFrequency_Hz=1))
 DIRECTIONS = np.linalg.qr(np.random.default_rng(0).standard_normal((3, 3)))[0]
@@ -20,7 +23,7 @@ def a_scan(matrix=(12, 10, 8), recon=None, fov=(24.0, 30.0, 16.0), recon_fov=Non
     head = ismrmrd.AcquisitionHeader()
     head.position, head.read_dir, head.phase_dir, head.slice_dir = (5.0, -7.0, 11.0), *(tuple(d) for d in DIRECTIONS)
     head.acquisition_time_stamp, head.measurement_uid, head.patient_table_position = 1234, 77, (0.0, 0.0, -3.0)
-    head.idx.contrast = 2
+    head.idx.contrast, head.physiology_time_stamp = 2, (7, 8, 9)
     return Scan(geometry, torch.empty(0), torch.empty(0), head)
 
 
@@ -81,7 +84,7 @@ def test_header_carries_the_acquisition():
     assert (head.acquisition_time_stamp, head.measurement_uid, head.contrast) == (1234, 77, 2)
     assert (head.image_series_index, head.image_index, head.image_type, head.version) == (2, 5, ismrmrd.IMTYPE_MAGNITUDE, 1)
     assert tuple(head.field_of_view) == (24.0, 30.0, 16.0) and tuple(head.position) == (5.0, -7.0, 11.0)
-    assert tuple(head.patient_table_position) == (0.0, 0.0, -3.0)
+    assert tuple(head.patient_table_position) == (0.0, 0.0, -3.0) and list(head.physiology_time_stamp) == [7, 8, 9]
 
 
 def test_meta_speaks_both_dialects_in_ascii_with_whole_windows():
@@ -95,7 +98,7 @@ def test_meta_speaks_both_dialects_in_ascii_with_whole_windows():
 
 def test_twelve_bits_one_scale_and_the_way_back():
     volume = np.random.default_rng(0).gamma(2.0, 1.0, (6, 20, 20)) * 1e-6
-    pixels, scale = to_pixels(volume, "uint16")
+    pixels, scale, _ = to_pixels(volume, "uint16")
     assert pixels.dtype == np.uint16 and pixels.max() <= 4095
     np.testing.assert_allclose(pixels / scale, np.minimum(volume, 4095 / scale), atol=0.51 / scale)
 
@@ -116,3 +119,82 @@ def test_partitions_share_scale_and_are_numbered(scan_path):
 def test_images_of_nan_are_not_sent():
     with pytest.raises(ValueError, match="NaN"):
         list(make_images(point((8, 10, 12), (1, 1, 1)) * float("nan"), a_scan(), make_options(), HEADER, 1, 0, "name", []))
+
+
+def test_a_series_has_one_scale_and_says_what_was_cut():
+    """The first volume fixes it; a brighter one is cut beyond 1.5 times, and counted."""
+    volume = torch.from_numpy(np.random.default_rng(0).uniform(0.5, 1, (8, 10, 12))).to(torch.complex64)
+    scan = a_scan()
+    make = lambda v, series, number: next(make_images(v, scan, make_options(), HEADER, series, number, "name", []))  # noqa: E731
+    first, second, bright, other = make(volume, 1, 0), make(1.2 * volume, 1, 1), make(3 * volume, 1, 2), make(3 * volume, 2, 0)
+    np.testing.assert_allclose(second.data.astype(float), 1.2 * first.data, atol=1.2)
+    assert {i.meta["GADGETRON_ScaleRatio"] for i in (first, second, bright)} == {first.meta["GADGETRON_ScaleRatio"]}
+    np.testing.assert_array_equal(other.data, first.data)
+    cut = int((bright.data == 4095).sum())
+    assert f"{cut} voxels are brighter than 4095 and were cut" in bright.meta["ImageComments"]
+    assert "cut" not in first.meta["ImageComments"] + second.meta["ImageComments"]
+
+
+def test_an_empty_first_volume_fixes_no_scale():
+    scan, volume = a_scan(), point((8, 10, 12), (1, 1, 1)) + 1e-3
+    first, second = (next(make_images(v, scan, make_options(), HEADER, 1, n, "name", [])) for n, v in enumerate((0 * volume, volume)))
+    assert not first.data.any() and second.data.max() == 4095
+
+
+def test_repetitions_share_the_scale_through_the_chain(tmp_path):
+    """A signal that grows by 1.2 from one repetition to the next does so in the pixels, preview and final image alike."""
+    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=2, pattern="full", snr=100, noise_lines=16, repetitions=2))
+    lines = [line_like(line, (1 + 0.2 * line.idx.repetition) * line.data) for line in lines]
+    for method in ("zero-filled", "cg"):
+        first, second = reconstruct(header, lines, None, make_options({"method": method, "device": "cpu"}))
+        assert (first.repetition, second.repetition) == (0, 1)
+        assert first.meta["RescaleSlope"] == second.meta["RescaleSlope"]
+        bright = first.data > 1500
+        assert np.median(second.data[bright] / first.data[bright]) == pytest.approx(1.2, abs=0.02)
+
+
+def test_each_slab_keeps_its_own_place(full):
+    header, lines, _ = full
+    other = [line_like(line, slice=1, position=(10.0, 20.0, 30.0)) for line in lines]
+    first, second = reconstruct(header, [*lines, *other], None, make_options({"method": "zero-filled", "device": "cpu"}))
+    assert (tuple(first.position), tuple(second.position)) == ((0.0, 0.0, 0.0), (10.0, 20.0, 30.0))
+    assert (first.slice, second.slice, first.image_index, second.image_index) == (0, 1, 1, 2)
+
+
+def test_timing_and_protocol_reach_the_attributes(scan_path):
+    x = ismrmrd.xsd
+    header = x.ismrmrdHeader(
+        experimentalConditions=HEADER.experimentalConditions,
+        measurementInformation=x.measurementInformationType(measurementID="42_1", patientPosition=x.patientPositionType.HFS, protocolName="t1 é"),
+        sequenceParameters=x.sequenceParametersType(TE=[1.5, 2.5, 3.5], TI=[900.0]),
+    )
+    (image,) = make_images(point((8, 10, 12), (1, 1, 1)), a_scan(), make_options(), header, 1, 6, "name", [])
+    meta = ismrmrd.Meta.deserialize(image.attribute_string)
+    assert (meta["GADGETRON_TE"], meta["EchoTime"], meta["GADGETRON_TI"]) == ("3.5", "3.5", "900")  # contrast 2 has the third echo time
+    assert (meta["measurementID"], meta["PatientPosition"], meta["protocolName"], meta["GADGETRON_ImageNumber"]) == ("42_1", "HFS", "t1 ?", "7")
+    assert meta["SeriesDescription"] == "t1 ? name"
+
+
+def test_partitions_of_slabs_have_slice_numbers_of_their_own():
+    scan = a_scan()
+    scan.head.idx.slice = 2
+    images = list(make_images(point((8, 10, 12), (1, 1, 1)), scan, make_options({"layout": "partitions"}), HEADER, 1, 2, "name", []))
+    assert [i.slice for i in images] == list(range(16, 24)) and [i.image_index for i in images] == list(range(17, 25))
+
+
+@pytest.mark.parametrize("orientation", ["acquired", "transpose", "flip_x", "flip_y+flip_z", "flip_z + transpose + flip_x"])
+@pytest.mark.parametrize("matrix", [(12, 10, 8), (13, 11, 9)])
+def test_orientation_moves_nothing_in_the_patient(orientation, matrix):
+    scan, volume = a_scan(matrix), point(matrix[::-1], (2, 7, 4))
+    plain, turned = (list(make_images(volume, scan, make_options({"orientation": o, "output": "float32"}), HEADER, 1, 0, "name", [])) for o in ("acquired", orientation))
+    np.testing.assert_allclose(centroid_mm(turned), centroid_mm(plain), atol=1e-4)
+    steps = orientation.replace(" ", "").split("+")
+    z, y, x = np.unravel_index(np.argmax(turned[0].data[0]), turned[0].data[0].shape)
+    (a, b), (nx, ny, nz) = ((7, 4), (matrix[1], matrix[0], matrix[2])) if "transpose" in steps else ((4, 7), matrix)
+    assert (x, y, z) == (nx - 1 - a if "flip_x" in steps else a, ny - 1 - b if "flip_y" in steps else b, nz - 3 if "flip_z" in steps else 2)
+    assert [float(v) for v in turned[0].meta["ImageRowDir"]] == pytest.approx(list(turned[0].getHead().read_dir), abs=1e-6)
+
+
+def test_an_unknown_orientation_is_refused():
+    with pytest.raises(ValueError, match="option 'orientation': unknown step 'rotate'"):
+        make_options({"orientation": "flip_x+rotate"})

@@ -1,0 +1,44 @@
+"""Whether what came is what was promised: an aborted scan is recognised here."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .flags import END_BIT, PAIRS
+from .geometry import Geometry
+
+INCOMPLETE = "the scan seems incomplete: "
+ELLIPSE = 0.7  # the corners may be left out (pi/4), and a little more
+
+
+def missing_ends(flags: int) -> list[str]:
+    """Beginnings that were flagged without their ends; `flags` are those of all lines together."""
+    if flags & END_BIT:
+        return []
+    return [f"{INCOMPLETE}the first line of a {name} was flagged, its last line never came" for name, first, last in PAIRS if flags & first and not flags & last]
+
+
+def missing_volumes(promised: dict[str, int], seen: dict[str, set[int]]) -> list[str]:
+    """Counters of which fewer values came than the header promises."""
+    short = ((name, count, len(seen.get(name, ()))) for name, count in promised.items())
+    return [f"{INCOMPLETE}the header announces {count} {name}s, {came} came" for name, count, came in short if came < count]
+
+
+def missing_lines(geometry: Geometry, counts: np.ndarray) -> list[str]:
+    """What k-space [z y] lacks: an announced end never approached, or too few lines for the announced acceleration."""
+    filled = counts > 0
+    for axis, name in ((0, "E1"), (1, "E2")):
+        low, high = geometry.limits[axis]
+        steps = np.flatnonzero(filled.any(axis=axis)) + geometry.centre[axis] - filled.shape[1 - axis] // 2
+        first, last = int(steps[0]), int(steps[-1])
+        slack = max(2, (high - low) // 10, geometry.acceleration[axis])
+        if last < high - slack or first > low + slack:
+            return [f"{INCOMPLETE}{name} was announced from {low} to {high} and came from {first} to {last}"]
+    factor = geometry.acceleration[0] * geometry.acceleration[1]
+    whole = np.prod([high - low + 1 for low, high in geometry.limits])
+    came = int(filled.sum())
+    if came >= ELLIPSE * whole / factor:
+        return []
+    if factor == 1:
+        return [f"{came} of {whole} phase encodes came though the header announces no acceleration: undersampled at random, or cut off"]
+    return [f"{INCOMPLETE}{came} phase encodes came, {whole // factor} are announced"]

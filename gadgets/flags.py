@@ -1,0 +1,42 @@
+"""What the flags and counters of an acquisition mean for us."""
+
+from __future__ import annotations
+
+import ismrmrd
+
+
+def _bits(*flags: int) -> int:
+    return sum(1 << (flag - 1) for flag in flags)
+
+
+SKIP_BITS = _bits(
+    ismrmrd.ACQ_IS_NAVIGATION_DATA,
+    ismrmrd.ACQ_IS_PHASECORR_DATA,
+    ismrmrd.ACQ_IS_HPFEEDBACK_DATA,
+    ismrmrd.ACQ_IS_DUMMYSCAN_DATA,
+    ismrmrd.ACQ_IS_RTFEEDBACK_DATA,
+    ismrmrd.ACQ_IS_SURFACECOILCORRECTIONSCAN_DATA,
+    ismrmrd.ACQ_IS_PHASE_STABILIZATION_REFERENCE,
+    ismrmrd.ACQ_IS_PHASE_STABILIZATION,
+)
+NOISE_BIT = _bits(ismrmrd.ACQ_IS_NOISE_MEASUREMENT)
+CALIBRATION_BIT = _bits(ismrmrd.ACQ_IS_PARALLEL_CALIBRATION)
+BOTH_BIT = _bits(ismrmrd.ACQ_IS_PARALLEL_CALIBRATION_AND_IMAGING)
+REVERSE_BIT = _bits(ismrmrd.ACQ_IS_REVERSE)
+LAST_BIT = _bits(ismrmrd.ACQ_LAST_IN_REPETITION)
+END_BIT = _bits(ismrmrd.ACQ_LAST_IN_MEASUREMENT)
+PAIRS = (  # name, its first line, its last line
+    ("repetition", _bits(ismrmrd.ACQ_FIRST_IN_REPETITION), LAST_BIT),
+    ("slice", _bits(ismrmrd.ACQ_FIRST_IN_SLICE), _bits(ismrmrd.ACQ_LAST_IN_SLICE)),
+)
+KEY = ("slice", "contrast", "repetition", "set", "phase")  # the counters that tell volumes apart
+
+
+def volume_key(idx) -> tuple[int, int, int, int, int]:
+    """Which volume a line belongs to, by its counters."""
+    return (idx.slice, idx.contrast, idx.repetition, idx.set, idx.phase)
+
+
+def is_calibration_only(flags: int) -> bool:
+    """Whether a line is flagged for parallel calibration and not for the image too."""
+    return bool(flags & CALIBRATION_BIT) and not flags & BOTH_BIT

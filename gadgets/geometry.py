@@ -1,0 +1,128 @@
+"""What the ISMRMRD header says of one encoding: matrix, field of view, limits, and what was assumed where it is silent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import ismrmrd
+
+
+class ScanError(ValueError):
+    """A scan that cannot be reconstructed; the message is one sentence for the user."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Matrix and field of view as x, y, z; where k = 0 lies among the encoding steps (E1, E2).
+
+    `readout` is the length of a gathered line, without oversampling; `acceleration` is along E1, E2;
+    `calibration` is the header's calibration mode, empty if it states none.
+    """
+
+    encoded_matrix: tuple[int, int, int]
+    encoded_fov_mm: tuple[float, float, float]
+    recon_matrix: tuple[int, int, int]
+    recon_fov_mm: tuple[float, float, float]
+    centre: tuple[int, int]
+    limits: tuple[tuple[int, int], tuple[int, int]]
+    readout: int
+    warnings: tuple[str, ...] = ()
+    acceleration: tuple[int, int] = (1, 1)
+    calibration: str = ""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Gathered matrix z, y, x: phase-encode axes as encoded, readout without oversampling."""
+        return (self.encoded_matrix[2], self.encoded_matrix[1], self.readout)
+
+    @property
+    def voxel_mm(self) -> tuple[float, float, float]:
+        """Voxel size of the gathered matrix along z, y, x."""
+        x, y, z = (fov / n for fov, n in zip(self.encoded_fov_mm, self.encoded_matrix))
+        return (z, y, x)
+
+    def place(self, step_1: int, step_2: int) -> tuple[int, int]:
+        """Where encoding steps E1, E2 lie in the gathered matrix, as z, y; k = 0 lies at n//2."""
+        (cy, cz), (_, ny, nz) = self.centre, self.encoded_matrix
+        return step_2 + nz // 2 - cz, step_1 + ny // 2 - cy
+
+
+def read_geometry(header: ismrmrd.xsd.ismrmrdHeader, number: int = 0) -> Geometry:
+    """Geometry of one encoding.
+
+    Raises:
+        ScanError: without an encoding, with an impossible matrix, or for a trajectory that is not Cartesian.
+    """
+    if not header.encoding:
+        raise ScanError("the header has no encoding: matrix and field of view are unknown")
+    encoding = header.encoding[number]
+    kind = getattr(encoding.trajectory, "value", encoding.trajectory)
+    if kind not in (None, "cartesian"):
+        raise ScanError(f"expected a cartesian trajectory, the header says {kind!r}")
+    if encoding.encodedSpace is None or encoding.reconSpace is None:
+        raise ScanError("the header lacks encodedSpace or reconSpace")
+    encoded, recon = _matrix(encoding.encodedSpace), _matrix(encoding.reconSpace)
+    encoded_fov, recon_fov = _fov(encoding.encodedSpace), _fov(encoding.reconSpace)
+    axes = [_limits(encoding, name, encoded[axis]) for axis, name in ((1, "kspace_encoding_step_1"), (2, "kspace_encoding_step_2"))]
+    (limits_1, centre_1, notes_1), (limits_2, centre_2, notes_2) = axes
+    readout = max(1, round(encoded[0] * recon_fov[0] / encoded_fov[0]))
+    acceleration, calibration = _parallel(encoding)
+    return Geometry(
+        encoded, encoded_fov, recon, recon_fov, (centre_1, centre_2), (limits_1, limits_2), readout,
+        (*notes_1, *notes_2), acceleration, calibration,
+    )  # fmt: skip
+
+
+def announced(header: ismrmrd.xsd.ismrmrdHeader) -> dict[str, int]:
+    """How many averages, slices, contrasts, phases, repetitions and sets the header promises; silent ones are left out."""
+    limits = header.encoding[0].encodingLimits
+    found = {name: getattr(limits, name, None) for name in ("average", "slice", "contrast", "phase", "repetition", "set")}
+    return {name: limit.maximum - (limit.minimum or 0) + 1 for name, limit in found.items() if limit is not None and limit.maximum is not None}
+
+
+def noise_bandwidth(header: ismrmrd.xsd.ismrmrdHeader) -> float:
+    """Relative receiver noise bandwidth (about 0.79 on Siemens), 1 if it is not stated or makes no sense."""
+    system = header.acquisitionSystemInformation
+    ratio = float(getattr(system, "relativeReceiverNoiseBandwidth", None) or 1.0)
+    return ratio if 0.1 < ratio <= 2 else 1.0
+
+
+def _limits(encoding, name: str, size: int) -> tuple[tuple[int, int], int, list[str]]:
+    """First and last step, the step of k = 0, and what had to be assumed."""
+    limit = getattr(encoding.encodingLimits, name, None) if encoding.encodingLimits else None
+    if limit is None or limit.maximum is None:
+        return (0, size - 1), size // 2, [f"the header has no limits for {name}: centre {size // 2} assumed"] if size > 1 else []
+    low, high, centre = limit.minimum or 0, limit.maximum, limit.center
+    if high < low:
+        return (0, size - 1), size // 2, [f"the header's limits of {name} run from {low} to {high}: 0 to {size - 1} with centre {size // 2} assumed"]
+    notes = []
+    if centre is None or not low <= centre <= high:
+        notes.append(f"the header's centre {centre} of {name} lies outside {low} to {high}: {(low + high + 1) // 2} assumed")
+        centre = (low + high + 1) // 2
+    if low - centre < -(size // 2) or high - centre >= size - size // 2:
+        notes.append(f"the header's limits {low} to {high} of {name} with centre {centre} exceed its matrix {size}: lines outside the matrix are left out")
+    return (low, high), centre, notes
+
+
+def _parallel(encoding) -> tuple[tuple[int, int], str]:
+    parallel = encoding.parallelImaging
+    if parallel is None:
+        return (1, 1), ""
+    factor = parallel.accelerationFactor
+    steps = (factor.kspace_encoding_step_1, factor.kspace_encoding_step_2) if factor is not None else (1, 1)
+    mode = parallel.calibrationMode
+    return (max(1, steps[0] or 1), max(1, steps[1] or 1)), str(getattr(mode, "value", mode) or "")
+
+
+def _matrix(space) -> tuple[int, int, int]:
+    m = space.matrixSize
+    if min(m.x, m.y, m.z) < 1:
+        raise ScanError(f"expected a matrix of at least 1 in each direction, the header says {m.x} x {m.y} x {m.z}")
+    return (m.x, m.y, m.z)
+
+
+def _fov(space) -> tuple[float, float, float]:
+    f = space.fieldOfView_mm
+    if not min(f.x, f.y, f.z) > 0:
+        raise ScanError(f"expected a positive field of view, the header says {f.x} x {f.y} x {f.z} mm")
+    return (f.x, f.y, f.z)

@@ -1,0 +1,45 @@
+"""One readout: samples to image space, echo centred, oversampling removed."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .geometry import Geometry
+
+
+class Readout:
+    """Transforms lines of one encoding to the voxel grid of the image along x; the transform is unitary.
+
+    Args:
+        image: geometry of the image.
+        own: geometry of the encoding that the lines belong to, if it is another one (external calibration).
+    """
+
+    def __init__(self, image: Geometry, own: Geometry | None = None):
+        own, voxel_mm = own or image, image.encoded_fov_mm[0] / image.encoded_matrix[0]
+        self.full, self.cut = own.encoded_matrix[0], own.readout
+        self.full_length, self.cut_length = round(own.encoded_fov_mm[0] / voxel_mm), max(1, round(own.recon_fov_mm[0] / voxel_mm))
+        self.work = np.zeros((0, 0), np.complex64)
+
+    def add(self, data: np.ndarray, centre: int, row: np.ndarray) -> None:
+        """Add samples [coils samples], echo at `centre`, to `row` [coils x]; an asymmetric echo is zero-filled."""
+        length, half = self._length(data.shape[1], centre), row.shape[1] // 2
+        image = np.fft.ifft(self._wrapped(data, centre, length), axis=1, norm="ortho")
+        right, left = min(row.shape[1] - half, (length + 1) // 2), min(half, length // 2)
+        row[:, half : half + right] += image[:, :right]
+        row[:, half - left : half] += image[:, length - left :]
+
+    def _length(self, samples: int, centre: int) -> int:
+        """Length of the transform: oversampling was removed before us if the samples reach no further than without it."""
+        reach = max(centre, samples - centre)
+        return self.full_length if samples > self.cut or 4 * reach > self.full + self.cut else self.cut_length
+
+    def _wrapped(self, data: np.ndarray, centre: int, length: int) -> np.ndarray:
+        """Samples at k modulo `length`, as the transform wants them; samples beyond it are cut."""
+        if self.work.shape != (len(data), length):
+            self.work = np.zeros((len(data), length), np.complex64)
+        first, last = max(0, centre - length // 2), min(data.shape[1], centre + (length + 1) // 2)
+        self.work[:, : last - centre] = data[:, centre:last]
+        self.work[:, last - centre : length - (centre - first)] = 0
+        self.work[:, length - (centre - first) :] = data[:, first:centre]
+        return self.work

@@ -1,0 +1,145 @@
+"""Gadgetron's ReconData: what BucketToBuffer makes of a scan, read in bulk into arrays.
+
+Axis order here is the reverse of Gadgetron's, so that arrays are C-contiguous as they come off the wire.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import ismrmrd
+import numpy as np
+from ismrmrd.hdf5 import acquisition_header_dtype
+
+CHUNK_BYTES = 1 << 20
+MAX_ARRAY_BYTES = 64 << 30
+MAX_DIMENSIONS = 16
+SAMPLING_BYTES = 56
+HEADER_BYTES = 340
+
+
+class ReconDataError(ValueError):
+    """Buffers that contradict themselves; the message is one sentence."""
+
+
+@dataclass
+class ReconBuffer:
+    """data [LOC S N CHA E2 E1 E0] complex64, headers [LOC S N E2 E1] (number_of_samples 0 where nothing was acquired).
+
+    `limits` are (first, centre, last) of E0, E1, E2 in the buffer; `encoded_matrix` and `recon_matrix` are x, y, z.
+    """
+
+    data: np.ndarray
+    headers: np.ndarray
+    encoded_matrix: tuple[int, ...]
+    recon_matrix: tuple[int, ...]
+    limits: tuple[tuple[int, int, int], ...]
+
+    def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Data [CHA E2 E1 E0] and headers [E2 E1] of each LOC, S and N.
+
+        Raises:
+            ReconDataError: where headers and data do not belong together.
+        """
+        expected = (*self.data.shape[:3], *self.data.shape[4:6])
+        if self.headers.shape != expected:
+            raise ReconDataError(f"expected headers of shape {expected} (LOC S N E2 E1) for data of shape {self.data.shape}, got {self.headers.shape}")
+        for place in np.ndindex(self.data.shape[:3]):
+            yield self.data[place], self.headers[place]
+
+
+@dataclass
+class ReconBit:
+    """One encoding space: its data, and its separate reference lines if there are any."""
+
+    data: ReconBuffer
+    reference: ReconBuffer | None
+
+
+@dataclass
+class ReconData:
+    """One message: a bit for each encoding space."""
+
+    bits: list[ReconBit]
+
+
+def take_lines(data: np.ndarray, headers: np.ndarray) -> Iterator[ismrmrd.Acquisition]:
+    """Acquired lines of a block as acquisitions of E0 samples, echo at E0//2, where Gadgetron puts it.
+
+    Each line is taken out of the block, which holds zeros in the end and may serve as the array that is gathered into.
+    """
+    acquired = headers["number_of_samples"] > 0
+    data[:, ~acquired] = 0
+    for e2, e1 in np.argwhere(acquired):
+        head = ismrmrd.AcquisitionHeader.from_buffer_copy(headers[e2, e1].tobytes())
+        samples = data[:, e2, e1].copy()
+        data[:, e2, e1] = 0
+        head.active_channels, head.number_of_samples = samples.shape
+        head.center_sample, head.discard_pre, head.discard_post, head.trajectory_dimensions = samples.shape[1] // 2, 0, 0, 0
+        yield ismrmrd.Acquisition(head, samples)
+
+
+class ReconDataReader:
+    """Reads the payload of a ReconData message.
+
+    Args:
+        read: gives exactly n bytes, or raises.
+    """
+
+    def __init__(self, read: Callable[[int], bytes]):
+        self.read = read
+
+    def message(self) -> ReconData:
+        """The whole payload; ReconDataError where lengths make no sense."""
+        (count,) = struct.unpack("<Q", self.read(8))
+        if count > MAX_DIMENSIONS:
+            raise ReconDataError(f"a ReconData of {count} encoding spaces was announced, the limit is {MAX_DIMENSIONS}: the stream is damaged or out of step")
+        return ReconData([ReconBit(self._buffer(), self._optional(self._buffer)) for _ in range(count)])
+
+    def _buffer(self) -> ReconBuffer:
+        data = self._array(np.dtype(np.complex64))
+        for _ in range(2):  # trajectory and density weights, which Cartesian scans have no use for
+            self._optional(lambda: self._array(np.dtype(np.float32)))
+        headers = self._array(acquisition_header_dtype)
+        encoded, recon, limits = self._sampling()
+        return ReconBuffer(_with_axes(data, 7), _with_axes(headers, 5), encoded, recon, limits)
+
+    def _optional(self, read: Callable):
+        return read() if self.read(1) != b"\0" else None
+
+    def _array(self, dtype: np.dtype) -> np.ndarray:
+        """hoNDArray in reversed axis order, writable."""
+        (count,) = struct.unpack("<Q", self.read(8))
+        if count > MAX_DIMENSIONS:
+            raise ReconDataError(f"an array of {count} dimensions was announced, the limit is {MAX_DIMENSIONS}: the stream is damaged or out of step")
+        shape = struct.unpack(f"<{count}Q", self.read(8 * count))[::-1]
+        nbytes = dtype.itemsize
+        for n in shape:
+            nbytes *= n
+        if nbytes > MAX_ARRAY_BYTES:
+            raise ReconDataError(f"an array of {nbytes} bytes was announced, the limit is {MAX_ARRAY_BYTES}: the stream is damaged or out of step")
+        if not count or not nbytes:
+            return np.empty(0, dtype)
+        try:
+            out = np.empty(nbytes, np.uint8)  # untouched pages cost nothing: a lie about the length fills no memory
+        except MemoryError:
+            raise ReconDataError(f"an array of {nbytes} bytes was announced, which does not fit into memory") from None
+        for start in range(0, nbytes, CHUNK_BYTES):
+            stop = min(nbytes, start + CHUNK_BYTES)
+            out[start:stop] = np.frombuffer(self.read(stop - start), np.uint8)
+        return out.view(dtype).reshape(shape)
+
+    def _sampling(self):
+        raw = self.read(SAMPLING_BYTES)
+        encoded, recon = struct.unpack_from("<3H", raw, 24), struct.unpack_from("<3H", raw, 30)
+        numbers = struct.unpack_from("<9H", raw, 36)
+        return encoded, recon, tuple((numbers[i], numbers[i + 1], numbers[i + 2]) for i in (0, 3, 6))
+
+
+def _with_axes(array: np.ndarray, axes: int) -> np.ndarray:
+    """Trailing axes of length 1 may be missing on the wire."""
+    if array.ndim > axes:
+        raise ReconDataError(f"expected an array of at most {axes} dimensions, got {array.ndim}")
+    return array.reshape((1,) * (axes - array.ndim) + array.shape) if array.size else array.reshape((0,) * axes)

@@ -1,0 +1,135 @@
+"""k-space of one volume: preallocated, written as lines arrive."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import ismrmrd
+import numpy as np
+import torch
+
+from .completeness import missing_lines
+from .flags import BOTH_BIT, REVERSE_BIT
+from .geometry import Geometry, ScanError
+from .readout import Readout
+
+MAX_VOLUME_BYTES = 64 << 30
+
+
+@dataclass
+class Scan:
+    """One volume: sums of lines [coils z y x] (x in image space), line counts [z y], and its headers.
+
+    `head` is the header of the acquired line nearest the k-space centre; `series` is shared by all volumes
+    of a scan, for what must be the same in all images of a series.
+    """
+
+    geometry: Geometry
+    kspace: torch.Tensor
+    counts: torch.Tensor
+    head: ismrmrd.AcquisitionHeader
+    noise: torch.Tensor | None = None
+    calibration: tuple[torch.Tensor, torch.Tensor] | None = None
+    warnings: list[str] = field(default_factory=list)
+    series: dict[int, float] = field(default_factory=dict)
+
+
+class Grid:
+    """Sums [coils z y x] of lines at their places, and how many came [z y].
+
+    `kspace` may bring the array to gather into, of zeros by the time that its lines come.
+    """
+
+    def __init__(self, geometry: Geometry, coils: int, kspace: np.ndarray | None = None):
+        if coils < 1:
+            raise ScanError("an imaging line has no coil channels")
+        nbytes = 8 * coils * int(np.prod(geometry.shape))
+        if nbytes > MAX_VOLUME_BYTES:
+            raise ScanError(f"the header asks for {nbytes / 2**30:.0f} GiB of k-space ({coils} coils, matrix {geometry.shape}); the limit is {MAX_VOLUME_BYTES >> 30} GiB")
+        self.kspace = np.zeros((coils, *geometry.shape), np.complex64) if kspace is None else kspace
+        self.counts = np.zeros(geometry.shape[:2], np.float32)
+        self.lines = self.outside = self.unfit = 0
+
+    def place(self, line: ismrmrd.Acquisition, own: Geometry, image: Geometry) -> tuple[int, int] | None:
+        """Where a line of encoding `own` belongs, as z, y; None, and counted, if it is outside the matrix."""
+        idx = line.idx
+        z, y = own.place(idx.kspace_encode_step_1, idx.kspace_encode_step_2)
+        if own is not image:
+            z, y = z + image.shape[0] // 2 - own.shape[0] // 2, y + image.shape[1] // 2 - own.shape[1] // 2
+        if 0 <= z < self.counts.shape[0] and 0 <= y < self.counts.shape[1]:
+            return z, y
+        self.outside += 1
+        return None
+
+    def add(self, line: ismrmrd.Acquisition, place: tuple[int, int], readout: Readout) -> bool:
+        """Add a line at its place, turned if it was read backwards; False, and counted, if it does not fit."""
+        before, samples = line.discard_pre, line.number_of_samples
+        data, centre = line.data[:, before : max(0, samples - line.discard_post)], line.center_sample - before
+        if len(data) != len(self.kspace) or not 0 <= centre < data.shape[1]:
+            self.unfit += 1
+            return False
+        if line.flags & REVERSE_BIT:
+            data, centre = data[:, ::-1], data.shape[1] - 1 - centre
+        readout.add(data, centre, self.kspace[(slice(None), *place)])
+        self.counts[place] += 1
+        self.lines += 1
+        return True
+
+    def warnings(self, kind: str) -> list[str]:
+        """What was left out, for the user."""
+        out = []
+        if self.outside:
+            out.append(f"{self.outside} {kind}lines lay outside the encoded matrix and were left out")
+        if self.unfit:
+            out.append(f"{self.unfit} {kind}lines had another number of channels, no samples or no echo and were left out")
+        return out
+
+
+class Volume:
+    """One volume under construction: its grid, and what its lines said."""
+
+    def __init__(self, geometry: Geometry, coils: int, kspace: np.ndarray | None = None):
+        self.geometry, self.grid = geometry, Grid(geometry, coils, kspace)
+        self.averages_at = np.zeros(geometry.shape[:2], np.uint64)
+        self.calibrating = np.zeros(geometry.shape[:2], bool)
+        self.head: ismrmrd.AcquisitionHeader | None = None
+        self.nearest = np.inf
+        self.duplicates = 0
+
+    def add(self, line: ismrmrd.Acquisition, readout: Readout) -> None:
+        """Add one imaging line at its place; a line that does not fit is counted."""
+        place = self.grid.place(line, self.geometry, self.geometry)
+        if place is not None and self.grid.add(line, place, readout):
+            self.note(line.idx.average, line.flags, place, line.getHead)
+
+    def note(self, average: int, flags: int, place: tuple[int, int], head) -> None:
+        """Remember a line that was added; `head()` gives its header if it is the nearest to the centre."""
+        bit = np.uint64(1 << (average % 64))
+        if self.averages_at[place] & bit:
+            self.duplicates += 1
+        self.averages_at[place] |= bit
+        if flags & BOTH_BIT:
+            self.calibrating[place] = True
+        distance = abs(place[0] - self.geometry.shape[0] // 2) + abs(place[1] - self.geometry.shape[1] // 2)
+        if distance < self.nearest:
+            self.nearest, self.head = distance, head()
+
+    def scan(self, noise: torch.Tensor | None, calibration: Grid | None) -> Scan:
+        """The finished volume with what the user should know of it."""
+        scan = Scan(self.geometry, torch.from_numpy(self.grid.kspace), torch.from_numpy(self.grid.counts), self.head, noise)
+        scan.warnings += [*self.geometry.warnings, *self.grid.warnings("")]
+        if self.duplicates:
+            scan.warnings.append(f"{self.duplicates} lines came more than once and were averaged")
+        if calibration is not None:
+            scan.calibration = self._calibration(calibration)
+            scan.warnings += calibration.warnings("calibration ")
+        scan.warnings += missing_lines(self.geometry, self.grid.counts)
+        return scan
+
+    def _calibration(self, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+        """Calibration lines, and the imaging lines that serve as such where there are none."""
+        if self.geometry.calibration not in ("separate", "external"):
+            shared = self.calibrating & (grid.counts == 0)
+            grid.kspace[:, shared] = self.grid.kspace[:, shared]
+            grid.counts[shared] = self.grid.counts[shared]
+        return torch.from_numpy(grid.kspace), torch.from_numpy(grid.counts)

@@ -1,0 +1,110 @@
+"""Parallel-calibration lines: integrated, separate, external."""
+
+import copy
+
+import ismrmrd
+import pytest
+import torch
+from conftest import gathered, line_like
+
+from gadgets.gather import gather
+
+ONLY, BOTH = ismrmrd.ACQ_IS_PARALLEL_CALIBRATION, ismrmrd.ACQ_IS_PARALLEL_CALIBRATION_AND_IMAGING
+
+
+@pytest.fixture
+def scan_with(full):
+    """(mode) -> header of that calibration mode and the full scan's lines by (E1, E2), flags cleared."""
+    header, lines, _ = full
+
+    def make(mode):
+        changed = copy.deepcopy(header)
+        changed.encoding[0].parallelImaging.calibrationMode = ismrmrd.xsd.calibrationModeType(mode)
+        return changed, {(line.idx.kspace_encode_step_1, line.idx.kspace_encode_step_2): line_like(line, flags=0) for line in lines}
+
+    return make
+
+
+def flagged(line, flag, **changes):
+    out = line_like(line, **changes)
+    out.setFlag(flag)
+    return out
+
+
+def in_centre(place):
+    return 4 <= place[0] < 9 and 3 <= place[1] < 8
+
+
+def test_separate_lines_stay_out_of_the_image(scan_with):
+    header, lines = scan_with("separate")
+    calibration = [flagged(line, ONLY, data=3 * line.data) for place, line in lines.items() if in_centre(place)]
+    scan = gathered(header, [*calibration, *lines.values()])
+    assert bool((scan.counts == 1).all()) and scan.warnings == []
+    where = scan.calibration[1] > 0
+    assert int(scan.calibration[1].sum()) == 25 and bool(where[3:8, 4:9].all())
+    torch.testing.assert_close(scan.calibration[0][:, where], 3 * scan.kspace[:, where])
+
+
+def test_integrated_lines_are_image_lines(scan_with):
+    """Those off the lattice are flagged as calibration alone, yet belong to the same measurement."""
+    header, lines = scan_with("embedded")
+    on = [flagged(line, BOTH) if in_centre(p) else line for p, line in lines.items() if p[0] % 2 == 0]
+    off = [flagged(line, ONLY) for p, line in lines.items() if p[0] % 2 and in_centre(p)]
+    scan = gathered(header, [*on, *off])
+    assert scan.calibration is None
+    assert bool((scan.counts[3:8, 4:9] == 1).all()) and int(scan.counts.sum()) == len(on) + len(off)
+
+
+def test_lines_for_both_complete_the_calibration_when_the_header_names_no_mode(scan_with):
+    header, lines = scan_with("other")
+    on = [flagged(line, BOTH) if in_centre(p) else line for p, line in lines.items() if p[0] % 2 == 0]
+    off = [flagged(line, ONLY) for p, line in lines.items() if p[0] % 2 and in_centre(p)]
+    scan = gathered(header, [*off, *on])
+    assert bool((scan.calibration[1][3:8, 4:9] == 1).all()) and int(scan.calibration[1].sum()) == 25
+    assert int(scan.counts.sum()) == len(on)
+
+
+def test_external_lines_of_a_smaller_matrix_find_their_place(scan_with):
+    """A calibration scan of its own encoding space: fewer steps and samples, the same field of view."""
+    header, lines = scan_with("external")
+    small = copy.deepcopy(header.encoding[0])
+    small.encodedSpace.matrixSize = ismrmrd.xsd.matrixSizeType(x=16, y=6, z=5)
+    small.reconSpace.matrixSize = ismrmrd.xsd.matrixSizeType(x=8, y=6, z=5)
+    small.encodingLimits.kspace_encoding_step_1 = ismrmrd.xsd.limitType(minimum=0, maximum=5, center=3)
+    small.encodingLimits.kspace_encoding_step_2 = ismrmrd.xsd.limitType(minimum=0, maximum=4, center=2)
+    header.encoding.append(small)
+    calibration = []
+    for (step_1, step_2), line in lines.items():
+        if 0 <= step_1 - 3 < 6 and 0 <= step_2 - 3 < 5:
+            extra = flagged(line, ONLY, data=line.data[:, 4:20], center_sample=8, encoding_space_ref=1)
+            extra.idx.kspace_encode_step_1, extra.idx.kspace_encode_step_2 = step_1 - 3, step_2 - 3
+            calibration.append(extra)
+    scan = gathered(header, [*calibration, *lines.values()])
+    assert scan.warnings == [] and bool((scan.counts == 1).all())
+    where = scan.calibration[1] > 0
+    assert int(where.sum()) == 30 and bool(where[3:8, 3:9].all())
+    blurred = [line_like(line, data=line.data * 0) for line in lines.values()]
+    for line, source in zip(blurred, lines.values()):
+        line.data[:, 4:20] = source.data[:, 4:20]
+    torch.testing.assert_close(scan.calibration[0][:, where], gathered(header, blurred).kspace[:, where])
+
+
+def test_lines_of_a_foreign_encoding_are_counted_and_told(scan_with):
+    header, lines = scan_with("separate")
+    wide = copy.deepcopy(header.encoding[0])
+    wide.encodedSpace.fieldOfView_mm.y *= 2
+    header.encoding.append(wide)
+    strangers = [line_like(line, encoding_space_ref=1) for line in list(lines.values())[:3]]
+    strangers += [flagged(line, ONLY, encoding_space_ref=1) for line in list(lines.values())[:2]]
+    scan = gathered(header, [*strangers, *lines.values()])
+    assert bool((scan.counts == 1).all()) and scan.calibration is None
+    assert "5 lines of another encoding space were left out" in scan.warnings
+
+
+def test_one_calibration_serves_all_repetitions_and_contrasts(scan_with):
+    header, lines = scan_with("separate")
+    calibration = [flagged(line, ONLY) for place, line in lines.items() if in_centre(place)]
+    later = [line_like(line, repetition=1) for line in lines.values()]
+    other = [line_like(line, contrast=1) for line in lines.values()]
+    scans = list(gather(header, [*calibration, *lines.values(), *other, *later]))
+    assert len(scans) == 3 and all(int(scan.calibration[1].sum()) == 25 for scan in scans)

@@ -1,0 +1,137 @@
+"""The client: pace, file layout, and an exit code that says whether all images came."""
+
+import contextlib
+import socket
+import struct
+import threading
+import time
+
+import h5py
+import ismrmrd
+import numpy as np
+import pytest
+from conftest import load_small_scan
+from peers import GadgetronPeer
+
+from gadgets.cli import main
+from gadgets.client import SendError, send_scan
+from gadgets.files import ScanFile
+from gadgets.protocol import SimulateOptions
+
+
+@pytest.fixture
+def scan_path(tmp_path):
+    """Two repetitions, a waveform among the lines; 1.1 s long by its time stamps."""
+    load_small_scan(tmp_path, SimulateOptions(coils=1, pattern="full", repetitions=2, waveforms=True, noise_lines=2), (4, 13, 8))
+    return tmp_path / "scan.h5"
+
+
+@contextlib.contextmanager
+def a_server(answers: bytes, received: list):
+    """Takes a whole scan from one client, appends (arrival time, message id) to `received`, then answers; yields its address."""
+
+    def serve():
+        sock, _ = listener.accept()
+        with sock, sock.makefile("rb") as stream:
+            exactly = lambda n: GadgetronPeer._exactly(stream, int(n))  # noqa: E731
+            while True:
+                (kind,) = struct.unpack("<H", exactly(2))
+                received.append((time.monotonic(), kind))
+                if kind == 4:
+                    break
+                if kind == 1:
+                    exactly(1024)
+                elif kind in (2, 3):
+                    exactly(struct.unpack("<I", exactly(4))[0])
+                else:
+                    {1008: ismrmrd.Acquisition, 1026: ismrmrd.Waveform}[kind].deserialize_from(exactly)
+            sock.sendall(answers + struct.pack("<H", 4))
+            sock.shutdown(socket.SHUT_WR)
+            stream.read()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield listener.getsockname()
+        thread.join(20)
+
+
+def an_image(series=2, index=1) -> bytes:
+    image = ismrmrd.Image.from_array(np.full((4, 3, 2), index, np.float32), transpose=False)
+    image.image_series_index, image.image_index, image.image_type = series, index, 1
+    image.attribute_string = "<ismrmrdMeta/>"
+    return struct.pack("<H", 1022) + image.to_bytes()
+
+
+def text(line: str) -> bytes:
+    return struct.pack("<HI", 5, len(line)) + line.encode()
+
+
+def send(address, path, **kwargs):
+    with ScanFile(path) as scan:
+        return list(send_scan(scan, *address, "default", **kwargs))
+
+
+def test_everything_is_sent_in_order(scan_path):
+    received = []
+    with a_server(an_image(index=1) + an_image(index=2), received) as address:
+        assert len(send(address, scan_path)) == 2
+    kinds = [kind for _, kind in received]
+    assert kinds[:2] == [1, 3] and kinds[-1] == 4
+    assert kinds.count(1008) == 2 + 2 * 4 * 13 and kinds.count(1026) == 2
+    assert received[-1][0] - received[0][0] < 0.7
+
+
+def test_realtime_keeps_the_scanners_pace(scan_path):
+    received, counts = [], []
+    with a_server(an_image(index=1) + an_image(index=2), received) as address:
+        send(address, scan_path, realtime=True, on_sent=counts.append)
+    times = [moment for moment, kind in received if kind == 1008][2:]
+    wanted = 0.0075 * np.arange(len(times))
+    assert abs((times[-1] - times[0]) - wanted[-1]) < 0.15
+    assert counts[:3] == [1, 2, 3] and counts[-1] == 106
+
+
+@pytest.mark.parametrize("answers,expect,message", [
+    (b"", None, "without sending an image"),
+    (an_image(1, 1) + an_image(1, 2) + an_image(2, 1), None, "the scan has 2 volumes, but series 2 has only 1 images"),
+    (an_image(2, 1), None, "series 2 has only 1 images"),
+    (an_image(2, 1) + an_image(2, 2), 3, "expected 3 images, 2 came"),
+    (an_image(2, 1) + an_image(2, 2) + text("ERROR: no weights"), None, r"^no weights \(2 images were received\)"),
+    (text("[Connection Main Thread/Stream/external] ERROR: Errors received: x"), None, "^Errors received: x"),
+])  # fmt: skip
+def test_missing_images_and_errors_are_failures(scan_path, tmp_path, capsys, answers, expect, message):
+    with a_server(answers, []) as address, pytest.raises(SendError, match=message):
+        send(address, scan_path, expect=expect)
+    with a_server(answers, []) as (host, port):
+        arguments = ["send", str(scan_path), str(tmp_path / "out.h5"), "--host", host, "--port", str(port), *([] if expect is None else ["--expect", str(expect)])]
+        assert main(arguments) == 1
+    assert len(capsys.readouterr().err.strip().splitlines()) <= 2
+
+
+@pytest.mark.parametrize("answers,expect", [(an_image(2, 1), 1), (an_image(2, 1) + an_image(2, 2), None), (an_image(2, 1) + an_image(2, 2) + text("no ERROR: fine"), 2)])
+def test_all_images_are_a_success_in_the_layout_of_gadgetrons_client(scan_path, tmp_path, answers, expect):
+    with a_server(answers, []) as (host, port):
+        arguments = ["send", str(scan_path), str(tmp_path / "out.h5"), "--host", host, "--port", str(port), "--group", "g", *([] if expect is None else ["--expect", str(expect)])]
+        assert main(arguments) == 0
+    with h5py.File(tmp_path / "out.h5") as file:
+        series = file["g/image_2"]
+        assert set(series) == {"data", "header", "attributes"} and series["data"].shape == (len(answers) // len(an_image()), 1, 4, 3, 2)
+        assert series["header"].dtype["matrix_size"].shape == (3,) and tuple(series["header"][0]["matrix_size"]) == (2, 3, 4)
+
+
+def test_a_server_that_goes_away_ends_a_paced_scan(scan_path):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve():
+            sock, _ = listener.accept()
+            sock.recv(100)
+            sock.close()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        began = time.monotonic()
+        with pytest.raises(SendError, match="the server is gone"):
+            send(listener.getsockname(), scan_path, realtime=True)
+        thread.join()
+    assert time.monotonic() - began < 0.6

@@ -1,0 +1,115 @@
+"""What is simulated is what a scanner sends: every option is reconstructed, and compared with the object."""
+
+import ismrmrd
+import nibabel
+import numpy as np
+import pytest
+from conftest import run_chain, small_object
+
+from gadgets.files import ScanFile, affine
+from gadgets.header import parse_header
+from gadgets.protocol import SimulateOptions
+from gadgets.simulate import simulate
+
+CASES = {
+    "full": (dict(pattern="full"), 0.995),
+    "one coil": (dict(coils=1, pattern="full"), 0.995),
+    "Poisson": (dict(acceleration=3, acs=14), 0.97),
+    "regular with CAIPI shift": (dict(acceleration=4, pattern="regular", acs=12), 0.96),
+    "separate calibration": (dict(acceleration=3, pattern="regular", acs=14, calibration="separate"), 0.96),
+    "external calibration": (dict(acceleration=3, pattern="regular", acs=14, calibration="external"), 0.96),
+    "external calibration, partial Fourier": (dict(acceleration=3, pattern="regular", acs=14, calibration="external", partial_fourier=(0.6, 1)), 0.93),
+    "partial Fourier": (dict(pattern="full", partial_fourier=(0.75, 0.8)), 0.96),
+    "partial echo": (dict(pattern="full", partial_echo=0.75), 0.97),
+    "no oversampling": (dict(pattern="full", oversampling=1), 0.995),
+    "odd oversampling": (dict(pattern="full", oversampling=1.3), 0.995),
+    "no noise lines": (dict(pattern="full", noise_lines=0), 0.99),
+    "oblique": (dict(pattern="full", oblique=True), 0.995),
+    "averages": (dict(pattern="full", snr=25, averages=4), 0.985),
+    "navigators": (dict(pattern="full", navigators=7), 0.995),
+    "waveforms": (dict(pattern="full", waveforms=True), 0.995),
+    "coarser voxels": (dict(pattern="full", voxel_mm=1.5), 0.995),
+}
+
+
+def simulated(folder, **options):
+    """(path of the scan, facts, header, lines)."""
+    np.save(folder / "object.npy", small_object((26, 31, 24)))
+    facts = simulate(folder / "object.npy", folder / "scan.h5", SimulateOptions(**{"coils": 6, "snr": 80, **options}), folder / "reference.nii.gz")
+    with ScanFile(folder / "scan.h5") as scan:
+        return folder / "scan.h5", facts, parse_header(scan.header_xml), list(scan.acquisitions())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_reconstructed_it_is_the_object(tmp_path, case):
+    options, alike = CASES[case]
+    path, facts, _, _ = simulated(tmp_path, **options)
+    (image,) = run_chain(path, None, method="cg", output="float32")
+    reference = nibabel.load(tmp_path / "reference.nii.gz")
+    truth = np.asarray(reference.dataobj).T
+    assert list(image.getHead().matrix_size) == facts["matrix"] == list(truth.shape[::-1])
+    assert np.corrcoef(image.data[0].ravel(), truth.ravel())[0, 1] > alike
+    np.testing.assert_allclose(affine(image.getHead()), reference.affine, atol=1e-4)
+    comment = image.meta["ImageComments"]
+    assert comment == "CG-SENSE" if options.get("noise_lines") != 0 else "no noise lines" in comment
+
+
+@pytest.mark.parametrize("flag,options,count", [
+    (ismrmrd.ACQ_IS_NOISE_MEASUREMENT, dict(pattern="full", noise_lines=5), 5),
+    (ismrmrd.ACQ_IS_PARALLEL_CALIBRATION, dict(calibration="separate", acceleration=3, acs=8), 64),
+    (ismrmrd.ACQ_IS_PARALLEL_CALIBRATION, dict(calibration="external", acceleration=3, acs=8), 64),
+    (ismrmrd.ACQ_IS_PARALLEL_CALIBRATION_AND_IMAGING, dict(acceleration=3, acs=8), 64),
+    (ismrmrd.ACQ_IS_NAVIGATION_DATA, dict(pattern="full", navigators=13, noise_lines=0), 26 * 31 // 13),
+    (ismrmrd.ACQ_FIRST_IN_REPETITION, dict(pattern="full", repetitions=3, averages=2, contrasts=2), 3),
+    (ismrmrd.ACQ_LAST_IN_REPETITION, dict(pattern="full", repetitions=3), 3),
+    (ismrmrd.ACQ_LAST_IN_MEASUREMENT, dict(pattern="full", repetitions=3), 1),
+])  # fmt: skip
+def test_lines_are_flagged(tmp_path, flag, options, count):
+    _, _, _, lines = simulated(tmp_path, **{"coils": 1, **options})
+    assert sum(line.is_flag_set(flag) for line in lines) == count
+
+
+def test_a_regular_lattice_is_shifted_from_plane_to_plane(tmp_path):
+    _, facts, header, lines = simulated(tmp_path, coils=1, acceleration=4, pattern="regular", acs=0, noise_lines=0)
+    steps = {(line.idx.kspace_encode_step_1, line.idx.kspace_encode_step_2) for line in lines}
+    (y, z) = next(iter(sorted(steps)))
+    assert (y + 2, z) in steps and (y + 1, z + 2) in steps and (y, z + 2) not in steps
+    factor = header.encoding[0].parallelImaging.accelerationFactor
+    assert (factor.kspace_encoding_step_1, factor.kspace_encoding_step_2) == (2, 2)
+    assert facts["acceleration"] == pytest.approx(4, rel=0.1)
+
+
+def test_contrasts_and_repetitions_are_volumes_with_their_times(tmp_path):
+    path, facts, header, lines = simulated(tmp_path, coils=2, pattern="full", contrasts=3, repetitions=2)
+    assert facts["lines"] == 6 * 26 * 31 == len(lines) - 16
+    images = run_chain(path, None, method="cg", output="float32")
+    assert sorted((i.repetition, i.contrast) for i in images) == [(r, c) for r in range(2) for c in range(3)]
+    by = {(i.repetition, i.contrast): i for i in images}
+    assert by[0, 0].data.max() > 1.2 * by[0, 1].data.max() > 1.2 * by[0, 2].data.max()
+    assert by[1, 2].meta["EchoTime"] == "7.5"
+    assert by[1, 0].acquisition_time_stamp > by[0, 0].acquisition_time_stamp > 0
+
+
+def test_waveforms_are_stored_and_read_in_order(tmp_path):
+    path, _, _, lines = simulated(tmp_path, coils=1, pattern="full", waveforms=True)
+    with ScanFile(path) as scan:
+        items = list(scan.items())
+    waveforms = [item for item in items if isinstance(item, ismrmrd.Waveform)]
+    assert len(items) - len(waveforms) == len(lines) and len(waveforms) == len(lines) // 40
+    assert waveforms[0].data.shape == (2, 100) and waveforms[0].data.max() > 2048
+    times = [item.time_stamp if isinstance(item, ismrmrd.Waveform) else item.acquisition_time_stamp for item in items]
+    assert times == sorted(times)
+    with ismrmrd.Dataset(path, "dataset", create_if_needed=False) as dataset:
+        np.testing.assert_array_equal(dataset.read_waveform(1).data, waveforms[1].data)
+
+
+@pytest.mark.parametrize("name,value", [("calibration", "none"), ("partial_echo", 0.4), ("averages", 0), ("contrasts", 0), ("navigators", -1)])
+def test_impossible_options_are_named(name, value):
+    with pytest.raises(ValueError, match=f"simulation option {name} cannot be {value}"):
+        SimulateOptions(**{name: value})
+
+
+def test_from_a_phantom_without_a_volume(tmp_path):
+    facts = simulate("phantom", tmp_path / "scan.h5", SimulateOptions(coils=1, voxel_mm=8, pattern="full"))
+    assert facts["matrix"] == [20, 25, 20]
+    assert len(run_chain(tmp_path / "scan.h5", None, method="cg")) == 1
