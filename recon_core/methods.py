@@ -42,7 +42,7 @@ METHODS = {
     "faithful": Method("slice diffusion as published", reconstruct_faithful, FaithfulConfig(), True),
     "dds": Method("posterior sampling DDS", reconstruct_posterior, PosteriorConfig(axis=0), True),
     "tpdm": Method("posterior sampling TPDM", reconstruct_posterior, PosteriorConfig(), True),
-    "mbir": Method("posterior sampling DiffusionMBIR", reconstruct_posterior, PosteriorConfig(axis=0, tv=0.003), True),
+    "mbir": Method("posterior sampling DiffusionMBIR", reconstruct_posterior, PosteriorConfig(axis=0, tv=0.02), True),
     "pnp": Method("plug-and-play ADMM", reconstruct_plug_and_play, PlugAndPlayConfig(), True),
     "wavelet": Method("l1-wavelet", reconstruct_wavelet, WaveletConfig()),
     "tv": Method("total variation", reconstruct_total_variation, TotalVariationConfig()),

@@ -20,7 +20,7 @@ class PlugAndPlayConfig:
     """sigma in tissue brightness; the data weigh (n / sigma)^2 as in the Gaussian model, n their noise."""
 
     iterations: int = 16
-    sigma: float = 0.06
+    sigma: float = 0.12
     cg_iterations: int = 4
 
 

@@ -29,7 +29,7 @@ class PosteriorConfig:
     sigma_max: float = 2.0
     sigma_min: float = 0.01
     eta: float = 0.95
-    pull: float = 0.3
+    pull: float = 3.0
     cg_iterations: int = 4
     axis: int | None = None
     tv: float = 0.0

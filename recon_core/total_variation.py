@@ -25,7 +25,7 @@ class TotalVariationConfig:
     """The threshold is strength * n, with n the noise of the data; found by experiment on heads left out of training."""
 
     iterations: int = 80
-    strength: float = 0.5
+    strength: float = 0.15
 
 
 def reconstruct_total_variation(

@@ -1,7 +1,7 @@
 """One setting for every protocol: gain over CG-SENSE, and what tuning the prior's weight by the answer would add.
 
     python tests/benchmarks/robustness.py VOLUMES... [--coils 1 4 12 32] [--snr 8 20 50] [--accelerations 2 4 8 12] [--voxel-mm 1 2 4]
-                                          [--weights 0.5 1 2] [--share 1]
+                                          [--weights 0.25 0.5 1] [--share 1]
 
 The rules of VariationalConfig come from this table on heads left out of training; test volumes have no place here.
 --share 0.25 runs a seeded quarter of the grid. PSNR of the magnitude inside the object.
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--snr", type=float, nargs="+", default=[8.0, 20.0, 50.0])
     parser.add_argument("--accelerations", type=float, nargs="+", default=[2.0, 4.0, 8.0, 12.0])
     parser.add_argument("--voxel-mm", type=float, nargs="+", default=[1.0, 2.0, 4.0])
-    parser.add_argument("--weights", type=float, nargs="+", default=[0.5, 1.0, 2.0])
+    parser.add_argument("--weights", type=float, nargs="+", default=[0.25, 0.5, 1.0])
     parser.add_argument("--share", type=float, default=1.0)
     parser.add_argument("--prior", default="small")
     parser.add_argument("--device", default="cpu")
