@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 
 import ismrmrd
 import torch
@@ -12,20 +16,42 @@ from recon_core.cg_sense import cg_sense
 from recon_core.measurement import Measurement, measure
 from recon_core.prior import Prior, PriorError, load_prior
 from recon_core.state import State
+from recon_core.trust import distrust
 from recon_core.variational import VariationalConfig, reconstruct_variational
 from recon_core.wavelet import reconstruct_wavelet
 
-from .gather import gather
+from .ahead import Ahead
+from .failure import ReconError, Unfinished, free_gpu_memory, noted, raise_if_any, ran_out_of_memory, sentence
+from .gather import Scan, gather
 from .images import SERIES, make_images
 from .options import Options
 
 ITERATIVE = ("diffusion", "wavelet")
 Report = Callable[[str, dict], None]
+Hurry = Callable[[], str]
+Turn = Callable[[], AbstractContextManager[Hurry]]
 NAMES = {"diffusion": "slice diffusion", "wavelet": "l1-wavelet", "cg": "CG-SENSE", "zero-filled": "zero-filled"}
+PREVIEW = "CG-SENSE preview"
+WATCH_S = 0.2  # how often the solver is looked at
+HANG_S = 1800.0  # no sweep of any matrix takes so long
+
+log = logging.getLogger("slicediff")
 
 
-def reconstruct(header, items: Iterable, prior, options: Options, report: Report = lambda stage, facts: None) -> Iterator[ismrmrd.Image]:
+def patient() -> str:
+    """There is no reason to stop early."""
+    return ""
+
+
+def alone() -> AbstractContextManager[Hurry]:
+    """The turn of a process that has the device to itself."""
+    return contextlib.nullcontext(patient)
+
+
+def reconstruct(header, items: Iterable, prior, options: Options, report: Report = lambda stage, facts: None, turn: Turn = alone, ahead: Callable = iter) -> Iterator[ismrmrd.Image]:
     """Yield the images of a 3D Cartesian scan, the CG-SENSE preview before the diffusion volume.
+
+    A volume that fails does not take the others, nor its own preview, with it.
 
     Args:
         header: the scan's ISMRMRD header.
@@ -33,36 +59,115 @@ def reconstruct(header, items: Iterable, prior, options: Options, report: Report
         prior: D(slices [slices 2 h w], sigma); None for methods without a prior.
         options: validated options.
         report: told (stage, facts) as the work goes on.
+        turn: context of one volume's computing (a queue for the device); its value says why to stop early, or nothing.
+        ahead: given the iterator of gathered volumes, returns one (that reads on meanwhile).
 
     Raises:
-        ValueError: a scan or an image that cannot be; the message is for the user.
+        ValueError: a scan or an image that cannot be, after all that could be was yielded; the message is for the user.
     """
-    for number, scan in enumerate(gather(header, items)):
+    failures: list[str] = []
+    for number, scan in enumerate(ahead(gather(header, items))):
         report("gathered", {"shape": list(scan.kspace.shape), "warnings": scan.warnings})
-        measurement = measure(scan.kspace, scan.counts, scan.geometry.voxel_mm, scan.noise, scan.calibration, options.coils, device_of(options))
-        notes = scan.warnings + measurement.warnings
-        report("measured", {"coils": measurement.operator.maps.shape[1], "acs": list(measurement.acs), "warnings": notes})
-        preview = cg_sense(measurement)
-        report("preview", {})
-        if options.method in ITERATIVE and options.preview:
-            yield from make_images(preview, scan, options, header, SERIES["preview"], number, "CG-SENSE preview", notes)
-        volume, remarks = solve(measurement, preview, prior, options, report)
-        yield from make_images(volume, scan, options, header, SERIES["final"], number, NAMES[options.method], notes + remarks)
+        with noted(failures), turn() as hurry:
+            measurement, preview = look(scan, options, report)
+            notes = scan.warnings + measurement.warnings
+            if options.method in ITERATIVE and options.preview:
+                yield from make_images(preview, scan, options, header, SERIES["preview"], number, PREVIEW, notes)
+            outcome = solve(measurement, preview, prior, options, report, hurry)
+            if not (outcome.failure and options.preview):
+                yield from make_images(outcome.volume, scan, options, header, SERIES["final"], number, outcome.name, notes + outcome.remarks)
+            failures += outcome.failure
+    raise_if_any(failures)
 
 
-def solve(measurement: Measurement, preview: torch.Tensor, prior, options: Options, report: Report) -> tuple[torch.Tensor, list[str]]:
-    """The volume [z y x] of the method asked for, and what the user should know of how it was made."""
-    if options.method == "zero-filled":
-        return measurement.adjoint, []
-    if options.method == "cg":
-        return preview, []
-    began = time.monotonic()
-    for state in states(measurement, preview, prior, options):
-        report("sweep", {"sweep": state.sweep, "sweeps": state.sweeps})
-        late = options.deadline_s is not None and time.monotonic() - began > options.deadline_s
-        if late and state.sweep < state.sweeps:
-            return state.volume, [f"stopped at the deadline of {options.deadline_s:g} s after {state.sweep} of {state.sweeps} sweeps"]
-    return state.volume, []
+def look(scan: Scan, options: Options, report: Report) -> tuple[Measurement, torch.Tensor]:
+    """The inverse problem and its CG-SENSE image [z y x]; on the CPU, with a note, if the GPU's memory is too small."""
+    try:
+        return _look(scan, options, device_of(options), report)
+    except torch.OutOfMemoryError as error:
+        log.warning("the CPU takes over: %s", sentence(error))
+    free_gpu_memory()
+    measurement, preview = _look(scan, options, torch.device("cpu"), report)
+    measurement.warnings.append("the GPU's memory does not hold this scan: CG-SENSE was computed on the CPU")
+    return measurement, preview
+
+
+def _look(scan: Scan, options: Options, device: torch.device, report: Report) -> tuple[Measurement, torch.Tensor]:
+    measurement = measure(scan.kspace, scan.counts, scan.geometry.voxel_mm, scan.noise, scan.calibration, options.coils, device)
+    report("measured", {"coils": measurement.operator.maps.shape[1], "acs": list(measurement.acs), "warnings": scan.warnings + measurement.warnings})
+    preview = cg_sense(measurement)
+    report("preview", {})
+    return measurement, preview
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The volume [z y x] for the wanted series, what it is, what the user should know; `failure` if it is the preview."""
+
+    volume: torch.Tensor
+    name: str
+    remarks: list[str] = field(default_factory=list)
+    failure: list[str] = field(default_factory=list)
+
+
+def solve(measurement: Measurement, preview: torch.Tensor, prior, options: Options, report: Report, hurry: Hurry = patient) -> Outcome:
+    """The volume of the method asked for; whatever goes wrong on the way, the preview in its place and the reason."""
+    name = NAMES[options.method]
+    if options.method not in ITERATIVE:
+        return Outcome(measurement.adjoint if options.method == "zero-filled" else preview, name)
+    try:
+        if measurement.operator.device.type != device_of(options).type:
+            raise ReconError("the GPU's memory does not hold this scan")
+        volume, remarks = iterate(lambda: states(measurement, preview, prior, options), options, report, hurry)
+    except Exception as error:  # the boundary: an image anyway
+        log.error("%s failed, the preview stands: %s", name, sentence(error), exc_info=error)
+        if ran_out_of_memory(error):
+            free_gpu_memory()
+        reason = f"{name} failed and the {PREVIEW} stands: {sentence(error)}"
+        return Outcome(preview, PREVIEW, [reason], [reason])
+    caution = distrust(measurement, preview, volume)
+    return Outcome(volume, name, [*remarks, caution] if caution else remarks)
+
+
+def iterate(start: Callable[[], Iterator[State]], options: Options, report: Report, hurry: Hurry) -> tuple[torch.Tensor, list[str]]:
+    """The last volume, or the last in time with a remark; the sweeps run in a thread that can be left behind.
+
+    Raises:
+        Unfinished: if there was not even time for one sweep.
+        ReconError: for a volume that is not finite.
+    """
+    began, state, solver = time.monotonic(), None, Ahead(sweeps_of(start))
+    try:
+        moved, reason = began, ""
+        while not reason and (state is None or state.sweep < state.sweeps):
+            with contextlib.suppress(TimeoutError):
+                state, moved = solver.take(WATCH_S), time.monotonic()
+                report("sweep", {"sweep": state.sweep, "sweeps": state.sweeps})
+            reason = _stop(options, began, moved, hurry)
+    except StopIteration:
+        log.info("the solver ended before its last sweep")
+    finally:
+        solver.close(WATCH_S)
+    if state is None:
+        raise Unfinished(f"stopped {reason} before its first sweep ended")
+    if not bool(torch.isfinite(torch.view_as_real(state.volume)).all()):
+        raise ReconError("its image holds NaN or infinity and was not sent")
+    early = reason and state.sweep < state.sweeps
+    return state.volume, [f"stopped {reason} after {state.sweep} of {state.sweeps} sweeps"] if early else []
+
+
+def sweeps_of(start: Callable[[], Iterator[State]]) -> Iterator[State]:
+    """The states, all made in the thread that asks for them."""
+    yield from start()
+
+
+def _stop(options: Options, began: float, moved: float, hurry: Hurry) -> str:
+    now = time.monotonic()
+    if options.deadline_s is not None and now - began > options.deadline_s:
+        return f"at the deadline of {options.deadline_s:g} s"
+    if now - moved > HANG_S:
+        return f"because no sweep ended within {HANG_S:g} s"
+    return hurry()
 
 
 def states(measurement: Measurement, preview: torch.Tensor, prior, options: Options) -> Iterator[State]:
@@ -71,6 +176,15 @@ def states(measurement: Measurement, preview: torch.Tensor, prior, options: Opti
         return reconstruct_wavelet(measurement, preview, seed=options.seed)
     config = VariationalConfig(options.sweeps, options.sigma_max, options.sigma_min, options.prior_weight, slice_fraction=options.slice_fraction)
     return reconstruct_variational(measurement, prior, preview, config, options.seed)
+
+
+def warm_up(prior, options: Options) -> None:
+    """Run one sweep on a tiny volume: what loads on first use (kernels, plans, threads) is loaded then."""
+    device, random = device_of(options), torch.Generator().manual_seed(0)
+    kspace = torch.randn(2, 16, 16, 16, dtype=torch.complex64, generator=random)
+    measurement = measure(kspace, torch.ones(16, 16), (4.0, 4.0, 4.0), device=device)
+    for _ in states(measurement, cg_sense(measurement), prior, options.model_copy(update={"sweeps": 1})) if options.method in ITERATIVE else ():
+        pass
 
 
 def load_prior_for(options: Options) -> Prior | None:
