@@ -12,6 +12,11 @@ LEFT_BEHIND = "left behind"
 _END = object()
 
 
+def left_behind() -> int:
+    """How many threads of this process could not be ended: solvers that hang."""
+    return sum(thread.name == LEFT_BEHIND for thread in threading.enumerate())
+
+
 class Ahead(Iterator):
     """Iterates `source` in the background; what it raises comes out in the place of its next item.
 

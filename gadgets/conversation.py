@@ -101,9 +101,9 @@ class Intake:
         Raises:
             WireError: if the scan broke off and nothing came that can make an image.
         """
+        from .budget import worth_an_image
         from .gather import ScanError
-        from .limits import worth_an_image
-
+        
         try:
             for scan in scans:
                 if not self.cut:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from .ahead import LEFT_BEHIND
+from .ahead import left_behind
 
 
 class Counts:
@@ -29,8 +29,7 @@ class Counts:
 
 def process_facts() -> dict:
     """Resident memory, threads, open files, and solvers that were left behind because they hung."""
-    names = [thread.name for thread in threading.enumerate()]
-    facts = {"threads": len(names), "stuck_solvers": names.count(LEFT_BEHIND)}
+    facts = {"threads": threading.active_count(), "stuck_solvers": left_behind()}
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         facts |= {"rss_mib": round(pages * 4096 / 2**20, 1), "open_files": len(list(Path("/proc/self/fd").iterdir()))}

@@ -63,7 +63,7 @@ class Recording:
         self.place, self.bytes, self.file = place, 0, None
         self.path = place.folder / f"scan-{os.getpid()}-{time.time_ns()}{SPOOL}"
         try:
-            self.file = open(self.path, "wb", buffering=1 << 20)
+            self.file = open(self.path, "wb", buffering=0)  # a killed process has lost nothing
         except OSError as error:
             self._give_up(error)
         self._write(struct.pack("<I", len(header_xml)) + header_xml)
@@ -95,7 +95,8 @@ class Recording:
         try:
             if self.bytes > self.place.max_bytes:
                 raise OSError(f"the scan alone takes more than {self.place.max_bytes / 2**30:.3g} GiB")
-            self.file.write(data)
+            if self.file.write(data) < len(data):
+                raise OSError(f"the disk with {self.place.folder} is full")
         except OSError as error:
             self._give_up(error)
 

@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from . import wire as w
+from .budget import Budget
 from .chain import is_gadgetron_peer, options_of_config_name, properties_of
 from .conversation import Host, run_scan, sentence
 from .external import answer_gadgetron
 from .gather import ScanError
 from .health import Counts, process_facts
 from .keep import FailedScans, Recording
-from .limits import Budget, Limits
+from .limits import Limits
 from .options import OptionsError, make_options, options_from_json
 from .recon import device_of, load_prior_for, warm_up
 from .turns import Turns
