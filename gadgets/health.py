@@ -12,6 +12,10 @@ from pathlib import Path
 from .ahead import left_behind
 
 
+class HealthError(Exception):
+    """The health page cannot be served; the message is one sentence."""
+
+
 class Counts:
     """Scans of a server, by what became of them."""
 
@@ -46,7 +50,7 @@ class HealthPage(ThreadingHTTPServer):
         facts: the same as the query's answer.
 
     Raises:
-        ImportError: as a sentence, if prometheus-client is not installed.
+        HealthError: if prometheus-client is not installed.
     """
 
     daemon_threads = True
@@ -87,7 +91,7 @@ def metrics_of(facts: Callable[[], dict]) -> Callable[[], bytes]:
         from prometheus_client import CollectorRegistry, generate_latest
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
     except ImportError:
-        raise ImportError("--health-port needs the package prometheus-client: pip install 'gadgetron-slicediff[metrics]'") from None
+        raise HealthError("--health-port needs the package prometheus-client: pip install 'gadgetron-slicediff[metrics]'") from None
 
     class Collector:
         def collect(self):

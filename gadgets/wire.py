@@ -205,7 +205,11 @@ class Wire:
         pixel = np.dtype(PIXEL_TYPES[head.data_type])
         nbytes = math.prod((head.channels, *head.matrix_size)) * pixel.itemsize
         self._check(nbytes, self.max_bytes, "image")
-        image = ismrmrd.Image(head, attributes)
+        try:
+            image = ismrmrd.Image(head, attributes)
+        except Exception as error:  # attributes that are not their XML raise a family of errors
+            self.ended = True
+            raise WireError(f"the attributes of an image cannot be read: {' '.join(str(error).split())[:200]}") from error
         image.data.ravel()[:] = np.frombuffer(self.read(nbytes), pixel)
         return image
 
