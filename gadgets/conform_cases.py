@@ -391,7 +391,7 @@ def replay(bench: Bench) -> str:
     from .files import ScanFile
 
     before = set(bench.kept.glob("failed-*.h5"))
-    bench.scan(prior="test-raise")
+    bench.scan(prior="nonesuch")
     bench.wait_for(lambda: set(bench.kept.glob("failed-*.h5")) - before, "a file of the failed scan")
     with ScanFile((set(bench.kept.glob("failed-*.h5")) - before).pop()) as scan:
         same(bench.scan([p.acquisition(line) for line in scan.acquisitions()], scan.header_xml), bench)

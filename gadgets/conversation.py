@@ -55,23 +55,29 @@ def run_scan(wire: Wire, header_xml: bytes, sources: list[Mapping[str, Any]], ho
     from .options import make_options
     from .recon import reconstruct
 
-    header, options = parse_header(header_xml), make_options(*sources)
-    intake, sent, readers = Intake(wire, host, first), 0, []
-    items = host.take_in(header, header_xml, intake)
-    prior, progress = host.load_prior(options), Progress(notify)
+    header, intake, progress = parse_header(header_xml), Intake(wire, host, first), Progress(notify)
+    items, sent, readers = host.take_in(header, header_xml, intake), 0, []
+    try:
+        options = make_options(*sources)
+        prior = host.load_prior(options)
+    except Exception:
+        for _ in items:  # whoever records the scan shall have all of it
+            pass
+        raise
 
     def ahead(scans):
         readers.append(Ahead(intake.worth_it(scans), to_the_end=True))
         return readers[-1]
 
-    with contextlib.closing(reconstruct(header, items, prior, options, progress, intake.turn(progress.say), ahead)) as images:
-        try:
-            for image in images:
-                wire.send_item(image)
-                sent += 1
-        finally:
-            for reader in readers:
-                reader.close()
+    images = reconstruct(header, items, prior, options, progress, intake.turn(progress.say), ahead)
+    try:
+        for image in images:
+            wire.send_item(image)
+            sent += 1
+    finally:
+        images.close()  # gives the device free before the rest of the input is waited for
+        for reader in readers:
+            reader.close()
     log.info("%d images sent", sent)
     if intake.cut:
         raise WireError(intake.cut)
@@ -99,22 +105,24 @@ class Intake:
         """The gathered volumes, of a scan that broke off only those that can make an image, with a warning.
 
         Raises:
-            WireError: if the scan broke off and nothing came that can make an image.
+            WireError: after the others, if a volume broke off before it could make an image.
         """
         from .budget import worth_an_image
         from .gather import ScanError
-        
+
+        poor = 0
         try:
             for scan in scans:
-                if not self.cut:
-                    yield scan
-                elif worth_an_image(scan):
+                if self.cut and not worth_an_image(scan):
+                    poor += 1
+                    continue
+                if self.cut:
                     scan.warnings.append(f"the scan broke off and was reconstructed from the {int(scan.counts.sum())} lines that came ({self.cut})")
-                    yield scan
-                else:
-                    raise WireError(f"{self.cut}; the k-space centre had not come by then, so there is no image")
+                yield scan
         except ScanError as error:
             raise WireError(f"{self.cut}; {error}") if self.cut else error from None
+        if poor:
+            raise WireError(f"{self.cut}; the k-space centre had not come by then, so there is no image of {poor} volume{'s' * (poor > 1)}")
 
     def turn(self, tell: Callable[[str], None]) -> Callable:
         """The context of one volume's computing, as `reconstruct` wants it."""

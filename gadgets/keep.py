@@ -60,7 +60,7 @@ class Recording:
     """One running scan; `keep` or `drop` ends it. Trouble with the disk is logged once and never raised."""
 
     def __init__(self, place: FailedScans, header_xml: bytes):
-        self.place, self.bytes, self.file = place, 0, None
+        self.place, self.bytes, self.lines, self.file = place, 0, 0, None
         self.path = place.folder / f"scan-{os.getpid()}-{time.time_ns()}{SPOOL}"
         try:
             self.file = open(self.path, "wb", buffering=0)  # a killed process has lost nothing
@@ -71,12 +71,13 @@ class Recording:
     def add(self, item) -> None:
         """One more item of the scan; only acquisitions are kept."""
         if self.file is not None and isinstance(item, ismrmrd.Acquisition):
+            self.lines += 1
             self._write(item.to_bytes())
 
     def keep(self) -> Path | None:
-        """The scan failed: write it as HDF5, return where."""
-        if self.file is None:
-            return None
+        """The scan failed: write it as HDF5 if it had any line, return where."""
+        if self.file is None or not self.lines:
+            return self.drop()
         try:
             self.file.close()
         except OSError as error:

@@ -55,10 +55,12 @@ class Server(socketserver.ThreadingTCPServer):
         self.lock, self.turns, self.counts = threading.Lock(), Turns(self.limits.slots), Counts()
         self.retiring, self.out_of_time = threading.Event(), threading.Event()
         self.talking: set[Handler] = set()
-        families = dict.fromkeys((family, where) for family, _, _, _, where in socket.getaddrinfo(*address, type=socket.SOCK_STREAM))
-        (self.address_family, where), *others = families
+        found = dict.fromkeys((family, where) for family, _, _, _, where in socket.getaddrinfo(*address, type=socket.SOCK_STREAM))
+        (self.address_family, where), *others = sorted(found, key=lambda entry: entry[0] != socket.AF_INET)
         super().__init__(where, Handler)
-        self.others = [self._also_on(family, (where[0], self.server_address[1], *where[2:])) for family, where in others]
+        self.others: list[socket.socket] = []
+        for family, where in others:
+            self._also_on(family, where[0])
 
     def server_bind(self) -> None:
         """Bind; "::" serves IPv4 as well."""
@@ -109,8 +111,18 @@ class Server(socketserver.ThreadingTCPServer):
             "scans": scans, "uptime_s": round(time.monotonic() - self.counts.began, 1), **process_facts(),
         }  # fmt: skip
 
-    def _also_on(self, family: int, address: tuple) -> socket.socket:
-        listener = socket.create_server(address[:2], family=family, backlog=self.request_queue_size)
+    def handle_error(self, request, client_address) -> None:
+        """What a handler did not expect goes to the log."""
+        log.exception("the conversation with %s failed", client_address)
+
+    def _also_on(self, family: int, host: str) -> None:
+        """Accept on one more address of the name; without it (no IPv6) the first still serves."""
+        try:
+            listener = socket.create_server((host, self.server_address[1]), family=family, backlog=self.request_queue_size)
+        except OSError as error:
+            log.warning("not served on %s: %s", host, error)
+            return
+        self.others.append(listener)
 
         def accept() -> None:
             with contextlib.suppress(OSError):  # closed
@@ -118,7 +130,6 @@ class Server(socketserver.ThreadingTCPServer):
                     self.process_request(*listener.accept())
 
         threading.Thread(target=accept, name="accept", daemon=True).start()
-        return listener
 
 
 class Handler(socketserver.BaseRequestHandler):
@@ -146,8 +157,9 @@ class Handler(socketserver.BaseRequestHandler):
         except (OSError, w.WireError) as error:
             log.warning("connection from %s ended early: %s", self.client_address, error)
             self.well = False
-        if self.counted:
-            self.server.counts.add(open=-1, **{"done" if self.well else "failed": 1})
+        finally:
+            if self.counted:
+                self.server.counts.add(open=-1, **{"done" if self.well else "failed": 1})
         self._linger()
 
     def finish(self) -> None:

@@ -105,6 +105,8 @@ def test_health_page_and_metrics(scan_path, prior):
         client(server, scan_path)
         client(server, scan_path, "nonesuch")
         port = page.server_address[1]
+        while server.counts.open:  # counted once the last byte is sent
+            time.sleep(0.01)
         facts = json.loads(get(port, "/healthz"))
         assert facts["ready"] and facts["scans"]["done"] == 1 and facts["scans"]["failed"] == 1 and facts["device"] == "cpu"
         metrics = get(port, "/metrics")

@@ -145,7 +145,7 @@ def write(measured: dict[str, list], facts: dict, arguments: argparse.Namespace)
         over = statistics.median(mine[2] / offline[2] for mine, offline in zip(times, measured["offline, warm process"]))
         rows.append({
             "way": name, "first_image_after_last_line_s": "" if first != first else round(first - sent, 2),
-            "last_image_after_last_line_s": round(last - sent, 2), "total_s": round(last, 2), "total_over_offline_percent": round(100 * (over - 1), 1),
+            "last_image_after_last_line_s": round(last - sent, 2), "first_image_s": "" if first != first else round(first, 2), "total_s": round(last, 2), "total_over_offline_percent": round(100 * (over - 1), 1),
             "matrix": "x".join(map(str, facts["matrix"])), "lines": facts["lines"], "sweeps": arguments.sweeps, "repeats": arguments.repeats,
         })  # fmt: skip
     save_table("latency", rows)
