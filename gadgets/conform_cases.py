@@ -159,13 +159,12 @@ def fifty_scans(bench: Bench) -> str:
     facts = []
     for number in range(50):
         same(bench.scan(gadgetron=bool(number % 2)), bench)
-        if number in (9, 49):
-            bench.wait_for(lambda: bench.health()["scans"]["receiving"] == 0, "no scan is open")
-            facts.append(bench.health())
-    before, after = facts
-    grown = {name: round(after[name] - before[name], 1) for name in ("rss_mib", "open_files", "threads")}
-    expect(grown["rss_mib"] < 16 and grown["open_files"] <= 4 and grown["threads"] <= 4, f"from the 10th to the 50th grew by {grown}")
-    return f"from the 10th to the 50th: {grown['rss_mib']:+g} MiB, {grown['open_files']:+d} files, {grown['threads']:+d} threads"
+        facts.append(bench.health())
+    floor = lambda name, part: min(f[name] for f in part)  # noqa: E731 - what is freed between scans does not count
+    grown = {name: round(floor(name, facts[-20:]) - floor(name, facts[5:25]), 1) for name in ("rss_mib", "open_files", "threads")}
+    most = 4 if bench.process is not None else 16  # MiB; a foreign server has several heaps, which come and go
+    expect(grown["rss_mib"] < most and grown["open_files"] <= 0 and grown["threads"] <= 0, f"between scans 6-25 and 31-50 the least grew by {grown}")
+    return f"between scans 6-25 and 31-50 the least grew by {grown['rss_mib']:g} MiB, {grown['open_files']} files, {grown['threads']} threads"
 
 
 # peers and networks that fail
