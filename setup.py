@@ -32,7 +32,8 @@ setup(
         "matplotlib>=3.8",  # the comparison picture, --png
     ],
     extras_require={
-        "test": ["pytest>=8"],
+        "test": ["pytest>=8", "hypothesis>=6.100", "prometheus-client>=0.20"],  # hypothesis: the reader against damaged streams
+        "metrics": ["prometheus-client>=0.20"],  # slicediff serve --health-port
         "bench": [
             "scikit-image>=0.22",  # SSIM, and the classical denoisers that the prior is compared with
             "PyWavelets>=1.5",  # which scikit-image's wavelet denoiser needs

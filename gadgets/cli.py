@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import runpy
 import signal
 import sys
@@ -12,7 +13,18 @@ import threading
 import time
 from pathlib import Path
 
+from .limits import Limits
 from .options import Options, make_options
+
+SERVE_LIMITS = {
+    "timeout_s": ("S", "longest silence in the middle of a scan"),
+    "idle_s": ("S", "longest wait for a configuration and a header"),
+    "slots": ("N", "reconstructions at a time; others wait in line"),
+    "max_gib": ("GIB", "refuse a scan whose k-space is larger"),
+    "max_message_mib": ("MIB", "refuse a message that is larger"),
+    "connections": ("N", "open scans at a time"),
+    "grace_s": ("S", "after SIGTERM, time for running scans to end before they hand out what they have"),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     _simulate(commands.add_parser("simulate", help="write a complete ISMRMRD 3D scan of a volume"))
     _recon(commands.add_parser("recon", help="reconstruct a scan file into an image file"))
     _serve(commands.add_parser("serve", help="run the MRD server"))
+    _conform(commands.add_parser("conform", help="test a server against everything that goes wrong at a scanner"))
     _send(commands.add_parser("send", help="stream a scan file to a server and write the images"))
     _priors(commands.add_parser("priors", help="list the shipped priors with their model cards"))
     _train(commands.add_parser("train", help="train a prior on magnitude volumes"))
@@ -105,11 +118,25 @@ def _recon(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=9002)
-    parser.add_argument("--timeout-s", type=float, default=600.0, help="longest silence of a peer")
+    parser.add_argument("--host", default="127.0.0.1", help='address or name to listen on; "::" is every address of IPv6 and IPv4 (default: 127.0.0.1)')
+    parser.add_argument("--port", type=int, default=9002, help="(default: 9002; 0 takes a free one)")
+    for name, (unit, what) in SERVE_LIMITS.items():
+        default = getattr(Limits, name)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, metavar=unit, help=f"{what} (default: {default:g})")
+    parser.add_argument("--keep-failed", type=Path, metavar="DIR", help="keep the raw data of failed scans here, for `slicediff recon`")
+    parser.add_argument("--keep-failed-gib", type=float, default=10.0, metavar="GIB", help="remove the oldest of them beyond this (default: 10)")
+    parser.add_argument("--health-port", type=int, metavar="PORT", help="answer HTTP /healthz and /metrics here (needs prometheus-client)")
+    parser.add_argument("--test-faults", action="store_true", help=argparse.SUPPRESS)
     parser.set_defaults(run=run_serve)
     _add_options(parser)
+
+
+def _conform(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", help="test the server there (default: start one of its own)")
+    parser.add_argument("--port", type=int, default=9002)
+    parser.add_argument("--case", action="append", metavar="NAME", help="run only this case; may be given again")
+    parser.add_argument("--json", action="store_true", help="end stdout with one line of JSON")
+    parser.set_defaults(run=run_conform)
 
 
 def _send(parser: argparse.ArgumentParser) -> None:
@@ -187,7 +214,8 @@ def run_simulate(arguments: argparse.Namespace) -> int:
 def run_recon(arguments: argparse.Namespace) -> int:
     from .files import ImageWriter, ScanFile, write_nifti, write_png
     from .header import parse_header
-    from .recon import load_prior_for, reconstruct
+    from .recon import reconstruct
+    from .solve import load_prior_for
 
     options = make_options(given_options(arguments))
     display, writer = Display(), ImageWriter(arguments.images, arguments.group)
@@ -211,15 +239,49 @@ def run_recon(arguments: argparse.Namespace) -> int:
 
 
 def run_serve(arguments: argparse.Namespace) -> int:
+    from .ahead import left_behind
+    from .faults import load_prior_or_fault
+    from .health import HealthPage
+    from .keep import FailedScans
+    from .solve import load_prior_for
     from .server import Server
 
     logging.getLogger().setLevel(logging.INFO)
-    with Server((arguments.host, arguments.port), given_options(arguments), timeout_s=arguments.timeout_s) as server:
+    limits = {name: getattr(arguments, name) for name in SERVE_LIMITS}
+    load = load_prior_or_fault if arguments.test_faults else load_prior_for
+    keep = arguments.keep_failed and FailedScans(arguments.keep_failed, arguments.keep_failed_gib)
+    with Server((arguments.host, arguments.port), given_options(arguments), load, keep, **limits) as server:
         server.warm_up()
+        if arguments.health_port is not None:
+            page = HealthPage((arguments.host, arguments.health_port), server.health)
+            print(f"slicediff: health on {arguments.host} port {page.server_address[1]}", flush=True)
+        signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.retire, daemon=True).start())
         print(f"slicediff: serving on {arguments.host} port {server.server_address[1]}", flush=True)
-        signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())
-        server.serve_forever()
+        server.serve_forever(poll_interval=0.1)
+    if left_behind():  # a solver that hangs would keep the process, or crash it while the interpreter ends
+        logging.getLogger("slicediff").error("%d hung solvers are left behind", left_behind())
+        logging.shutdown()
+        os._exit(0)
     return 0
+
+
+def run_conform(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from .conform import conform
+
+    table, results = Table("case", "promised", "happened", "seconds"), []
+    with Console(stderr=True).status("") as status:
+        for result in conform(arguments.host, arguments.port, arguments.case, status.update):
+            table.add_row(result.name, result.promise, f"{result.verdict}: {result.happened}", f"{result.seconds:.1f}")
+            results.append(result)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    counts = {verdict: sum(r.verdict == verdict for r in results) for verdict in ("passed", "failed", "skipped")}
+    print(f"{len(results)} cases: {counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped, {sum(r.seconds for r in results):.1f} s")
+    if arguments.json:
+        print(json.dumps([vars(result) for result in results]))
+    return 0 if counts["passed"] and not counts["failed"] else 1
 
 
 def run_send(arguments: argparse.Namespace) -> int:

@@ -2,24 +2,52 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from .wire import SCAN_ITEMS, Wire
+from .ahead import Ahead
+from .failure import sentence as sentence
+from .wire import SCAN_ITEMS, Wire, WireError
 
 log = logging.getLogger("slicediff")
 PROGRESS_EVERY_S = 2.0
 
 
-def run_scan(wire: Wire, header_xml: bytes, sources: list[Mapping[str, Any]], load_prior: Callable, notify: Callable[[str], None], first: tuple | None = None) -> int:
+class Host:
+    """What a scan finds around it; here a process that has the device to itself."""
+
+    def load_prior(self, options):
+        """The prior for these options; PriorError if it cannot be had."""
+        from .solve import load_prior_for
+
+        return load_prior_for(options)
+
+    def take_in(self, header, header_xml: bytes, items: Iterable) -> Iterable:
+        """The items of a scan on their way in; may refuse the scan with a ScanError."""
+        return items
+
+    def hurry(self) -> str:
+        """Why to end the scan soon, or nothing."""
+        return ""
+
+    @contextlib.contextmanager
+    def turn(self, tell: Callable[[str], None], hurry: Callable[[], str]) -> Iterator[None]:
+        """Hold the device inside the context; whoever has to wait is told its place."""
+        yield
+
+
+def run_scan(wire: Wire, header_xml: bytes, sources: list[Mapping[str, Any]], host: Host, notify: Callable[[str], None], first: tuple | None = None) -> int:
     """Reconstruct what `wire` brings and send the images; returns how many.
+
+    A stream that breaks off is reconstructed as far as it came if that makes an image; the error follows the images.
 
     Args:
         header_xml: ISMRMRD header.
         sources: option mappings, later ones winning.
-        load_prior: options -> prior.
+        host: loads priors, grants turns and memory.
         notify: shows the peer a line of progress.
         first: a message that was read already.
     """
@@ -27,28 +55,87 @@ def run_scan(wire: Wire, header_xml: bytes, sources: list[Mapping[str, Any]], lo
     from .options import make_options
     from .recon import reconstruct
 
-    header, options = parse_header(header_xml), make_options(*sources)
-    prior, sent = load_prior(options), 0
-    for image in reconstruct(header, _items(wire, first), prior, options, Progress(notify)):
-        wire.send_item(image)
-        sent += 1
+    header, intake, progress = parse_header(header_xml), Intake(wire, host, first), Progress(notify)
+    items, sent, readers = host.take_in(header, header_xml, intake), 0, []
+    try:
+        options = make_options(*sources)
+        prior = host.load_prior(options)
+    except Exception:
+        for _ in items:  # whoever records the scan shall have all of it
+            pass
+        raise
+
+    def ahead(scans):
+        readers.append(Ahead(intake.worth_it(scans), to_the_end=True))
+        return readers[-1]
+
+    images = reconstruct(header, items, prior, options, progress, intake.turn(progress.say), ahead)
+    try:
+        for image in images:
+            wire.send_item(image)
+            sent += 1
+    finally:
+        images.close()  # gives the device free before the rest of the input is waited for
+        for reader in readers:
+            reader.close()
     log.info("%d images sent", sent)
+    if intake.cut:
+        raise WireError(intake.cut)
     return sent
 
 
-def _items(wire: Wire, first: tuple | None) -> Iterator:
-    if first is not None and first[0] in SCAN_ITEMS:
-        yield first[1]
-    for kind, item in wire.messages():
-        if kind in SCAN_ITEMS:
-            yield item
+class Intake:
+    """The scan's items as they come; a stream that breaks off in the middle ends them, and `cut` says why."""
 
+    def __init__(self, wire: Wire, host: Host, first: tuple | None):
+        self.wire, self.host, self.first, self.cut = wire, host, first, ""
 
-def sentence(error: BaseException) -> str:
-    """What went wrong in one line."""
-    text = " ".join(str(error).split())
-    expected = type(error).__module__.startswith(("gadgets", "recon_core")) or type(error) is ValueError
-    return text if expected and text else f"internal error, {type(error).__name__}: {text or 'no message'}"
+    def __iter__(self) -> Iterator:
+        if self.first is not None and self.first[0] in SCAN_ITEMS:
+            yield self.first[1]
+        self.first = None
+        try:
+            for kind, item in self.wire.messages():
+                if kind in SCAN_ITEMS:
+                    yield item
+        except WireError as error:
+            self.cut = f"the scan was cut off {self.host.hurry()}" if self.host.hurry() else str(error)
+
+    def worth_it(self, scans: Iterator) -> Iterator:
+        """The gathered volumes, of a scan that broke off only those that can make an image, with a warning.
+
+        Raises:
+            WireError: after the others, if a volume broke off before it could make an image.
+        """
+        from .budget import worth_an_image
+        from .gather import ScanError
+
+        poor = 0
+        try:
+            for scan in scans:
+                if self.cut and not worth_an_image(scan):
+                    poor += 1
+                    continue
+                if self.cut:
+                    scan.warnings.append(f"the scan broke off and was reconstructed from the {int(scan.counts.sum())} lines that came ({self.cut})")
+                yield scan
+        except ScanError as error:
+            raise WireError(f"{self.cut}; {error}") if self.cut else error from None
+        if poor:
+            raise WireError(f"{self.cut}; the k-space centre had not come by then, so there is no image of {poor} volume{'s' * (poor > 1)}")
+
+    def turn(self, tell: Callable[[str], None]) -> Callable:
+        """The context of one volume's computing, as `reconstruct` wants it."""
+
+        def hurry() -> str:
+            return "because the peer is gone" if self.wire.gone() else self.host.hurry()
+
+        @contextlib.contextmanager
+        def turn():
+            with self.host.turn(tell, hurry):
+                yield hurry
+
+        return turn
 
 
 class Progress:
@@ -68,6 +155,11 @@ class Progress:
             text = "; ".join([f"{facts['coils']} virtual coils", "calibration {} x {}".format(*facts["acs"]), *facts["warnings"]])
         else:
             text = f"{stage} ready"
+        self.say(text)
+
+    def say(self, text: str) -> None:
+        """Show one line; a peer that is gone is found out elsewhere."""
         self.last = time.monotonic()
         log.info(text)
-        self.notify(text)
+        with contextlib.suppress(OSError):
+            self.notify(text)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 
-from .conversation import run_scan, sentence
+from .conversation import Host, run_scan, sentence
 from .wire import Wire
 
 log = logging.getLogger("slicediff")
@@ -20,17 +20,21 @@ def slice_diffusion(connection) -> None:
     answer_gadgetron(wire, connection.raw_bytes.config, connection.raw_bytes.header)
 
 
-def answer_gadgetron(wire: Wire, config_xml: bytes, header_xml: bytes, defaults: dict | None = None, load_prior=None) -> None:
-    """Run one scan for Gadgetron: images, or one ERROR after the input was drained. Does not send CLOSE."""
+def answer_gadgetron(wire: Wire, config_xml: bytes, header_xml: bytes, defaults: dict | None = None, host: Host | None = None) -> bool:
+    """Run one scan for Gadgetron: images, and one ERROR after the input was drained if anything went wrong.
+
+    Returns whether all went well. Does not send CLOSE.
+    """
     try:
         from .chain import properties_of
-        from .recon import load_prior_for
 
-        run_scan(wire, header_xml, [defaults or {}, properties_of(config_xml)], load_prior or load_prior_for, lambda text: None)
+        run_scan(wire, header_xml, [defaults or {}, properties_of(config_xml)], host or Host(), lambda text: None)
+        return True
     except Exception as error:  # the boundary: every failure must reach Gadgetron
-        log.exception("the scan failed")
+        log.error("the scan failed: %s", sentence(error), exc_info=error)
         wire.drain()
         try:
             wire.send_error(f"slice diffusion: {sentence(error)}")
         except OSError as gone:
             log.error("Gadgetron could not be told: %s", gone)
+        return False

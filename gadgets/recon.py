@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import time
+import contextlib
+import logging
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 
 import ismrmrd
 import torch
@@ -11,19 +13,27 @@ import torch
 from recon_core.cg_sense import cg_sense
 from recon_core.measurement import Measurement, measure
 from recon_core.methods import METHODS
-from recon_core.prior import Prior, PriorError, load_prior
-from recon_core.state import State
-from recon_core.variational import VariationalConfig
 
-from .gather import gather
+from .failure import free_gpu_memory, noted, raise_if_any, sentence
+from .gather import Scan, gather
 from .images import SERIES, make_images
 from .options import Options
+from .solve import PREVIEW, Hurry, Report, device_of, patient, solve
 
-Report = Callable[[str, dict], None]
+Turn = Callable[[], AbstractContextManager[Hurry]]
+
+log = logging.getLogger("slicediff")
 
 
-def reconstruct(header, items: Iterable, prior, options: Options, report: Report = lambda stage, facts: None) -> Iterator[ismrmrd.Image]:
+def alone() -> AbstractContextManager[Hurry]:
+    """The turn of a process that has the device to itself."""
+    return contextlib.nullcontext(patient)
+
+
+def reconstruct(header, items: Iterable, prior, options: Options, report: Report = lambda stage, facts: None, turn: Turn = alone, ahead: Callable = iter) -> Iterator[ismrmrd.Image]:
     """Yield the images of a 3D Cartesian scan, the CG-SENSE preview before the diffusion volume.
+
+    A volume that fails does not take the others, nor its own preview, with it.
 
     Args:
         header: the scan's ISMRMRD header.
@@ -31,57 +41,42 @@ def reconstruct(header, items: Iterable, prior, options: Options, report: Report
         prior: D(slices [slices 2 h w], sigma); None for methods without a prior.
         options: validated options.
         report: told (stage, facts) as the work goes on.
+        turn: context of one volume's computing (a queue for the device); its value says why to stop early, or nothing.
+        ahead: given the iterator of gathered volumes, returns one (that reads on meanwhile).
 
     Raises:
-        ValueError: a scan or an image that cannot be; the message is for the user.
+        ValueError: a scan or an image that cannot be, after all that could be was yielded; the message is for the user.
     """
-    for number, scan in enumerate(gather(header, items)):
+    failures: list[str] = []
+    for number, scan in enumerate(ahead(gather(header, items))):
         report("gathered", {"shape": list(scan.kspace.shape), "warnings": scan.warnings})
-        measurement = measure(scan.kspace, scan.counts, scan.geometry.voxel_mm, scan.noise, scan.calibration, options.coils, device_of(options))
-        notes = scan.warnings + measurement.warnings
-        report("measured", {"coils": measurement.operator.maps.shape[1], "acs": list(measurement.acs), "warnings": notes})
-        preview = cg_sense(measurement)
-        report("preview", {})
-        if options.preview and options.method not in ("cg", "zero-filled"):
-            yield from make_images(preview, scan, options, header, SERIES["preview"], number, "CG-SENSE preview", notes)
-        volume, remarks = solve(measurement, preview, prior, options, report)
-        yield from make_images(volume, scan, options, header, SERIES["final"], number, METHODS[options.method].title, notes + remarks)
+        with noted(failures), turn() as hurry:
+            measurement, preview = look(scan, options, report)
+            notes = scan.warnings + measurement.warnings
+            if METHODS[options.method].iterative and options.preview:
+                yield from make_images(preview, scan, options, header, SERIES["preview"], number, PREVIEW, notes)
+            outcome = solve(measurement, preview, prior, options, report, hurry)
+            if not (outcome.failure and options.preview):
+                yield from make_images(outcome.volume, scan, options, header, SERIES["final"], number, outcome.name, notes + outcome.remarks)
+            failures += outcome.failure
+    raise_if_any(failures)
 
 
-def solve(measurement: Measurement, preview: torch.Tensor, prior, options: Options, report: Report) -> tuple[torch.Tensor, list[str]]:
-    """The volume [z y x] of the method asked for, and what the user should know of how it was made."""
-    began = time.monotonic()
-    for state in states(measurement, preview, prior, options):
-        report("sweep", {"sweep": state.sweep, "sweeps": state.sweeps})
-        late = options.deadline_s is not None and time.monotonic() - began > options.deadline_s
-        if late and state.sweep < state.sweeps:
-            return state.volume, [f"stopped at the deadline of {options.deadline_s:g} s after {state.sweep} of {state.sweeps} sweeps"]
-    return state.volume, []
+def look(scan: Scan, options: Options, report: Report) -> tuple[Measurement, torch.Tensor]:
+    """The inverse problem and its CG-SENSE image [z y x]; on the CPU, with a note, if the GPU's memory is too small."""
+    try:
+        return _look(scan, options, device_of(options), report)
+    except torch.OutOfMemoryError as error:
+        log.warning("the CPU takes over: %s", sentence(error))
+    free_gpu_memory()
+    measurement, preview = _look(scan, options, torch.device("cpu"), report)
+    measurement.warnings.append("the GPU's memory does not hold this scan: CG-SENSE was computed on the CPU")
+    return measurement, preview
 
 
-def states(measurement: Measurement, preview: torch.Tensor, prior, options: Options) -> Iterator[State]:
-    """The states of the method asked for; `sweeps` and the like are of the method `diffusion`."""
-    method = METHODS[options.method]
-    config = method.config
-    if options.method == "diffusion":
-        config = VariationalConfig(options.sweeps, options.sigma_max, options.sigma_min, options.prior_weight, slice_fraction=options.slice_fraction)
-    return method.run(measurement, prior, preview, config, options.seed)
-
-
-def load_prior_for(options: Options) -> Prior | None:
-    """The prior that the options ask for, on their device; None if the method has none.
-
-    Raises:
-        PriorError: if the weights cannot be loaded, or CUDA was asked for and is not there.
-    """
-    if not METHODS[options.method].uses_prior:
-        return None
-    return load_prior(options.prior, device_of(options))
-
-
-def device_of(options: Options) -> torch.device:
-    """Resolve `auto`; PriorError if CUDA was asked for and is not there."""
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise PriorError("device cuda was asked for, but torch finds no CUDA device; use device auto or cpu")
-    wanted = "cuda" if options.device == "auto" and torch.cuda.is_available() else options.device
-    return torch.device("cpu" if wanted == "auto" else wanted)
+def _look(scan: Scan, options: Options, device: torch.device, report: Report) -> tuple[Measurement, torch.Tensor]:
+    measurement = measure(scan.kspace, scan.counts, scan.geometry.voxel_mm, scan.noise, scan.calibration, options.coils, device)
+    report("measured", {"coils": measurement.operator.maps.shape[1], "acs": list(measurement.acs), "warnings": scan.warnings + measurement.warnings})
+    preview = cg_sense(measurement)
+    report("preview", {})
+    return measurement, preview

@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import socket
 import socketserver
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from . import wire as w
+from .budget import Budget
 from .chain import is_gadgetron_peer, options_of_config_name, properties_of
-from .conversation import run_scan, sentence
+from .conversation import Host, run_scan, sentence
 from .external import answer_gadgetron
-from .options import Options, OptionsError, make_options, options_from_json
-from .recon import device_of, load_prior_for
+from .gather import ScanError
+from .health import Counts, process_facts
+from .keep import FailedScans, Recording
+from .limits import Limits
+from .options import OptionsError, make_options, options_from_json
+from .solve import device_of, load_prior_for, warm_up
+from .turns import Turns
 
 log = logging.getLogger("slicediff")
 LINGER_S = 5.0
+LAST_WORDS_S = 20.0  # after the grace time, for handing out what there is
+KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
 
 
 class Server(socketserver.ThreadingTCPServer):
     """MRD server; `serve_forever` accepts connections, one thread each.
 
     Args:
-        address: (host, port); port 0 takes a free one, see server_address.
+        address: (host, port); port 0 takes a free one, see server_address. A name is served on all its addresses,
+            "::" on IPv6 and IPv4.
         defaults: options that every scan starts from.
         load_prior: options -> prior; called once per (prior, device).
-        timeout_s: longest silence of a peer.
+        keep: where failed scans are kept, if anywhere.
+        limits: fields of Limits.
     """
 
     allow_reuse_address = True
@@ -35,16 +48,34 @@ class Server(socketserver.ThreadingTCPServer):
     block_on_close = False
     request_queue_size = 32
 
-    def __init__(self, address, defaults: Mapping[str, Any] = {}, load_prior: Callable = load_prior_for, timeout_s: float = 600.0):
-        self.defaults, self.timeout_s, self._load = dict(defaults), timeout_s, load_prior
-        make_options(self.defaults)
+    def __init__(self, address, defaults: Mapping[str, Any] = {}, load_prior: Callable = load_prior_for, keep: FailedScans | None = None, **limits):
+        self.defaults, self.keep, self._load, self.limits = dict(defaults), keep, load_prior, Limits(**limits)
+        self.options = make_options(self.defaults)
         self.priors: dict = {}
-        self.lock = threading.Lock()
-        if ":" in address[0]:
-            self.address_family = socket.AF_INET6
-        super().__init__(address, Handler)
+        self.lock, self.turns, self.counts = threading.Lock(), Turns(self.limits.slots), Counts()
+        self.retiring, self.out_of_time = threading.Event(), threading.Event()
+        self.talking: set[Handler] = set()
+        found = dict.fromkeys((family, where) for family, _, _, _, where in socket.getaddrinfo(*address, type=socket.SOCK_STREAM))
+        (self.address_family, where), *others = sorted(found, key=lambda entry: entry[0] != socket.AF_INET)
+        super().__init__(where, Handler)
+        self.others: list[socket.socket] = []
+        for family, where in others:
+            self._also_on(family, where[0])
 
-    def prior(self, options: Options):
+    def server_bind(self) -> None:
+        """Bind; "::" serves IPv4 as well."""
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, self.server_address[0] != "::")
+        super().server_bind()
+
+    def server_close(self) -> None:
+        """Stop listening on every address."""
+        super().server_close()
+        for listener in self.others:
+            listener.shutdown(socket.SHUT_RDWR)
+            listener.close()
+
+    def prior(self, options):
         """The prior for these options, loaded at most once."""
         key = (options.method, options.prior, str(device_of(options)))
         with self.lock:
@@ -53,8 +84,52 @@ class Server(socketserver.ThreadingTCPServer):
             return self.priors[key]
 
     def warm_up(self) -> None:
-        """Load the default prior before the first scan; PriorError if it cannot be."""
-        self.prior(make_options(self.defaults))
+        """Load the default prior and run a tiny volume, so that the first scan finds all warm; PriorError if it cannot be."""
+        warm_up(self.prior(self.options), self.options)
+
+    def retire(self) -> None:
+        """Take no new scan, let the running ones finish or, when the grace time is over, hand out what they have; then stop."""
+        log.warning("shutting down: no new scans are taken, %d are open", self.counts.open)
+        self.retiring.set()
+        _wait_while(lambda: self.counts.open, self.limits.grace_s)
+        self.out_of_time.set()
+        for handler in list(self.talking):
+            handler.hang_up()
+        _wait_while(lambda: self.counts.open, LAST_WORDS_S)
+        _wait_while(lambda: self.talking, LINGER_S)
+        self.shutdown()
+
+    def health(self) -> dict:
+        """Facts for the query slicediff::health and the health page."""
+        from . import version
+
+        open_, running, queued = self.counts.open, self.turns.running, self.turns.waiting
+        scans = {"done": self.counts.done, "failed": self.counts.failed}
+        scans |= {"receiving": max(0, open_ - running - queued), "queued": queued, "running": running}
+        return {
+            "ready": not self.retiring.is_set(), "version": version(), "device": str(device_of(self.options)), "prior": self.options.prior,
+            "scans": scans, "uptime_s": round(time.monotonic() - self.counts.began, 1), **process_facts(),
+        }  # fmt: skip
+
+    def handle_error(self, request, client_address) -> None:
+        """What a handler did not expect goes to the log."""
+        log.exception("the conversation with %s failed", client_address)
+
+    def _also_on(self, family: int, host: str) -> None:
+        """Accept on one more address of the name; without it (no IPv6) the first still serves."""
+        try:
+            listener = socket.create_server((host, self.server_address[1]), family=family, backlog=self.request_queue_size)
+        except OSError as error:
+            log.warning("not served on %s: %s", host, error)
+            return
+        self.others.append(listener)
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):  # closed
+                while True:
+                    self.process_request(*listener.accept())
+
+        threading.Thread(target=accept, name="accept", daemon=True).start()
 
 
 class Handler(socketserver.BaseRequestHandler):
@@ -62,56 +137,140 @@ class Handler(socketserver.BaseRequestHandler):
 
     server: Server
 
+    def setup(self) -> None:
+        limits = self.server.limits
+        self.request.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in KEEPALIVE.items():
+            if hasattr(socket, name):
+                self.request.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        self.wire = w.QueuedWire(self.request, min(limits.idle_s, limits.timeout_s), int(limits.max_message_mib * 2**20))
+        self.recording: Recording | None = None
+        self.counted, self.well, self.gadgetron = False, True, False
+        self.server.talking.add(self)
+
     def handle(self) -> None:
-        wire = w.Wire(self.request, self.server.timeout_s)
         log.info("connection from %s", self.client_address)
         try:
-            self._converse(wire)
-            wire.close()
-            self._linger()
+            self._converse()
+            self.wire.close()
+            self.wire.flush()
         except (OSError, w.WireError) as error:
             log.warning("connection from %s ended early: %s", self.client_address, error)
+            self.well = False
+        finally:
+            if self.counted:
+                self.server.counts.add(open=-1, **{"done" if self.well else "failed": 1})
+        self._linger()
 
-    def _converse(self, wire: w.Wire) -> None:
+    def finish(self) -> None:
+        with contextlib.suppress(OSError):
+            self.wire.flush()
+        self.wire.release()
+        if self.recording is not None:
+            self.recording.drop() if self.well else self.recording.keep()
+        self.server.talking.discard(self)
+
+    def hang_up(self) -> None:
+        """Read nothing more: what is being received ends here."""
+        with contextlib.suppress(OSError):
+            self.request.shutdown(socket.SHUT_RD)
+
+    def _converse(self) -> None:
         config: tuple[int, str] | None = None
         try:
-            for kind, item in wire.messages():
+            for kind, item in self.wire.messages():
                 if kind == w.QUERY:
-                    wire.send_response(item[0], answer(item[1]))
+                    self.wire.send_response(item[0], self._answer(item[1]))
                 elif kind in (w.CONFIG_FILE, w.CONFIG_TEXT):
                     config = (kind, item)
+                    self.gadgetron = kind == w.CONFIG_TEXT and is_gadgetron_peer(item)
                 elif kind == w.HEADER:
-                    return self._scan(wire, config, item.encode())
+                    return self._scan(config, item.encode())
                 else:
                     raise w.WireError(f"expected a configuration and a header before the data, got message {kind} first")
-        except Exception as error:  # the boundary: every failure must reach the client
-            self._tell_client(wire, error)
+        except Exception as error:  # the boundary: every failure must reach the peer
+            self._tell(error)
 
-    def _scan(self, wire: w.Wire, config: tuple[int, str] | None, header_xml: bytes) -> None:
-        if config is not None and config[0] == w.CONFIG_TEXT and is_gadgetron_peer(config[1]):
-            answer_gadgetron(wire, config[1].encode(), header_xml, self.server.defaults, self.server.prior)
+    def _scan(self, config: tuple[int, str] | None, header_xml: bytes) -> None:
+        self.server.counts.add(open=1)
+        self.counted, host = True, ServerHost(self)
+        self.wire.be_patient_for(self.server.limits.timeout_s)
+        if self.gadgetron:
+            self.well = answer_gadgetron(self.wire, config[1].encode(), header_xml, self.server.defaults, host)
             return
         sources = [self.server.defaults, options_of_config(config)]
-        first = next(wire.messages(), None)
+        first = next(self.wire.messages(), None)
         while first is not None and first[0] == w.TEXT:
             sources.append(options_from_json(first[1]))
-            first = next(wire.messages(), None)
-        run_scan(wire, header_xml, sources, self.server.prior, wire.send_text, first)
+            first = next(self.wire.messages(), None)
+        run_scan(self.wire, header_xml, sources, host, self.wire.send_text, first)
 
-    def _tell_client(self, wire: w.Wire, error: Exception) -> None:
+    def _tell(self, error: Exception) -> None:
+        """An ERROR to Gadgetron; a TEXT to clients, which abort on any ERROR."""
+        self.well = False
         log.error("the scan failed: %s", sentence(error), exc_info=error)
-        wire.drain()
-        wire.send_text(f"ERROR: {sentence(error)}")
+        self.wire.drain()
+        if self.gadgetron:
+            self.wire.send_error(f"slice diffusion: {sentence(error)}")
+        else:
+            self.wire.send_text(f"ERROR: {sentence(error)}")
+
+    def _answer(self, question: str) -> str:
+        """Reply to a query message."""
+        from . import version
+
+        known = {"gadgetron::info": lambda: f"gadgetron-slicediff {version()}", "gadgetron::version": version, "slicediff::health": lambda: json.dumps(self.server.health())}
+        return known[question]() if question in known else f"unknown query {question!r}; known are {', '.join(known)}"
 
     def _linger(self) -> None:
         """Let the peer close first: closing with its bytes unread would destroy our last message."""
-        self.request.shutdown(socket.SHUT_WR)
-        self.request.settimeout(LINGER_S)
         try:
+            self.request.shutdown(socket.SHUT_WR)
+            self.request.settimeout(LINGER_S)
             while self.request.recv(1 << 16):
                 pass
-        except TimeoutError:
-            log.debug("the peer did not close within %g s", LINGER_S)
+        except OSError as error:
+            log.debug("the peer did not close in good order: %s", error)
+
+
+class ServerHost(Host):
+    """What the server grants one connection."""
+
+    def __init__(self, handler: Handler):
+        self.handler, self.server = handler, handler.server
+
+    def load_prior(self, options):
+        """The server's loaded prior."""
+        return self.server.prior(options)
+
+    def take_in(self, header, header_xml: bytes, items: Iterable) -> Iterable:
+        """The items, watched and recorded; ScanError if the server takes no scan, or not this one."""
+        server = self.server
+        if server.retiring.is_set():
+            raise ScanError("this server is shutting down and takes no new scan: send it again when the server is back")
+        if server.counts.open > server.limits.connections:
+            raise ScanError(f"this server has {server.limits.connections} open scans already: send it again later")
+        budget = Budget(header, server.limits.max_gib)
+        if server.keep is not None:
+            self.handler.recording = server.keep.record(header_xml)
+        return budget.watch(self._recorded(items))
+
+    def hurry(self) -> str:
+        """Why to end soon."""
+        return "because the server is shutting down" if self.server.out_of_time.is_set() else ""
+
+    @contextlib.contextmanager
+    def turn(self, tell: Callable[[str], None], hurry: Callable[[], str]) -> Iterator[None]:
+        """One of the device's slots; out of time the line moves fast, so it is left only if the peer is gone."""
+        gone = lambda: "because the peer is gone" if self.handler.wire.gone() else ""  # noqa: E731
+        with self.server.turns.turn(lambda place: tell(f"waiting for the device, place {place} in line"), gone):
+            yield
+
+    def _recorded(self, items: Iterable) -> Iterator:
+        for item in items:
+            if self.handler.recording is not None:
+                self.handler.recording.add(item)
+            yield item
 
 
 def options_of_config(config: tuple[int, str] | None) -> dict[str, Any]:
@@ -121,9 +280,7 @@ def options_of_config(config: tuple[int, str] | None) -> dict[str, Any]:
     return options_of_config_name(config[1]) if config[0] == w.CONFIG_FILE else properties_of(config[1])
 
 
-def answer(question: str) -> str:
-    """Reply to a query message."""
-    from . import version
-
-    known = {"gadgetron::info": f"gadgetron-slicediff {version()}", "gadgetron::version": version(), "slicediff::health": "ok"}
-    return known.get(question, f"unknown query {question!r}; known are {', '.join(known)}")
+def _wait_while(busy: Callable[[], Any], longest_s: float) -> None:
+    end = time.monotonic() + longest_s
+    while busy() and time.monotonic() < end:
+        time.sleep(0.05)

@@ -8,8 +8,12 @@ bounded, and an unknown message is named.
 from __future__ import annotations
 
 import ctypes
+import math
+import queue
+import select
 import socket
 import struct
+import threading
 from collections.abc import Iterator
 
 import ismrmrd
@@ -23,6 +27,8 @@ SCAN_ITEMS = (ACQUISITION, RECON_DATA, WAVEFORM)
 CONFIG_FILE_BYTES = 1024
 MAX_TEXT_BYTES = 64 << 20
 MAX_ITEM_BYTES = 4 << 30
+BLOCK_BYTES = 4 << 20  # memory follows what arrives, not what was announced
+PIXEL_TYPES = {1: np.uint16, 2: np.int16, 3: np.uint32, 4: np.int32, 5: np.float32, 6: np.float64, 7: np.complex64, 8: np.complex128}
 COMPRESSED_BITS = (1 << 52) | (1 << 53)
 
 
@@ -36,16 +42,19 @@ class Wire:
     Args:
         sock: connected stream socket; `close` of the socket stays with the caller.
         timeout_s: longest wait for the peer's next byte, None for ever.
+        max_bytes: largest message taken.
     """
 
-    def __init__(self, sock: socket.socket, timeout_s: float | None = None):
+    def __init__(self, sock: socket.socket, timeout_s: float | None = None, max_bytes: int = MAX_ITEM_BYTES):
         sock.settimeout(timeout_s)
-        self.sock, self.timeout_s = sock, timeout_s
+        self.sock, self.timeout_s, self.max_bytes = sock, timeout_s, max_bytes
         self.stream = sock.makefile("rb", buffering=1 << 20)
         self.ended = False
 
     def read(self, nbytes: int) -> bytes:
         """Exactly `nbytes`; WireError when the peer is gone or silent."""
+        if nbytes > BLOCK_BYTES:
+            return b"".join(self.read(min(BLOCK_BYTES, nbytes - done)) for done in range(0, nbytes, BLOCK_BYTES))
         try:
             data = self.stream.read(nbytes)
         except TimeoutError:
@@ -84,7 +93,25 @@ class Wire:
                 raise WireError(f"received message id {kind}, which is unknown here or out of step: the stream cannot be read on")
             yield kind, readers[kind]()
 
-    def drain(self, limit_bytes: int = 64 << 30) -> None:
+    def be_patient_for(self, timeout_s: float | None) -> None:
+        """From now on wait this long for the peer's next byte."""
+        self.timeout_s = timeout_s
+        self.sock.settimeout(timeout_s)
+
+    def gone(self) -> bool:
+        """Whether the connection is known to be broken (a peer that only closed its sending side is still there)."""
+        try:
+            poll = select.poll()
+            poll.register(self.sock, 0)
+            return bool(poll.poll(0))
+        except (OSError, ValueError):
+            return True
+
+    def release(self) -> None:
+        """Let go of the socket, which stays its owner's to close."""
+        self.stream.close()
+
+    def drain(self) -> None:
         """Read and forget what the peer still sends, so that closing does not destroy our last words."""
         try:
             for _ in self.messages():
@@ -95,38 +122,38 @@ class Wire:
     def send_text(self, text: str) -> None:
         """TEXT, the only message a client shows its user."""
         data = text.encode()
-        self.sock.sendall(struct.pack("<HI", TEXT, len(data)) + data)
+        self._send(struct.pack("<HI", TEXT, len(data)) + data)
 
     def send_error(self, text: str) -> None:
         """ERROR, which Gadgetron relays to its client; clients abort on it."""
         data = text.encode()
-        self.sock.sendall(struct.pack("<HQ", ERROR, len(data)) + data)
+        self._send(struct.pack("<HQ", ERROR, len(data)) + data)
 
     def send_config(self, text: str) -> None:
         """Configuration XML (or anything a server takes for it)."""
         data = text.encode()
-        self.sock.sendall(struct.pack("<HI", CONFIG_TEXT, len(data)) + data)
+        self._send(struct.pack("<HI", CONFIG_TEXT, len(data)) + data)
 
     def send_config_file(self, name: str) -> None:
         """Name of a configuration on the server."""
         data = name.encode()
         if len(data) >= CONFIG_FILE_BYTES:
             raise WireError(f"a configuration name may have {CONFIG_FILE_BYTES - 1} bytes, got {len(data)}")
-        self.sock.sendall(struct.pack("<H", CONFIG_FILE) + data.ljust(CONFIG_FILE_BYTES, b"\0"))
+        self._send(struct.pack("<H", CONFIG_FILE) + data.ljust(CONFIG_FILE_BYTES, b"\0"))
 
     def send_header(self, xml: bytes) -> None:
         """ISMRMRD header as XML bytes."""
-        self.sock.sendall(struct.pack("<HI", HEADER, len(xml)) + xml)
+        self._send(struct.pack("<HI", HEADER, len(xml)) + xml)
 
     def send_query(self, text: str, number: int = 1) -> None:
         """Question to a server, answered by a RESPONSE with the same number."""
         data = text.encode()
-        self.sock.sendall(struct.pack("<HQQQ", QUERY, 0, number, len(data)) + data)
+        self._send(struct.pack("<HQQQ", QUERY, 0, number, len(data)) + data)
 
     def send_response(self, number: int, text: str) -> None:
         """Answer to a query."""
         data = text.encode()
-        self.sock.sendall(struct.pack("<HQQ", RESPONSE, number, len(data)) + data)
+        self._send(struct.pack("<HQQ", RESPONSE, number, len(data)) + data)
 
     def send_item(self, item: ismrmrd.Acquisition | ismrmrd.Waveform | ismrmrd.Image) -> None:
         """One acquisition, waveform or image, in a single write."""
@@ -134,18 +161,21 @@ class Wire:
         kind = next(k for cls, k in kinds if isinstance(item, cls))
         parts = [struct.pack("<H", kind)]
         item.serialize_into(lambda data: parts.append(bytes(data)))
-        self.sock.sendall(b"".join(parts))
+        self._send(b"".join(parts))
 
     def close(self) -> None:
         """Say CLOSE, our last message."""
-        self.sock.sendall(struct.pack("<H", CLOSE))
+        self._send(struct.pack("<H", CLOSE))
+
+    def _send(self, data: bytes) -> None:
+        self.sock.sendall(data)
 
     def _unpack(self, form: str) -> int:
         return struct.unpack(form, self.read(struct.calcsize(form)))[0]
 
     def _read_text(self, form: str = "<I") -> str:
         length = self._unpack(form)
-        self._check(length, MAX_TEXT_BYTES, "text")
+        self._check(length, min(MAX_TEXT_BYTES, self.max_bytes), "text")
         return _decode(self.read(length).rstrip(b"\0"))
 
     def _read_query(self) -> tuple[int, str]:
@@ -158,15 +188,34 @@ class Wire:
             self.ended = True
             raise WireError("the acquisitions are compressed, which is not supported here: send them without -P or -T")
         samples, coils, dims = head.number_of_samples, head.active_channels, head.trajectory_dimensions
+        self._check(samples * (4 * dims + 8 * coils), self.max_bytes, "line")
         trajectory = np.frombuffer(self.read(4 * samples * dims), np.float32).reshape(samples, dims)
         data = np.frombuffer(self.read(8 * samples * coils), np.complex64).reshape(coils, samples)
         return ismrmrd.Acquisition(head, data, trajectory)
 
     def _read_waveform(self) -> ismrmrd.Waveform:
-        return ismrmrd.Waveform.deserialize_from(self.read)
+        head = ismrmrd.WaveformHeader.from_buffer_copy(self.read(ctypes.sizeof(ismrmrd.WaveformHeader)))
+        self._check(4 * head.channels * head.number_of_samples, self.max_bytes, "waveform")
+        waveform = ismrmrd.Waveform(head)
+        waveform.data.ravel()[:] = np.frombuffer(self.read(4 * head.channels * head.number_of_samples), np.uint32)
+        return waveform
 
     def _read_image(self) -> ismrmrd.Image:
-        return ismrmrd.Image.deserialize_from(self._bounded_read)
+        head = ismrmrd.ImageHeader.from_buffer_copy(self.read(ctypes.sizeof(ismrmrd.ImageHeader)))
+        attributes = self._read_text("<Q")
+        if head.data_type not in PIXEL_TYPES:
+            self.ended = True
+            raise WireError(f"an image of the unknown pixel type {head.data_type} came: the stream is damaged or out of step")
+        pixel = np.dtype(PIXEL_TYPES[head.data_type])
+        nbytes = math.prod((head.channels, *head.matrix_size)) * pixel.itemsize
+        self._check(nbytes, self.max_bytes, "image")
+        try:
+            image = ismrmrd.Image(head, attributes)
+        except Exception as error:  # attributes that are not their XML raise a family of errors
+            self.ended = True
+            raise WireError(f"the attributes of an image cannot be read: {' '.join(str(error).split())[:200]}") from error
+        image.data.ravel()[:] = np.frombuffer(self.read(nbytes), pixel)
+        return image
 
     def _read_recon_data(self) -> ReconData:
         try:
@@ -175,14 +224,48 @@ class Wire:
             self.ended = True
             raise WireError(str(error)) from None
 
-    def _bounded_read(self, nbytes: int) -> bytes:
-        self._check(int(nbytes), MAX_ITEM_BYTES, "image")
-        return self.read(int(nbytes))
-
     def _check(self, length: int, limit: int, what: str) -> None:
         if length > limit:
             self.ended = True
             raise WireError(f"a {what} of {length} bytes was announced, the limit is {limit}: the stream is damaged or out of step")
+
+
+class QueuedWire(Wire):
+    """A wire whose messages are sent by a thread of their own: a peer that reads slowly holds up nobody else.
+
+    After the peer is gone, or took nothing for `timeout_s`, sending raises OSError.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.failure: OSError | None = None
+        self.outgoing: queue.SimpleQueue = queue.SimpleQueue()
+        self.writer = threading.Thread(target=self._write, name="writer", daemon=True)
+        self.writer.start()
+
+    def gone(self) -> bool:
+        """Whether the connection is known to be broken."""
+        return self.failure is not None or super().gone()
+
+    def flush(self) -> None:
+        """Wait until all is sent and end the thread; OSError if it could not be."""
+        self.outgoing.put(None)
+        self.writer.join()
+        if self.failure is not None:
+            raise self.failure
+
+    def _send(self, data: bytes) -> None:
+        if self.failure is not None:
+            raise OSError(f"the peer takes no more messages: {self.failure}")
+        self.outgoing.put(data)
+
+    def _write(self) -> None:
+        while (data := self.outgoing.get()) is not None:
+            try:
+                if self.failure is None:
+                    self.sock.sendall(data)
+            except OSError as error:
+                self.failure = error
 
 
 def _decode(data: bytes) -> str:

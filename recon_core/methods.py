@@ -27,6 +27,7 @@ class Method:
     run: Callable[[Measurement, Denoiser | None, Tensor, Any, int], Iterator[State]]
     config: Any = None
     uses_prior: bool = False
+    iterative: bool = True
 
 
 def _zero_filled(measurement: Measurement, prior: None, start: Tensor, config: None, seed: int) -> Iterator[State]:
@@ -46,6 +47,6 @@ METHODS = {
     "pnp": Method("plug-and-play ADMM", reconstruct_plug_and_play, PlugAndPlayConfig(), True),
     "wavelet": Method("l1-wavelet", reconstruct_wavelet, WaveletConfig()),
     "tv": Method("total variation", reconstruct_total_variation, TotalVariationConfig()),
-    "cg": Method("CG-SENSE", _cg_sense),
-    "zero-filled": Method("zero-filled", _zero_filled),
+    "cg": Method("CG-SENSE", _cg_sense, iterative=False),
+    "zero-filled": Method("zero-filled", _zero_filled, iterative=False),
 }

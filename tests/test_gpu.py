@@ -6,7 +6,7 @@ import torch
 from conftest import run_chain
 
 from gadgets.options import make_options
-from gadgets.recon import load_prior_for
+from gadgets.solve import load_prior_for
 from recon_core.train import TrainOptions, train
 from recon_core.volumes import Volume
 

@@ -1,5 +1,6 @@
 """The three mouths: same scan, same images; every failure told; the next scan works."""
 
+import json
 import socket
 import struct
 import threading
@@ -8,8 +9,10 @@ import pytest
 from conftest import run_chain
 from peers import ClientPeer, GadgetronPeer, run_execute, same_images
 
+from gadgets.cli import main
 from gadgets.client import SendError, send_scan
-from gadgets.files import ScanFile
+from gadgets.files import ScanFile, read_images
+from gadgets.solve import load_prior_for
 from gadgets.server import Server
 from recon_core.prior import PriorError, save_prior
 
@@ -90,6 +93,19 @@ def test_gadgetrons_execute_gets_the_same_images(scan_path, tmp_path, prior, exp
     assert [i.data.shape for i in peer.images] == [i.data.shape for i in expected]
     exact = run_chain(scan_path, load_gauss(tmp_path), **FAST)
     assert same_images(peer.images, exact)
+
+
+def test_file_command_server_external_gadget_and_fire_give_the_same_images(scan_path, tmp_path, prior):
+    save_prior(prior, tmp_path / "gauss.safetensors", {})
+    options = {"sweeps": 2, "device": "cpu", "prior": f"{tmp_path}/gauss.safetensors"}
+    assert main(["recon", str(scan_path), str(tmp_path / "images.h5"), *(word for name, value in options.items() for word in (f"--{name}", str(value)))]) == 0
+    of_file = read_images(tmp_path / "images.h5")
+    properties = "".join(f'<property name="{name}" value="{value}"/>' for name, value in options.items())
+    assert same_images(run_execute(scan_path, properties)[0].images, of_file)
+    with running({}, load_prior_for) as server:
+        assert same_images(gadgetron(server, scan_path, properties).images, of_file)
+        assert same_images(client(server, scan_path, text=json.dumps({"parameters": options}))[0], of_file)
+    assert len(of_file) == 2
 
 
 def load_gauss(folder):

@@ -1,0 +1,83 @@
+"""An iterator run in a thread of its own, some items ahead of whoever takes them."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+POLL_S = 0.1
+LEFT_BEHIND = "left behind"
+_END = object()
+
+
+def left_behind() -> int:
+    """How many threads of this process could not be ended: solvers that hang."""
+    return sum(thread.name == LEFT_BEHIND for thread in threading.enumerate())
+
+
+class Ahead(Iterator):
+    """Iterates `source` in the background; what it raises comes out in the place of its next item.
+
+    So a scan is read on while its last volume waits for the device, and a solver that hangs can be left
+    behind. After `close` nothing is delivered any more; an iterator that must be read to its end (a peer
+    that still sends) is run on and its items are dropped, any other stops at its next item.
+
+    Args:
+        source: iterated in the other thread only.
+        room: this many items may wait to be taken before the source is made to wait.
+        to_the_end: whether the source is run on after `close`.
+    """
+
+    def __init__(self, source: Iterable, room: int = 1, to_the_end: bool = False):
+        self.items: queue.Queue = queue.Queue(room)
+        self.closed, self.to_the_end = threading.Event(), to_the_end
+        self.thread = threading.Thread(target=self._run, args=(source,), name="ahead", daemon=True)
+        self.thread.start()
+
+    def take(self, wait_s: float | None = None) -> Any:
+        """The next item; TimeoutError if it takes longer than `wait_s`, StopIteration at the end."""
+        try:
+            item, error = self.items.get(timeout=wait_s)
+        except queue.Empty:
+            raise TimeoutError(f"nothing came for {wait_s:g} s") from None
+        if error is not None:
+            self.closed.set()
+            raise error
+        if item is _END:
+            self.closed.set()
+            raise StopIteration
+        return item
+
+    def __next__(self) -> Any:
+        if self.closed.is_set():
+            raise StopIteration
+        return self.take()
+
+    def close(self, wait_s: float | None = None) -> bool:
+        """Take nothing more; whether the thread has ended after at most `wait_s`."""
+        self.closed.set()
+        self.thread.join(wait_s)
+        if self.thread.is_alive():
+            self.thread.name = LEFT_BEHIND  # so that it can be counted
+        return not self.thread.is_alive()
+
+    def _run(self, source: Iterable) -> None:
+        try:
+            for item in source:
+                delivered, item = self._put(item, None), None  # or it would live until the next one comes
+                if not delivered and not self.to_the_end:
+                    return
+            self._put(_END, None)
+        except Exception as error:  # it belongs to the thread that takes
+            self._put(None, error)
+
+    def _put(self, item: Any, error: Exception | None) -> bool:
+        while not self.closed.is_set():
+            try:
+                self.items.put((item, error), timeout=POLL_S)
+                return True
+            except queue.Full:
+                continue
+        return False

@@ -1,0 +1,78 @@
+"""The memory that the k-space of one connection may take, and whether what came is worth reconstructing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+import ismrmrd
+
+from .gather import NOISE_BIT, SKIP_BITS, Scan, ScanError, read_geometry
+
+CENTRE = 8  # lines along each phase-encode axis
+FEWEST = 0.02  # of all lines; R = 16 cut off after a third
+
+
+class Budget:
+    """Watches that the k-space of one connection stays below `max_gib`.
+
+    Raises:
+        ScanError: on `admit` from the header alone, on `watch` once the lines tell more than the header did.
+    """
+
+    def __init__(self, header, max_gib: float):
+        self.geometry, self.max_bytes = read_geometry(header), max_gib * 2**30
+        self.volumes = _announced_volumes(header)
+        system = header.acquisitionSystemInformation
+        self.check(getattr(system, "receiverChannels", None) or 1, self.volumes)
+
+    def check(self, coils: int, volumes: int) -> None:
+        """Refuse what would not fit."""
+        if self.nbytes(coils) * volumes > self.max_bytes:
+            gib = self.nbytes(coils) * volumes / 2**30
+            z, y, x = self.geometry.shape
+            raise ScanError(
+                f"the scan's k-space needs {gib:.2g} GiB ({volumes} volumes at once of {coils} coils, matrix {x} x {y} x {z}) "
+                f"and this server takes {self.max_bytes / 2**30:.2g} GiB: start it with a larger --max-gib"
+            )
+
+    def nbytes(self, coils: int) -> int:
+        """Bytes of one volume's k-space."""
+        return 8 * coils * math.prod(self.geometry.shape)
+
+    def watch(self, items: Iterable) -> Iterator:
+        """Pass `items` on, counting the volumes that are being gathered side by side."""
+        repetition, volumes, coils = -1, set(), 0
+        for item in items:
+            if isinstance(item, ismrmrd.Acquisition) and not item.flags & (NOISE_BIT | SKIP_BITS):
+                idx = item.idx
+                if idx.repetition > repetition:
+                    repetition, volumes = idx.repetition, set()
+                key = (idx.slice, idx.contrast, idx.set, idx.phase, idx.repetition)
+                if key not in volumes or item.active_channels > coils:
+                    volumes.add(key)
+                    coils = max(coils, item.active_channels)
+                    self.check(coils, len(volumes))
+            yield item
+
+
+def _announced_volumes(header) -> int:
+    """How many volumes are gathered side by side, by the header's limits."""
+    limits = header.encoding[0].encodingLimits
+    found = [getattr(limits, name, None) for name in ("slice", "contrast", "set", "phase")] if limits else []
+    return math.prod((limit.maximum or 0) + 1 for limit in found if limit is not None)
+
+
+def worth_an_image(scan: Scan) -> bool:
+    """Whether lines of a scan that broke off make an image: some in each quadrant of the k-space centre, and not a few in all."""
+    there = scan.counts > 0
+    if scan.calibration is not None:
+        there = there | (scan.calibration[1] > 0)
+    quadrants = [there[z][:, y] for z in _halves(there.shape[0]) for y in _halves(there.shape[1])]
+    return all(bool(q.any()) for q in quadrants) and float((scan.counts > 0).float().mean()) >= FEWEST
+
+
+def _halves(n: int) -> list[slice]:
+    """The two halves of the centre of an axis; of one line, that line."""
+    middle, reach = n // 2, min(CENTRE, n) // 2
+    return [slice(middle - reach, middle), slice(middle, middle + reach)] if reach else [slice(0, 1)]

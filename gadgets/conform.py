@@ -1,0 +1,211 @@
+"""The conformance suite: what a server promises when peers, networks, scans, solvers and disks fail.
+
+`conform` runs the cases of conform_cases.py, each against its own time limit, and after each one a correct scan,
+whose images must be the same to the bit as those of the first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import peer as p
+from .files import ScanFile
+from .simulate import SimulateOptions, simulate
+
+SWEEPS = 2
+COMMAND = [sys.executable, "-W", "ignore", "-c", "import sys; from gadgets.cli import main; sys.exit(main())", "serve", "--port", "0", "--test-faults"]
+QUICK = ["--timeout-s", "2", "--idle-s", "2", "--grace-s", "1", "--max-gib", "0.5", "--max-message-mib", "64"]
+SLACK_S = 10.0
+ONE_ARENA = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "131072"}  # or the heaps of threads hide a leak behind +-20 MiB
+
+
+class Broken(AssertionError):
+    """A promise that was not kept; the message says what happened instead."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A promise to try; `needs` is "", "faults" (a server that fails on purpose) or "process" (a server that may be killed)."""
+
+    name: str
+    promise: str
+    limit_s: float
+    needs: str
+    run: Callable[[Bench], str]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A case's row in the table; verdict is passed, failed or skipped."""
+
+    name: str
+    promise: str
+    verdict: str
+    happened: str
+    seconds: float
+
+
+class Bench:
+    """The server under test, a tiny scan, and the images that it must give every time.
+
+    Args:
+        address: a server that runs already; None starts one of our own, in a child process with short time limits.
+
+    Raises:
+        Broken: if the server does not start, or not even a correct scan gives images.
+    """
+
+    def __init__(self, address: tuple[str, int] | None = None):
+        self.folder = tempfile.TemporaryDirectory(prefix="slicediff-conform-")
+        self.process: subprocess.Popen | None = None
+        self.kept = Path(self.folder.name) / "kept"
+        self.path = Path(self.folder.name) / "scan.h5"
+        self.header, self.lines = _tiny_scan(self.path)
+        self.messages = [p.acquisition(line) for line in self.lines]
+        if address is None:
+            self.start()
+        else:
+            self.address = address
+        self.expected = self.scan().images
+        if len(self.expected) != 2:
+            raise Broken(f"a correct scan gave {len(self.expected)} images and not a preview and a final one")
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self._reap()
+        self.folder.cleanup()
+
+    def start(self) -> None:
+        """Start (again) the server of our own, and wait until it says its port."""
+        if self.process is not None:
+            self._reap()
+        command = [*COMMAND, *QUICK, "--keep-failed", str(self.kept)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ, **ONE_ARENA})
+        words = self.process.stdout.readline().split()
+        if not words:
+            raise Broken("the server did not start")
+        self.address = ("127.0.0.1", int(words[-1]))
+
+    def _reap(self) -> None:
+        self.process.wait(30)
+        self.process.stdout.close()
+
+    def peer(self) -> p.Peer:
+        """A new connection."""
+        return p.Peer(self.address)
+
+    def opening(self, header: bytes | None = None, gadgetron: bool = False, **options) -> bytes:
+        """Configuration and header with options, in a host's words or Gadgetron's."""
+        options = {"sweeps": SWEEPS, **options}
+        head = p.text_message(p.HEADER, self.header if header is None else header)
+        if gadgetron:
+            return p.gadgetron_config("".join(f'<property name="{n}" value="{v}"/>' for n, v in options.items())) + head
+        return p.config_name("default") + head + p.text_message(p.TEXT, json.dumps({"parameters": options}))
+
+    def scan(self, lines: list[bytes] | None = None, header: bytes | None = None, gadgetron: bool = False, **options) -> p.Answer:
+        """A whole scan and its answer."""
+        with self.peer() as peer:
+            peer.send(self.opening(header, gadgetron, **options), *(self.messages if lines is None else lines), p.close())
+            return peer.answer()
+
+    def health(self) -> dict:
+        """The server's facts about itself."""
+        with self.peer() as peer:
+            reply = peer.send(p.query("slicediff::health"), p.close()).answer().replies
+        return json.loads(reply[0])
+
+    def wait_for(self, happened: Callable[[], bool], what: str, longest_s: float = 10.0) -> None:
+        """Wait until something is so; Broken if it does not become so."""
+        end = time.monotonic() + longest_s
+        while not happened():
+            if time.monotonic() > end:
+                raise Broken(f"after {longest_s:g} s still not: {what}")
+            time.sleep(0.05)
+
+    def limit_files(self, nbytes: int) -> None:
+        """No file of the server's may grow beyond this: a disk that is full for it alone."""
+        resource.prlimit(self.process.pid, resource.RLIMIT_FSIZE, (nbytes, resource.RLIM_INFINITY))
+
+    def check_next(self) -> None:
+        """The next correct scan gives the very same images."""
+        answer = self.scan()
+        if answer.complaint or not answer.closed:
+            raise Broken(f"the next correct scan failed: {answer.complaint or 'no CLOSE'}")
+        if answer.images != self.expected:
+            raise Broken(f"the next correct scan gave other images ({len(answer.images)} of {len(self.expected)})")
+
+
+def conform(host: str | None, port: int, only: list[str] | None = None, show: Callable[[str], None] = lambda name: None) -> Iterator[Result]:
+    """Run the suite on a server (None: on one of our own) and yield a result per case.
+
+    Raises:
+        Broken: if there is nothing to test, or `only` names no case.
+    """
+    from .conform_cases import CASES
+
+    unknown = set(only or ()) - {case.name for case in CASES}
+    if unknown:
+        raise Broken(f"no case {', '.join(sorted(unknown))}; there are {', '.join(case.name for case in CASES)}")
+    with Bench(None if host is None else (host, port)) as bench:
+        for case in CASES:
+            if only is None or case.name in only:
+                show(case.name)
+                yield run_case(case, bench)
+
+
+def run_case(case: Case, bench: Bench) -> Result:
+    """One case and the correct scan after it, within the case's limit."""
+    if case.needs and bench.process is None:
+        return Result(case.name, case.promise, "skipped", "needs a server of the suite's own", 0.0)
+    began, end = time.monotonic(), {}
+    thread = threading.Thread(target=_try, args=(case, bench, end), daemon=True)
+    thread.start()
+    thread.join(case.limit_s + SLACK_S)
+    seconds = round(time.monotonic() - began, 2)
+    verdict, happened = end.get("is", ("failed", f"it was not over after {seconds:g} s"))
+    if verdict == "failed" and bench.process is not None and (thread.is_alive() or bench.process.poll() is not None):
+        bench.process.kill()
+        bench.start()
+    elif verdict == "passed" and end["seconds"] > case.limit_s:
+        verdict, happened = "failed", f"{happened}, but after {end['seconds']:.1f} s, not within {case.limit_s:g} s"
+    return Result(case.name, case.promise, verdict, happened, seconds)
+
+
+def _try(case: Case, bench: Bench, end: dict) -> None:
+    began = time.monotonic()
+    try:
+        happened = case.run(bench)
+        end["seconds"] = time.monotonic() - began
+        bench.check_next()
+        end["is"] = ("passed", happened)
+    except Broken as error:
+        end["is"] = ("failed", str(error))
+    except Exception as error:  # whatever a broken server makes of its peer
+        end["is"] = ("failed", f"{type(error).__name__}: {error}")
+
+
+def _tiny_scan(path: Path) -> tuple[bytes, list]:
+    """Header and acquisitions of a small phantom: 3 coils, R = 2, 20 x 24 x 22 voxels."""
+    import numpy as np
+
+    from recon_core.simulate import phantom
+
+    volume = path.with_name("object.npy")
+    np.save(volume, phantom((20, 24, 22)).numpy())
+    simulate(volume, path, SimulateOptions(coils=3, acceleration=2, acs=10, noise_lines=8))
+    with ScanFile(path) as scan:
+        return scan.header_xml, list(scan.acquisitions())

@@ -1,0 +1,442 @@
+"""The cases of the conformance suite: each tries one promise on a Bench and says in a few words what happened."""
+
+from __future__ import annotations
+
+import copy
+import re
+import signal
+import struct
+import time
+from collections.abc import Callable
+
+import ismrmrd
+import numpy as np
+
+from . import peer as p
+from .conform import Bench, Broken, Case
+
+CASES: list[Case] = []
+
+
+def case(promise: str, limit_s: float = 10.0, needs: str = "") -> Callable:
+    """Add a function to the suite under its own name."""
+
+    def add(run: Callable[[Bench], str]) -> Callable[[Bench], str]:
+        CASES.append(Case(run.__name__.replace("_", "-"), promise, limit_s, needs, run))
+        return run
+
+    return add
+
+
+def expect(fine: bool, otherwise: str) -> None:
+    """Broken with what happened instead."""
+    if not fine:
+        raise Broken(otherwise)
+
+
+def refused(answer: p.Answer, words: str) -> str:
+    """No image, one sentence that holds `words` (a pattern), CLOSE; returns the sentence, shortened."""
+    expect(not answer.images, f"{len(answer.images)} images came")
+    return told(answer, words)
+
+
+def told(answer: p.Answer, words: str) -> str:
+    """The sentence that the peer got, which must match `words`, before a CLOSE."""
+    expect(answer.closed, "the connection ended without CLOSE")
+    expect(bool(answer.complaint), "nothing was said")
+    expect(re.search(words, answer.complaint) is not None, f"said: {answer.complaint}")
+    return shortened(answer.complaint)
+
+
+def shortened(text: str) -> str:
+    """A sentence for the table."""
+    text = text.removeprefix("ERROR: ").removeprefix("slice diffusion: ")
+    return text if len(text) <= 110 else text[:107] + "..."
+
+
+def same(answer: p.Answer, bench: Bench) -> None:
+    """The very images of the first correct scan, and no complaint."""
+    expect(not answer.complaint, f"said: {answer.complaint}")
+    expect(answer.closed, "the connection ended without CLOSE")
+    expect(answer.images == bench.expected, f"{len(answer.images)} images, not the same as before")
+
+
+# what a correct peer may do
+
+
+@case("a scan written field by field from the format is understood; preview, then final image, both uint16, then CLOSE")
+def golden_bytes(bench: Bench) -> str:
+    answer = bench.scan()
+    same(answer, bench)
+    expect(answer.series == [1, 2], f"series {answer.series}")
+    for head, attributes, pixels in answer.images:
+        version, kind = struct.unpack_from("<HH", head)
+        expect((version, kind) == (1, 1), f"image version {version}, pixel type {kind}")
+        expect(struct.unpack_from("<I", head, 194)[0] == len(attributes), "the header holds another length of the attributes")
+        expect(len(pixels) == 2 * 20 * 24 * 22 and max(struct.unpack(f"<{len(pixels) // 2}H", pixels)) <= 4095, "pixels of another number or size")
+    return "2 images, series 1 and 2"
+
+
+@case("bytes that come one at a time, then in odd pieces, make the same images", limit_s=20)
+def dribble(bench: Bench) -> str:
+    data, at, random = bench.opening() + b"".join(bench.messages) + p.close(), 40_000, np.random.default_rng(0)
+    with bench.peer() as peer:
+        for number in range(at):
+            peer.send(data[number : number + 1])
+        while at < len(data):
+            piece = int(random.integers(1, 2000))
+            peer.send(data[at : at + piece])
+            at += piece
+        same(peer.answer(), bench)
+    return f"{len(data)} bytes, same images"
+
+
+@case("Gadgetron's <connect>, a client and a FIRE host get the same images")
+def every_front_end(bench: Bench) -> str:
+    same(bench.scan(gadgetron=True), bench)
+    with bench.peer() as peer:
+        script = f'<configuration><version>2</version><stream><external><connect port="1"/><configuration><property name="sweeps" value="{2}"/></configuration></external></stream></configuration>'
+        peer.send(p.text_message(p.CONFIG, script), p.text_message(p.HEADER, bench.header + b"\0"), *bench.messages, p.close())
+        same(peer.answer(), bench)
+    return "same images three times"
+
+
+@case("a sending side closed after CLOSE, as in --from_stream, still gets its images")
+def half_close(bench: Bench) -> str:
+    with bench.peer() as peer:
+        peer.send(bench.opening(), *bench.messages, p.close()).half_close()
+        same(peer.answer(), bench)
+    return "same images"
+
+
+@case("queries are answered, health as JSON; a conversation without a scan ends with CLOSE")
+def queries(bench: Bench) -> str:
+    health = bench.health()
+    expect(health["ready"] and {"device", "prior", "scans", "uptime_s", "rss_mib"} <= set(health), f"health {health}")
+    with bench.peer() as peer:
+        answer = peer.send(p.config_name("default"), p.close()).answer()
+    expect(answer.closed and not answer.complaint, answer.complaint or "no CLOSE")
+    return f"{health['device']}, prior {health['prior']}, {health['scans']['done']} scans done"
+
+
+@case("two scans at once get the same images", limit_s=15)
+def two_at_once(bench: Bench) -> str:
+    with bench.peer() as one, bench.peer() as two:
+        half = len(bench.messages) // 2
+        for peer in (one, two):
+            peer.send(bench.opening(), *bench.messages[:half])
+        for peer in (two, one):
+            peer.send(*bench.messages[half:], p.close())
+        same(one.answer(), bench)
+        same(two.answer(), bench)
+    return "same images twice"
+
+
+@case("who waits for the device is told the place in line", limit_s=20, needs="faults")
+def line(bench: Bench) -> str:
+    with bench.peer() as slow, bench.peer() as next_:
+        slow.send(bench.opening(prior="test-slow", sweeps=2), *bench.messages, p.close())
+        bench.wait_for(lambda: bench.health()["scans"]["running"] == 1, "the first scan computes")
+        answer = next_.send(bench.opening(), *bench.messages, p.close()).answer()
+        same(answer, bench)
+        place = [text for text in answer.texts if "place 1 in line" in text]
+        expect(bool(place), f"said: {answer.texts}")
+        expect(len(slow.answer().images) == 2, "the slow scan lost its images")
+    return place[0]
+
+
+@case("a peer that reads nothing holds up nobody else", limit_s=15)
+def slow_reader(bench: Bench) -> str:
+    with bench.peer() as peer:
+        peer.send(bench.opening(), *bench.messages, p.close())
+        bench.check_next()
+        same(peer.answer(), bench)
+    return "the other scan passed it"
+
+
+@case("fifty scans in a row: same images, memory and descriptors flat", limit_s=60)
+def fifty_scans(bench: Bench) -> str:
+    facts = []
+    for number in range(50):
+        same(bench.scan(gadgetron=bool(number % 2)), bench)
+        facts.append(bench.health())
+    floor = lambda name, part: min(f[name] for f in part)  # noqa: E731 - what is freed between scans does not count
+    grown = {name: round(floor(name, facts[-20:]) - floor(name, facts[5:25]), 1) for name in ("rss_mib", "open_files", "threads")}
+    most = 4 if bench.process is not None else 16  # MiB; a foreign server has several heaps, which come and go
+    expect(grown["rss_mib"] < most and grown["open_files"] <= 0 and grown["threads"] <= 0, f"between scans 6-25 and 31-50 the least grew by {grown}")
+    return f"between scans 6-25 and 31-50 the least grew by {grown['rss_mib']:g} MiB, {grown['open_files']} files, {grown['threads']} threads"
+
+
+# peers and networks that fail
+
+
+@case("a peer killed in the middle of a message: counted as failed, nothing else", limit_s=10)
+def killed_in_a_message(bench: Bench) -> str:
+    return _killed(bench, bench.messages[100][:500])
+
+
+@case("a peer killed between two messages: counted as failed, nothing else", limit_s=10)
+def killed_between_messages(bench: Bench) -> str:
+    return _killed(bench, b"")
+
+
+def _killed(bench: Bench, rest: bytes) -> str:
+    failed = bench.health()["scans"]["failed"]
+    bench.peer().send(bench.opening(), *bench.messages[:100], rest).vanish()
+    bench.wait_for(lambda: bench.health()["scans"]["failed"] == failed + 1, "the scan counts as failed")
+    return "counted as failed"
+
+
+@case("a connection on which nothing comes is let go after --idle-s, with a sentence", limit_s=10, needs="process")
+def idle(bench: Bench) -> str:
+    with bench.peer() as peer:
+        return refused(peer.answer(), "sent nothing for 2 s")
+
+
+@case("a cable pulled early in the scan: a sentence after --timeout-s", limit_s=10, needs="process")
+def half_open(bench: Bench) -> str:
+    with bench.peer() as peer:
+        return refused(peer.send(bench.opening(), *bench.messages[:50]).answer(), "sent nothing for 2 s")
+
+
+@case("a cable pulled late in the scan: images of what came, with a warning, and a sentence", limit_s=15, needs="process")
+def half_open_late(bench: Bench) -> str:
+    with bench.peer() as peer:
+        answer = peer.send(bench.opening(), *bench.messages[:-20]).answer()
+    expect(answer.series == [1, 2] and "broke off" in answer.comment(), f"series {answer.series}")
+    return "2 images; " + told(answer, "sent nothing for 2 s")
+
+
+@case("a sending side closed early in the scan, without CLOSE: a sentence")
+def cut_early(bench: Bench) -> str:
+    with bench.peer() as peer:
+        return refused(peer.send(bench.opening(), *bench.messages[:50]).half_close().answer(), "ended before its CLOSE")
+
+
+@case("a sending side closed late in the scan, without CLOSE: images of what came, with a warning, and a sentence")
+def cut_late(bench: Bench) -> str:
+    with bench.peer() as peer:
+        answer = peer.send(bench.opening(gadgetron=True), *bench.messages[:-20]).half_close().answer()
+    expect(answer.series == [1, 2] and "broke off" in answer.comment(), f"series {answer.series}")
+    return "2 images; " + told(answer, "ended before its CLOSE")
+
+
+# streams that lie
+
+
+@case("a header whose XML is cut off is refused")
+def truncated_header(bench: Bench) -> str:
+    return refused(bench.scan(header=bench.header[: len(bench.header) // 2]), "header cannot be read")
+
+
+@case("an unknown message id is named")
+def unknown_message(bench: Bench) -> str:
+    with bench.peer() as peer:
+        return refused(peer.send(bench.opening(), *bench.messages[:50], struct.pack("<H", 13968), b"\xff" * 64).half_close().answer(), "message id 13968")
+
+
+@case("what is no MRD at all is answered")
+def other_protocol(bench: Bench) -> str:
+    with bench.peer() as peer:
+        return refused(peer.send(b"GET / HTTP/1.1\r\nHost: scanner\r\n\r\n").half_close().answer(), "message id")
+
+
+@case("announced lengths beyond the limit are refused at once, and no memory is taken for them")
+def absurd_lengths(bench: Bench) -> str:
+    line = bytearray(bench.messages[20])
+    struct.pack_into("<H", line, 2 + 34, 65535)
+    struct.pack_into("<H", line, 2 + 38, 65535)
+    liars = (
+        struct.pack("<HI", p.CONFIG, 1 << 31),
+        p.config_name("default") + struct.pack("<HI", p.HEADER, 0xFFFFFFFF),
+        struct.pack("<HQQQ", p.QUERY, 0, 1, 1 << 60),
+        bench.opening() + bytes(line),
+    )
+    before = bench.health()["rss_mib"]
+    for liar in liars:
+        with bench.peer() as peer:
+            sentence = refused(peer.send(liar).answer(), "was announced")
+    grown = bench.health()["rss_mib"] - before
+    expect(grown < 64, f"memory grew by {grown:.0f} MiB")
+    return sentence
+
+
+@case("big-endian numbers are refused")
+def wrong_endianness(bench: Bench) -> str:
+    with bench.peer() as peer:
+        name = struct.pack(">H1024s", p.CONFIG_NAME, b"default")
+        return refused(peer.send(name, struct.pack(">HI", p.HEADER, len(bench.header)), bench.header).half_close().answer(), "message id 256")
+
+
+# scans that cannot be
+
+
+@case("samples that are NaN: no image, a sentence")
+def nan_samples(bench: Bench) -> str:
+    line = copy.deepcopy(bench.lines[100])
+    line.data[:] = np.nan
+    return refused(bench.scan([*bench.messages[:100], p.acquisition(line), *bench.messages[101:]]), "NaN")
+
+
+@case("lines without coils: no image, a sentence")
+def zero_coils(bench: Bench) -> str:
+    line = ismrmrd.Acquisition.from_array(np.zeros((0, 44), np.complex64))
+    return refused(bench.scan([p.acquisition(line)] * 3), "no coil")
+
+
+@case("a scan of one line: no image or one with a warning, and no crash")
+def one_line(bench: Bench) -> str:
+    middle = next(i for i in bench.lines if (i.idx.kspace_encode_step_1, i.idx.kspace_encode_step_2) == (12, 10) and not i.flags & 1 << 18)
+    answer = bench.scan([p.acquisition(middle)])
+    if answer.images:
+        expect("incomplete" in answer.comment(), f"the comment does not say so: {answer.comment()}")
+        return f"{len(answer.images)} images; the comment says that the scan is incomplete"
+    return refused(answer, ".")
+
+
+@case("a scan without a line: a sentence")
+def no_line(bench: Bench) -> str:
+    return refused(bench.scan([]), "no imaging line")
+
+
+@case("twice as many lines as announced, half of them outside the matrix: images, and the comment says so")
+def twice_as_long(bench: Bench) -> str:
+    more = [copy.deepcopy(line) for line in bench.lines]
+    for number, line in enumerate(more):
+        line.idx.kspace_encode_step_2 += 20
+    answer = bench.scan([*bench.messages, *(p.acquisition(line) for line in more)])
+    expect(answer.series == [1, 2] and not answer.complaint, answer.complaint or f"series {answer.series}")
+    expect("outside" in answer.comment(), f"the comment does not say so: {answer.comment()}")
+    return "2 images; the comment tells of the lines outside"
+
+
+@case("k-space beyond --max-gib is refused by its size, before a line is stored", needs="process")
+def too_large(bench: Bench) -> str:
+    return refused(bench.scan(header=bench.header.replace(b"<y>24</y>", b"<y>2400</y>").replace(b"<z>20</z>", b"<z>2000</z>")), "k-space needs .* GiB .* --max-gib")
+
+
+# options that cannot be
+
+
+@case("an unknown option is refused by name, to Gadgetron and to clients")
+def unknown_option(bench: Bench) -> str:
+    with bench.peer() as peer:
+        script = '<configuration><version>2</version><stream><external><connect port="1"/><configuration><property name="sweps" value="2"/></configuration></external></stream></configuration>'
+        refused(peer.send(p.text_message(p.CONFIG, script), p.text_message(p.HEADER, bench.header), *bench.messages, p.close()).answer(), "unknown option 'sweps'")
+    return refused(bench.scan(gadgetron=True, sweps=2), "unknown option 'sweps'")
+
+
+@case("an unknown configuration is refused by name")
+def unknown_configuration(bench: Bench) -> str:
+    with bench.peer() as peer:
+        return refused(peer.send(p.config_name("Generic.xml"), p.text_message(p.HEADER, bench.header), *bench.messages, p.close()).answer(), "unknown configuration 'Generic.xml'")
+
+
+@case("missing weights are named, to Gadgetron and to clients")
+def missing_weights(bench: Bench) -> str:
+    refused(bench.scan(prior="nonesuch"), "no prior 'nonesuch'")
+    return refused(bench.scan(prior="nonesuch", gadgetron=True), "no prior 'nonesuch'")
+
+
+# solvers, memory, processes and disks that fail
+
+
+def preview_stands(bench: Bench, words: str, **options) -> str:
+    """Gadgetron and clients get the preview to the bit, and then the reason."""
+    for gadgetron in (True, False):
+        answer = bench.scan(gadgetron=gadgetron, **options)
+        expect(answer.images == bench.expected[:1], f"{len(answer.images)} images and not the preview alone")
+        sentence = told(answer, words)
+    return f"preview; {sentence}"
+
+
+@case("a solver that raises leaves the preview, and a sentence", needs="faults")
+def solver_raises(bench: Bench) -> str:
+    return preview_stands(bench, "preview stands.*a fault on purpose", prior="test-raise")
+
+
+@case("a solver that hangs is left behind at the deadline: the preview, and a sentence", needs="faults")
+def solver_hangs(bench: Bench) -> str:
+    return preview_stands(bench, "preview stands.*deadline of 0.5 s", prior="test-hang", deadline_s=0.5)
+
+
+@case("a device out of memory leaves the preview, and a sentence", needs="faults")
+def out_of_memory(bench: Bench) -> str:
+    return preview_stands(bench, "preview stands.*out of memory", prior="test-memory")
+
+
+@case("an image of NaN is not sent: the preview, and a sentence", needs="faults")
+def solver_makes_nan(bench: Bench) -> str:
+    return preview_stands(bench, "preview stands.*NaN", prior="test-nan")
+
+
+@case("without a preview the CG-SENSE image takes the place of the failed one and says so", needs="faults")
+def failing_without_preview(bench: Bench) -> str:
+    answer = bench.scan(prior="test-raise", preview=False)
+    expect(answer.series == [2], f"series {answer.series}")
+    expect(answer.images[0][2] == bench.expected[0][2] and "a fault on purpose" in answer.comment() and "_CG-SENSE preview" in answer.comment(), "it is not the CG-SENSE image, or does not say so")
+    return "1 image, labelled; " + told(answer, "preview stands")
+
+
+@case("an image that explains the data worse than the preview carries a warning", needs="faults")
+def drifting_solver(bench: Bench) -> str:
+    answer = bench.scan(prior="test-drift", prior_weight=100)
+    expect(answer.series == [1, 2] and "CAUTION" in answer.comment(), f"series {answer.series}, no warning in: {answer.comment()}")
+    return re.search("CAUTION: [^;<]*", answer.comment()).group()
+
+
+@case("the raw data of a failed scan are kept and can be reconstructed from the file", limit_s=15, needs="process")
+def replay(bench: Bench) -> str:
+    from .files import ScanFile
+
+    before = set(bench.kept.glob("failed-*.h5"))
+    bench.scan(prior="nonesuch")
+    bench.wait_for(lambda: set(bench.kept.glob("failed-*.h5")) - before, "a file of the failed scan")
+    with ScanFile((set(bench.kept.glob("failed-*.h5")) - before).pop()) as scan:
+        same(bench.scan([p.acquisition(line) for line in scan.acquisitions()], scan.header_xml), bench)
+    return "same images from the kept file"
+
+
+@case("a disk that is full for the raw data disturbs no scan, failed or not", limit_s=15, needs="process")
+def disk_full(bench: Bench) -> str:
+    before = len(list(bench.kept.iterdir()))
+    bench.limit_files(50_000)
+    try:
+        same(bench.scan(), bench)
+        expect(bench.scan(prior="test-raise").images == bench.expected[:1], "the preview of a failing scan was lost")
+    finally:
+        bench.limit_files(-1)
+    expect(len(list(bench.kept.iterdir())) <= before, "a file was left behind")
+    return "same images, nothing kept"
+
+
+@case("SIGTERM in the middle of scans: what there is is handed out, new scans are refused, exit code 0", limit_s=30, needs="process")
+def sigterm(bench: Bench) -> str:
+    with bench.peer() as computing, bench.peer() as sending, bench.peer() as late:
+        computing.send(bench.opening(prior="test-slow", sweeps=1000), *bench.messages, p.close())
+        sending.send(bench.opening(gadgetron=True), *bench.messages[:50])
+        bench.wait_for(lambda: bench.health()["scans"]["running"] == 1, "the first scan computes")
+        bench.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        refused(late.send(bench.opening(gadgetron=True), *bench.messages, p.close()).answer(), "shutting down")
+        refused(sending.answer(), "cut off because the server is shutting down")
+        answer = computing.answer()
+    expect(answer.closed and bool(answer.images), "the running scan got no image")
+    code = bench.process.wait(20)
+    bench.start()
+    expect(code == 0, f"exit code {code}")
+    return f"{len(answer.images)} images of the running scan, exit code 0"
+
+
+@case("SIGKILL in the middle of a scan: the peer sees the end; a new server keeps the scan's raw data and works", limit_s=30, needs="process")
+def sigkill(bench: Bench) -> str:
+    before = set(bench.kept.glob("failed-*.h5"))
+    with bench.peer() as peer:
+        peer.send(bench.opening(prior="test-slow", sweeps=1000), *bench.messages, p.close())
+        bench.wait_for(lambda: bench.health()["scans"]["running"] == 1, "the scan computes")
+        bench.process.kill()
+        answer = peer.answer()
+    expect(not answer.closed, "a CLOSE came from a killed server")
+    bench.start()
+    expect(bool(set(bench.kept.glob("failed-*.h5")) - before), "the raw data were lost")
+    return "the peer saw the end, the raw data are there"

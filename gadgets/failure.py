@@ -1,0 +1,62 @@
+"""Failures as sentences: what the peer, the log and the image comment are told."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+log = logging.getLogger("slicediff")
+
+
+class ReconError(ValueError):
+    """Some volumes of a scan, or their wanted images, could not be made; the message is for the user."""
+
+
+class Unfinished(ReconError):
+    """The solver was stopped before its first sweep ended."""
+
+
+def sentence(error: BaseException) -> str:
+    """What went wrong in one line."""
+    text = " ".join(str(error).split())
+    if ran_out_of_memory(error):
+        return f"out of memory: {text or type(error).__name__}"
+    expected = type(error).__module__.startswith(("gadgets", "recon_core")) or type(error) is ValueError
+    return text if expected and text else f"internal error, {type(error).__name__}: {text or 'no message'}"
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether the GPU's or the host's memory was exhausted (torch says so in several ways)."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be imported
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in ("out of memory", "can't allocate memory", "not enough memory"))
+
+
+def free_gpu_memory() -> None:
+    """Give back what a failed attempt left cached, so that the next one finds the device as it was."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def noted(failures: list[str]) -> Iterator[None]:
+    """Keep what fails inside as a sentence in `failures`: the scan's other volumes need not suffer."""
+    try:
+        yield
+    except Exception as error:  # the boundary of one volume; told once the others are sent
+        log.error("a volume failed: %s", sentence(error), exc_info=error)
+        failures.append(sentence(error))
+        if ran_out_of_memory(error):
+            free_gpu_memory()
+
+
+def raise_if_any(failures: list[str]) -> None:
+    """One ReconError for all that was noted."""
+    if failures:
+        raise ReconError("; ".join(dict.fromkeys(failures)))

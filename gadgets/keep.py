@@ -1,0 +1,165 @@
+"""Raw data of failed scans, kept for a replay with `slicediff recon`, in a folder that does not grow without end.
+
+While a scan runs its lines are appended to a plain file (a full disk then costs one clear OSError and never
+the scan); only a scan that failed is turned into ISMRMRD HDF5.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import struct
+import time
+from pathlib import Path
+
+import ismrmrd
+
+log = logging.getLogger("slicediff")
+SPOOL = ".spool"
+
+
+class FailedScans:
+    """The folder; oldest scans are removed first once all together exceed `gib`.
+
+    Raises:
+        OSError: if the folder cannot be made or written to.
+    """
+
+    def __init__(self, folder: str | Path, gib: float = 10.0):
+        self.folder, self.max_bytes = Path(folder), int(gib * 2**30)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        probe = self.folder / f"probe-{os.getpid()}{SPOOL}"
+        probe.touch()
+        probe.unlink()
+        self._recover()
+
+    def record(self, header_xml: bytes) -> Recording:
+        """Begin to record a scan."""
+        return Recording(self, header_xml)
+
+    def prune(self) -> None:
+        """Remove the oldest scans until the rest is small enough."""
+        scans = sorted(self.folder.glob("failed-*.h5"), key=lambda path: path.stat().st_mtime)
+        total = sum(path.stat().st_size for path in scans)
+        for path in scans:
+            if total <= self.max_bytes:
+                return
+            total -= path.stat().st_size
+            path.unlink()
+            log.warning("removed %s: the failed scans took more than %.3g GiB", path, self.max_bytes / 2**30)
+
+    def _recover(self) -> None:
+        """Turn what a killed server left behind into scans."""
+        for path in self.folder.glob(f"scan-*{SPOOL}"):
+            if not _alive(int(path.name.split("-")[1])):
+                _convert(path, self)
+
+
+class Recording:
+    """One running scan; `keep` or `drop` ends it. Trouble with the disk is logged once and never raised."""
+
+    def __init__(self, place: FailedScans, header_xml: bytes):
+        self.place, self.bytes, self.lines, self.file = place, 0, 0, None
+        self.path = place.folder / f"scan-{os.getpid()}-{time.time_ns()}{SPOOL}"
+        try:
+            self.file = open(self.path, "wb", buffering=0)  # a killed process has lost nothing
+        except OSError as error:
+            self._give_up(error)
+        self._write(struct.pack("<I", len(header_xml)) + header_xml)
+
+    def add(self, item) -> None:
+        """One more item of the scan; only acquisitions are kept."""
+        if self.file is not None and isinstance(item, ismrmrd.Acquisition):
+            self.lines += 1
+            self._write(item.to_bytes())
+
+    def keep(self) -> Path | None:
+        """The scan failed: write it as HDF5 if it had any line, return where."""
+        if self.file is None or not self.lines:
+            return self.drop()
+        try:
+            self.file.close()
+        except OSError as error:
+            return self._give_up(error)
+        return _convert(self.path, self.place)
+
+    def drop(self) -> None:
+        """The scan went well: forget it."""
+        if self.file is not None:
+            self._close()
+
+    def _write(self, data: bytes) -> None:
+        if self.file is None:
+            return
+        self.bytes += len(data)
+        try:
+            if self.bytes > self.place.max_bytes:
+                raise OSError(f"the scan alone takes more than {self.place.max_bytes / 2**30:.3g} GiB")
+            if self.file.write(data) < len(data):
+                raise OSError(f"the disk with {self.place.folder} is full")
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        log.error("the raw data of this scan will not be kept: %s", error)
+        self._close()
+
+    def _close(self) -> None:
+        file, self.file = self.file, None
+        try:
+            if file is not None:
+                file.close()
+        except OSError as error:
+            log.debug("closing %s: %s", self.path, error)
+        self.path.unlink(missing_ok=True)
+
+
+def _convert(spool: Path, place: FailedScans) -> Path | None:
+    """Spool file to HDF5; without room on the disk the spool is removed and None returned."""
+    from .files import ScanWriter
+
+    number = spool.name.removesuffix(SPOOL).split("-")[-1]
+    target = place.folder / f"failed-{time.strftime('%Y%m%d-%H%M%S')}-{number}.h5"
+    partial = target.with_suffix(".partial")
+    try:
+        if shutil.disk_usage(place.folder).free < 1.2 * spool.stat().st_size:
+            raise OSError(f"less than {1.2 * spool.stat().st_size / 2**20:.0f} MiB are free in {place.folder}")
+        with open(spool, "rb") as stream:
+            with ScanWriter(partial, stream.read(struct.unpack("<I", stream.read(4))[0])) as writer:
+                for line in _lines(stream):
+                    writer.append(line)
+        partial.rename(target)
+        log.warning("the failed scan was kept: %s", target)
+        place.prune()
+    except (OSError, RuntimeError, ValueError, struct.error) as error:  # h5py tells of a full disk in several ways
+        log.error("the raw data of a failed scan could not be kept: %s", error)
+    partial.unlink(missing_ok=True)
+    spool.unlink(missing_ok=True)
+    return target if target.exists() else None
+
+
+def _lines(stream):
+    """The acquisitions of a spool file; a last one that was cut off is left out."""
+
+    def exactly(nbytes: int) -> bytes:
+        data = stream.read(nbytes)
+        if len(data) < nbytes:
+            raise EOFError
+        return data
+
+    while True:
+        try:
+            yield ismrmrd.Acquisition.deserialize_from(exactly)
+        except EOFError:
+            return
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,23 @@
+"""What a server grants a connection: time, memory, a place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of a server; ValueError names the one that cannot be."""
+
+    timeout_s: float = 600.0  # longest silence in the middle of a scan
+    idle_s: float = 60.0  # longest wait for a configuration and a header
+    slots: int = 1  # reconstructions at a time
+    max_gib: float = 16.0  # k-space of one connection
+    max_message_mib: float = 256.0
+    connections: int = 64
+    grace_s: float = 60.0  # for running scans after SIGTERM
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if not value > 0 and not (name == "grace_s" and value == 0):
+                raise ValueError(f"the server's limit {name} must be above 0, got {value}")

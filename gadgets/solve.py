@@ -1,0 +1,143 @@
+"""The wanted volume, or the preview in its place: the solver under watch, in time, finite and believable."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from recon_core.cg_sense import cg_sense
+from recon_core.measurement import Measurement, measure
+from recon_core.methods import METHODS
+from recon_core.prior import Prior, PriorError, load_prior
+from recon_core.state import State
+from recon_core.trust import distrust
+from recon_core.variational import VariationalConfig
+
+from .ahead import Ahead
+from .failure import ReconError, Unfinished, free_gpu_memory, ran_out_of_memory, sentence
+from .options import Options
+
+Report = Callable[[str, dict], None]
+Hurry = Callable[[], str]
+PREVIEW = "CG-SENSE preview"
+WATCH_S = 0.2  # how often the solver is looked at
+HANG_S = 1800.0  # no sweep of any matrix takes so long
+
+log = logging.getLogger("slicediff")
+
+
+def patient() -> str:
+    """There is no reason to stop early."""
+    return ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The volume [z y x] for the wanted series, what it is, what the user should know; `failure` if it is the preview."""
+
+    volume: torch.Tensor
+    name: str
+    remarks: list[str] = field(default_factory=list)
+    failure: list[str] = field(default_factory=list)
+
+
+def solve(measurement: Measurement, preview: torch.Tensor, prior, options: Options, report: Report, hurry: Hurry = patient) -> Outcome:
+    """The volume of the method asked for; whatever goes wrong on the way, the preview in its place and the reason."""
+    name = METHODS[options.method].title
+    if not METHODS[options.method].iterative:
+        return Outcome(next(states(measurement, preview, prior, options)).volume, name)
+    try:
+        if measurement.operator.device.type != device_of(options).type:
+            raise ReconError("the GPU's memory does not hold this scan")
+        volume, remarks = iterate(lambda: states(measurement, preview, prior, options), options, report, hurry)
+    except Exception as error:  # the boundary: an image anyway
+        log.error("%s failed, the preview stands: %s", name, sentence(error), exc_info=error)
+        if ran_out_of_memory(error):
+            free_gpu_memory()
+        reason = f"{name} failed and the {PREVIEW} stands: {sentence(error)}"
+        return Outcome(preview, PREVIEW, [reason], [reason])
+    caution = distrust(measurement, preview, volume)
+    return Outcome(volume, name, [*remarks, caution] if caution else remarks)
+
+
+def iterate(start: Callable[[], Iterator[State]], options: Options, report: Report, hurry: Hurry) -> tuple[torch.Tensor, list[str]]:
+    """The last volume, or the last in time with a remark; the sweeps run in a thread that can be left behind.
+
+    Raises:
+        Unfinished: if there was not even time for one sweep.
+        ReconError: for a volume that is not finite.
+    """
+    began, state, solver = time.monotonic(), None, Ahead(sweeps_of(start))
+    try:
+        moved, reason = began, ""
+        while not reason and (state is None or state.sweep < state.sweeps):
+            with contextlib.suppress(TimeoutError):
+                state, moved = solver.take(WATCH_S), time.monotonic()
+                report("sweep", {"sweep": state.sweep, "sweeps": state.sweeps})
+            reason = _stop(options, began, moved, hurry)
+    except StopIteration:
+        log.info("the solver ended before its last sweep")
+    finally:
+        solver.close(WATCH_S)
+    if state is None:
+        raise Unfinished(f"stopped {reason} before its first sweep ended")
+    if not bool(torch.isfinite(torch.view_as_real(state.volume)).all()):
+        raise ReconError("its image holds NaN or infinity and was not sent")
+    early = reason and state.sweep < state.sweeps
+    return state.volume, [f"stopped {reason} after {state.sweep} of {state.sweeps} sweeps"] if early else []
+
+
+def sweeps_of(start: Callable[[], Iterator[State]]) -> Iterator[State]:
+    """The states, all made in the thread that asks for them."""
+    yield from start()
+
+
+def _stop(options: Options, began: float, moved: float, hurry: Hurry) -> str:
+    now = time.monotonic()
+    if options.deadline_s is not None and now - began > options.deadline_s:
+        return f"at the deadline of {options.deadline_s:g} s"
+    if now - moved > HANG_S:
+        return f"because no sweep ended within {HANG_S:g} s"
+    return hurry()
+
+
+def states(measurement: Measurement, preview: torch.Tensor, prior, options: Options) -> Iterator[State]:
+    """The states of the method asked for; `sweeps` and the like are of the method `diffusion`."""
+    method = METHODS[options.method]
+    config = method.config
+    if options.method == "diffusion":
+        config = VariationalConfig(options.sweeps, options.sigma_max, options.sigma_min, options.prior_weight, slice_fraction=options.slice_fraction)
+    return method.run(measurement, prior, preview, config, options.seed)
+
+
+def warm_up(prior, options: Options) -> None:
+    """Run one sweep on a tiny volume: what loads on first use (kernels, plans, threads) is loaded then."""
+    device, random = device_of(options), torch.Generator().manual_seed(0)
+    kspace = torch.randn(2, 16, 16, 16, dtype=torch.complex64, generator=random)
+    measurement = measure(kspace, torch.ones(16, 16), (4.0, 4.0, 4.0), device=device)
+    for _ in states(measurement, cg_sense(measurement), prior, options.model_copy(update={"sweeps": 1})) if METHODS[options.method].iterative else ():
+        pass
+
+
+def load_prior_for(options: Options) -> Prior | None:
+    """The prior that the options ask for, on their device; None if the method has none.
+
+    Raises:
+        PriorError: if the weights cannot be loaded, or CUDA was asked for and is not there.
+    """
+    if not METHODS[options.method].uses_prior:
+        return None
+    return load_prior(options.prior, device_of(options))
+
+
+def device_of(options: Options) -> torch.device:
+    """Resolve `auto`; PriorError if CUDA was asked for and is not there."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise PriorError("device cuda was asked for, but torch finds no CUDA device; use device auto or cpu")
+    wanted = "cuda" if options.device == "auto" and torch.cuda.is_available() else options.device
+    return torch.device("cpu" if wanted == "auto" else wanted)

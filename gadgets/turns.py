@@ -1,0 +1,73 @@
+"""Who may compute: a queue for the device, first come, first served."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+
+from .failure import ReconError
+
+LOOK_S = 0.5
+
+
+class Turns:
+    """At most `slots` hold a turn at a time; the others wait in line and are told their place.
+
+    `running` and `waiting` may be read by anyone.
+    """
+
+    def __init__(self, slots: int = 1):
+        self.slots, self.running = slots, 0
+        self.line: list[object] = []
+        self.changed = threading.Condition()
+
+    @property
+    def waiting(self) -> int:
+        """How many stand in line."""
+        return len(self.line)
+
+    @contextlib.contextmanager
+    def turn(self, tell: Callable[[int], None] = lambda place: None, give_up: Callable[[], str] = lambda: "") -> Iterator[None]:
+        """Wait in line, then hold a slot inside the context.
+
+        Args:
+            tell: called with the place in line (1: next) at first and whenever it changes; not called without waiting.
+            give_up: returns why to leave the line, or nothing.
+
+        Raises:
+            ReconError: with the reason given by `give_up`.
+        """
+        ticket = object()
+        with self.changed:
+            self.line.append(ticket)
+        try:
+            self._wait(ticket, tell, give_up)
+        except BaseException:
+            with self.changed:
+                self.line.remove(ticket)
+                self.changed.notify_all()
+            raise
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.running -= 1
+                self.changed.notify_all()
+
+    def _wait(self, ticket: object, tell: Callable[[int], None], give_up: Callable[[], str]) -> None:
+        told = 0
+        while True:
+            with self.changed:
+                place = self.line.index(ticket) + 1
+                if place == 1 and self.running < self.slots:
+                    self.line.remove(ticket)
+                    self.running += 1
+                    return
+                if place == told:
+                    self.changed.wait(LOOK_S)
+            if reason := give_up():
+                raise ReconError(f"the scan was given up {reason}")
+            if place != told:
+                tell(place)
+                told = place

@@ -1,0 +1,143 @@
+"""What the server grants: turns, memory, addresses, a page of health, a folder of failed scans."""
+
+import json
+import re
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+from conftest import run_chain
+from peers import ClientPeer, same_images
+from test_mouths import FAST, client, running
+
+from gadgets.budget import Budget, worth_an_image
+from gadgets.cli import main
+from gadgets.failure import ReconError
+from gadgets.files import ScanFile
+from gadgets.gather import ScanError, gather
+from gadgets.header import parse_header
+from gadgets.health import HealthPage
+from gadgets.keep import FailedScans
+from gadgets.limits import Limits
+from gadgets.server import Server
+from gadgets.turns import Turns
+
+
+def test_turns_come_in_order_and_places_are_told():
+    turns, order, told = Turns(1), [], {}
+
+    def take(name):
+        with turns.turn(lambda place: told.setdefault(name, []).append(place)):
+            order.append(name)
+
+    with turns.turn():
+        threads = []
+        for name in "abc":
+            threads.append(threading.Thread(target=take, args=(name,)))
+            threads[-1].start()
+            while name not in told:
+                time.sleep(0.01)
+        assert (turns.running, turns.waiting, order) == (1, 3, [])
+    for thread in threads:
+        thread.join(10)
+    assert order == ["a", "b", "c"] and [told[name][0] for name in "abc"] == [1, 2, 3]
+    assert (turns.running, turns.waiting) == (0, 0)
+
+
+def test_a_line_is_left_by_who_gives_up():
+    turns = Turns(1)
+    with turns.turn(), pytest.raises(ReconError, match="because the peer is gone"):
+        with turns.turn(give_up=lambda: "because the peer is gone"):
+            raise AssertionError("no turn was free")
+    assert (turns.running, turns.waiting) == (0, 0)
+
+
+def test_memory_is_refused_from_the_header_and_from_the_lines(scan_path):
+    with ScanFile(scan_path) as scan:
+        header, lines = parse_header(scan.header_xml), list(scan.acquisitions())
+    exactly = 8 * 4 * 24 * 35 * 26 / 2**30
+    Budget(header, exactly)
+    with pytest.raises(ScanError, match="needs .* GiB .*4 coils, matrix 26 x 35 x 24.*--max-gib"):
+        Budget(header, exactly * 0.99)
+    for number, line in enumerate(lines[-3:]):
+        line.idx.contrast = number
+    with pytest.raises(ScanError, match="4 volumes at once|3 volumes at once|2 volumes at once"):
+        list(Budget(header, exactly * 1.5).watch(lines))
+
+
+@pytest.mark.parametrize("lines,worth", [(0.3, False), (0.45, False), (0.6, True), (1.0, True)])
+def test_what_came_is_worth_an_image_once_the_centre_is_there(scan_path, lines, worth):
+    with ScanFile(scan_path) as scan:
+        items = list(scan.acquisitions())
+        (found,) = gather(parse_header(scan.header_xml), items[: 16 + int(lines * (len(items) - 16))])
+    assert worth_an_image(found) == worth
+
+
+def test_limits_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="limit slots must be above 0, got 0"):
+        Limits(slots=0)
+
+
+@pytest.mark.parametrize("host,reachable", [("localhost", ["127.0.0.1"]), ("::", ["127.0.0.1", "::1"]), ("::1", ["::1"])])
+def test_addresses(host, reachable, prior):
+    try:
+        server = Server((host, 0), FAST, lambda options: prior)
+    except OSError as error:
+        pytest.skip(f"no IPv6 here: {error}")
+    with server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        for address in reachable:
+            with ClientPeer((address, server.server_address[1])) as peer:
+                assert peer.talk(None) == ([], [])
+        server.shutdown()
+
+
+def get(port, path):
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as reply:
+        return reply.read().decode()
+
+
+def test_health_page_and_metrics(scan_path, prior):
+    with running(FAST, lambda options: prior) as server, HealthPage(("127.0.0.1", 0), server.health) as page:
+        client(server, scan_path)
+        client(server, scan_path, "nonesuch")
+        port = page.server_address[1]
+        while server.counts.open:  # counted once the last byte is sent
+            time.sleep(0.01)
+        facts = json.loads(get(port, "/healthz"))
+        assert facts["ready"] and facts["scans"]["done"] == 1 and facts["scans"]["failed"] == 1 and facts["device"] == "cpu"
+        metrics = get(port, "/metrics")
+        assert re.search(r'(?m)^slicediff_scans_total\{outcome="done"\} 1.0$', metrics) and re.search(r"(?m)^slicediff_rss_mib \d", metrics)
+        server.retiring.set()
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            get(port, "/healthz")
+        page.shutdown()
+
+
+def test_metrics_without_their_package_are_a_sentence(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    assert main(["serve", "--port", "0", "--method", "cg", "--health-port", "0"]) == 1
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "slicediff: --health-port needs the package prometheus-client: pip install 'gadgetron-slicediff[metrics]'"
+
+
+def test_failed_scans_are_kept_oldest_removed_first(scan_path, prior, tmp_path):
+    with ScanFile(scan_path) as scan:
+        header, lines = scan.header_xml, list(scan.acquisitions())
+    place = FailedScans(tmp_path)
+    kept = []
+    for _ in range(3):
+        recording = place.record(header)
+        for line in lines:
+            recording.add(line)
+        kept.append(recording.keep())
+        time.sleep(0.02)
+    assert same_images(run_chain(kept[0], prior), run_chain(scan_path, prior))
+    FailedScans(tmp_path, 2.5 * kept[0].stat().st_size / 2**30).prune()
+    assert sorted(tmp_path.iterdir()) == sorted(kept[1:])
+    tiny = FailedScans(tmp_path, 1e-6).record(header)
+    for line in lines:
+        tiny.add(line)
+    assert tiny.keep() is None and not list(tmp_path.glob("*.spool"))

@@ -1,0 +1,121 @@
+"""An image anyway: what stands when the solver, the device or its result fails, and what warns."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_chain, small_object
+
+import gadgets.recon as recon
+from gadgets.ahead import Ahead, left_behind
+from gadgets.failure import ReconError
+from gadgets.files import ScanFile
+from gadgets.header import parse_header
+from gadgets.options import make_options
+from recon_core.measurement import measure
+from recon_core.trust import UNEXPLAINED, distrust
+
+
+def images_and_error(path, prior, **options):
+    """What came before the error, and the error."""
+    images = []
+    with ScanFile(path) as scan, pytest.raises(ReconError) as caught:
+        for image in recon.reconstruct(parse_header(scan.header_xml), scan.acquisitions(), prior, make_options({"sweeps": 2, "device": "cpu", **options})):
+            images.append(image)
+    return images, str(caught.value)
+
+
+def raising(x, sigma):
+    raise RuntimeError("the solver is broken")
+
+
+def test_the_preview_stands_and_the_reason_follows(scan_path, prior):
+    images, error = images_and_error(scan_path, raising)
+    assert [i.image_series_index for i in images] == [1]
+    assert error.startswith("slice diffusion failed and the CG-SENSE preview stands") and "the solver is broken" in error
+
+
+def test_without_a_preview_cg_sense_takes_the_wanted_series(scan_path, prior):
+    (image,), _ = images_and_error(scan_path, raising, preview=False)
+    cg = run_chain(scan_path, None, method="cg")[0]
+    assert image.image_series_index == 2 and np.array_equal(image.data, cg.data)
+    assert image.meta["GADGETRON_SeqDescription"] == "_CG-SENSE preview" and "the solver is broken" in image.meta["ImageComments"]
+
+
+def test_a_hanging_solver_is_left_behind_at_the_deadline(scan_path):
+    let_go = threading.Event()
+    began = time.monotonic()
+    images, error = images_and_error(scan_path, lambda x, sigma: let_go.wait(60) and x, deadline_s=0.3)
+    assert time.monotonic() - began < 20 and len(images) == 1 and "at the deadline of 0.3 s before its first sweep ended" in error
+    assert left_behind() >= 1
+    let_go.set()
+
+
+def test_a_volume_that_fails_does_not_take_the_others(tmp_path, prior):
+    from gadgets.simulate import SimulateOptions, simulate
+
+    np.save(tmp_path / "o.npy", small_object((16, 18, 16)))
+    simulate(tmp_path / "o.npy", tmp_path / "s.h5", SimulateOptions(coils=2, pattern="full", repetitions=3))
+    with ScanFile(tmp_path / "s.h5") as scan:
+        header, lines = parse_header(scan.header_xml), list(scan.acquisitions())
+    next(line for line in lines if line.idx.repetition == 1).data[:] = np.nan
+    images = []
+    with pytest.raises(ReconError, match="NaN"):
+        for image in recon.reconstruct(header, lines, None, make_options({"method": "cg", "device": "cpu"})):
+            images.append(image.repetition)
+    assert images == [0, 2]
+
+
+def test_a_gpu_without_memory_for_the_preview_leaves_it_to_the_cpu(scan_path, prior, monkeypatch):
+    def small_gpu(*args):
+        if args[-1].type == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return measure(*args)
+
+    monkeypatch.setattr(recon, "measure", small_gpu)
+    monkeypatch.setattr(recon, "device_of", lambda options: torch.device("cuda"))
+    images, error = images_and_error(scan_path, prior)
+    assert len(images) == 1 and "computed on the CPU" in images[0].meta["ImageComments"]
+    assert "the GPU's memory does not hold this scan" in error
+    assert np.array_equal(images[0].data, run_chain(scan_path, None, method="cg")[0].data)
+
+
+def test_an_image_that_explains_the_data_worse_than_the_preview_is_told_apart():
+    """With A = identity and y = 0, the misfit of an image of rms r per real part is r / sigma: known numbers."""
+    kspace = torch.randn(1, 12, 12, 12, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+    measurement = measure(kspace, torch.ones(12, 12), (1.0, 1.0, 1.0), torch.randn(1, 4000, dtype=torch.complex64))
+    best = measurement.adjoint
+    assert measurement.misfit(best) < 0.01
+    direction = torch.ones_like(best)
+    drifted = lambda misfit: best + direction * misfit * 2**0.5 * measurement.sigma  # noqa: E731
+    assert measurement.misfit(drifted(1.0)) == pytest.approx(1.0, abs=0.02)
+    assert distrust(measurement, best, drifted(0.95 * UNEXPLAINED)) == ""
+    assert "residual 2.00 against" in distrust(measurement, best, drifted(2.0))
+    assert distrust(measurement, drifted(2.0), drifted(2.1)) == ""
+
+
+def test_good_images_carry_no_warning_and_drifted_ones_do(scan_path, prior):
+    assert "CAUTION" not in run_chain(scan_path, prior)[1].meta["ImageComments"]
+    drifted = run_chain(scan_path, lambda x, sigma: torch.zeros_like(x), prior_weight=100)[1]
+    assert "CAUTION" in drifted.meta["ImageComments"]
+
+
+def test_reading_ahead_delivers_all_in_order_and_the_error_in_its_place():
+    def source():
+        yield from range(5)
+        raise ValueError("here")
+
+    ahead = Ahead(source())
+    assert [next(ahead) for _ in range(5)] == list(range(5))
+    with pytest.raises(ValueError, match="here"):
+        next(ahead)
+    assert list(ahead) == []
+
+
+def test_a_source_that_must_be_read_to_its_end_is():
+    read = []
+    ahead = Ahead((read.append(i) or i for i in range(50)), to_the_end=True)
+    next(ahead)
+    assert ahead.close(10) and read == list(range(50))
