@@ -95,7 +95,7 @@ def measure(
     if calibration is not None:
         reference, lines = calibration
         reference_mask, reference_factor = (lines > 0).float(), 1 / lines.clamp_min(1)
-    mixing, warnings = _whitener(kspace, mask, factor, noise)
+    mixing, sigma, warnings = _whitener(kspace, mask, factor, noise)
     acs_size = find_acs(reference_mask)
     acs = torch.zeros((len(kspace), 0, 0, 0), dtype=kspace.dtype)
     if acs_size[0]:
@@ -107,12 +107,11 @@ def measure(
     home = _home(mixing.shape[0], kspace.shape[1:], torch.device(device), warnings)
     data = _mix_planes(mixing, kspace, factor, home)
     wide = data if calibration is None else _mix_planes(mixing, reference, reference_factor, home)
-    maps, support = _maps(acs.to(device), acs_size, wide, reference_mask.to(home), home, warnings)
+    maps, support = _maps(acs.to(device), sigma, acs_size, wide, reference_mask.to(home), home, warnings)
     operator = Sense(maps.mul_(support), mask, device)
     samples = int((mask > 0).sum()) * data.shape[0] * data.shape[-1]
     energy = sum(float(torch.view_as_real(plane).double().square().sum()) for plane in data.unbind(1))
-    sigma = 1.0 / most**0.5
-    return Measurement(operator, operator.adjoint(data), energy, samples, sigma, voxel_mm, acs_size, mixing, noise is not None, warnings)
+    return Measurement(operator, operator.adjoint(data), energy, samples, sigma / most**0.5, voxel_mm, acs_size, mixing, noise is not None, warnings)
 
 
 def _mix(matrix: Tensor, data: Tensor) -> Tensor:
@@ -139,18 +138,24 @@ def _home(coils: int, shape: tuple[int, int, int], device: torch.device, warning
     return torch.device("cpu")
 
 
-def _whitener(kspace: Tensor, mask: Tensor, factor: Tensor, noise: Tensor | None) -> tuple[Tensor, list[str]]:
+def _whitener(kspace: Tensor, mask: Tensor, factor: Tensor, noise: Tensor | None) -> tuple[Tensor, float, list[str]]:
+    """Whitening matrix, the noise level after it, and warnings.
+
+    With noise lines that level is 1. An estimate only evens the coils out and keeps the units of the data: what it
+    is off by would otherwise show as brightness that changes from one volume of a scan to the next.
+    """
     if noise is not None:
-        return whitening_matrix(noise), []
+        return whitening_matrix(noise), 1.0, []
     sigma = estimate_sigma(kspace, mask, factor)
     floor = 1e-4 * float((kspace.abs().square().mean(dim=(0, 3)) * factor.square()).mean().sqrt())
     if not float(sigma.max()) > 0:
         sigma = sigma + max(floor, torch.finfo(torch.float32).tiny)
     sigma = sigma.clamp_min(0.05 * float(sigma.max()))
-    return torch.diag(1 / sigma).to(kspace.dtype), ["no noise lines: the noise level was estimated from the scan itself"]
+    level = float(sigma.log().mean().exp())
+    return torch.diag(level / sigma).to(kspace.dtype), level, ["no noise lines: the noise level was estimated from the scan itself"]
 
 
-def _maps(acs: Tensor, size: tuple[int, int], data: Tensor, mask: Tensor, home: torch.device, warnings: list[str]) -> tuple[Tensor, Tensor]:
+def _maps(acs: Tensor, sigma: float, size: tuple[int, int], data: Tensor, mask: Tensor, home: torch.device, warnings: list[str]) -> tuple[Tensor, Tensor]:
     """Coil maps [coils z y x] and support [z y x], by the best way that the calibration lines allow."""
     shape = tuple(data.shape[1:])
     everywhere = torch.ones(shape, device=home)
@@ -163,7 +168,7 @@ def _maps(acs: Tensor, size: tuple[int, int], data: Tensor, mask: Tensor, home: 
             f"{MIN_ACS} x {MIN_ACS} are wanted: coil maps were made from a smoothed image and may be poor"
         )
         return low_resolution_maps(data, mask), everywhere
-    maps, _ = estimate_coil_maps(acs, shape, sigma=1.0)
+    maps, _ = estimate_coil_maps(acs, shape, sigma)
     return maps.to(home), _support(acs, shape).to(home)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import run_chain, small_object
 
-import gadgets.recon as recon
+from gadgets import recon, solve
 from gadgets.ahead import Ahead, left_behind
 from gadgets.failure import ReconError
 from gadgets.files import ScanFile
@@ -75,7 +75,8 @@ def test_a_gpu_without_memory_for_the_preview_leaves_it_to_the_cpu(scan_path, pr
         return measure(*args)
 
     monkeypatch.setattr(recon, "measure", small_gpu)
-    monkeypatch.setattr(recon, "device_of", lambda options: torch.device("cuda"))
+    for module in (recon, solve):
+        monkeypatch.setattr(module, "device_of", lambda options: torch.device("cuda"))
     images, error = images_and_error(scan_path, prior)
     assert len(images) == 1 and "computed on the CPU" in images[0].meta["ImageComments"]
     assert "the GPU's memory does not hold this scan" in error

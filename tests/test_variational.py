@@ -146,6 +146,18 @@ def test_missing_calibration_is_said_aloud():
     assert any("calibration lines cover only" in w for w in measurement.warnings)
 
 
+def test_brightness_does_not_hang_on_an_estimated_noise_level():
+    """The same object under more noise: the estimate follows, the image's brightness stays."""
+    brightness, levels = [], []
+    for snr in (60.0, 15.0):
+        kspace, mask, _, reference = problem(snr=snr)
+        measurement = measure(kspace, mask, VOXEL)
+        brightness.append(intensity_scale(cg_sense(measurement), VOXEL))
+        levels.append(measurement.sigma)
+    assert brightness[1] == pytest.approx(brightness[0], rel=0.05)
+    assert levels[1] > 1.5 * levels[0]
+
+
 def test_separate_calibration_lines_make_the_maps():
     kspace, mask, noise, reference = problem()
     thinned = mask.clone()
