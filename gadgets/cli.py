@@ -240,11 +240,11 @@ def run_recon(arguments: argparse.Namespace) -> int:
 
 def run_serve(arguments: argparse.Namespace) -> int:
     from .ahead import left_behind
-    from .faults import load_prior_or_fault
+    from .conformance.faults import load_prior_or_fault
     from .health import HealthPage
     from .keep import FailedScans
-    from .solve import load_prior_for
     from .server import Server
+    from .solve import load_prior_for
 
     logging.getLogger().setLevel(logging.INFO)
     limits = {name: getattr(arguments, name) for name in SERVE_LIMITS}
@@ -269,7 +269,7 @@ def run_conform(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from .conform import conform
+    from .conformance.suite import conform
 
     table, results = Table("case", "promised", "happened", "seconds"), []
     with Console(stderr=True).status("") as status:

@@ -17,8 +17,8 @@ from .figure import draw_comparison
 from .files import ImageWriter, ScanFile, affine, write_nifti
 from .header import parse_header
 from .options import make_options
-from .recon import reconstruct
 from .protocol import SimulateOptions
+from .recon import reconstruct
 from .server import Server
 from .simulate import simulate
 

@@ -18,8 +18,8 @@ from gadgets.files import ScanFile
 from gadgets.gather import gather
 from gadgets.header import parse_header
 from gadgets.options import make_options
-from gadgets.recon import reconstruct
 from gadgets.protocol import SimulateOptions
+from gadgets.recon import reconstruct
 from gadgets.simulate import simulate
 from recon_core.prior import Prior
 

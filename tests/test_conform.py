@@ -2,8 +2,7 @@
 
 import pytest
 
-from gadgets.conform import Bench, run_case
-from gadgets.conform_cases import CASES
+from gadgets.conformance.suite import Bench, all_cases, run_case
 
 
 @pytest.fixture(scope="module")
@@ -12,7 +11,7 @@ def bench():
         yield bench
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", all_cases(), ids=lambda case: case.name)
 def test_case(case, bench):
     result = run_case(case, bench)
     assert result.verdict == "passed", result.happened

@@ -8,11 +8,11 @@ from conftest import line_like, load_small_scan, run_chain
 
 from gadgets.files import affine
 from gadgets.geometry import Geometry
-from gadgets.volume import Scan
 from gadgets.images import make_images, to_pixels, to_recon_matrix
 from gadgets.options import make_options
-from gadgets.recon import reconstruct
 from gadgets.protocol import SimulateOptions
+from gadgets.recon import reconstruct
+from gadgets.volume import Scan
 
 HEADER = ismrmrd.xsd.ismrmrdHeader(experimentalConditions=ismrmrd.xsd.experimentalConditionsType(H1resonanceFrequency_Hz=1))
 DIRECTIONS = np.linalg.qr(np.random.default_rng(0).standard_normal((3, 3)))[0]

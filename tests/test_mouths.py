@@ -12,8 +12,8 @@ from peers import ClientPeer, GadgetronPeer, run_execute, same_images
 from gadgets.cli import main
 from gadgets.client import SendError, send_scan
 from gadgets.files import ScanFile, read_images
-from gadgets.solve import load_prior_for
 from gadgets.server import Server
+from gadgets.solve import load_prior_for
 from recon_core.prior import PriorError, save_prior
 
 FAST = {"sweeps": 2, "device": "cpu"}

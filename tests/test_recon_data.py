@@ -14,9 +14,9 @@ from peers import GadgetronPeer, recon_data, run_execute, same_images
 
 from gadgets.files import ScanFile
 from gadgets.gather import gather
+from gadgets.protocol import SimulateOptions
 from gadgets.recon_data import ReconData, ReconDataError, ReconDataReader
 from gadgets.server import Server
-from gadgets.protocol import SimulateOptions
 from gadgets.wire import RECON_DATA, Wire, WireError
 
 

@@ -113,7 +113,7 @@ def test_starting_from_other_weights_keeps_them_and_their_history(volumes, tmp_p
 def test_two_processes_do_what_one_does(volumes, tmp_path):
     """Started as torchrun starts them; the same losses and the same weights."""
     one = train(volumes, tmp_path / "one.safetensors", QUICK, log=lambda s: None)
-    code = f"""
+    code = """
 import sys
 from pathlib import Path
 from recon_core.train import TrainOptions, train

@@ -20,14 +20,13 @@ from pathlib import Path
 
 from scans import save_table
 
+from gadgets.conformance.peer import ACQUISITION, CLOSE, IMAGE, Peer, close, config_name, gadgetron_config, text_message
+from gadgets.conformance.peer import HEADER as HEADER_ID
 from gadgets.demo import EXAMPLE
 from gadgets.files import ScanFile
 from gadgets.header import parse_header
 from gadgets.options import make_options
-from gadgets.peer import ACQUISITION, CLOSE, IMAGE, Peer, close, config_name, gadgetron_config, text_message
-from gadgets.peer import HEADER as HEADER_ID
 from gadgets.recon import reconstruct
-from gadgets.solve import load_prior_for
 from gadgets.server import Server
 from gadgets.simulate import SimulateOptions, simulate
 

@@ -1,4 +1,4 @@
-"""The cases of the conformance suite: each tries one promise on a Bench and says in a few words what happened."""
+"""Cases of streams, scans, options, solvers and processes that fail; each returns in a few words what happened."""
 
 from __future__ import annotations
 
@@ -7,219 +7,13 @@ import re
 import signal
 import struct
 import time
-from collections.abc import Callable
 
 import ismrmrd
 import numpy as np
 
 from . import peer as p
-from .conform import Bench, Broken, Case
-
-CASES: list[Case] = []
-
-
-def case(promise: str, limit_s: float = 10.0, needs: str = "") -> Callable:
-    """Add a function to the suite under its own name."""
-
-    def add(run: Callable[[Bench], str]) -> Callable[[Bench], str]:
-        CASES.append(Case(run.__name__.replace("_", "-"), promise, limit_s, needs, run))
-        return run
-
-    return add
-
-
-def expect(fine: bool, otherwise: str) -> None:
-    """Broken with what happened instead."""
-    if not fine:
-        raise Broken(otherwise)
-
-
-def refused(answer: p.Answer, words: str) -> str:
-    """No image, one sentence that holds `words` (a pattern), CLOSE; returns the sentence, shortened."""
-    expect(not answer.images, f"{len(answer.images)} images came")
-    return told(answer, words)
-
-
-def told(answer: p.Answer, words: str) -> str:
-    """The sentence that the peer got, which must match `words`, before a CLOSE."""
-    expect(answer.closed, "the connection ended without CLOSE")
-    expect(bool(answer.complaint), "nothing was said")
-    expect(re.search(words, answer.complaint) is not None, f"said: {answer.complaint}")
-    return shortened(answer.complaint)
-
-
-def shortened(text: str) -> str:
-    """A sentence for the table."""
-    text = text.removeprefix("ERROR: ").removeprefix("slice diffusion: ")
-    return text if len(text) <= 110 else text[:107] + "..."
-
-
-def same(answer: p.Answer, bench: Bench) -> None:
-    """The very images of the first correct scan, and no complaint."""
-    expect(not answer.complaint, f"said: {answer.complaint}")
-    expect(answer.closed, "the connection ended without CLOSE")
-    expect(answer.images == bench.expected, f"{len(answer.images)} images, not the same as before")
-
-
-# what a correct peer may do
-
-
-@case("a scan written field by field from the format is understood; preview, then final image, both uint16, then CLOSE")
-def golden_bytes(bench: Bench) -> str:
-    answer = bench.scan()
-    same(answer, bench)
-    expect(answer.series == [1, 2], f"series {answer.series}")
-    for head, attributes, pixels in answer.images:
-        version, kind = struct.unpack_from("<HH", head)
-        expect((version, kind) == (1, 1), f"image version {version}, pixel type {kind}")
-        expect(struct.unpack_from("<I", head, 194)[0] == len(attributes), "the header holds another length of the attributes")
-        expect(len(pixels) == 2 * 20 * 24 * 22 and max(struct.unpack(f"<{len(pixels) // 2}H", pixels)) <= 4095, "pixels of another number or size")
-    return "2 images, series 1 and 2"
-
-
-@case("bytes that come one at a time, then in odd pieces, make the same images", limit_s=20)
-def dribble(bench: Bench) -> str:
-    data, at, random = bench.opening() + b"".join(bench.messages) + p.close(), 40_000, np.random.default_rng(0)
-    with bench.peer() as peer:
-        for number in range(at):
-            peer.send(data[number : number + 1])
-        while at < len(data):
-            piece = int(random.integers(1, 2000))
-            peer.send(data[at : at + piece])
-            at += piece
-        same(peer.answer(), bench)
-    return f"{len(data)} bytes, same images"
-
-
-@case("Gadgetron's <connect>, a client and a FIRE host get the same images")
-def every_front_end(bench: Bench) -> str:
-    same(bench.scan(gadgetron=True), bench)
-    with bench.peer() as peer:
-        script = f'<configuration><version>2</version><stream><external><connect port="1"/><configuration><property name="sweeps" value="{2}"/></configuration></external></stream></configuration>'
-        peer.send(p.text_message(p.CONFIG, script), p.text_message(p.HEADER, bench.header + b"\0"), *bench.messages, p.close())
-        same(peer.answer(), bench)
-    return "same images three times"
-
-
-@case("a sending side closed after CLOSE, as in --from_stream, still gets its images")
-def half_close(bench: Bench) -> str:
-    with bench.peer() as peer:
-        peer.send(bench.opening(), *bench.messages, p.close()).half_close()
-        same(peer.answer(), bench)
-    return "same images"
-
-
-@case("queries are answered, health as JSON; a conversation without a scan ends with CLOSE")
-def queries(bench: Bench) -> str:
-    health = bench.health()
-    expect(health["ready"] and {"device", "prior", "scans", "uptime_s", "rss_mib"} <= set(health), f"health {health}")
-    with bench.peer() as peer:
-        answer = peer.send(p.config_name("default"), p.close()).answer()
-    expect(answer.closed and not answer.complaint, answer.complaint or "no CLOSE")
-    return f"{health['device']}, prior {health['prior']}, {health['scans']['done']} scans done"
-
-
-@case("two scans at once get the same images", limit_s=15)
-def two_at_once(bench: Bench) -> str:
-    with bench.peer() as one, bench.peer() as two:
-        half = len(bench.messages) // 2
-        for peer in (one, two):
-            peer.send(bench.opening(), *bench.messages[:half])
-        for peer in (two, one):
-            peer.send(*bench.messages[half:], p.close())
-        same(one.answer(), bench)
-        same(two.answer(), bench)
-    return "same images twice"
-
-
-@case("who waits for the device is told the place in line", limit_s=20, needs="faults")
-def line(bench: Bench) -> str:
-    with bench.peer() as slow, bench.peer() as next_:
-        slow.send(bench.opening(prior="test-slow", sweeps=2), *bench.messages, p.close())
-        bench.wait_for(lambda: bench.health()["scans"]["running"] == 1, "the first scan computes")
-        answer = next_.send(bench.opening(), *bench.messages, p.close()).answer()
-        same(answer, bench)
-        place = [text for text in answer.texts if "place 1 in line" in text]
-        expect(bool(place), f"said: {answer.texts}")
-        expect(len(slow.answer().images) == 2, "the slow scan lost its images")
-    return place[0]
-
-
-@case("a peer that reads nothing holds up nobody else", limit_s=15)
-def slow_reader(bench: Bench) -> str:
-    with bench.peer() as peer:
-        peer.send(bench.opening(), *bench.messages, p.close())
-        bench.check_next()
-        same(peer.answer(), bench)
-    return "the other scan passed it"
-
-
-@case("fifty scans in a row: same images, memory and descriptors flat", limit_s=60)
-def fifty_scans(bench: Bench) -> str:
-    facts = []
-    for number in range(50):
-        same(bench.scan(gadgetron=bool(number % 2)), bench)
-        facts.append(bench.health())
-    floor = lambda name, part: min(f[name] for f in part)  # noqa: E731 - what is freed between scans does not count
-    grown = {name: round(floor(name, facts[-20:]) - floor(name, facts[5:25]), 1) for name in ("rss_mib", "open_files", "threads")}
-    most = 4 if bench.process is not None else 16  # MiB; a foreign server has several heaps, which come and go
-    expect(grown["rss_mib"] < most and grown["open_files"] <= 0 and grown["threads"] <= 0, f"between scans 6-25 and 31-50 the least grew by {grown}")
-    return f"between scans 6-25 and 31-50 the least grew by {grown['rss_mib']:g} MiB, {grown['open_files']} files, {grown['threads']} threads"
-
-
-# peers and networks that fail
-
-
-@case("a peer killed in the middle of a message: counted as failed, nothing else", limit_s=10)
-def killed_in_a_message(bench: Bench) -> str:
-    return _killed(bench, bench.messages[100][:500])
-
-
-@case("a peer killed between two messages: counted as failed, nothing else", limit_s=10)
-def killed_between_messages(bench: Bench) -> str:
-    return _killed(bench, b"")
-
-
-def _killed(bench: Bench, rest: bytes) -> str:
-    failed = bench.health()["scans"]["failed"]
-    bench.peer().send(bench.opening(), *bench.messages[:100], rest).vanish()
-    bench.wait_for(lambda: bench.health()["scans"]["failed"] == failed + 1, "the scan counts as failed")
-    return "counted as failed"
-
-
-@case("a connection on which nothing comes is let go after --idle-s, with a sentence", limit_s=10, needs="process")
-def idle(bench: Bench) -> str:
-    with bench.peer() as peer:
-        return refused(peer.answer(), "sent nothing for 2 s")
-
-
-@case("a cable pulled early in the scan: a sentence after --timeout-s", limit_s=10, needs="process")
-def half_open(bench: Bench) -> str:
-    with bench.peer() as peer:
-        return refused(peer.send(bench.opening(), *bench.messages[:50]).answer(), "sent nothing for 2 s")
-
-
-@case("a cable pulled late in the scan: images of what came, with a warning, and a sentence", limit_s=15, needs="process")
-def half_open_late(bench: Bench) -> str:
-    with bench.peer() as peer:
-        answer = peer.send(bench.opening(), *bench.messages[:-20]).answer()
-    expect(answer.series == [1, 2] and "broke off" in answer.comment(), f"series {answer.series}")
-    return "2 images; " + told(answer, "sent nothing for 2 s")
-
-
-@case("a sending side closed early in the scan, without CLOSE: a sentence")
-def cut_early(bench: Bench) -> str:
-    with bench.peer() as peer:
-        return refused(peer.send(bench.opening(), *bench.messages[:50]).half_close().answer(), "ended before its CLOSE")
-
-
-@case("a sending side closed late in the scan, without CLOSE: images of what came, with a warning, and a sentence")
-def cut_late(bench: Bench) -> str:
-    with bench.peer() as peer:
-        answer = peer.send(bench.opening(gadgetron=True), *bench.messages[:-20]).half_close().answer()
-    expect(answer.series == [1, 2] and "broke off" in answer.comment(), f"series {answer.series}")
-    return "2 images; " + told(answer, "ended before its CLOSE")
-
+from .case import case, expect, refused, same, told
+from .suite import Bench
 
 # streams that lie
 
@@ -387,7 +181,7 @@ def drifting_solver(bench: Bench) -> str:
 
 @case("the raw data of a failed scan are kept and can be reconstructed from the file", limit_s=15, needs="process")
 def replay(bench: Bench) -> str:
-    from .files import ScanFile
+    from ..files import ScanFile
 
     before = set(bench.kept.glob("failed-*.h5"))
     bench.scan(prior="nonesuch")

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-from .options import Options
-from .solve import load_prior_for
+from ..options import Options
+from ..solve import load_prior_for
 
 HANG_S = 60.0
 

@@ -1,6 +1,6 @@
 """The conformance suite: what a server promises when peers, networks, scans, solvers and disks fail.
 
-`conform` runs the cases of conform_cases.py, each against its own time limit, and after each one a correct scan,
+`conform` runs the cases of peers.py and scans.py, each against its own time limit, and after each one a correct scan,
 whose images must be the same to the bit as those of the first.
 """
 
@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..files import ScanFile
+from ..simulate import SimulateOptions, simulate
 from . import peer as p
-from .files import ScanFile
-from .simulate import SimulateOptions, simulate
 
 SWEEPS = 2
 COMMAND = [sys.executable, "-W", "ignore", "-c", "import sys; from gadgets.cli import main; sys.exit(main())", "serve", "--port", "0", "--test-faults"]
@@ -155,16 +155,24 @@ def conform(host: str | None, port: int, only: list[str] | None = None, show: Ca
     Raises:
         Broken: if there is nothing to test, or `only` names no case.
     """
-    from .conform_cases import CASES
+    cases = all_cases()
 
-    unknown = set(only or ()) - {case.name for case in CASES}
+    unknown = set(only or ()) - {case.name for case in cases}
     if unknown:
-        raise Broken(f"no case {', '.join(sorted(unknown))}; there are {', '.join(case.name for case in CASES)}")
+        raise Broken(f"no case {', '.join(sorted(unknown))}; there are {', '.join(case.name for case in cases)}")
     with Bench(None if host is None else (host, port)) as bench:
-        for case in CASES:
+        for case in cases:
             if only is None or case.name in only:
                 show(case.name)
                 yield run_case(case, bench)
+
+
+def all_cases() -> list[Case]:
+    """Every case, in order."""
+    from . import peers, scans  # noqa: F401  they fill the list
+    from .case import CASES
+
+    return CASES
 
 
 def run_case(case: Case, bench: Bench) -> Result:

@@ -1,0 +1,54 @@
+"""What the cases of the conformance suite are written with: a decorator, and what an answer must be."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from . import peer as p
+from .suite import Bench, Broken, Case
+
+CASES: list[Case] = []
+
+
+def case(promise: str, limit_s: float = 10.0, needs: str = "") -> Callable:
+    """Add a function to the suite under its own name."""
+
+    def add(run: Callable[[Bench], str]) -> Callable[[Bench], str]:
+        CASES.append(Case(run.__name__.replace("_", "-"), promise, limit_s, needs, run))
+        return run
+
+    return add
+
+
+def expect(fine: bool, otherwise: str) -> None:
+    """Broken with what happened instead."""
+    if not fine:
+        raise Broken(otherwise)
+
+
+def refused(answer: p.Answer, words: str) -> str:
+    """No image, one sentence that holds `words` (a pattern), CLOSE; returns the sentence, shortened."""
+    expect(not answer.images, f"{len(answer.images)} images came")
+    return told(answer, words)
+
+
+def told(answer: p.Answer, words: str) -> str:
+    """The sentence that the peer got, which must match `words`, before a CLOSE."""
+    expect(answer.closed, "the connection ended without CLOSE")
+    expect(bool(answer.complaint), "nothing was said")
+    expect(re.search(words, answer.complaint) is not None, f"said: {answer.complaint}")
+    return shortened(answer.complaint)
+
+
+def shortened(text: str) -> str:
+    """A sentence for the table."""
+    text = text.removeprefix("ERROR: ").removeprefix("slice diffusion: ")
+    return text if len(text) <= 110 else text[:107] + "..."
+
+
+def same(answer: p.Answer, bench: Bench) -> None:
+    """The very images of the first correct scan, and no complaint."""
+    expect(not answer.complaint, f"said: {answer.complaint}")
+    expect(answer.closed, "the connection ended without CLOSE")
+    expect(answer.images == bench.expected, f"{len(answer.images)} images, not the same as before")
