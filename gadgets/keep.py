@@ -15,6 +15,8 @@ from pathlib import Path
 
 import ismrmrd
 
+from .recon_data import ReconData, lines_of
+
 log = logging.getLogger("slicediff")
 SPOOL = ".spool"
 
@@ -69,10 +71,18 @@ class Recording:
         self._write(struct.pack("<I", len(header_xml)) + header_xml)
 
     def add(self, item) -> None:
-        """One more item of the scan; only acquisitions are kept."""
-        if self.file is not None and isinstance(item, ismrmrd.Acquisition):
+        """One more item of the scan; acquisitions are kept, and buffers as the acquisitions in them."""
+        if isinstance(item, ismrmrd.Acquisition):
+            self._add_line(item)
+        elif isinstance(item, ReconData) and self.file is not None:
+            for block in (block for buffer in item.buffers() for block in buffer.blocks()):
+                for _, line in lines_of(*block):
+                    self._add_line(line)
+
+    def _add_line(self, line: ismrmrd.Acquisition) -> None:
+        if self.file is not None:
             self.lines += 1
-            self._write(item.to_bytes())
+            self._write(line.to_bytes())
 
     def keep(self) -> Path | None:
         """The scan failed: write it as HDF5 if it had any line, return where."""

@@ -64,21 +64,31 @@ class ReconData:
 
     bits: list[ReconBit]
 
+    def buffers(self) -> Iterator[ReconBuffer]:
+        """Reference lines before the data they belong to."""
+        for bit in self.bits:
+            yield from (buffer for buffer in (bit.reference, bit.data) if buffer is not None)
+
 
 def take_lines(data: np.ndarray, headers: np.ndarray) -> Iterator[ismrmrd.Acquisition]:
     """Acquired lines of a block as acquisitions of E0 samples, echo at E0//2, where Gadgetron puts it.
 
     Each line is taken out of the block, which holds zeros in the end and may serve as the array that is gathered into.
     """
-    acquired = headers["number_of_samples"] > 0
-    data[:, ~acquired] = 0
-    for e2, e1 in np.argwhere(acquired):
+    data[:, headers["number_of_samples"] == 0] = 0
+    for place, line in lines_of(data, headers):
+        data[(slice(None), *place)] = 0
+        yield line
+
+
+def lines_of(data: np.ndarray, headers: np.ndarray) -> Iterator[tuple[tuple[int, int], ismrmrd.Acquisition]]:
+    """Place (E2, E1) of each acquired line, and a copy of it as an acquisition; the block stays as it is."""
+    for e2, e1 in np.argwhere(headers["number_of_samples"] > 0):
         head = ismrmrd.AcquisitionHeader.from_buffer_copy(headers[e2, e1].tobytes())
         samples = data[:, e2, e1].copy()
-        data[:, e2, e1] = 0
         head.active_channels, head.number_of_samples = samples.shape
         head.center_sample, head.discard_pre, head.discard_post, head.trajectory_dimensions = samples.shape[1] // 2, 0, 0, 0
-        yield ismrmrd.Acquisition(head, samples)
+        yield (int(e2), int(e1)), ismrmrd.Acquisition(head, samples)
 
 
 class ReconDataReader:
@@ -86,10 +96,11 @@ class ReconDataReader:
 
     Args:
         read: gives exactly n bytes, or raises.
+        max_bytes: of all arrays of the message together.
     """
 
-    def __init__(self, read: Callable[[int], bytes]):
-        self.read = read
+    def __init__(self, read: Callable[[int], bytes], max_bytes: int = MAX_ARRAY_BYTES):
+        self.read, self.left = read, max_bytes
 
     def message(self) -> ReconData:
         """The whole payload; ReconDataError where lengths make no sense."""
@@ -118,8 +129,9 @@ class ReconDataReader:
         nbytes = dtype.itemsize
         for n in shape:
             nbytes *= n
-        if nbytes > MAX_ARRAY_BYTES:
-            raise ReconDataError(f"an array of {nbytes} bytes was announced, the limit is {MAX_ARRAY_BYTES}: the stream is damaged or out of step")
+        if nbytes > self.left:
+            raise ReconDataError(f"an array of {nbytes} bytes was announced where {self.left} are left of the limit: the stream is damaged, or the scan too large")
+        self.left -= nbytes
         if not count or not nbytes:
             return np.empty(0, dtype)
         try:

@@ -143,7 +143,7 @@ class Handler(socketserver.BaseRequestHandler):
         for name, value in KEEPALIVE.items():
             if hasattr(socket, name):
                 self.request.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-        self.wire = w.QueuedWire(self.request, min(limits.idle_s, limits.timeout_s), int(limits.max_message_mib * 2**20))
+        self.wire = w.QueuedWire(self.request, min(limits.idle_s, limits.timeout_s), int(limits.max_message_mib * 2**20), int(limits.max_gib * 2**30))
         self.recording: Recording | None = None
         self.counted, self.well, self.gadgetron = False, True, False
         self.server.talking.add(self)

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import ismrmrd
 import numpy as np
 
-from .recon_data import ReconData, ReconDataError, ReconDataReader
+from .recon_data import MAX_ARRAY_BYTES, ReconData, ReconDataError, ReconDataReader
 
 CONFIG_FILE, CONFIG_TEXT, HEADER, CLOSE, TEXT, QUERY, RESPONSE, ERROR = range(1, 9)
 ACQUISITION, IMAGE, RECON_DATA, WAVEFORM = 1008, 1022, 1023, 1026
@@ -43,11 +43,12 @@ class Wire:
         sock: connected stream socket; `close` of the socket stays with the caller.
         timeout_s: longest wait for the peer's next byte, None for ever.
         max_bytes: largest message taken.
+        max_buffer_bytes: largest ReconData, which is a whole scan.
     """
 
-    def __init__(self, sock: socket.socket, timeout_s: float | None = None, max_bytes: int = MAX_ITEM_BYTES):
+    def __init__(self, sock: socket.socket, timeout_s: float | None = None, max_bytes: int = MAX_ITEM_BYTES, max_buffer_bytes: int = MAX_ARRAY_BYTES):
         sock.settimeout(timeout_s)
-        self.sock, self.timeout_s, self.max_bytes = sock, timeout_s, max_bytes
+        self.sock, self.timeout_s, self.max_bytes, self.max_buffer_bytes = sock, timeout_s, max_bytes, max_buffer_bytes
         self.stream = sock.makefile("rb", buffering=1 << 20)
         self.ended = False
 
@@ -219,7 +220,7 @@ class Wire:
 
     def _read_recon_data(self) -> ReconData:
         try:
-            return ReconDataReader(self.read).message()
+            return ReconDataReader(self.read, self.max_buffer_bytes).message()
         except ReconDataError as error:
             self.ended = True
             raise WireError(str(error)) from None

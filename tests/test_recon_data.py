@@ -1,6 +1,7 @@
 """The second entry: Gadgetron's ReconData buffers, byte by byte, give what the acquisitions give."""
 
 import copy
+import io
 import socket
 import struct
 import threading
@@ -14,6 +15,7 @@ from peers import GadgetronPeer, recon_data, run_execute, same_images
 
 from gadgets.files import ScanFile
 from gadgets.gather import gather
+from gadgets.keep import FailedScans
 from gadgets.protocol import SimulateOptions
 from gadgets.recon_data import ReconData, ReconDataError, ReconDataReader
 from gadgets.server import Server
@@ -127,10 +129,29 @@ def test_nonsense_is_refused(payload, message):
         parsed(payload)
 
 
-def test_an_array_that_does_not_fit_into_memory_is_refused(monkeypatch):
-    monkeypatch.setattr("gadgets.recon_data.MAX_ARRAY_BYTES", 1 << 60)
+def test_an_array_that_does_not_fit_into_memory_is_refused():
+    payload = io.BytesIO(struct.pack("<QQ7Q", 1, 7, *(1 << 7,) * 7) + bytes(8))
     with pytest.raises(ReconDataError, match="does not fit into memory"):
-        parsed(struct.pack("<QQ7Q", 1, 7, *(1 << 7,) * 7) + bytes(8))
+        ReconDataReader(payload.read, 1 << 60).message()
+
+
+def test_arrays_share_one_limit(full):
+    """A message of several arrays is refused once all together exceed what a connection may take."""
+    header, lines, _ = full
+    payload = recon_data(header, lines)
+    data_bytes = parsed(payload).bits[0].data.data.nbytes
+    with pytest.raises(ReconDataError, match="left of the limit"):
+        ReconDataReader(io.BytesIO(payload).read, data_bytes + 100).message()
+
+
+def test_failed_buffers_are_kept_as_the_lines_in_them(full, tmp_path):
+    header, lines, xml = full[0], full[1], full[0].toXML("ascii").encode()
+    recording = FailedScans(tmp_path).record(xml)
+    recording.add(parsed(recon_data(header, lines)))
+    with ScanFile(recording.keep()) as scan:
+        kept = gathered(header, list(scan.acquisitions()))
+    expected = gathered(header, lines)
+    assert torch.equal(kept.kspace, expected.kspace) and torch.equal(kept.counts, expected.counts)
 
 
 def test_an_aborted_scan_is_recognised_in_a_partly_filled_buffer(full):

@@ -1,18 +1,20 @@
 """How well the prior denoises: noise level x voxel size x orientation, on volumes left out of training.
 
-    python tests/benchmarks/denoising.py VOLUMES... [--priors small other.safetensors] [--voxel-mm 1 2 4] [--sigmas 0.05 0.1 0.2 0.5]
+    python tests/benchmarks/denoising.py VOLUMES... [--priors small other.safetensors] [--voxel-mm 1 2 4] [--sigmas 0.05 0.1 0.2 0.5] [--card CARD.json]
 
 Beside the noisy slice stands the better of two classical denoisers that are told the noise level (non-local
 means and cycle-spun wavelet shrinkage of scikit-image, real and imaginary part as channels). PSNR of the
 complex slice: 20 log10(99.9th percentile of the volume / rms |error|).
 
-Priors trained for one voxel size, to compare with, come from the same program with `voxel_mm: [2, 2]`:
-    slicediff train VOLUMES... --config two_mm.yaml --steps 2500 --out fixed_2mm.safetensors
+Priors trained for one voxel size, to compare with, come from the same program with `voxel_mm: [2, 2]` and
+`vary_sharpness: false`, beside one with `voxel_mm: [0.5, 4]` and the same number of steps:
+    slicediff train VOLUMES... --config two_mm.yaml --steps 3500 --out fixed_2mm.safetensors
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import warnings
 from pathlib import Path
 
@@ -37,6 +39,8 @@ def main() -> None:
     parser.add_argument("--voxel-mm", type=float, nargs="+", default=[1.0, 2.0, 4.0])
     parser.add_argument("--sigmas", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.5])
     parser.add_argument("--slices", type=int, default=2, help="per orientation")
+    parser.add_argument("--card", type=Path, help="model card (.json) of the first prior to write the means into")
+    parser.add_argument("--name", default="denoising", help="of the table under results/")
     arguments = parser.parse_args()
     priors, rows = {Path(name).stem: load_prior(name) for name in arguments.priors}, []
     for path in arguments.volumes:
@@ -51,11 +55,27 @@ def main() -> None:
                     voxel = " x ".join(f"{v:.2g}" for v in size)
                     rows.append({"volume": path.name.split(".")[0], "voxel_mm": voxel_mm, "voxel": voxel, "orientation": orientation, "sigma": sigma, **db})
         print(path.name, "done", flush=True)
-    print(save_table("denoising", rows))
-    for voxel_mm in arguments.voxel_mm:
-        for sigma in arguments.sigmas:
-            of = [r for r in rows if (r["voxel_mm"], r["sigma"]) == (voxel_mm, sigma)]
-            print(voxel_mm, "mm, sigma", sigma, {k: round(float(np.mean([r[k] for r in of])), 2) for k in ("noisy", "classical", *priors)})
+    print(save_table(arguments.name, rows))
+    means = averages(rows, ("noisy", "classical", *priors))
+    for case, values in means.items():
+        print(case, values)
+    if arguments.card:
+        card = json.loads(arguments.card.read_text())
+        card["measured"] = {
+            "what": "denoising, PSNR in dB, mean over volumes left out of training and three orientations (tests/benchmarks/denoising.py)",
+            "volumes": sorted({row["volume"] for row in rows}),
+            "psnr": {case: {"noisy": v["noisy"], "classical": v["classical"], "prior": v[next(iter(priors))]} for case, v in means.items()},
+        }
+        arguments.card.write_text(json.dumps(card, indent=2) + "\n")
+
+
+def averages(rows: list[dict], columns: tuple[str, ...]) -> dict[str, dict[str, float]]:
+    """Mean of each column per voxel size and noise level."""
+    out = {}
+    for voxel_mm, sigma in dict.fromkeys((row["voxel_mm"], row["sigma"]) for row in rows):
+        of = [row for row in rows if (row["voxel_mm"], row["sigma"]) == (voxel_mm, sigma)]
+        out[f"{voxel_mm:g} mm, sigma {sigma:g}"] = {k: round(float(np.mean([row[k] for row in of])), 2) for k in columns}
+    return out
 
 
 def complex_volume(path: Path, voxel_mm: float):
