@@ -1,9 +1,11 @@
 """The commands: what they write, print and return."""
 
+import csv
 import json
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import h5py
 import ismrmrd
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 
 from gadgets.cli import main
+from gadgets.demo import EXAMPLE
 from gadgets.files import ScanFile, read_images
 from gadgets.header import parse_header
 from recon_core.simulate import phantom
@@ -145,3 +148,17 @@ def test_train_from_a_folder_with_a_config(tmp_path, capsys):
         (tmp_path / "c.yaml").write_text(text)
         code, _, err = run(capsys, *arguments)
         assert code == 1 and message in err and err.count("\n") == 1
+
+
+def test_bench_puts_methods_side_by_side(tmp_path, monkeypatch):
+    """The program of the checkout, run by the command; CG-SENSE must beat zero filling on its table."""
+    pytest.importorskip("skimage", reason="scikit-image is not installed (extra bench)")
+    monkeypatch.chdir(Path(__file__).resolve().parents[1])
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    out = tmp_path / "bench"
+    main(["bench", str(EXAMPLE), "--voxel-mm", "7", "--accelerations", "2", "--acs", "8", "--coils", "4", "--methods", "zero-filled", "cg", "--out", str(out)])
+    with (out / "bench.csv").open() as file:
+        quality = {row["method"]: float(row["psnr"]) for row in csv.DictReader(file)}
+    assert quality["cg"] > quality["zero-filled"] + 0.5
+    assert len(list(out.glob("*.png"))) == 1

@@ -71,7 +71,7 @@ def main() -> None:
             print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
         save(arguments.out / "bench.csv", rows)
         draw(images, problem, rows[-len(images) :], arguments.out)
-    Console().print(table(rows))
+    Console(width=max(130, Console().width)).print(table(rows))
 
 
 def problems(arguments) -> Iterator[Problem]:
