@@ -109,7 +109,7 @@ def run_bart(name: str, problem: Problem, arguments, tuned: dict) -> tuple[Tenso
 
 def bart_strength(problem: Problem, arguments, tuned: dict) -> float:
     """The lambda that is best on the volume for tuning at this voxel size and acceleration; the middle one without."""
-    key = (problem.facts["voxel_mm"], problem.facts["R"])
+    key = (problem.facts["voxel_mm"], float(round(problem.facts["R"])))
     if arguments.tune is None or problem.phased is None:
         return arguments.lambdas[len(arguments.lambdas) // 2]
     if key not in tuned:

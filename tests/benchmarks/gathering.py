@@ -87,7 +87,7 @@ def send_buffer(address, coils: int, samples: int, steps: tuple[int, int]) -> No
 
 def measure(source: str, coils: int, samples: int, steps: tuple[int, int], out) -> None:
     """Seconds and growth of the peak memory in MiB, into the queue `out`."""
-    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[0]})
+    cores = sorted(os.sched_getaffinity(0))
     header = a_header(samples, steps)
     list(gather(a_header(samples, (2, 2)), from_memory(coils, samples, (2, 2))))
     with contextlib.ExitStack() as stack:
@@ -97,6 +97,7 @@ def measure(source: str, coils: int, samples: int, steps: tuple[int, int], out) 
             items = from_socket(stack.enter_context(listener.accept()[0]))
         else:
             items = from_memory(coils, samples, steps)
+        os.sched_setaffinity(0, {cores[0]})  # after the sender was started, which has the other cores
         before, began = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
         (scan,) = gather(header, items)
         seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF)
