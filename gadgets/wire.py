@@ -7,6 +7,7 @@ bounded, and an unknown message is named.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import queue
@@ -56,18 +57,37 @@ class Wire:
         """Exactly `nbytes`; WireError when the peer is gone or silent."""
         if nbytes > BLOCK_BYTES:
             return b"".join(self.read(min(BLOCK_BYTES, nbytes - done)) for done in range(0, nbytes, BLOCK_BYTES))
-        try:
+        with self._told():
             data = self.stream.read(nbytes)
+        self._complete(len(data), nbytes)
+        return data
+
+    def read_array(self, shape: tuple[int, ...], dtype) -> np.ndarray:
+        """An array of the next bytes, without a copy where it is no larger than a block."""
+        out = np.empty(shape, dtype)
+        if out.nbytes > BLOCK_BYTES:
+            return np.frombuffer(self.read(out.nbytes), dtype).reshape(shape)
+        if out.nbytes:
+            with self._told():
+                got = self.stream.readinto(out.reshape(-1).view(np.uint8))
+            self._complete(got, out.nbytes)
+        return out
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
         except TimeoutError:
             self.ended = True
             raise WireError(f"the peer sent nothing for {self.timeout_s:g} s") from None
         except OSError as error:
             self.ended = True
             raise WireError(f"the connection broke: {error}") from None
-        if len(data) < nbytes:
+
+    def _complete(self, got: int, wanted: int) -> None:
+        if got < wanted:
             self.ended = True
             raise WireError("the stream ended before its CLOSE message: the peer is gone or the scan was cut off")
-        return data
 
     def messages(self) -> Iterator[tuple[int, object]]:
         """(id, item) until CLOSE: text as str, queries as (correlation id, text), the rest as ismrmrd objects."""
@@ -190,8 +210,8 @@ class Wire:
             raise WireError("the acquisitions are compressed, which is not supported here: send them without -P or -T")
         samples, coils, dims = head.number_of_samples, head.active_channels, head.trajectory_dimensions
         self._check(samples * (4 * dims + 8 * coils), self.max_bytes, "line")
-        trajectory = np.frombuffer(self.read(4 * samples * dims), np.float32).reshape(samples, dims)
-        data = np.frombuffer(self.read(8 * samples * coils), np.complex64).reshape(coils, samples)
+        trajectory = self.read_array((samples, dims), np.float32)
+        data = self.read_array((coils, samples), np.complex64)
         return ismrmrd.Acquisition(head, data, trajectory)
 
     def _read_waveform(self) -> ismrmrd.Waveform:
