@@ -381,10 +381,6 @@ def peak_memory_mib() -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
-
-
 def run_bench_command(arguments) -> None:
     """Run tests/benchmarks/bench.py of the checkout that the package or the current folder is."""
     places = [root / "tests" / "benchmarks" / "bench.py" for root in (Path.cwd(), Path(__file__).resolve().parent.parent)]
@@ -394,3 +390,7 @@ def run_bench_command(arguments) -> None:
     sys.argv = [str(program), *arguments.rest]
     sys.path.insert(0, str(program.parent))
     runpy.run_path(str(program), run_name="__main__")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -162,3 +162,9 @@ def test_bench_puts_methods_side_by_side(tmp_path, monkeypatch):
         quality = {row["method"]: float(row["psnr"]) for row in csv.DictReader(file)}
     assert quality["cg"] > quality["zero-filled"] + 0.5
     assert len(list(out.glob("*.png"))) == 1
+
+
+def test_the_module_is_the_command():
+    """torchrun starts `-m gadgets.cli`."""
+    answer = subprocess.run([sys.executable, "-W", "ignore", "-m", "gadgets.cli", "priors"], capture_output=True, text=True, check=True)
+    assert answer.stdout.startswith("small:")
