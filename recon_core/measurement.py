@@ -95,7 +95,7 @@ def measure(
     if calibration is not None:
         reference, lines = calibration
         reference_mask, reference_factor = (lines > 0).float(), 1 / lines.clamp_min(1)
-    mixing, sigma, warnings = _whitener(kspace, mask, factor, noise)
+    mixing, sigma, known, warnings = _whitener(kspace, mask, factor, noise)
     acs_size = find_acs(reference_mask)
     acs = torch.zeros((len(kspace), 0, 0, 0), dtype=kspace.dtype)
     if acs_size[0]:
@@ -111,7 +111,7 @@ def measure(
     operator = Sense(maps.mul_(support), mask, device)
     samples = int((mask > 0).sum()) * data.shape[0] * data.shape[-1]
     energy = sum(float(torch.view_as_real(plane).double().square().sum()) for plane in data.unbind(1))
-    return Measurement(operator, operator.adjoint(data), energy, samples, sigma / most**0.5, voxel_mm, acs_size, mixing, noise is not None, warnings)
+    return Measurement(operator, operator.adjoint(data), energy, samples, sigma / most**0.5, voxel_mm, acs_size, mixing, known, warnings)
 
 
 def _mix(matrix: Tensor, data: Tensor) -> Tensor:
@@ -138,21 +138,28 @@ def _home(coils: int, shape: tuple[int, int, int], device: torch.device, warning
     return torch.device("cpu")
 
 
-def _whitener(kspace: Tensor, mask: Tensor, factor: Tensor, noise: Tensor | None) -> tuple[Tensor, float, list[str]]:
-    """Whitening matrix, the noise level after it, and warnings.
+def _whitener(kspace: Tensor, mask: Tensor, factor: Tensor, noise: Tensor | None) -> tuple[Tensor, float, bool, list[str]]:
+    """Whitening matrix, the noise level after it, whether that is known, and warnings.
 
     With noise lines that level is 1. An estimate only evens the coils out and keeps the units of the data: what it
     is off by would otherwise show as brightness that changes from one volume of a scan to the next.
     """
+    reason = "no noise lines"
     if noise is not None:
-        return whitening_matrix(noise), 1.0, []
+        try:
+            matrix = whitening_matrix(noise)
+        except ValueError as error:
+            reason = f"noise lines of no use ({error})"
+        else:
+            dead = [str(c) for c in range(len(kspace)) if not bool(matrix[:, c].any())]
+            return matrix, 1.0, True, [f"coil {', '.join(dead)} (from 0) has no noise: dead, left out"] if dead else []
     sigma = estimate_sigma(kspace, mask, factor)
     floor = 1e-4 * float((kspace.abs().square().mean(dim=(0, 3)) * factor.square()).mean().sqrt())
     if not float(sigma.max()) > 0:
         sigma = sigma + max(floor, torch.finfo(torch.float32).tiny)
     sigma = sigma.clamp_min(0.05 * float(sigma.max()))
     level = float(sigma.log().mean().exp())
-    return torch.diag(level / sigma).to(kspace.dtype), level, ["no noise lines: the noise level was estimated from the scan itself"]
+    return torch.diag(level / sigma).to(kspace.dtype), level, False, [f"{reason}: the noise level was estimated from the scan itself"]
 
 
 def _maps(acs: Tensor, sigma: float, size: tuple[int, int], data: Tensor, mask: Tensor, home: torch.device, warnings: list[str]) -> tuple[Tensor, Tensor]:

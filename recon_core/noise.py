@@ -8,17 +8,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+DEAD = 1e-3  # noise of a coil over that of the middle one below which it is not connected
+
 
 def whitening_matrix(noise: Tensor) -> Tensor:
-    """Matrix W [coils coils] such that W @ noise has unit sigma and no correlation between coils.
+    """Matrix W [live coils, coils] such that W @ noise has unit sigma and no correlation between coils.
 
-    Inverse Cholesky factor of the noise covariance (Pruessmann et al., MRM 2001, eq. 23).
+    Inverse Cholesky factor of the noise covariance (Pruessmann et al., MRM 2001, eq. 23). A dead coil, one whose
+    noise is at most DEAD times the middle coil's, has a column of zeros and no row.
 
     Args:
         noise: [coils samples] complex noise samples.
 
     Raises:
-        ValueError: with fewer samples than four per coil, a dead coil, or non-finite samples.
+        ValueError: with fewer samples than four per coil, non-finite samples, no noise, or a coil that repeats others.
     """
     coils, samples = noise.shape
     if samples < 4 * coils:
@@ -26,10 +29,13 @@ def whitening_matrix(noise: Tensor) -> Tensor:
     noise = noise.to(torch.complex128)
     noise = noise - noise.mean(dim=1, keepdim=True)
     covariance = noise @ noise.mH / (2 * samples)
+    power = covariance.diagonal().real
+    live = power > DEAD**2 * power.median()
+    covariance = covariance[live][:, live]
     factor, failed = torch.linalg.cholesky_ex(covariance)
-    if int(failed) or not bool(torch.isfinite(torch.view_as_real(factor)).all()):
-        raise ValueError("the noise lines have no invertible covariance: is a coil dead, or are they all zero?")
-    eye = torch.eye(coils, dtype=covariance.dtype, device=covariance.device)
+    if int(failed) or not bool(live.any()) or not bool(torch.isfinite(torch.view_as_real(factor)).all()):
+        raise ValueError("the noise lines have no invertible covariance: are they zero or NaN, or do coils repeat each other?")
+    eye = torch.eye(coils, dtype=covariance.dtype, device=covariance.device)[live]
     return torch.linalg.solve_triangular(factor, eye, upper=False).to(torch.complex64)
 
 

@@ -31,12 +31,23 @@ def object_box(maps: Tensor) -> tuple[slice, slice, slice]:
 
 
 def denoise_slices(volume: Tensor, prior: Denoiser, sigma: float, axis: int, chosen: Sequence[int] | Tensor | None = None) -> int:
-    """Denoise the `chosen` slices (all by default) of `volume` [z y x] across `axis` in place; returns how many."""
+    """Denoise the `chosen` slices (all by default) of `volume` [z y x] across `axis` in place; returns how many.
+
+    Where the GPU's memory does not hold a batch, it is halved, down to one slice.
+    """
     planes = volume.movedim(axis, 0)
     chosen = torch.arange(len(planes)) if chosen is None else torch.as_tensor(chosen)
     chosen = chosen.to(volume.device)
-    for part in chosen.split(max(1, PIXELS_PER_BATCH.get(volume.device.type, 1 << 16) // planes[0].numel())):
-        planes[part] = denoise_planes(planes[part], prior, sigma)
+    batch, done = max(1, PIXELS_PER_BATCH.get(volume.device.type, 1 << 16) // planes[0].numel()), 0
+    while done < len(chosen):
+        part = chosen[done : done + batch]
+        try:
+            planes[part] = denoise_planes(planes[part], prior, sigma)
+            done += len(part)
+        except torch.OutOfMemoryError:
+            if len(part) == 1:
+                raise
+            batch = len(part) // 2
     return len(chosen)
 
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 from conftest import random_complex
 
+from recon_core.cg_sense import cg_sense
+from recon_core.measurement import measure
 from recon_core.noise import estimate_sigma, whitening_matrix
 
 
@@ -15,10 +17,31 @@ def test_whitened_noise_is_white_with_unit_sigma():
     torch.testing.assert_close(covariance, torch.eye(4, dtype=torch.complex64), atol=0.02, rtol=0)
 
 
-@pytest.mark.parametrize("noise,message", [(torch.ones(4, 8, dtype=torch.complex64), "at least 16"), (torch.zeros(2, 100, dtype=torch.complex64), "coil dead")])
+@pytest.mark.parametrize("noise,message", [(torch.ones(4, 8, dtype=torch.complex64), "at least 16"), (torch.zeros(2, 100, dtype=torch.complex64), "zero or NaN")])
 def test_useless_noise_is_refused(noise, message):
     with pytest.raises(ValueError, match=message):
         whitening_matrix(noise)
+
+
+@pytest.mark.parametrize("dead", [0.0, 1e-6])
+def test_a_dead_coil_is_left_out_and_the_image_is_that_of_the_others(dead):
+    noise, kspace = random_complex(5, 4000), random_complex(5, 24, 20, 16, seed=1)
+    kspace[:, 8:16, 6:14] += 40
+    noise[2], kspace[2] = dead * noise[2], dead * kspace[2]
+    live = [0, 1, 3, 4]
+    assert whitening_matrix(noise).shape == (4, 5)
+    both = [measure(k, torch.ones(24, 20), (2.0, 2.0, 2.0), n) for k, n in ((kspace, noise), (kspace[live], noise[live]))]
+    torch.testing.assert_close(*(cg_sense(m) for m in both), rtol=1e-3, atol=1e-3)
+    assert both[0].warnings == ["coil 2 (from 0) has no noise: dead, left out"] and both[0].sigma_known and not both[1].warnings
+
+
+@pytest.mark.parametrize("noise", [torch.zeros(2, 100), torch.ones(2, 3), torch.full((2, 100), float("nan"))])
+def test_noise_lines_of_no_use_leave_an_estimate_and_a_warning(noise):
+    kspace = random_complex(2, 24, 20, 8)
+    kspace[:, 8:16, 6:14] += 40
+    given, without = (measure(kspace, torch.ones(24, 20), (2.0, 2.0, 2.0), n) for n in (noise.to(torch.complex64), None))
+    torch.testing.assert_close(cg_sense(given), cg_sense(without))
+    assert not given.sigma_known and given.warnings[0].startswith("noise lines of no use (") and "estimated" in given.warnings[0]
 
 
 def test_noise_level_is_estimated_from_the_scan():

@@ -12,7 +12,7 @@ from recon_core.metrics import object_mask, psnr
 from recon_core.scale import intensity_scale
 from recon_core.sense import Sense
 from recon_core.simulate import coil_sensitivity, phantom, sampling_mask
-from recon_core.slices import usable_axes
+from recon_core.slices import denoise_slices, usable_axes
 from recon_core.variational import VariationalConfig, annealed, reconstruct_variational
 
 VOXEL = (2.0, 2.0, 2.0)
@@ -108,6 +108,24 @@ def test_thin_slabs_are_not_cut_across_their_thin_side():
     assert usable_axes((180, 230, 1)) == [2]
     assert usable_axes((40, 50, 60)) == [0, 1, 2]
     assert usable_axes((4, 100, 90)) == [0]
+
+
+def test_slices_that_do_not_fit_into_memory_together_go_one_after_another():
+    asked = []
+
+    def small_memory(x, sigma):
+        asked.append(len(x))
+        if len(x) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 2 * x
+
+    volume, limit = random_complex(11, 20, 20), 3
+    doubled = volume.clone()
+    assert denoise_slices(doubled, small_memory, 0.1, 0) == 11
+    assert torch.equal(doubled, 2 * volume) and asked == [11, 5, 2, 2, 2, 2, 2, 1]
+    limit = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        denoise_slices(doubled, small_memory, 0.1, 0)
 
 
 def test_misfit_of_the_true_image_is_one():

@@ -104,6 +104,17 @@ def twice_as_long(bench: Bench) -> str:
     return "2 images; the comment tells of the lines outside"
 
 
+@case("a coil that is dead in all lines, noise lines too: images of the others, and the comment says so")
+def dead_coil(bench: Bench) -> str:
+    lines = [copy.deepcopy(line) for line in bench.lines]
+    for line in lines:
+        line.data[1] = 0
+    answer = bench.scan([p.acquisition(line) for line in lines])
+    expect(answer.series == [1, 2] and not answer.complaint, answer.complaint or f"series {answer.series}")
+    expect("coil 1 (from 0) has no noise" in answer.comment(), f"the comment does not say so: {answer.comment()}")
+    return "2 images; the comment names the coil"
+
+
 @case("k-space beyond --max-gib is refused by its size, before a line is stored", needs="process")
 def too_large(bench: Bench) -> str:
     return refused(bench.scan(header=bench.header.replace(b"<y>24</y>", b"<y>2400</y>").replace(b"<z>20</z>", b"<z>2000</z>")), "k-space needs .* GiB .* --max-gib")
