@@ -15,6 +15,7 @@ from .noise import estimate_sigma, whitening_matrix
 from .scale import intensity_scale
 from .sense import Sense
 
+LOUD = 2.0  # estimated noise of a coil over that of the middle one above which it is turned down
 WORK_ARRAYS = 3  # data, maps and a copy of them on the way
 
 
@@ -157,9 +158,9 @@ def _whitener(kspace: Tensor, mask: Tensor, factor: Tensor, noise: Tensor | None
     floor = 1e-4 * float((kspace.abs().square().mean(dim=(0, 3)) * factor.square()).mean().sqrt())
     if not float(sigma.max()) > 0:
         sigma = sigma + max(floor, torch.finfo(torch.float32).tiny)
-    sigma = sigma.clamp_min(0.05 * float(sigma.max()))
-    level = float(sigma.log().mean().exp())
-    return torch.diag(level / sigma).to(kspace.dtype), level, False, [f"{reason}: the noise level was estimated from the scan itself"]
+    weight = (LOUD * sigma.median() / sigma.clamp_min(torch.finfo(torch.float32).tiny)).clamp_max(1)
+    level = float((weight * sigma).square().mean().sqrt())
+    return torch.diag(weight).to(kspace.dtype), level, False, [f"{reason}: the noise level was estimated from the scan itself"]
 
 
 def _maps(acs: Tensor, sigma: float, size: tuple[int, int], data: Tensor, mask: Tensor, home: torch.device, warnings: list[str]) -> tuple[Tensor, Tensor]:

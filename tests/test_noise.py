@@ -5,7 +5,7 @@ import torch
 from conftest import random_complex
 
 from recon_core.cg_sense import cg_sense
-from recon_core.measurement import measure
+from recon_core.measurement import LOUD, measure
 from recon_core.noise import estimate_sigma, whitening_matrix
 
 
@@ -50,3 +50,14 @@ def test_noise_level_is_estimated_from_the_scan():
     kspace[:, 15:25, 20:28] += 50
     mask = torch.ones(40, 48)
     torch.testing.assert_close(estimate_sigma(kspace, mask), torch.full((2,), sigma), rtol=0.1, atol=0)
+
+
+def test_without_noise_lines_only_a_loud_coil_is_turned_down():
+    """An estimate holds fine detail too: coils within LOUD of the middle one keep their units, so that their sum keeps its shading."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(5, 16, 16, 12, dtype=torch.complex64, generator=generator)
+    levels = torch.tensor([0.6, 1.0, 1.0, 1.7, 20.0])
+    measurement = measure(noise * levels.reshape(-1, 1, 1, 1), torch.ones(16, 16), (2.0, 2.0, 2.0))
+    kept = measurement.mixing.norm(dim=0)
+    assert torch.allclose(kept[:4], torch.ones(4), atol=1e-3)
+    assert float(kept[4]) == pytest.approx(LOUD / 20, rel=0.1)
