@@ -34,14 +34,15 @@ class PriorError(Exception):
 class Prior(nn.Module):
     """Denoiser D(x, sigma) for complex slices whose typical tissue has magnitude 1 (see scale.py).
 
-    sigma is the standard deviation of the real and of the imaginary part each.
+    sigma is the standard deviation of the real and of the imaginary part each. With `half` the network computes
+    in bf16 where it may: its output is scaled by sigma, so the rounding stays far below the noise.
     """
 
     def __init__(self, architecture: str = "small", sigma_data: float = 0.5, card: dict | None = None):
         super().__init__()
         if architecture not in ARCHITECTURES:
             raise PriorError(f"unknown architecture {architecture!r}; expected one of {sorted(ARCHITECTURES)}")
-        self.architecture, self.sigma_data, self.card = architecture, float(sigma_data), card or {}
+        self.architecture, self.sigma_data, self.card, self.half = architecture, float(sigma_data), card or {}, False
         self.net = UNet(**ARCHITECTURES[architecture])
 
     def forward(self, x: Tensor, sigma: Tensor | float) -> Tensor:
@@ -55,8 +56,18 @@ class Prior(nn.Module):
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(x.shape[0])
         s = sigma[:, None, None, None]
         total = torch.sqrt(s**2 + self.sigma_data**2)
-        out = self.net(x / total, torch.log(sigma) / 4)
-        return x * (self.sigma_data / total) ** 2 + out * (s * self.sigma_data / total)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.half):
+            out = self.net(x / total, torch.log(sigma) / 4)
+        return x * (self.sigma_data / total) ** 2 + out.float() * (s * self.sigma_data / total)
+
+
+def half_is_faster(device: str | torch.device) -> bool:
+    """Whether the device multiplies bf16 natively: GPUs from Ampere on, CPUs with AVX512-BF16 or AMX."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cpu" and bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 
 def save_prior(prior: Prior, path: str | Path, card: dict) -> None:
@@ -75,8 +86,11 @@ def save_prior(prior: Prior, path: str | Path, card: dict) -> None:
     path.with_suffix(".json").write_text(json.dumps(card, indent=2) + "\n")
 
 
-def load_prior(name_or_path: str | Path = "small", device: str | torch.device = "cpu") -> Prior:
+def load_prior(name_or_path: str | Path = "small", device: str | torch.device = "cpu", half: bool | None = None) -> Prior:
     """Load a prior by name (see prior_folders), or by the path of its .safetensors file.
+
+    Args:
+        half: whether the network computes in bf16; where that is faster by default.
 
     Raises:
         PriorError: if weights or card are missing, damaged, or of another format version.
@@ -92,6 +106,7 @@ def load_prior(name_or_path: str | Path = "small", device: str | torch.device = 
         prior.load_state_dict({name: t.float() for name, t in load(data).items()})
     except (SafetensorError, RuntimeError) as error:
         raise PriorError(f"{path} does not hold the network its card describes: {error}") from error
+    prior.half = half_is_faster(device) if half is None else half
     return prior.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
 
 

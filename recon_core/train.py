@@ -24,7 +24,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from .prior import Prior, find_weights, load_prior, read_card, save_prior
+from .prior import Prior, find_weights, half_is_faster, load_prior, read_card, save_prior
 from .team import Team
 from .volumes import SlicePool, Volume
 
@@ -46,10 +46,12 @@ class TrainOptions(BaseModel):
     voxel_mm: tuple[float, float] = Field((0.5, 4.0), description="finest and coarsest voxel size; the same twice for one fixed size")
     vary_sharpness: bool = Field(True, description="taper or interpolate some volumes, as protocols do; off to compare voxel sizes")
     sigma_range: tuple[float, float] = Field((0.008, 2.0), description="noise levels, in tissue brightness")
+    vary_contrast: bool = Field(True, description="redraw the intensity curve of half the volumes, so that other contrasts are met")
     seed: int = Field(0, ge=0, description="of everything random")
     save_every_s: float = Field(60.0, ge=0, description="at most this much work is lost by a kill")
     validate_every: int = Field(1000, ge=1, description="steps between validations")
     start_from: str | None = Field(None, description="weights to go on from, for example to add a site's own volumes")
+    precision: str = Field("auto", pattern="^(auto|fp32|bf16)$", description="of the network: auto (bf16 where the device has it), fp32 or bf16")
     device: str = Field("auto", pattern="^(auto|cpu|cuda)$", description="auto (a GPU per process if there is one), cpu or cuda")
 
 
@@ -81,11 +83,12 @@ def _train(team: Team, volumes, out: Path, options: TrainOptions, log, validatio
         raise ValueError(f"a batch of {options.batch} cannot be shared by {team.size} processes; choose a multiple")
     torch.manual_seed(options.seed)
     prior = first_prior(options).to(team.device, memory_format=torch.channels_last)
+    prior.half = half_is_faster(team.device) if options.precision == "auto" else options.precision == "bf16"
     average = copy.deepcopy(prior).requires_grad_(False)
     optimiser = torch.optim.AdamW(prior.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     checkpoint = out.with_suffix(".checkpoint")
     start = _resume(checkpoint, prior, average, optimiser)
-    pool = SlicePool(volumes, options.voxel_mm, options.crop, seed=options.seed, vary_sharpness=options.vary_sharpness)
+    pool = SlicePool(volumes, options.voxel_mm, options.crop, seed=options.seed, vary_sharpness=options.vary_sharpness, vary_contrast=options.vary_contrast)
     held_out = Validation(validation, options.seed) if validation and team.leads else None
     shared, curve = team.wrap(prior), Curve(out.with_suffix(".csv") if team.leads else None, start)
     began = saved = time.monotonic()
@@ -147,11 +150,9 @@ def draw_noise(clean: Tensor, step: int, options: TrainOptions) -> tuple[Tensor,
 
 
 def denoising_loss(prior: Callable[[Tensor, Tensor], Tensor], clean: Tensor, sigma: Tensor, noise: Tensor, sigma_data: float) -> Tensor:
-    """Per-slice weighted squared error [slices]; weight as in arXiv 2206.00364, table 1. bf16 on GPUs."""
+    """Per-slice weighted squared error [slices]; weight as in arXiv 2206.00364, table 1."""
     noisy = (clean + sigma[:, None, None, None] * noise).contiguous(memory_format=torch.channels_last)
-    with torch.autocast(clean.device.type, torch.bfloat16, enabled=clean.device.type == "cuda"):
-        denoised = prior(noisy, sigma)
-    error = (denoised.float() - clean).square().mean(dim=(1, 2, 3))
+    error = (prior(noisy, sigma) - clean).square().mean(dim=(1, 2, 3))
     return error * (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 

@@ -78,7 +78,8 @@ class UNet(nn.Module):
         pad = (0, -width % self.multiple, 0, -height % self.multiple)
         if any(pad):
             x = F.pad(x, pad, mode="replicate")
-        emb = self.embed(self._fourier(noise_level))
+        with torch.autocast(x.device.type, enabled=False):
+            emb = self.embed(self._fourier(noise_level))
         h = self.head(F.pixel_unshuffle(x, self.unshuffle))
         skips = []
         for level, shrink in zip(self.down, self.shrink):

@@ -12,7 +12,7 @@ import torch
 from recon_core.prior import load_prior
 from recon_core.simulate import phantom
 from recon_core.train import Curve, TrainOptions, first_prior, train
-from recon_core.volumes import SlicePool, Volume, load_volume, resample
+from recon_core.volumes import SlicePool, Volume, dipole_field, load_volume, resample
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def volumes(tmp_path):
     return [load_volume(p) for p in paths]
 
 
-QUICK = TrainOptions(steps=6, batch=2, crop=16, save_every_s=0)
+QUICK = TrainOptions(steps=6, batch=2, crop=16, save_every_s=0, precision="fp32")
 
 
 def read_curve(path):
@@ -118,7 +118,7 @@ import sys
 from pathlib import Path
 from recon_core.train import TrainOptions, train
 from recon_core.volumes import load_volume
-options = TrainOptions(steps=6, batch=2, crop=16, save_every_s=0, device="cpu")
+options = TrainOptions(steps=6, batch=2, crop=16, save_every_s=0, device="cpu", precision="fp32")
 train([load_volume(p) for p in sys.argv[2:]], Path(sys.argv[1]), options, log=lambda s: None)
 """
     (tmp_path / "main.py").write_text(code)
@@ -176,3 +176,27 @@ def test_a_volume_coarser_than_the_voxel_size_asked_for_is_used_as_it_is():
     volume = Volume("coarse", phantom((40, 44, 48)).numpy(), (1.5, 1.5, 1.5))
     _, voxel_mm = SlicePool([volume], (1.0, 1.0), crop=32, size=2).batch(0, 4)
     assert voxel_mm.tolist() == [1.5] * 4
+
+
+def test_field_around_a_sphere_of_other_susceptibility():
+    """Outside chi/3 (a/r)^3 (3 cos^2 - 1), inside nothing (Jackson, Classical Electrodynamics, section 5.10): B0 along z."""
+    n, radius = 64, 8.0
+    axis = (torch.arange(n) - n // 2).float()
+    distance = (axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2).sqrt()
+    field = dipole_field((distance < radius).float(), (1.0, 1.0, 1.0), (1.0, 0.0, 0.0))
+    volume = float((distance < radius).sum()) / (4 / 3 * torch.pi)
+    for place, shape in (((16, 0, 0), 2.0), ((0, 16, 0), -1.0), ((0, 0, -16), -1.0)):
+        index = tuple(n // 2 + p for p in place)
+        assert float(field[index]) == pytest.approx(shape / 3 * volume / 16**3, rel=0.1)
+    assert abs(float(field[n // 2, n // 2, n // 2])) < 0.01
+
+
+def test_training_slices_have_phase_of_air_beside_tissue_and_keep_their_magnitude():
+    head = Volume("phantom", phantom((40, 48, 40)).numpy(), (2.0, 2.0, 2.0))
+    pool = SlicePool([head], (2.0, 2.0), crop=32, size=8, seed=3, vary_sharpness=False, vary_contrast=False)
+    pool.batch(0, 2)
+    kinds = {volume.is_complex() for volume, _ in pool.pool.values()}
+    magnitudes = [volume.abs() for volume, _ in pool.pool.values()]
+    assert kinds == {True, False}
+    for magnitude in magnitudes[1:]:
+        torch.testing.assert_close(magnitude, magnitudes[0], rtol=1e-4, atol=1e-4)
