@@ -37,7 +37,7 @@ class Options(BaseModel):
     prior_weight: float = Field(0.5, gt=0, le=100, description="pull of the prior against the data; needs no tuning per protocol")
     slice_fraction: float = Field(1.0, gt=0, le=1, description="share of the slices denoised per sweep")
     deadline_s: float | None = Field(None, gt=0, description="stop the sweeps after this time and send what there is")
-    seed: int = Field(0, ge=0, description="of the random slices")
+    seed: int = Field(0, ge=0, description="of the random slices and poses")
     output: Literal["uint16", "float32", "complex64"] = Field("uint16", description="pixel type: uint16 (12 bit), float32 or complex64")
     orientation: str = Field("acquired", description="order of the pixels: acquired, or any of transpose, flip_x, flip_y, flip_z joined by +")
     layout: Literal["volume", "partitions"] = Field("volume", description="volume (one 3D image) or partitions (one image each)")

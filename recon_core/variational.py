@@ -2,7 +2,7 @@
 
 Minimises ||A x - y||^2 / (2 sigma^2) + sum over slices of a truncated diffusion objective
 (arXiv 2412.18584), by half-quadratic splitting: each sweep denoises slices of one random orientation
-at an annealed noise level, with momentum from the sweep before, then solves the data term exactly against
+at an annealed noise level and in a random pose, with momentum from the sweep before, then solves the data term exactly against
 the result (conjugate gradients on independent 2D problems). The denoiser is never differentiated
 ("stabilised Jacobian").
 """
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .measurement import Measurement
+from .pose import posed
 from .slices import Denoiser, denoise_slices, object_box, some_slices, usable_axes
 from .state import State
 
@@ -53,7 +54,7 @@ def reconstruct_variational(
         measurement: the inverse problem.
         prior: D(slices [slices 2 h w], sigma) on slices whose tissue has magnitude about 1.
         start: volume [z y x], the CG-SENSE image.
-        seed: of the random slices.
+        seed: of the random slices and poses.
     """
     random = torch.Generator().manual_seed(seed)
     scale, noise, x, target = measurement.in_tissue_units(start)
@@ -65,7 +66,7 @@ def reconstruct_variational(
         axes = axes or [a for a in torch.randperm(3, generator=random).tolist() if a in usable]
         denoised, axis = x + config.momentum * (x - previous), axes.pop()
         chosen = some_slices(denoised[box].shape[axis], config.slice_fraction, random)
-        evaluations += denoise_slices(denoised[box], prior, sigma, axis, chosen)
+        evaluations += denoise_slices(denoised[box], posed(prior, random), sigma, axis, chosen)
         rho = weight * (noise / sigma) ** 2
         previous = x
         x = measurement.operator.solve(target + rho * denoised, rho, denoised, config.cg_iterations)

@@ -1,0 +1,39 @@
+"""The prior in a random pose: mirrored, turned, moved by some pixels, its phase rotated; and back.
+
+The prior was trained on slices in all of these poses, so its answer should not depend on them. Where it does, that
+is error, and with another pose in each sweep it averages out.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .slices import Denoiser
+
+BLOCK = 8  # pixels after which the network's down-sampling repeats itself
+
+
+def posed(prior: Denoiser, random: torch.Generator) -> Denoiser:
+    """`prior` in one pose drawn from `random`; for slices [slices 2 h w] of any size."""
+    flip_y, flip_x, turned = (torch.rand(3, generator=random) < 0.5).tolist()
+    flips = [axis for axis, flip in ((2, flip_y), (3, flip_x)) if flip]
+    top, left = torch.randint(BLOCK, (2,), generator=random).tolist()
+    angle = 2 * math.pi * float(torch.rand((), generator=random))
+
+    def denoise(slices: Tensor, sigma: Tensor | float) -> Tensor:
+        there = _rotate_phase(slices, angle).flip(flips)
+        there = F.pad(there.transpose(2, 3) if turned else there, (left, 0, top, 0))
+        back = prior(there.contiguous(memory_format=torch.channels_last), sigma)[..., top:, left:]
+        return _rotate_phase((back.transpose(2, 3) if turned else back).flip(flips), -angle)
+
+    return denoise
+
+
+def _rotate_phase(slices: Tensor, angle: float) -> Tensor:
+    real, imaginary = slices.unbind(1)
+    c, s = math.cos(angle), math.sin(angle)
+    return torch.stack((c * real - s * imaginary, s * real + c * imaginary), dim=1)
