@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from . import wire as w
+from .address import Listening
 from .budget import Budget
 from .chain import is_gadgetron_peer, options_of_config_name, properties_of
 from .conversation import Host, run_scan, sentence
@@ -31,12 +32,11 @@ LAST_WORDS_S = 20.0  # after the grace time, for handing out what there is
 KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
 
 
-class Server(socketserver.ThreadingTCPServer):
+class Server(Listening, socketserver.ThreadingTCPServer):
     """MRD server; `serve_forever` accepts connections, one thread each.
 
     Args:
-        address: (host, port); port 0 takes a free one, see server_address. A name is served on all its addresses,
-            "::" on IPv6 and IPv4.
+        address: (host, port), as Listening takes it.
         defaults: options that every scan starts from.
         load_prior: options -> prior; called once per (prior, device).
         keep: where failed scans are kept, if anywhere.
@@ -55,25 +55,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.lock, self.turns, self.counts = threading.Lock(), Turns(self.limits.slots), Counts()
         self.retiring, self.out_of_time = threading.Event(), threading.Event()
         self.talking: set[Handler] = set()
-        found = dict.fromkeys((family, where) for family, _, _, _, where in socket.getaddrinfo(*address, type=socket.SOCK_STREAM))
-        (self.address_family, where), *others = sorted(found, key=lambda entry: entry[0] != socket.AF_INET)
-        super().__init__(where, Handler)
-        self.others: list[socket.socket] = []
-        for family, where in others:
-            self._also_on(family, where[0])
-
-    def server_bind(self) -> None:
-        """Bind; "::" serves IPv4 as well."""
-        if self.address_family == socket.AF_INET6:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, self.server_address[0] != "::")
-        super().server_bind()
-
-    def server_close(self) -> None:
-        """Stop listening on every address."""
-        super().server_close()
-        for listener in self.others:
-            listener.shutdown(socket.SHUT_RDWR)
-            listener.close()
+        super().__init__(address, Handler)
 
     def prior(self, options):
         """The prior for these options, loaded at most once."""
@@ -114,22 +96,6 @@ class Server(socketserver.ThreadingTCPServer):
     def handle_error(self, request, client_address) -> None:
         """What a handler did not expect goes to the log."""
         log.exception("the conversation with %s failed", client_address)
-
-    def _also_on(self, family: int, host: str) -> None:
-        """Accept on one more address of the name; without it (no IPv6) the first still serves."""
-        try:
-            listener = socket.create_server((host, self.server_address[1]), family=family, backlog=self.request_queue_size)
-        except OSError as error:
-            log.warning("not served on %s: %s", host, error)
-            return
-        self.others.append(listener)
-
-        def accept() -> None:
-            with contextlib.suppress(OSError):  # closed
-                while True:
-                    self.process_request(*listener.accept())
-
-        threading.Thread(target=accept, name="accept", daemon=True).start()
 
 
 class Handler(socketserver.BaseRequestHandler):

@@ -13,6 +13,7 @@ from conftest import run_chain
 from peers import ClientPeer, same_images
 from test_mouths import FAST, client, running
 
+from gadgets.address import AddressError
 from gadgets.budget import Budget, worth_an_image
 from gadgets.cli import main
 from gadgets.failure import ReconError
@@ -85,7 +86,7 @@ def test_limits_that_cannot_be_are_refused():
 def test_addresses(host, reachable, prior):
     try:
         server = Server((host, 0), FAST, lambda options: prior)
-    except OSError as error:
+    except AddressError as error:
         pytest.skip(f"no IPv6 here: {error}")
     with server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
@@ -114,6 +115,20 @@ def test_health_page_and_metrics(scan_path, prior):
         server.retiring.set()
         with pytest.raises(urllib.error.HTTPError, match="503"):
             get(port, "/healthz")
+        page.shutdown()
+
+
+@pytest.mark.parametrize("host,reachable", [("localhost", ["127.0.0.1"]), ("::", ["127.0.0.1", "[::1]"]), ("::1", ["[::1]"])])
+def test_health_page_is_on_the_addresses_of_the_server(host, reachable):
+    try:
+        page = HealthPage((host, 0), lambda: {"ready": True})
+    except AddressError as error:
+        pytest.skip(f"no IPv6 here: {error}")
+    with page:
+        for address in reachable:
+            request = urllib.request.Request(f"http://{address}:{page.server_address[1]}/healthz", method="HEAD")
+            with urllib.request.urlopen(request, timeout=10) as reply:
+                assert (reply.status, reply.read()) == (200, b"")
         page.shutdown()
 
 
