@@ -39,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:  # the boundary: one sentence, the traceback only when asked for
         from .conversation import sentence
 
-        logging.getLogger("slicediff").info("failure", exc_info=error)
+        if arguments.verbose:
+            logging.getLogger("slicediff").info("failure", exc_info=error)
         text = sentence(error) if not isinstance(error, OSError) else str(error)
         print(f"slicediff: {text}", file=sys.stderr)
         return 1
@@ -103,7 +104,16 @@ def _simulate(parser: argparse.ArgumentParser) -> None:
 
 def _fractions(text: str) -> tuple[float, float]:
     first, _, second = text.partition(",")
-    return float(first), float(second or 1)
+    try:
+        return float(first), float(second or 1)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected one fraction or two with a comma between them, got {text!r}") from None
+
+
+def _port(text: str) -> int:
+    if not (text.isdecimal() and int(text) <= 65535):
+        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, got {text!r}")
+    return int(text)
 
 
 def _recon(parser: argparse.ArgumentParser) -> None:
@@ -119,13 +129,13 @@ def _recon(parser: argparse.ArgumentParser) -> None:
 
 def _serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help='address or name to listen on; "::" is every address of IPv6 and IPv4 (default: 127.0.0.1)')
-    parser.add_argument("--port", type=int, default=9002, help="(default: 9002; 0 takes a free one)")
+    parser.add_argument("--port", type=_port, default=9002, help="(default: 9002; 0 takes a free one)")
     for name, (unit, what) in SERVE_LIMITS.items():
         default = getattr(Limits, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, metavar=unit, help=f"{what} (default: {default:g})")
     parser.add_argument("--keep-failed", type=Path, metavar="DIR", help="keep the raw data of failed scans here, for `slicediff recon`")
     parser.add_argument("--keep-failed-gib", type=float, default=10.0, metavar="GIB", help="remove the oldest of them beyond this (default: 10)")
-    parser.add_argument("--health-port", type=int, metavar="PORT", help="answer HTTP /healthz and /metrics here (needs prometheus-client)")
+    parser.add_argument("--health-port", type=_port, metavar="PORT", help="answer HTTP /healthz and /metrics here (needs prometheus-client)")
     parser.add_argument("--test-faults", action="store_true", help=argparse.SUPPRESS)
     parser.set_defaults(run=run_serve)
     _add_options(parser)
@@ -133,7 +143,7 @@ def _serve(parser: argparse.ArgumentParser) -> None:
 
 def _conform(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", help="test the server there (default: start one of its own)")
-    parser.add_argument("--port", type=int, default=9002)
+    parser.add_argument("--port", type=_port, default=9002)
     parser.add_argument("--case", action="append", metavar="NAME", help="run only this case; may be given again")
     parser.add_argument("--json", action="store_true", help="end stdout with one line of JSON")
     parser.set_defaults(run=run_conform)
@@ -143,7 +153,7 @@ def _send(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("scan", type=Path, help="ISMRMRD file")
     parser.add_argument("images", type=Path, help="HDF5 file to append the images to")
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=9002)
+    parser.add_argument("--port", type=_port, default=9002)
     parser.add_argument("--config", default="default", metavar="NAME|FILE", help="a configuration of the server, or a chain XML to send")
     parser.add_argument("--group", help="HDF5 group of the images (default: date and time)")
     parser.add_argument("--realtime", action="store_true", help="send each line at its time stamp, as the scanner did")

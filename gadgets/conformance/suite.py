@@ -72,13 +72,15 @@ class Bench:
         self.path = Path(self.folder.name) / "scan.h5"
         self.header, self.lines = _tiny_scan(self.path)
         self.messages = [p.acquisition(line) for line in self.lines]
-        if address is None:
-            self.start()
-        else:
-            self.address = address
-        self.expected = self.scan().images
-        if len(self.expected) != 2:
-            raise Broken(f"a correct scan gave {len(self.expected)} images and not a preview and a final one")
+        try:
+            if address is None:
+                self.start()
+            else:
+                self.address = address
+            self.expected = self._first_images()
+        except Broken:
+            self.__exit__()
+            raise
 
     def __enter__(self) -> Bench:
         return self
@@ -88,6 +90,15 @@ class Bench:
             self.process.kill()
             self._reap()
         self.folder.cleanup()
+
+    def _first_images(self) -> list[tuple[bytes, bytes, bytes]]:
+        try:
+            answer = self.scan()
+        except OSError as error:
+            raise Broken(f"no server answers at {self.address[0]} port {self.address[1]}: {error}") from None
+        if len(answer.images) != 2:
+            raise Broken(f"a correct scan gave {len(answer.images)} images and not a preview and a final one {answer.complaint}".rstrip())
+        return answer.images
 
     def start(self) -> None:
         """Start (again) the server of our own, and wait until it says its port."""
