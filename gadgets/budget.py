@@ -14,7 +14,7 @@ FEWEST = 0.02  # of all lines; R = 16 cut off after a third
 
 
 class Budget:
-    """Watches that the k-space of one connection stays below `max_gib`.
+    """Watches that the k-space of one connection, and each of its images, stays below `max_gib`.
 
     Raises:
         ScanError: on `admit` from the header alone, on `watch` once the lines tell more than the header did.
@@ -24,7 +24,16 @@ class Budget:
         self.geometry, self.max_bytes = read_geometry(header), max_gib * 2**30
         self.volumes = _announced_volumes(header)
         system = header.acquisitionSystemInformation
+        self._check_image()
         self.check(getattr(system, "receiverChannels", None) or 1, self.volumes)
+
+    def _check_image(self) -> None:
+        x, y, z = self.geometry.recon_matrix
+        if 8 * x * y * z > self.max_bytes:
+            raise ScanError(
+                f"an image of {x} x {y} x {z} voxels needs {8 * x * y * z / 2**30:.2g} GiB "
+                f"and this server takes {self.max_bytes / 2**30:.2g} GiB: start it with a larger --max-gib"
+            )
 
     def check(self, coils: int, volumes: int) -> None:
         """Refuse what would not fit."""

@@ -286,7 +286,7 @@ def test_nothing_to_reconstruct_is_an_error(full):
 
 @pytest.mark.parametrize("change,message", [
     (lambda e: setattr(e.encodedSpace.matrixSize, "y", 0), "matrix of at least 1"),
-    (lambda e: setattr(e.reconSpace.fieldOfView_mm, "x", 0.0), "positive field of view"),
+    (lambda e: setattr(e.reconSpace.fieldOfView_mm, "x", 0.0), "positive, finite field of view"),
     (lambda e: setattr(e, "trajectory", ismrmrd.xsd.trajectoryType.RADIAL), "cartesian"),
     (lambda e: setattr(e, "reconSpace", None), "lacks"),
 ])  # fmt: skip
