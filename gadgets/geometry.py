@@ -103,9 +103,21 @@ def _limits(encoding, name: str, size: int) -> tuple[tuple[int, int], int, list[
     if centre is None or not low <= centre <= high:
         notes.append(f"the header's centre {centre} of {name} lies outside {low} to {high}: {(low + high + 1) // 2} assumed")
         centre = (low + high + 1) // 2
-    if low - centre < -(size // 2) or high - centre >= size - size // 2:
-        notes.append(f"the header's limits {low} to {high} of {name} with centre {centre} exceed its matrix {size}: lines outside the matrix are left out")
-    return (low, high), centre, notes
+    centre, outside = _within(low, high, centre, size, name)
+    first, last = centre - size // 2, centre + size - size // 2 - 1
+    return (max(low, first), min(high, last)), centre, notes + outside
+
+
+def _within(low: int, high: int, centre: int, size: int, name: str) -> tuple[int, list[str]]:
+    """The step of k = 0, moved if it would put many steps outside of a matrix that could hold them all, and what to say."""
+    after = size - size // 2 - 1
+    lost = max(0, centre - size // 2 - low) + max(0, high - centre - after)
+    if not lost:
+        return centre, []
+    if lost > size // 10 and high - low < size:
+        fitting = min(max(centre, high - after), low + size // 2)
+        return fitting, [f"the header's centre {centre} of {name} would put {lost} of the steps {low} to {high} outside of its matrix {size}: {fitting} assumed"]
+    return centre, [f"the header's limits {low} to {high} of {name} with centre {centre} exceed its matrix {size}: lines outside the matrix are left out"]
 
 
 def _parallel(encoding) -> tuple[tuple[int, int], str]:
