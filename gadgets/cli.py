@@ -30,7 +30,7 @@ SERVE_LIMITS = {
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; 0 when images were written and are finite, else 1 with one sentence on stderr."""
     arguments = build_parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO if arguments.verbose else logging.CRITICAL, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
         return arguments.run(arguments) or 0
     except KeyboardInterrupt:
@@ -64,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     _serve(commands.add_parser("serve", help="run the MRD server"))
     _conform(commands.add_parser("conform", help="test a server against everything that goes wrong at a scanner"))
     _send(commands.add_parser("send", help="stream a scan file to a server and write the images"))
+    _health(commands.add_parser("health", help="ask a server how it is; exit code 0 if it takes scans"))
     _priors(commands.add_parser("priors", help="list the shipped priors with their model cards"))
     _train(commands.add_parser("train", help="train a prior on magnitude volumes"))
     _bench(commands.add_parser("bench", help="methods side by side (in a checkout)", add_help=False, prefix_chars="\0"))
@@ -159,6 +160,12 @@ def _send(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--realtime", action="store_true", help="send each line at its time stamp, as the scanner did")
     parser.add_argument("--expect", type=int, metavar="N", help="fail if fewer images come (default: the scan's volumes, in every series)")
     parser.set_defaults(run=run_send)
+
+
+def _health(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=_port, default=9002)
+    parser.set_defaults(run=run_health)
 
 
 def _priors(parser: argparse.ArgumentParser) -> None:
@@ -306,6 +313,14 @@ def run_send(arguments: argparse.Namespace) -> int:
             writer.write(image)
     print(f"{writer.count} images written to {arguments.images}")
     return 0
+
+
+def run_health(arguments: argparse.Namespace) -> int:
+    from .client import ask
+
+    answer = ask(arguments.host, arguments.port, "slicediff::health")
+    print(answer)
+    return 0 if json.loads(answer)["ready"] else 1
 
 
 def run_priors(arguments: argparse.Namespace) -> int:

@@ -48,11 +48,7 @@ def send_scan(
     Raises:
         SendError: when the server cannot be reached, reports an error, or sends fewer images than expected.
     """
-    try:
-        sock = socket.create_connection((host, port), 10)
-    except OSError as error:
-        raise SendError(f"no server answers at {host} port {port}: {error}") from None
-    with sock:
+    with _connected(host, port) as sock:
         wire = w.Wire(sock, timeout_s)
         sender = _Sender(scan, wire, config, on_sent, realtime)
         sender.start()
@@ -74,6 +70,28 @@ def send_scan(
         if failure or sender.failure:
             raise SendError(f"{failure or sender.failure} ({came.total()} images were received)")
         _check(came, sender.volumes, expect)
+
+
+def ask(host: str, port: int, question: str, timeout_s: float = 10.0) -> str:
+    """A server's answer to a query; SendError if there is none."""
+    with _connected(host, port) as sock:
+        wire = w.Wire(sock, timeout_s)
+        wire.send_query(question)
+        wire.close()
+        try:
+            answers = [item[1] for kind, item in wire.messages() if kind == w.RESPONSE]
+        except w.WireError as error:
+            raise SendError(f"the server at {host} port {port} did not answer: {error}") from None
+    if not answers:
+        raise SendError(f"the server at {host} port {port} did not answer the query {question!r}")
+    return answers[0]
+
+
+def _connected(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_connection((host, port), 10)
+    except OSError as error:
+        raise SendError(f"no server answers at {host} port {port}: {error}") from None
 
 
 def _check(came: Counter, volumes: int, expect: int | None) -> None:

@@ -16,8 +16,9 @@ from . import wire as w
 from .address import Listening
 from .budget import Budget
 from .chain import is_gadgetron_peer, options_of_config_name, properties_of
-from .conversation import Host, run_scan, sentence
+from .conversation import Host, run_scan
 from .external import answer_gadgetron
+from .failure import log_failure, sentence
 from .gather import ScanError
 from .health import Counts, process_facts
 from .keep import FailedScans, Recording
@@ -121,7 +122,7 @@ class Handler(socketserver.BaseRequestHandler):
             self.wire.close()
             self.wire.flush()
         except (OSError, w.WireError) as error:
-            log.warning("connection from %s ended early: %s", self.client_address, error)
+            log.log(logging.WARNING if self.wire.heard else logging.INFO, "connection from %s ended early: %s", self.client_address, error)
             self.well = False
         finally:
             if self.counted:
@@ -167,14 +168,17 @@ class Handler(socketserver.BaseRequestHandler):
         sources = [self.server.defaults, options_of_config(config)]
         first = next(self.wire.messages(), None)
         while first is not None and first[0] == w.TEXT:
-            sources.append(options_from_json(first[1]))
+            found, others = options_from_json(first[1])
+            sources.append(found)
+            if others:
+                self.wire.send_text(f"parameters that are no options here were left aside: {', '.join(others)}"[:1000])
             first = next(self.wire.messages(), None)
         run_scan(self.wire, header_xml, sources, host, self.wire.send_text, first)
 
     def _tell(self, error: Exception) -> None:
         """An ERROR to Gadgetron; a TEXT to clients, which abort on any ERROR."""
         self.well = False
-        log.error("the scan failed: %s", sentence(error), exc_info=error)
+        log_failure("the scan failed" if self.wire.heard else "nothing was asked", error, logging.ERROR if self.wire.heard else logging.INFO)
         self.wire.drain()
         if self.gadgetron:
             self.wire.send_error(f"slice diffusion: {sentence(error)}")
@@ -243,7 +247,7 @@ def options_of_config(config: tuple[int, str] | None) -> dict[str, Any]:
     """Options behind a client's configuration message."""
     if config is None:
         raise OptionsError("expected a configuration (name or XML) before the header, got none")
-    return options_of_config_name(config[1]) if config[0] == w.CONFIG_FILE else properties_of(config[1])
+    return properties_of(config[1]) if config[0] == w.CONFIG_TEXT and "<" in config[1] else options_of_config_name(config[1].strip())
 
 
 def _wait_while(busy: Callable[[], Any], longest_s: float) -> None:

@@ -51,7 +51,7 @@ class Wire:
         sock.settimeout(timeout_s)
         self.sock, self.timeout_s, self.max_bytes, self.max_buffer_bytes = sock, timeout_s, max_bytes, max_buffer_bytes
         self.stream = sock.makefile("rb", buffering=1 << 20)
-        self.ended = False
+        self.ended = self.heard = False
 
     def read(self, nbytes: int) -> bytes:
         """Exactly `nbytes`; WireError when the peer is gone or silent."""
@@ -106,6 +106,7 @@ class Wire:
         }
         while not self.ended:
             kind = self._unpack("<H")
+            self.heard = True
             if kind == CLOSE:
                 self.ended = True
                 return

@@ -156,3 +156,29 @@ def test_failed_scans_are_kept_oldest_removed_first(scan_path, prior, tmp_path):
     for line in lines:
         tiny.add(line)
     assert tiny.keep() is None and not list(tmp_path.glob("*.spool"))
+
+
+def test_what_a_killed_server_left_behind_is_found_and_what_runs_is_let_be(scan_path, tmp_path):
+    """Whatever the process ids: a server in a container always has the same."""
+    with ScanFile(scan_path) as scan:
+        running, killed = (FailedScans(tmp_path).record(scan.header_xml) for _ in range(2))
+        for line in scan.acquisitions():
+            running.add(line)
+            killed.add(line)
+    killed.file.close()
+    FailedScans(tmp_path)
+    (found,) = tmp_path.glob("failed-*.h5")
+    assert [path.name for path in tmp_path.glob("*.spool")] == [running.path.name]
+    with ScanFile(scan_path) as scan, ScanFile(found) as kept:
+        assert [bytes(a.getHead()) for a in kept.acquisitions()] == [bytes(a.getHead()) for a in scan.acquisitions()]
+    running.drop()
+
+
+def test_health_is_a_command(prior, capsys):
+    with running(FAST, lambda options: prior) as server:
+        arguments = ["health", "--port", str(server.server_address[1])]
+        assert main(arguments) == 0 and json.loads(capsys.readouterr().out)["ready"]
+        server.retiring.set()
+        assert main(arguments) == 1
+    assert main(arguments) == 1
+    assert capsys.readouterr().err.startswith("slicediff: no server answers at 127.0.0.1 port")
