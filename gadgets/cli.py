@@ -272,7 +272,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
         if arguments.health_port is not None:
             page = HealthPage((arguments.host, arguments.health_port), server.health)
             print(f"slicediff: health on {arguments.host} port {page.server_address[1]}", flush=True)
-        signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.retire, daemon=True).start())
+        _retire_on_signals(server)
         print(f"slicediff: serving on {arguments.host} port {server.server_address[1]}", flush=True)
         server.serve_forever(poll_interval=0.1)
     if left_behind():  # a solver that hangs would keep the process, or crash it while the interpreter ends
@@ -280,6 +280,17 @@ def run_serve(arguments: argparse.Namespace) -> int:
         logging.shutdown()
         os._exit(0)
     return 0
+
+
+def _retire_on_signals(server) -> None:
+    """SIGTERM and Ctrl-C let the scans end; another Ctrl-C does not."""
+
+    def retire(*_) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        threading.Thread(target=server.retire, daemon=True).start()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, retire)
 
 
 def run_conform(arguments: argparse.Namespace) -> int:

@@ -29,6 +29,7 @@ from .turns import Turns
 
 log = logging.getLogger("slicediff")
 LINGER_S = 5.0
+SPARE = 32  # connections without a scan beside the scans that are granted
 LAST_WORDS_S = 20.0  # after the grace time, for handing out what there is
 KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
 
@@ -144,6 +145,9 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _converse(self) -> None:
         config: tuple[int, str] | None = None
+        if len(self.server.talking) > self.server.limits.connections + SPARE:
+            self.well = False
+            return self.wire.send_text(f"ERROR: this server has {len(self.server.talking) - 1} connections already: come back later")
         try:
             for kind, item in self.wire.messages():
                 if kind == w.QUERY:
@@ -179,11 +183,12 @@ class Handler(socketserver.BaseRequestHandler):
         """An ERROR to Gadgetron; a TEXT to clients, which abort on any ERROR."""
         self.well = False
         log_failure("the scan failed" if self.wire.heard else "nothing was asked", error, logging.ERROR if self.wire.heard else logging.INFO)
-        self.wire.drain()
         if self.gadgetron:
+            self.wire.drain()  # it may be deaf while it still sends
             self.wire.send_error(f"slice diffusion: {sentence(error)}")
         else:
             self.wire.send_text(f"ERROR: {sentence(error)}")
+            self.wire.drain()
 
     def _answer(self, question: str) -> str:
         """Reply to a query message."""
@@ -193,11 +198,12 @@ class Handler(socketserver.BaseRequestHandler):
         return known[question]() if question in known else f"unknown query {question!r}; known are {', '.join(known)}"
 
     def _linger(self) -> None:
-        """Let the peer close first: closing with its bytes unread would destroy our last message."""
+        """Let the peer close first, but not for ever: closing with its bytes unread would destroy our last message."""
+        end = time.monotonic() + LINGER_S
         try:
             self.request.shutdown(socket.SHUT_WR)
             self.request.settimeout(LINGER_S)
-            while self.request.recv(1 << 16):
+            while self.request.recv(1 << 16) and time.monotonic() < end:
                 pass
         except OSError as error:
             log.debug("the peer did not close in good order: %s", error)

@@ -136,7 +136,7 @@ def test_a_server_that_is_in_the_way_is_a_sentence(capsys):
 
 
 def test_serve_and_send_as_processes(tmp_path, capsys, scan_path):
-    """The server prints its port, serves, refuses no second scan, and ends on SIGTERM with exit code 0."""
+    """The server prints its port, serves, refuses no second scan, and ends on Ctrl-C (as on SIGTERM) with exit code 0."""
     code = "import sys; from gadgets.cli import main; sys.exit(main())"
     serve = [sys.executable, "-W", "ignore", "-c", code, "serve", "--port", "0", "--sweeps", "2", "--device", "cpu"]
     with subprocess.Popen(serve, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
@@ -145,7 +145,7 @@ def test_serve_and_send_as_processes(tmp_path, capsys, scan_path):
             for name in ("first", "second"):
                 code, out, err = run(capsys, "send", scan_path, tmp_path / f"{name}.h5", "--port", port)
                 assert code == 0 and "2 images written" in out, err
-            server.send_signal(signal.SIGTERM)
+            server.send_signal(signal.SIGINT)
             assert server.wait(20) == 0
         finally:
             server.kill()

@@ -5,6 +5,7 @@ import logging
 import socket
 import struct
 import threading
+import time
 
 import pytest
 from conftest import run_chain
@@ -164,6 +165,32 @@ def test_images_instead_of_raw_data_are_told(server, scan_path, expected):
         wire.close()
         ((_, text),) = wire.messages()
     assert text.startswith("ERROR: the scan holds no imaging line") and text.endswith("2 images came, but raw data are needed")
+
+
+def test_a_client_is_told_at_once_what_is_refused(server, scan_path):
+    """Not after the scan, which a client may take minutes to send."""
+    with ScanFile(scan_path) as scan, socket.create_connection(server.server_address[:2]) as sock:
+        wire = Wire(sock, 10)
+        wire.send_config_file("nonesuch")
+        wire.send_header(scan.header_xml)
+        messages = wire.messages()
+        assert next(messages)[1].startswith("ERROR: unknown configuration 'nonesuch'")
+        for line in scan.acquisitions():
+            wire.send_item(line)
+        wire.close()
+        assert list(messages) == []
+
+
+def test_idle_connections_have_an_end(server, scan_path, expected, monkeypatch):
+    monkeypatch.setattr("gadgets.server.SPARE", 2 - server.limits.connections)
+    with socket.create_connection(server.server_address[:2]), socket.create_connection(server.server_address[:2]):
+        while len(server.talking) < 2:
+            time.sleep(0.01)
+        with ClientPeer(server.server_address) as peer:
+            assert list(peer.wire.messages()) == [(5, "ERROR: this server has 2 connections already: come back later")]
+    while server.talking:
+        time.sleep(0.01)
+    assert same_images(client(server, scan_path)[0], expected)
 
 
 def test_a_probe_that_says_nothing_is_no_error(server, caplog):
