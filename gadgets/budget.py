@@ -24,8 +24,8 @@ class Budget:
         self.geometry, self.max_bytes = read_geometry(header), max_gib * 2**30
         self.volumes = _announced_volumes(header)
         system = header.acquisitionSystemInformation
-        self._check_image()
         self.check(getattr(system, "receiverChannels", None) or 1, self.volumes)
+        self._check_image()
 
     def _check_image(self) -> None:
         x, y, z = self.geometry.recon_matrix
