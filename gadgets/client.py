@@ -62,6 +62,7 @@ def send_scan(
                     on_text(item)
                     if kind == w.ERROR or ERROR_TEXT.match(item):
                         failure = ERROR_TEXT.sub("", item)
+                        sender.give_up()
         except w.WireError as error:
             failure = failure or f"the server is gone: {error}"
         finally:
@@ -113,7 +114,13 @@ class _Sender(threading.Thread):
         self.scan, self.wire, self.config, self.on_sent, self.failure = scan, wire, config, on_sent, ""
         self.pace = _Pace() if realtime else None
         self.stop = threading.Event()
+        self.given_up = False
         self.seen: set[tuple[int, ...]] = set()
+
+    def give_up(self) -> None:
+        """Send no more lines and end the scan in good order: the server has said that it failed."""
+        self.given_up = True
+        self.stop.set()
 
     @property
     def volumes(self) -> int:
@@ -127,8 +134,10 @@ class _Sender(threading.Thread):
             else:
                 self.wire.send_config_file(self.config)
             self.wire.send_header(self.scan.header_xml)
-            if self._send_items():
+            complete = self._send_items()
+            if complete:
                 self.on_sent(len(self.scan))
+            if complete or self.given_up:
                 self.wire.close()
         except OSError as error:
             self.failure = f"the server stopped taking the scan: {error}"

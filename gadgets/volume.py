@@ -96,18 +96,32 @@ class Volume:
     """One volume under construction: its grid, and what its lines said."""
 
     def __init__(self, geometry: Geometry, coils: int, kspace: np.ndarray | None = None):
-        self.geometry, self.grid = geometry, Grid(geometry, coils, kspace)
-        self.averages_at = np.zeros(geometry.shape[:2], np.uint64)
-        self.calibrating = np.zeros(geometry.shape[:2], bool)
+        self.geometry = geometry
+        self._begin(Grid(geometry, coils, kspace))
+
+    def _begin(self, grid: Grid) -> None:
+        self.grid = grid
+        self.averages_at = np.zeros(self.geometry.shape[:2], np.uint64)
+        self.calibrating = np.zeros(self.geometry.shape[:2], bool)
         self.head: ismrmrd.AcquisitionHeader | None = None
         self.nearest = np.inf
-        self.duplicates = 0
+        self.duplicates = self.strangers = 0
 
     def add(self, line: ismrmrd.Acquisition, readout: Readout) -> None:
         """Add one imaging line at its place; a line that does not fit is counted."""
+        if line.active_channels != len(self.grid.kspace):
+            self.strangers += 1
+            if self.strangers > self.grid.lines:
+                self._begin_again(line.active_channels)
         place = self.grid.place(line, self.geometry, self.geometry)
         if place is not None and self.grid.add(line, place, readout):
             self.note(line.idx.average, line.flags, place, line.getHead)
+
+    def _begin_again(self, coils: int) -> None:
+        """Once most lines have another number of channels, the first ones were the odd ones out."""
+        grid = Grid(self.geometry, coils)
+        grid.outside, grid.unfit = self.grid.outside, self.grid.unfit + self.grid.lines
+        self._begin(grid)
 
     def note(self, average: int, flags: int, place: tuple[int, int], head) -> None:
         """Remember a line that was added; `head()` gives its header if it is the nearest to the centre."""

@@ -184,6 +184,16 @@ def test_lines_that_do_not_fit_are_counted_and_told(full):
     assert any(w.startswith("1 lines had another number of channels") for w in scan.warnings)
 
 
+def test_first_lines_of_other_coils_do_not_decide(full):
+    """A body coil's line before those of the array: the majority counts, one line of theirs is lost on the way."""
+    header, lines, _ = full
+    scan = gathered(header, [line_like(lines[0], lines[0].data[:1]), *lines])
+    assert scan.kspace.shape[0] == 2 and int(scan.counts.sum()) == len(lines) - 1
+    assert any(w.startswith("2 lines had another number of channels") for w in scan.warnings)
+    odd = gathered(header, [*lines[:40], *(line_like(line, line.data[:1]) for line in lines[:39]), *lines[40:]])
+    assert odd.kspace.shape[0] == 2 and int(odd.counts.sum()) == len(lines)
+
+
 def test_aborted_scan_is_recognised(full):
     header, lines, _ = full
     scan = gathered(header, lines[: len(lines) * 6 // 10])

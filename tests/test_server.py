@@ -14,7 +14,7 @@ from peers import ClientPeer, same_images
 from test_mouths import FAST, client, running
 
 from gadgets.address import AddressError
-from gadgets.budget import Budget, worth_an_image
+from gadgets.budget import Budget, free_memory, worth_an_image
 from gadgets.cli import main
 from gadgets.failure import ReconError
 from gadgets.files import ScanFile
@@ -67,6 +67,15 @@ def test_memory_is_refused_from_the_header_and_from_the_lines(scan_path):
         line.idx.contrast = number
     with pytest.raises(ScanError, match="4 volumes at once|3 volumes at once|2 volumes at once"):
         list(Budget(header, exactly * 1.5).watch(lines))
+
+
+def test_memory_that_others_have_taken_is_told(scan_path, monkeypatch):
+    with ScanFile(scan_path) as scan:
+        header = parse_header(scan.header_xml)
+    assert free_memory() > 1 << 20
+    monkeypatch.setattr("gadgets.budget.free_memory", lambda: 600_000)
+    with pytest.raises(ScanError, match="needs 0.00065 GiB, and 0.00056 GiB of this machine's memory are free now"):
+        Budget(header, 1)
 
 
 @pytest.mark.parametrize("lines,worth", [(0.3, False), (0.45, False), (0.6, True), (1.0, True)])
