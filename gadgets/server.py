@@ -199,7 +199,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _linger(self) -> None:
         """Let the peer close first, but not for ever: closing with its bytes unread would destroy our last message."""
-        end = time.monotonic() + LINGER_S
+        end = time.monotonic() + self.server.limits.timeout_s
         try:
             self.request.shutdown(socket.SHUT_WR)
             self.request.settimeout(LINGER_S)

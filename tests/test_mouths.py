@@ -13,6 +13,7 @@ from peers import ClientPeer, GadgetronPeer, run_execute, same_images
 
 from gadgets.cli import main
 from gadgets.client import SendError, send_scan
+from gadgets.external import answer_gadgetron
 from gadgets.files import ScanFile, read_images
 from gadgets.server import Server
 from gadgets.solve import load_prior_for
@@ -188,6 +189,7 @@ def test_idle_connections_have_an_end(server, scan_path, expected, monkeypatch):
             time.sleep(0.01)
         with ClientPeer(server.server_address) as peer:
             assert list(peer.wire.messages()) == [(5, "ERROR: this server has 2 connections already: come back later")]
+            peer.wire.release()
     while server.talking:
         time.sleep(0.01)
     assert same_images(client(server, scan_path)[0], expected)
@@ -205,6 +207,33 @@ def test_only_internal_errors_have_a_traceback(server, scan_path, caplog):
     client(server, scan_path, "nonesuch")
     (record,) = caplog.records
     assert "unknown configuration" in record.message and not record.exc_info
+
+
+def test_who_sends_on_after_an_unknown_message_gets_the_sentence(scan_path):
+    """As <execute> has it: the connection is closed at once, which resets it, and takes our last words along, if input is unread."""
+    with ScanFile(scan_path) as scan:
+        xml, lines = scan.header_xml, [struct.pack("<H", 1008) + line.to_bytes() for line in scan.acquisitions()]
+
+    def gadget():
+        sock, _ = listener.accept()
+        with sock:
+            wire = Wire(sock)
+            answer_gadgetron(wire, b"<configuration/>", xml)
+            wire.close()
+            wire.release()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as sock:
+        thread = threading.Thread(target=gadget)
+        thread.start()
+        sock.sendall(b"".join(lines[:30]) + struct.pack("<H", 1050))
+        for line in lines[30:90]:
+            sock.sendall(line)
+            time.sleep(0.01)
+        sock.sendall(struct.pack("<H", 4))
+        with sock.makefile("rb") as stream:
+            answer = stream.read()
+        thread.join(10)
+    assert b"received message id 1050" in answer and answer.endswith(struct.pack("<H", 4))
 
 
 def test_truncated_stream_is_told_and_the_next_scan_works(server, scan_path, expected):
