@@ -144,12 +144,11 @@ class Wire:
 
     def _discard(self) -> None:
         """Out of step no CLOSE can be found: read until the peer pauses, which it does once it waits for us."""
-        end = time.monotonic() + (self.timeout_s or math.inf)
-        with contextlib.suppress(OSError):
-            self.sock.settimeout(PAUSE_S)
-            while self.sock.recv(1 << 16) and time.monotonic() < end:
+        end, poll = time.monotonic() + (self.timeout_s or math.inf), select.poll()
+        with contextlib.suppress(OSError, ValueError):
+            poll.register(self.sock, select.POLLIN)
+            while poll.poll(1000 * PAUSE_S) and self.sock.recv(1 << 16) and time.monotonic() < end:
                 pass
-        self.be_patient_for(self.timeout_s)
 
     def _out_of_step(self, text: str) -> WireError:
         """The error to raise where the stream cannot be read on."""
