@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import re
+import warnings
+from dataclasses import is_dataclass
 
 import ismrmrd
-from xsdata.exceptions import ParserError
+from xsdata.exceptions import ConverterWarning
 from xsdata.formats.dataclass.parsers import XmlParser
 from xsdata.formats.dataclass.parsers.config import ParserConfig
 
 from .geometry import ScanError
 
 NAMESPACE = b'xmlns="http://www.ismrm.org/ISMRMRD"'
-STRICT, LENIENT = (ParserConfig(fail_on_unknown_properties=False, fail_on_converter_warnings=strict) for strict in (True, False))  # a newer schema's elements are left aside
-NEEDED = ("matrixSizeType", "fieldOfViewMm", "limitType", "accelerationFactorType", "acquisitionSystemInformationType", "sequenceParametersType")
+TOLERANT = ParserConfig(fail_on_unknown_properties=False)  # a newer schema's elements are left aside
+NUMBERS = ("matrixSizeType", "fieldOfViewMm", "limitType", "accelerationFactorType")
+MORE_NUMBERS = ("receiverChannels", "relativeReceiverNoiseBandwidth", "TE", "TI")
+warnings.filterwarnings("ignore", category=ConverterWarning)  # where a word matters it is told below
 
 
 def parse_header(xml: bytes | str):
@@ -22,20 +26,21 @@ def parse_header(xml: bytes | str):
     if b"<!DOCTYPE" in text:
         raise ScanError("the ISMRMRD header cannot be read: it has a document type, which may grow without end")
     try:
-        return _parse(_as_utf8(text))
+        header = XmlParser(config=TOLERANT).from_bytes(_as_utf8(text), ismrmrd.xsd.ismrmrdHeader)
     except Exception as error:  # xsdata raises a family of its own for malformed documents
         raise ScanError(f"the ISMRMRD header cannot be read: {_plain(error)}") from error
+    _check_numbers(header)
+    return header
 
 
-def _parse(text: bytes):
-    """A value that is no number or date fails only where it is needed: anonymised headers have odd dates."""
-    try:
-        return XmlParser(config=STRICT).from_bytes(text, ismrmrd.xsd.ismrmrdHeader)
-    except ParserError as error:
-        place = re.match(r"Failed to convert value for `(\w+)\.", str(error))
-        if place is None or place[1] in NEEDED:
-            raise
-    return XmlParser(config=LENIENT).from_bytes(text, ismrmrd.xsd.ismrmrdHeader)
+def _check_numbers(node) -> None:
+    """ScanError for a word in the place of a number that is needed; elsewhere it is let be: anonymised headers have odd dates."""
+    for name, value in vars(node).items():
+        for item in value if isinstance(value, list) else [value]:
+            if is_dataclass(item):
+                _check_numbers(item)
+            elif isinstance(item, str) and (type(node).__name__ in NUMBERS or name in MORE_NUMBERS):
+                raise ScanError(f"the ISMRMRD header cannot be read: expected a number for {type(node).__name__.removesuffix('Type')} {name}, got {item!r}")
 
 
 def strip_version(xml: bytes) -> bytes:

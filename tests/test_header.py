@@ -42,15 +42,24 @@ def test_odd_values_where_nothing_is_needed_are_let_be():
 @pytest.mark.parametrize("xml,message", [
     (b"", "no element found"),
     (XML[:900], "cannot be read"),
-    (b"<foo/>", "its ismrmrdHeader lacks experimentalConditions"),
-    (changed("<trajectory>cartesian</trajectory>", ""), "its encoding lacks trajectory"),
-    (changed("<x>44</x>", "<x>banana</x>"), "matrixSizeType.x` `banana`"),
+    (b"<foo/>", "its ismrmrdHeader lacks experimentalConditions|has no encoding"),
+    (changed("<x>44</x>", "<x>banana</x>"), "expected a number for matrixSize x, got 'banana'"),
+    (changed("<TE>2.5</TE>", "<TE>short</TE>"), "expected a number for sequenceParameters TE, got 'short'"),
     (b'<!DOCTYPE a [<!ENTITY b "bbbb">]>' + XML, "document type"),
 ])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:Failed to convert")
 def test_what_is_no_header_is_a_sentence(xml, message):
     with pytest.raises(ScanError, match=message) as caught:
-        parse_header(xml)
+        read_geometry(parse_header(xml))
     assert "\n" not in str(caught.value) and "__init__" not in str(caught.value)
+
+
+def test_a_missing_element_is_named_where_the_library_wants_it():
+    """ismrmrd before 1.15 does without."""
+    try:
+        assert read_geometry(parse_header(changed("<trajectory>cartesian</trajectory>", ""))).shape == (20, 24, 22)
+    except ScanError as error:
+        assert str(error) == "the ISMRMRD header cannot be read: its encoding lacks trajectory"
 
 
 @pytest.mark.parametrize("old,new,message", [
