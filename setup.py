@@ -22,6 +22,7 @@ setup(
         "torch>=2.6,<2.14",  # the solver and the prior; newer CUDA builds are untested
         "numpy>=1.26,<3",
         "ismrmrd>=1.14.2,<1.16",  # acquisitions, images, headers; 1.14.1 and before write broken XML
+        "xsdata>=24.5",  # headers, more tolerantly than ismrmrd lets it (which needs it anyway)
         "gadgetron>=1.4.1,<2",  # starts us from <execute>
         "h5py>=3.7",  # block-wise reading of ISMRMRD files (ismrmrd needs it anyway)
         "pyyaml>=6",  # presets

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import ismrmrd
 
@@ -14,7 +16,7 @@ FEWEST = 0.02  # of all lines; R = 16 cut off after a third
 
 
 class Budget:
-    """Watches that the k-space of one connection stays below `max_gib`.
+    """Watches that the k-space of one connection, and each of its images, stays below `max_gib`.
 
     Raises:
         ScanError: on `admit` from the header alone, on `watch` once the lines tell more than the header did.
@@ -24,7 +26,25 @@ class Budget:
         self.geometry, self.max_bytes = read_geometry(header), max_gib * 2**30
         self.volumes = _announced_volumes(header)
         system = header.acquisitionSystemInformation
-        self.check(getattr(system, "receiverChannels", None) or 1, self.volumes)
+        coils = getattr(system, "receiverChannels", None) or 1
+        self.check(coils, self.volumes)
+        self._check_image()
+        self._check_machine(self.nbytes(coils) * self.volumes)
+
+    def _check_image(self) -> None:
+        x, y, z = self.geometry.recon_matrix
+        if 8 * x * y * z > self.max_bytes:
+            raise ScanError(
+                f"an image of {x} x {y} x {z} voxels needs {8 * x * y * z / 2**30:.2g} GiB "
+                f"and this server takes {self.max_bytes / 2**30:.2g} GiB: start it with a larger --max-gib"
+            )
+
+    @staticmethod
+    def _check_machine(nbytes: int) -> None:
+        """Several scans, each within its limit, can together be more than there is; the kernel would then end them all."""
+        free = free_memory()
+        if free is not None and nbytes > free:
+            raise ScanError(f"the scan's k-space needs {nbytes / 2**30:.2g} GiB, and {free / 2**30:.2g} GiB of this machine's memory are free now: send it again later")
 
     def check(self, coils: int, volumes: int) -> None:
         """Refuse what would not fit."""
@@ -61,6 +81,15 @@ def _announced_volumes(header) -> int:
     limits = header.encoding[0].encodingLimits
     found = [getattr(limits, name, None) for name in ("slice", "contrast", "set", "phase")] if limits else []
     return math.prod((limit.maximum or 0) + 1 for limit in found if limit is not None)
+
+
+def free_memory() -> int | None:
+    """Bytes of memory that can be had without swapping; None where it is not known (not Linux)."""
+    try:
+        found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        return None
+    return 1024 * int(found[1]) if found else None
 
 
 def worth_an_image(scan: Scan) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import sysconfig
 import xml.etree.ElementTree as ElementTree
@@ -10,6 +11,7 @@ from pathlib import Path
 from .options import OptionsError, preset_names
 
 OURS = ("gadgets",)
+PLAIN_NAME = re.compile(r"[\w.-]{1,100}")
 DEFAULT_NAMES = ("default", "default.xml", "slicediff", "gadgets", "null", "")
 
 
@@ -57,11 +59,11 @@ def options_of_config_name(name: str) -> dict[str, str]:
     stem = name.removesuffix(".xml")
     if stem in preset_names():
         return {"preset": stem}
-    for folder in config_folders():
+    for folder in config_folders() if PLAIN_NAME.fullmatch(stem) else ():
         if (folder / f"{stem}.xml").is_file():
             return properties_of((folder / f"{stem}.xml").read_bytes())
     known = sorted({"default", *preset_names(), *(p.name for f in config_folders() for p in f.glob("slicediff*.xml"))})
-    raise OptionsError(f"unknown configuration {name!r}; this server knows {', '.join(known)}")
+    raise OptionsError(f"unknown configuration {name[:100]!r}; this server knows {', '.join(known)}")
 
 
 def config_folders() -> list[Path]:

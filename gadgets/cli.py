@@ -30,7 +30,7 @@ SERVE_LIMITS = {
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; 0 when images were written and are finite, else 1 with one sentence on stderr."""
     arguments = build_parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO if arguments.verbose else logging.CRITICAL, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
         return arguments.run(arguments) or 0
     except KeyboardInterrupt:
@@ -39,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:  # the boundary: one sentence, the traceback only when asked for
         from .conversation import sentence
 
-        logging.getLogger("slicediff").info("failure", exc_info=error)
+        if arguments.verbose:
+            logging.getLogger("slicediff").info("failure", exc_info=error)
         text = sentence(error) if not isinstance(error, OSError) else str(error)
         print(f"slicediff: {text}", file=sys.stderr)
         return 1
@@ -63,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     _serve(commands.add_parser("serve", help="run the MRD server"))
     _conform(commands.add_parser("conform", help="test a server against everything that goes wrong at a scanner"))
     _send(commands.add_parser("send", help="stream a scan file to a server and write the images"))
+    _health(commands.add_parser("health", help="ask a server how it is; exit code 0 if it takes scans"))
     _priors(commands.add_parser("priors", help="list the shipped priors with their model cards"))
     _train(commands.add_parser("train", help="train a prior on magnitude volumes"))
     _bench(commands.add_parser("bench", help="methods side by side (in a checkout)", add_help=False, prefix_chars="\0"))
@@ -103,7 +105,16 @@ def _simulate(parser: argparse.ArgumentParser) -> None:
 
 def _fractions(text: str) -> tuple[float, float]:
     first, _, second = text.partition(",")
-    return float(first), float(second or 1)
+    try:
+        return float(first), float(second or 1)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected one fraction or two with a comma between them, got {text!r}") from None
+
+
+def _port(text: str) -> int:
+    if not (text.isdecimal() and int(text) <= 65535):
+        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, got {text!r}")
+    return int(text)
 
 
 def _recon(parser: argparse.ArgumentParser) -> None:
@@ -119,13 +130,13 @@ def _recon(parser: argparse.ArgumentParser) -> None:
 
 def _serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help='address or name to listen on; "::" is every address of IPv6 and IPv4 (default: 127.0.0.1)')
-    parser.add_argument("--port", type=int, default=9002, help="(default: 9002; 0 takes a free one)")
+    parser.add_argument("--port", type=_port, default=9002, help="(default: 9002; 0 takes a free one)")
     for name, (unit, what) in SERVE_LIMITS.items():
         default = getattr(Limits, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, metavar=unit, help=f"{what} (default: {default:g})")
     parser.add_argument("--keep-failed", type=Path, metavar="DIR", help="keep the raw data of failed scans here, for `slicediff recon`")
     parser.add_argument("--keep-failed-gib", type=float, default=10.0, metavar="GIB", help="remove the oldest of them beyond this (default: 10)")
-    parser.add_argument("--health-port", type=int, metavar="PORT", help="answer HTTP /healthz and /metrics here (needs prometheus-client)")
+    parser.add_argument("--health-port", type=_port, metavar="PORT", help="answer HTTP /healthz and /metrics here (needs prometheus-client)")
     parser.add_argument("--test-faults", action="store_true", help=argparse.SUPPRESS)
     parser.set_defaults(run=run_serve)
     _add_options(parser)
@@ -133,7 +144,7 @@ def _serve(parser: argparse.ArgumentParser) -> None:
 
 def _conform(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", help="test the server there (default: start one of its own)")
-    parser.add_argument("--port", type=int, default=9002)
+    parser.add_argument("--port", type=_port, default=9002)
     parser.add_argument("--case", action="append", metavar="NAME", help="run only this case; may be given again")
     parser.add_argument("--json", action="store_true", help="end stdout with one line of JSON")
     parser.set_defaults(run=run_conform)
@@ -143,12 +154,18 @@ def _send(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("scan", type=Path, help="ISMRMRD file")
     parser.add_argument("images", type=Path, help="HDF5 file to append the images to")
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=9002)
+    parser.add_argument("--port", type=_port, default=9002)
     parser.add_argument("--config", default="default", metavar="NAME|FILE", help="a configuration of the server, or a chain XML to send")
     parser.add_argument("--group", help="HDF5 group of the images (default: date and time)")
     parser.add_argument("--realtime", action="store_true", help="send each line at its time stamp, as the scanner did")
     parser.add_argument("--expect", type=int, metavar="N", help="fail if fewer images come (default: the scan's volumes, in every series)")
     parser.set_defaults(run=run_send)
+
+
+def _health(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=_port, default=9002)
+    parser.set_defaults(run=run_health)
 
 
 def _priors(parser: argparse.ArgumentParser) -> None:
@@ -255,7 +272,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
         if arguments.health_port is not None:
             page = HealthPage((arguments.host, arguments.health_port), server.health)
             print(f"slicediff: health on {arguments.host} port {page.server_address[1]}", flush=True)
-        signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.retire, daemon=True).start())
+        _retire_on_signals(server)
         print(f"slicediff: serving on {arguments.host} port {server.server_address[1]}", flush=True)
         server.serve_forever(poll_interval=0.1)
     if left_behind():  # a solver that hangs would keep the process, or crash it while the interpreter ends
@@ -263,6 +280,17 @@ def run_serve(arguments: argparse.Namespace) -> int:
         logging.shutdown()
         os._exit(0)
     return 0
+
+
+def _retire_on_signals(server) -> None:
+    """SIGTERM and Ctrl-C let the scans end; another Ctrl-C does not."""
+
+    def retire(*_) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        threading.Thread(target=server.retire, daemon=True).start()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, retire)
 
 
 def run_conform(arguments: argparse.Namespace) -> int:
@@ -296,6 +324,14 @@ def run_send(arguments: argparse.Namespace) -> int:
             writer.write(image)
     print(f"{writer.count} images written to {arguments.images}")
     return 0
+
+
+def run_health(arguments: argparse.Namespace) -> int:
+    from .client import ask
+
+    answer = ask(arguments.host, arguments.port, "slicediff::health")
+    print(answer)
+    return 0 if json.loads(answer)["ready"] else 1
 
 
 def run_priors(arguments: argparse.Namespace) -> int:

@@ -48,11 +48,7 @@ def send_scan(
     Raises:
         SendError: when the server cannot be reached, reports an error, or sends fewer images than expected.
     """
-    try:
-        sock = socket.create_connection((host, port), 10)
-    except OSError as error:
-        raise SendError(f"no server answers at {host} port {port}: {error}") from None
-    with sock:
+    with _connected(host, port) as sock:
         wire = w.Wire(sock, timeout_s)
         sender = _Sender(scan, wire, config, on_sent, realtime)
         sender.start()
@@ -66,6 +62,7 @@ def send_scan(
                     on_text(item)
                     if kind == w.ERROR or ERROR_TEXT.match(item):
                         failure = ERROR_TEXT.sub("", item)
+                        sender.give_up()
         except w.WireError as error:
             failure = failure or f"the server is gone: {error}"
         finally:
@@ -74,6 +71,28 @@ def send_scan(
         if failure or sender.failure:
             raise SendError(f"{failure or sender.failure} ({came.total()} images were received)")
         _check(came, sender.volumes, expect)
+
+
+def ask(host: str, port: int, question: str, timeout_s: float = 10.0) -> str:
+    """A server's answer to a query; SendError if there is none."""
+    with _connected(host, port) as sock:
+        wire = w.Wire(sock, timeout_s)
+        wire.send_query(question)
+        wire.close()
+        try:
+            answers = [item[1] for kind, item in wire.messages() if kind == w.RESPONSE]
+        except w.WireError as error:
+            raise SendError(f"the server at {host} port {port} did not answer: {error}") from None
+    if not answers:
+        raise SendError(f"the server at {host} port {port} did not answer the query {question!r}")
+    return answers[0]
+
+
+def _connected(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_connection((host, port), 10)
+    except OSError as error:
+        raise SendError(f"no server answers at {host} port {port}: {error}") from None
 
 
 def _check(came: Counter, volumes: int, expect: int | None) -> None:
@@ -95,7 +114,13 @@ class _Sender(threading.Thread):
         self.scan, self.wire, self.config, self.on_sent, self.failure = scan, wire, config, on_sent, ""
         self.pace = _Pace() if realtime else None
         self.stop = threading.Event()
+        self.given_up = False
         self.seen: set[tuple[int, ...]] = set()
+
+    def give_up(self) -> None:
+        """Send no more lines and end the scan in good order: the server has said that it failed."""
+        self.given_up = True
+        self.stop.set()
 
     @property
     def volumes(self) -> int:
@@ -109,8 +134,10 @@ class _Sender(threading.Thread):
             else:
                 self.wire.send_config_file(self.config)
             self.wire.send_header(self.scan.header_xml)
-            if self._send_items():
+            complete = self._send_items()
+            if complete:
                 self.on_sent(len(self.scan))
+            if complete or self.given_up:
                 self.wire.close()
         except OSError as error:
             self.failure = f"the server stopped taking the scan: {error}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,7 +11,7 @@ from typing import Any
 
 from .ahead import Ahead
 from .failure import sentence as sentence
-from .wire import SCAN_ITEMS, Wire, WireError
+from .wire import IMAGE, SCAN_ITEMS, Wire, WireError
 
 log = logging.getLogger("slicediff")
 PROGRESS_EVERY_S = 2.0
@@ -89,13 +90,13 @@ class Intake:
 
     def __init__(self, wire: Wire, host: Host, first: tuple | None):
         self.wire, self.host, self.first, self.cut = wire, host, first, ""
+        self.images = 0
 
     def __iter__(self) -> Iterator:
-        if self.first is not None and self.first[0] in SCAN_ITEMS:
-            yield self.first[1]
-        self.first = None
         try:
-            for kind, item in self.wire.messages():
+            for kind, item in itertools.chain([self.first] if self.first else [], self.wire.messages()):
+                self.first = None  # or it would live as long as the scan
+                self.images += kind == IMAGE
                 if kind in SCAN_ITEMS:
                     yield item
         except WireError as error:
@@ -120,6 +121,8 @@ class Intake:
                     scan.warnings.append(f"the scan broke off and was reconstructed from the {int(scan.counts.sum())} lines that came ({self.cut})")
                 yield scan
         except ScanError as error:
+            if self.images:
+                error = ScanError(f"{error}; {self.images} images came, but raw data are needed")
             raise WireError(f"{self.cut}; {error}") if self.cut else error from None
         if poor:
             raise WireError(f"{self.cut}; the k-space centre had not come by then, so there is no image of {poor} volume{'s' * (poor > 1)}")

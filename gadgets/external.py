@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 
-from .conversation import Host, run_scan, sentence
+from .conversation import Host, run_scan
+from .failure import log_failure, sentence
 from .wire import Wire
 
 log = logging.getLogger("slicediff")
@@ -31,7 +32,7 @@ def answer_gadgetron(wire: Wire, config_xml: bytes, header_xml: bytes, defaults:
         run_scan(wire, header_xml, [defaults or {}, properties_of(config_xml)], host or Host(), lambda text: None)
         return True
     except Exception as error:  # the boundary: every failure must reach Gadgetron
-        log.error("the scan failed: %s", sentence(error), exc_info=error)
+        log_failure("the scan failed", error)
         wire.drain()
         try:
             wire.send_error(f"slice diffusion: {sentence(error)}")

@@ -7,6 +7,8 @@ import logging
 from collections.abc import Iterator
 
 log = logging.getLogger("slicediff")
+LONGEST = 1000  # letters of a sentence
+INTERNAL = "internal error, "
 
 
 class ReconError(ValueError):
@@ -20,10 +22,17 @@ class Unfinished(ReconError):
 def sentence(error: BaseException) -> str:
     """What went wrong in one line."""
     text = " ".join(str(error).split())
+    text = text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
     if ran_out_of_memory(error):
         return f"out of memory: {text or type(error).__name__}"
     expected = type(error).__module__.startswith(("gadgets", "recon_core")) or type(error) is ValueError
-    return text if expected and text else f"internal error, {type(error).__name__}: {text or 'no message'}"
+    return text if expected and text else f"{INTERNAL}{type(error).__name__}: {text or 'no message'}"
+
+
+def log_failure(what: str, error: BaseException, level: int = logging.ERROR) -> None:
+    """To the log, with the traceback only where the sentence cannot tell all."""
+    text = sentence(error)
+    log.log(level, "%s: %s", what, text, exc_info=error if text.startswith(INTERNAL) else None)
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
@@ -50,7 +59,7 @@ def noted(failures: list[str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the boundary of one volume; told once the others are sent
-        log.error("a volume failed: %s", sentence(error), exc_info=error)
+        log_failure("a volume failed", error)
         failures.append(sentence(error))
         if ran_out_of_memory(error):
             free_gpu_memory()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,9 +92,10 @@ def _acquisition(row, number: int) -> ismrmrd.Acquisition:
 
 
 class ScanWriter:
-    """Writes an ISMRMRD scan to HDF5, in blocks; replaces an existing file."""
+    """Writes an ISMRMRD scan to HDF5, in blocks; replaces an existing file. Its header has no <version>."""
 
     def __init__(self, path: str | Path, header_xml: str | bytes):
+        header_xml = strip_version(header_xml.encode() if isinstance(header_xml, str) else header_xml)
         self.file = h5py.File(path, "w")
         group = self.file.create_group("dataset")
         group.create_dataset("xml", (1,), dtype=h5py.special_dtype(vlen=bytes))[0] = header_xml
@@ -135,9 +137,14 @@ class ScanWriter:
 
 
 class ImageWriter:
-    """Appends images to HDF5 in the layout of gadgetron_ismrmrd_client: /group/image_<series>/{data header attributes}."""
+    """Appends images to HDF5 in the layout of gadgetron_ismrmrd_client: /group/image_<series>/{data header attributes}.
+
+    Raises:
+        FileError: at once, not after the reconstruction, if the file cannot be written.
+    """
 
     def __init__(self, path: str | Path, group: str | None = None):
+        _check_writable(Path(path))
         self.path, self.group, self.count = Path(path), group or time.strftime("%Y-%m-%d %H:%M:%S"), 0
         self.images: list[ismrmrd.Image] = []
 
@@ -147,6 +154,15 @@ class ImageWriter:
             dataset.append_image(f"image_{image.image_series_index}", image)
         self.images.append(image)
         self.count += 1
+
+
+def _check_writable(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise FileError(f"{path} cannot be written: there is no folder {path.parent}")
+    if path.exists() and not h5py.is_hdf5(path):
+        raise FileError(f"{path} exists and is not an HDF5 file: nothing can be appended to it")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise FileError(f"{path} cannot be written: permission denied")
 
 
 def read_images(path: str | Path, group: str | None = None) -> list[ismrmrd.Image]:

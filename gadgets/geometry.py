@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import ismrmrd
 
+MAX_MATRIX = 65535  # what an image header can hold
+MAX_IMAGE_BYTES = 64 << 30
 
 class ScanError(ValueError):
     """A scan that cannot be reconstructed; the message is one sentence for the user."""
@@ -63,6 +66,7 @@ def read_geometry(header: ismrmrd.xsd.ismrmrdHeader, number: int = 0) -> Geometr
         raise ScanError("the header lacks encodedSpace or reconSpace")
     encoded, recon = _matrix(encoding.encodedSpace), _matrix(encoding.reconSpace)
     encoded_fov, recon_fov = _fov(encoding.encodedSpace), _fov(encoding.reconSpace)
+    _check_image(encoded_fov, recon, recon_fov)
     axes = [_limits(encoding, name, encoded[axis]) for axis, name in ((1, "kspace_encoding_step_1"), (2, "kspace_encoding_step_2"))]
     (limits_1, centre_1, notes_1), (limits_2, centre_2, notes_2) = axes
     readout = max(1, round(encoded[0] * recon_fov[0] / encoded_fov[0]))
@@ -99,9 +103,21 @@ def _limits(encoding, name: str, size: int) -> tuple[tuple[int, int], int, list[
     if centre is None or not low <= centre <= high:
         notes.append(f"the header's centre {centre} of {name} lies outside {low} to {high}: {(low + high + 1) // 2} assumed")
         centre = (low + high + 1) // 2
-    if low - centre < -(size // 2) or high - centre >= size - size // 2:
-        notes.append(f"the header's limits {low} to {high} of {name} with centre {centre} exceed its matrix {size}: lines outside the matrix are left out")
-    return (low, high), centre, notes
+    centre, outside = _within(low, high, centre, size, name)
+    first, last = centre - size // 2, centre + size - size // 2 - 1
+    return (max(low, first), min(high, last)), centre, notes + outside
+
+
+def _within(low: int, high: int, centre: int, size: int, name: str) -> tuple[int, list[str]]:
+    """The step of k = 0, moved if it would put many steps outside of a matrix that could hold them all, and what to say."""
+    after = size - size // 2 - 1
+    lost = max(0, centre - size // 2 - low) + max(0, high - centre - after)
+    if not lost:
+        return centre, []
+    if lost > size // 10 and high - low < size:
+        fitting = min(max(centre, high - after), low + size // 2)
+        return fitting, [f"the header's centre {centre} of {name} would put {lost} of the steps {low} to {high} outside of its matrix {size}: {fitting} assumed"]
+    return centre, [f"the header's limits {low} to {high} of {name} with centre {centre} exceed its matrix {size}: lines outside the matrix are left out"]
 
 
 def _parallel(encoding) -> tuple[tuple[int, int], str]:
@@ -116,13 +132,23 @@ def _parallel(encoding) -> tuple[tuple[int, int], str]:
 
 def _matrix(space) -> tuple[int, int, int]:
     m = space.matrixSize
-    if min(m.x, m.y, m.z) < 1:
-        raise ScanError(f"expected a matrix of at least 1 in each direction, the header says {m.x} x {m.y} x {m.z}")
+    if not 1 <= min(m.x, m.y, m.z) <= max(m.x, m.y, m.z) <= MAX_MATRIX:
+        raise ScanError(f"expected a matrix of at least 1 and at most {MAX_MATRIX} in each direction, the header says {m.x} x {m.y} x {m.z}")
     return (m.x, m.y, m.z)
 
 
 def _fov(space) -> tuple[float, float, float]:
     f = space.fieldOfView_mm
-    if not min(f.x, f.y, f.z) > 0:
-        raise ScanError(f"expected a positive field of view, the header says {f.x} x {f.y} x {f.z} mm")
+    if not all(0 < mm < math.inf for mm in (f.x, f.y, f.z)):
+        raise ScanError(f"expected a positive, finite field of view, the header says {f.x} x {f.y} x {f.z} mm")
     return (f.x, f.y, f.z)
+
+
+def _check_image(encoded_fov_mm, recon_matrix, recon_fov_mm) -> None:
+    """ScanError for images that no scan is meant for: they would take all memory before anybody sees why."""
+    if 8 * math.prod(recon_matrix) > MAX_IMAGE_BYTES:
+        x, y, z = recon_matrix
+        raise ScanError(f"the header asks for an image of {x} x {y} x {z} voxels; the limit is {MAX_IMAGE_BYTES >> 30} GiB of complex numbers")
+    for axis, encoded, recon in zip("xyz", encoded_fov_mm, recon_fov_mm):
+        if not 0.01 <= recon / encoded <= 10:
+            raise ScanError(f"the header's field of view along {axis} is {encoded:g} mm as encoded and {recon:g} mm as reconstructed, which cannot both be")

@@ -3,21 +3,63 @@
 from __future__ import annotations
 
 import re
+import warnings
+from dataclasses import is_dataclass
 
 import ismrmrd
+from xsdata.exceptions import ConverterWarning
+from xsdata.formats.dataclass.parsers import XmlParser
+from xsdata.formats.dataclass.parsers.config import ParserConfig
 
 from .geometry import ScanError
+
+NAMESPACE = b'xmlns="http://www.ismrm.org/ISMRMRD"'
+TOLERANT = ParserConfig(fail_on_unknown_properties=False)  # a newer schema's elements are left aside
+NUMBERS = ("matrixSizeType", "fieldOfViewMm", "limitType", "accelerationFactorType")
+MORE_NUMBERS = ("receiverChannels", "relativeReceiverNoiseBandwidth", "TE", "TI")
+warnings.filterwarnings("ignore", category=ConverterWarning)  # where a word matters it is told below
 
 
 def parse_header(xml: bytes | str):
     """ISMRMRD header object; ScanError if the XML is no such header."""
     text = strip_version(xml.encode() if isinstance(xml, str) else xml)
+    if b"<!DOCTYPE" in text:
+        raise ScanError("the ISMRMRD header cannot be read: it has a document type, which may grow without end")
     try:
-        return ismrmrd.xsd.CreateFromDocument(text)
+        header = XmlParser(config=TOLERANT).from_bytes(_as_utf8(text), ismrmrd.xsd.ismrmrdHeader)
     except Exception as error:  # xsdata raises a family of its own for malformed documents
-        raise ScanError(f"the ISMRMRD header cannot be read: {' '.join(str(error).split())[:300]}") from error
+        raise ScanError(f"the ISMRMRD header cannot be read: {_plain(error)}") from error
+    _check_numbers(header)
+    return header
+
+
+def _check_numbers(node) -> None:
+    """ScanError for a word in the place of a number that is needed; elsewhere it is let be: anonymised headers have odd dates."""
+    for name, value in vars(node).items():
+        for item in value if isinstance(value, list) else [value]:
+            if is_dataclass(item):
+                _check_numbers(item)
+            elif isinstance(item, str) and (type(node).__name__ in NUMBERS or name in MORE_NUMBERS):
+                raise ScanError(f"the ISMRMRD header cannot be read: expected a number for {type(node).__name__.removesuffix('Type')} {name}, got {item!r}")
 
 
 def strip_version(xml: bytes) -> bytes:
     """Remove <version>: Gadgetron hangs on one that is not its own library's."""
-    return re.sub(rb"\s*<(\w+:)?version>[^<]*</(\w+:)?version>", b"", xml.rstrip(b"\0"), count=1)
+    return re.sub(rb"\s*<(\w+:)?version\s*(/>|>[^<]*</(\w+:)?version\s*>)", b"", xml.rstrip(b"\0"), count=1)
+
+
+def _as_utf8(text: bytes) -> bytes:
+    """Without a declaration, which may be wrong about the encoding, and with the namespace, as Gadgetron reads it."""
+    text = re.sub(rb"^\s*(\xef\xbb\xbf)?\s*<\?xml.*?\?>", b"", text, count=1, flags=re.S)
+    text = text if b"xmlns" in text else text.replace(b"<ismrmrdHeader", b"<ismrmrdHeader " + NAMESPACE, 1)
+    try:
+        return text.decode().encode()
+    except UnicodeDecodeError:
+        return text.decode("latin-1").encode()
+
+
+def _plain(error: Exception) -> str:
+    """What is wrong in words of the header; xsdata tells of a missing element in Python's."""
+    text = " ".join(str(error).split())[:300]
+    lacks = re.match(r"(\w+?)(Type)?\.?(__init__)?\(\) missing .*arguments?: (.*)", text)
+    return f"its {lacks[1]} lacks {lacks[4].replace(chr(39), '')}" if lacks else text

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from .address import Listening
 from .ahead import left_behind
 
 
@@ -42,11 +43,11 @@ def process_facts() -> dict:
     return facts
 
 
-class HealthPage(ThreadingHTTPServer):
+class HealthPage(Listening, ThreadingHTTPServer):
     """HTTP beside the server: /healthz (JSON; status 200 when ready, else 503) and /metrics (Prometheus).
 
     Args:
-        address: (host, port).
+        address: (host, port), as Listening takes it.
         facts: the same as the query's answer.
 
     Raises:
@@ -66,6 +67,13 @@ class _Page(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer one request."""
+        self._reply()
+
+    def do_HEAD(self) -> None:
+        """The same without the body."""
+        self._reply()
+
+    def _reply(self) -> None:
         if self.path == "/healthz":
             facts = self.server.facts()
             self._answer(200 if facts["ready"] else 503, "application/json", json.dumps(facts).encode())
@@ -79,7 +87,8 @@ class _Page(BaseHTTPRequestHandler):
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def log_message(self, *_) -> None:
         """Probes come every few seconds; they are not worth a line."""

@@ -6,6 +6,7 @@ the scan); only a scan that failed is turned into ISMRMRD HDF5.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import shutil
@@ -52,9 +53,11 @@ class FailedScans:
             log.warning("removed %s: the failed scans took more than %.3g GiB", path, self.max_bytes / 2**30)
 
     def _recover(self) -> None:
-        """Turn what a killed server left behind into scans."""
+        """Turn what a killed server left behind into scans; what a running one writes is locked."""
         for path in self.folder.glob(f"scan-*{SPOOL}"):
-            if not _alive(int(path.name.split("-")[1])):
+            with open(path, "rb") as file:
+                left_behind = _lock(file)
+            if left_behind:
                 _convert(path, self)
 
 
@@ -66,6 +69,7 @@ class Recording:
         self.path = place.folder / f"scan-{os.getpid()}-{time.time_ns()}{SPOOL}"
         try:
             self.file = open(self.path, "wb", buffering=0)  # a killed process has lost nothing
+            _lock(self.file)
         except OSError as error:
             self._give_up(error)
         self._write(struct.pack("<I", len(header_xml)) + header_xml)
@@ -165,11 +169,12 @@ def _lines(stream):
             return
 
 
-def _alive(pid: int) -> bool:
+def _lock(file) -> bool:
+    """Lock a file for as long as it is open; False if another has it. A process id would be taken again, in a container at once."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         return False
-    except PermissionError:
-        return True
+    except OSError as error:  # a file system without locks: there a folder may serve one server only
+        log.debug("%s cannot be locked: %s", file.name, error)
     return True

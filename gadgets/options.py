@@ -37,7 +37,7 @@ class Options(BaseModel):
     prior_weight: float = Field(0.5, gt=0, le=100, description="pull of the prior against the data; needs no tuning per protocol")
     slice_fraction: float = Field(1.0, gt=0, le=1, description="share of the slices denoised per sweep")
     deadline_s: float | None = Field(None, gt=0, description="stop the sweeps after this time and send what there is")
-    seed: int = Field(0, ge=0, description="of the random slices and poses")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="of the random slices and poses")
     output: Literal["uint16", "float32", "complex64"] = Field("uint16", description="pixel type: uint16 (12 bit), float32 or complex64")
     orientation: str = Field("acquired", description="order of the pixels: acquired, or any of transpose, flip_x, flip_y, flip_z joined by +")
     layout: Literal["volume", "partitions"] = Field("volume", description="volume (one 3D image) or partitions (one image each)")
@@ -101,14 +101,14 @@ def preset_names() -> list[str]:
     return sorted(p.stem for p in PRESETS_DIR.glob("*.yaml"))
 
 
-def options_from_json(text: str) -> dict[str, Any]:
-    """Options of a FIRE/OpenRecon parameter message: {"parameters": {name: value}}; other keys are the host's."""
+def options_from_json(text: str) -> tuple[dict[str, Any], list[str]]:
+    """Options of a FIRE/OpenRecon parameter message, {"parameters": {name: value}}, and the names that are the host's own."""
     try:
-        parameters = json.loads(text).get("parameters", {})
-    except (ValueError, AttributeError):
-        raise OptionsError("the parameter text is not a JSON object") from None
-    names = set(Options.model_fields) | {"preset"}
-    return {key: value for key, value in parameters.items() if key in names}
+        parameters = json.loads(text).get("parameters") or {}
+        others = sorted(set(parameters) - set(Options.model_fields) - {"preset"})
+        return {key: value for key, value in parameters.items() if key not in others}, others
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        raise OptionsError('the parameter text is not a JSON object {"parameters": {name: value}}') from None
 
 
 def _none_if_empty(value: Any) -> Any:

@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from . import wire as w
+from .address import Listening
 from .budget import Budget
 from .chain import is_gadgetron_peer, options_of_config_name, properties_of
-from .conversation import Host, run_scan, sentence
+from .conversation import Host, run_scan
 from .external import answer_gadgetron
+from .failure import log_failure, sentence
 from .gather import ScanError
 from .health import Counts, process_facts
 from .keep import FailedScans, Recording
@@ -27,16 +29,16 @@ from .turns import Turns
 
 log = logging.getLogger("slicediff")
 LINGER_S = 5.0
+SPARE = 32  # connections without a scan beside the scans that are granted
 LAST_WORDS_S = 20.0  # after the grace time, for handing out what there is
 KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
 
 
-class Server(socketserver.ThreadingTCPServer):
+class Server(Listening, socketserver.ThreadingTCPServer):
     """MRD server; `serve_forever` accepts connections, one thread each.
 
     Args:
-        address: (host, port); port 0 takes a free one, see server_address. A name is served on all its addresses,
-            "::" on IPv6 and IPv4.
+        address: (host, port), as Listening takes it.
         defaults: options that every scan starts from.
         load_prior: options -> prior; called once per (prior, device).
         keep: where failed scans are kept, if anywhere.
@@ -55,25 +57,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.lock, self.turns, self.counts = threading.Lock(), Turns(self.limits.slots), Counts()
         self.retiring, self.out_of_time = threading.Event(), threading.Event()
         self.talking: set[Handler] = set()
-        found = dict.fromkeys((family, where) for family, _, _, _, where in socket.getaddrinfo(*address, type=socket.SOCK_STREAM))
-        (self.address_family, where), *others = sorted(found, key=lambda entry: entry[0] != socket.AF_INET)
-        super().__init__(where, Handler)
-        self.others: list[socket.socket] = []
-        for family, where in others:
-            self._also_on(family, where[0])
-
-    def server_bind(self) -> None:
-        """Bind; "::" serves IPv4 as well."""
-        if self.address_family == socket.AF_INET6:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, self.server_address[0] != "::")
-        super().server_bind()
-
-    def server_close(self) -> None:
-        """Stop listening on every address."""
-        super().server_close()
-        for listener in self.others:
-            listener.shutdown(socket.SHUT_RDWR)
-            listener.close()
+        super().__init__(address, Handler)
 
     def prior(self, options):
         """The prior for these options, loaded at most once."""
@@ -115,22 +99,6 @@ class Server(socketserver.ThreadingTCPServer):
         """What a handler did not expect goes to the log."""
         log.exception("the conversation with %s failed", client_address)
 
-    def _also_on(self, family: int, host: str) -> None:
-        """Accept on one more address of the name; without it (no IPv6) the first still serves."""
-        try:
-            listener = socket.create_server((host, self.server_address[1]), family=family, backlog=self.request_queue_size)
-        except OSError as error:
-            log.warning("not served on %s: %s", host, error)
-            return
-        self.others.append(listener)
-
-        def accept() -> None:
-            with contextlib.suppress(OSError):  # closed
-                while True:
-                    self.process_request(*listener.accept())
-
-        threading.Thread(target=accept, name="accept", daemon=True).start()
-
 
 class Handler(socketserver.BaseRequestHandler):
     """One connection."""
@@ -155,7 +123,7 @@ class Handler(socketserver.BaseRequestHandler):
             self.wire.close()
             self.wire.flush()
         except (OSError, w.WireError) as error:
-            log.warning("connection from %s ended early: %s", self.client_address, error)
+            log.log(logging.WARNING if self.wire.heard else logging.INFO, "connection from %s ended early: %s", self.client_address, error)
             self.well = False
         finally:
             if self.counted:
@@ -177,6 +145,9 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _converse(self) -> None:
         config: tuple[int, str] | None = None
+        if len(self.server.talking) > self.server.limits.connections + SPARE:
+            self.well = False
+            return self.wire.send_text(f"ERROR: this server has {len(self.server.talking) - 1} connections already: come back later")
         try:
             for kind, item in self.wire.messages():
                 if kind == w.QUERY:
@@ -201,19 +172,23 @@ class Handler(socketserver.BaseRequestHandler):
         sources = [self.server.defaults, options_of_config(config)]
         first = next(self.wire.messages(), None)
         while first is not None and first[0] == w.TEXT:
-            sources.append(options_from_json(first[1]))
+            found, others = options_from_json(first[1])
+            sources.append(found)
+            if others:
+                self.wire.send_text(f"parameters that are no options here were left aside: {', '.join(others)}"[:1000])
             first = next(self.wire.messages(), None)
         run_scan(self.wire, header_xml, sources, host, self.wire.send_text, first)
 
     def _tell(self, error: Exception) -> None:
         """An ERROR to Gadgetron; a TEXT to clients, which abort on any ERROR."""
         self.well = False
-        log.error("the scan failed: %s", sentence(error), exc_info=error)
-        self.wire.drain()
+        log_failure("the scan failed" if self.wire.heard else "nothing was asked", error, logging.ERROR if self.wire.heard else logging.INFO)
         if self.gadgetron:
+            self.wire.drain()  # it may be deaf while it still sends
             self.wire.send_error(f"slice diffusion: {sentence(error)}")
         else:
             self.wire.send_text(f"ERROR: {sentence(error)}")
+            self.wire.drain()
 
     def _answer(self, question: str) -> str:
         """Reply to a query message."""
@@ -223,11 +198,12 @@ class Handler(socketserver.BaseRequestHandler):
         return known[question]() if question in known else f"unknown query {question!r}; known are {', '.join(known)}"
 
     def _linger(self) -> None:
-        """Let the peer close first: closing with its bytes unread would destroy our last message."""
+        """Let the peer close first, but not for ever: closing with its bytes unread would destroy our last message."""
+        end = time.monotonic() + self.server.limits.timeout_s
         try:
             self.request.shutdown(socket.SHUT_WR)
             self.request.settimeout(LINGER_S)
-            while self.request.recv(1 << 16):
+            while self.request.recv(1 << 16) and time.monotonic() < end:
                 pass
         except OSError as error:
             log.debug("the peer did not close in good order: %s", error)
@@ -277,7 +253,7 @@ def options_of_config(config: tuple[int, str] | None) -> dict[str, Any]:
     """Options behind a client's configuration message."""
     if config is None:
         raise OptionsError("expected a configuration (name or XML) before the header, got none")
-    return options_of_config_name(config[1]) if config[0] == w.CONFIG_FILE else properties_of(config[1])
+    return properties_of(config[1]) if config[0] == w.CONFIG_TEXT and "<" in config[1] else options_of_config_name(config[1].strip())
 
 
 def _wait_while(busy: Callable[[], Any], longest_s: float) -> None:

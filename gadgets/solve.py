@@ -19,7 +19,7 @@ from recon_core.trust import distrust
 from recon_core.variational import VariationalConfig
 
 from .ahead import Ahead
-from .failure import ReconError, Unfinished, free_gpu_memory, ran_out_of_memory, sentence
+from .failure import ReconError, Unfinished, free_gpu_memory, log_failure, ran_out_of_memory, sentence
 from .options import Options
 
 Report = Callable[[str, dict], None]
@@ -56,7 +56,7 @@ def solve(measurement: Measurement, preview: torch.Tensor, prior, options: Optio
             raise ReconError("the GPU's memory does not hold this scan")
         volume, remarks = iterate(lambda: states(measurement, preview, prior, options), options, report, hurry)
     except Exception as error:  # the boundary: an image anyway
-        log.error("%s failed, the preview stands: %s", name, sentence(error), exc_info=error)
+        log_failure(f"{name} failed, the preview stands", error)
         if ran_out_of_memory(error):
             free_gpu_memory()
         reason = f"{name} failed and the {PREVIEW} stands: {sentence(error)}"

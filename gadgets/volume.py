@@ -48,13 +48,15 @@ class Grid:
             raise ScanError(f"the header asks for {nbytes / 2**30:.0f} GiB of k-space ({coils} coils, matrix {geometry.shape}); the limit is {MAX_VOLUME_BYTES >> 30} GiB")
         self.kspace = np.zeros((coils, *geometry.shape), np.complex64) if kspace is None else kspace
         self.counts = np.zeros(geometry.shape[:2], np.float32)
-        self.lines = self.outside = self.unfit = 0
+        self.lines = self.outside = self.unfit = self.uncentred = 0
+        self.foreign = False
 
     def place(self, line: ismrmrd.Acquisition, own: Geometry, image: Geometry) -> tuple[int, int] | None:
         """Where a line of encoding `own` belongs, as z, y; None, and counted, if it is outside the matrix."""
         idx = line.idx
         z, y = own.place(idx.kspace_encode_step_1, idx.kspace_encode_step_2)
         if own is not image:
+            self.foreign = True
             z, y = z + image.shape[0] // 2 - own.shape[0] // 2, y + image.shape[1] // 2 - own.shape[1] // 2
         if 0 <= z < self.counts.shape[0] and 0 <= y < self.counts.shape[1]:
             return z, y
@@ -65,6 +67,9 @@ class Grid:
         """Add a line at its place, turned if it was read backwards; False, and counted, if it does not fit."""
         before, samples = line.discard_pre, line.number_of_samples
         data, centre = line.data[:, before : max(0, samples - line.discard_post)], line.center_sample - before
+        if not line.center_sample and data.shape[1] > readout.full - readout.full // 2:
+            centre = data.shape[1] // 2  # at 0 such a line would reach beyond k-space: nobody wrote the echo's place
+            self.uncentred += 1
         if len(data) != len(self.kspace) or not 0 <= centre < data.shape[1]:
             self.unfit += 1
             return False
@@ -82,6 +87,8 @@ class Grid:
             out.append(f"{self.outside} {kind}lines lay outside the encoded matrix and were left out")
         if self.unfit:
             out.append(f"{self.unfit} {kind}lines had another number of channels, no samples or no echo and were left out")
+        if self.uncentred:
+            out.append(f"{self.uncentred} {kind}lines had centre sample 0 and more than half a readout: their middle was assumed")
         return out
 
 
@@ -89,22 +96,36 @@ class Volume:
     """One volume under construction: its grid, and what its lines said."""
 
     def __init__(self, geometry: Geometry, coils: int, kspace: np.ndarray | None = None):
-        self.geometry, self.grid = geometry, Grid(geometry, coils, kspace)
-        self.averages_at = np.zeros(geometry.shape[:2], np.uint64)
-        self.calibrating = np.zeros(geometry.shape[:2], bool)
+        self.geometry = geometry
+        self._begin(Grid(geometry, coils, kspace))
+
+    def _begin(self, grid: Grid) -> None:
+        self.grid = grid
+        self.averages_at = np.zeros(self.geometry.shape[:2], np.uint64)
+        self.calibrating = np.zeros(self.geometry.shape[:2], bool)
         self.head: ismrmrd.AcquisitionHeader | None = None
         self.nearest = np.inf
-        self.duplicates = 0
+        self.duplicates = self.strangers = 0
 
     def add(self, line: ismrmrd.Acquisition, readout: Readout) -> None:
         """Add one imaging line at its place; a line that does not fit is counted."""
+        if line.active_channels != len(self.grid.kspace):
+            self.strangers += 1
+            if self.strangers > self.grid.lines:
+                self._begin_again(line.active_channels)
         place = self.grid.place(line, self.geometry, self.geometry)
         if place is not None and self.grid.add(line, place, readout):
             self.note(line.idx.average, line.flags, place, line.getHead)
 
+    def _begin_again(self, coils: int) -> None:
+        """Once most lines have another number of channels, the first ones were the odd ones out."""
+        grid = Grid(self.geometry, coils)
+        grid.outside, grid.unfit = self.grid.outside, self.grid.unfit + self.grid.lines
+        self._begin(grid)
+
     def note(self, average: int, flags: int, place: tuple[int, int], head) -> None:
         """Remember a line that was added; `head()` gives its header if it is the nearest to the centre."""
-        bit = np.uint64(1 << (average % 64))
+        bit = np.uint64(1 << average if average < 64 else 0)  # of the later ones nobody asks whether they came twice
         if self.averages_at[place] & bit:
             self.duplicates += 1
         self.averages_at[place] |= bit
@@ -121,10 +142,20 @@ class Volume:
         if self.duplicates:
             scan.warnings.append(f"{self.duplicates} lines came more than once and were averaged")
         if calibration is not None:
+            scan.warnings += self._take_centre(calibration)
             scan.calibration = self._calibration(calibration)
             scan.warnings += calibration.warnings("calibration ")
         scan.warnings += missing_lines(self.geometry, self.grid.counts)
         return scan
+
+    def _take_centre(self, calibration: Grid) -> list[str]:
+        """Take calibration lines for the image too if the header does not say whose they are and the image has none of them."""
+        there = calibration.counts > 0
+        known = self.geometry.calibration not in ("", "other") or calibration.foreign or self.calibrating.any()
+        if known or (self.grid.counts[there] > 0).any():
+            return []
+        self.grid.kspace[:, there], self.grid.counts[there] = calibration.kspace[:, there], calibration.counts[there]
+        return ["the calibration lines serve the image too: it has none of its own there, and the header names no calibration mode"]
 
     def _calibration(self, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
         """Calibration lines, and the imaging lines that serve as such where there are none."""

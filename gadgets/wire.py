@@ -15,6 +15,7 @@ import select
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 
 import ismrmrd
@@ -26,6 +27,7 @@ CONFIG_FILE, CONFIG_TEXT, HEADER, CLOSE, TEXT, QUERY, RESPONSE, ERROR = range(1,
 ACQUISITION, IMAGE, RECON_DATA, WAVEFORM = 1008, 1022, 1023, 1026
 SCAN_ITEMS = (ACQUISITION, RECON_DATA, WAVEFORM)
 CONFIG_FILE_BYTES = 1024
+PAUSE_S = 0.5
 MAX_TEXT_BYTES = 64 << 20
 MAX_ITEM_BYTES = 4 << 30
 BLOCK_BYTES = 4 << 20  # memory follows what arrives, not what was announced
@@ -51,7 +53,7 @@ class Wire:
         sock.settimeout(timeout_s)
         self.sock, self.timeout_s, self.max_bytes, self.max_buffer_bytes = sock, timeout_s, max_bytes, max_buffer_bytes
         self.stream = sock.makefile("rb", buffering=1 << 20)
-        self.ended = False
+        self.ended = self.heard = self.lost = False
 
     def read(self, nbytes: int) -> bytes:
         """Exactly `nbytes`; WireError when the peer is gone or silent."""
@@ -106,12 +108,12 @@ class Wire:
         }
         while not self.ended:
             kind = self._unpack("<H")
+            self.heard = True
             if kind == CLOSE:
                 self.ended = True
                 return
             if kind not in readers:
-                self.ended = True
-                raise WireError(f"received message id {kind}, which is unknown here or out of step: the stream cannot be read on")
+                raise self._out_of_step(f"received message id {kind}, which is unknown here or out of step: the stream cannot be read on")
             yield kind, readers[kind]()
 
     def be_patient_for(self, timeout_s: float | None) -> None:
@@ -134,11 +136,24 @@ class Wire:
 
     def drain(self) -> None:
         """Read and forget what the peer still sends, so that closing does not destroy our last words."""
-        try:
+        with contextlib.suppress(WireError):
             for _ in self.messages():
                 pass
-        except WireError:
-            pass
+        if self.lost:
+            self._discard()
+
+    def _discard(self) -> None:
+        """Out of step no CLOSE can be found: read until the peer pauses, which it does once it waits for us."""
+        end, poll = time.monotonic() + (self.timeout_s or math.inf), select.poll()
+        with contextlib.suppress(OSError, ValueError):
+            poll.register(self.sock, select.POLLIN)
+            while poll.poll(1000 * PAUSE_S) and self.sock.recv(1 << 16) and time.monotonic() < end:
+                pass
+
+    def _out_of_step(self, text: str) -> WireError:
+        """The error to raise where the stream cannot be read on."""
+        self.ended = self.lost = True
+        return WireError(text)
 
     def send_text(self, text: str) -> None:
         """TEXT, the only message a client shows its user."""
@@ -206,8 +221,7 @@ class Wire:
     def _read_acquisition(self) -> ismrmrd.Acquisition:
         head = ismrmrd.AcquisitionHeader.from_buffer_copy(self.read(ctypes.sizeof(ismrmrd.AcquisitionHeader)))
         if head.flags & COMPRESSED_BITS:
-            self.ended = True
-            raise WireError("the acquisitions are compressed, which is not supported here: send them without -P or -T")
+            raise self._out_of_step("the acquisitions are compressed, which is not supported here: send them without -P or -T")
         samples, coils, dims = head.number_of_samples, head.active_channels, head.trajectory_dimensions
         self._check(samples * (4 * dims + 8 * coils), self.max_bytes, "line")
         trajectory = self.read_array((samples, dims), np.float32)
@@ -225,16 +239,14 @@ class Wire:
         head = ismrmrd.ImageHeader.from_buffer_copy(self.read(ctypes.sizeof(ismrmrd.ImageHeader)))
         attributes = self._read_text("<Q")
         if head.data_type not in PIXEL_TYPES:
-            self.ended = True
-            raise WireError(f"an image of the unknown pixel type {head.data_type} came: the stream is damaged or out of step")
+            raise self._out_of_step(f"an image of the unknown pixel type {head.data_type} came: the stream is damaged or out of step")
         pixel = np.dtype(PIXEL_TYPES[head.data_type])
         nbytes = math.prod((head.channels, *head.matrix_size)) * pixel.itemsize
         self._check(nbytes, self.max_bytes, "image")
         try:
             image = ismrmrd.Image(head, attributes)
         except Exception as error:  # attributes that are not their XML raise a family of errors
-            self.ended = True
-            raise WireError(f"the attributes of an image cannot be read: {' '.join(str(error).split())[:200]}") from error
+            raise self._out_of_step(f"the attributes of an image cannot be read: {' '.join(str(error).split())[:200]}") from error
         image.data.ravel()[:] = np.frombuffer(self.read(nbytes), pixel)
         return image
 
@@ -242,13 +254,11 @@ class Wire:
         try:
             return ReconDataReader(self.read, self.max_buffer_bytes).message()
         except ReconDataError as error:
-            self.ended = True
-            raise WireError(str(error)) from None
+            raise self._out_of_step(str(error)) from None
 
     def _check(self, length: int, limit: int, what: str) -> None:
         if length > limit:
-            self.ended = True
-            raise WireError(f"a {what} of {length} bytes was announced, the limit is {limit}: the stream is damaged or out of step")
+            raise self._out_of_step(f"a {what} of {length} bytes was announced, the limit is {limit}: the stream is damaged or out of step")
 
 
 class QueuedWire(Wire):

@@ -9,10 +9,9 @@ import sys
 import threading
 
 import ismrmrd
-import numpy as np
-from ismrmrd.hdf5 import acquisition_header_dtype
 
 from gadgets import wire as w
+from gadgets.conformance.buffers import buckets, recon_data
 from gadgets.files import ScanFile
 from gadgets.header import parse_header
 
@@ -77,61 +76,6 @@ class GadgetronPeer:
         data = stream.read(count)
         assert len(data) == count, "the peer went away without CLOSE"
         return data
-
-
-def buckets(lines):
-    """Lines as the accumulating gadget hands them on: by repetition, without noise and phase correction."""
-    bucket, repetition = [], None
-    for line in lines:
-        if line.is_flag_set(ismrmrd.ACQ_IS_NOISE_MEASUREMENT) or line.is_flag_set(ismrmrd.ACQ_IS_PHASECORR_DATA):
-            continue
-        if bucket and line.idx.repetition != repetition:
-            yield bucket
-            bucket = []
-        repetition = line.idx.repetition
-        bucket.append(line)
-    yield bucket
-
-
-def recon_data(header, lines, remove_oversampling: bool = False) -> bytes:
-    """ReconData payload of a bucket: N contrast, S average, LOC slice; k = 0 at matrix/2, as with parallelImaging in the header."""
-    only, both = (1 << (flag - 1) for flag in (ismrmrd.ACQ_IS_PARALLEL_CALIBRATION, ismrmrd.ACQ_IS_PARALLEL_CALIBRATION_AND_IMAGING))
-    data = [line for line in lines if not line.flags & only or line.flags & both]
-    reference = [line for line in lines if line.flags & (only | both)]
-    bits = _recon_buffer(header, data, remove_oversampling) + (b"\1" + _recon_buffer(header, reference, remove_oversampling) if reference else b"\0")
-    return struct.pack("<Q", 1) + bits
-
-
-def _recon_buffer(header, lines, remove_oversampling) -> bytes:
-    encoding = header.encoding[0]
-    encoded, recon = encoding.encodedSpace, encoding.reconSpace
-    limits = (encoding.encodingLimits.kspace_encoding_step_1, encoding.encodingLimits.kspace_encoding_step_2)
-    ny, nz = encoded.matrixSize.y, encoded.matrixSize.z
-    nx = recon.matrixSize.x if remove_oversampling else encoded.matrixSize.x
-    sizes = [1 + max(getattr(line.idx, name) for line in lines) for name in ("slice", "average", "contrast")]
-    data = np.zeros((*sizes, lines[0].active_channels, nz, ny, nx), np.complex64)
-    heads = np.zeros((*sizes, nz, ny), acquisition_header_dtype)
-    for line in lines:
-        samples = np.zeros((line.active_channels, encoded.matrixSize.x), np.complex64)
-        start = encoded.matrixSize.x // 2 - line.center_sample
-        samples[:, start : start + line.number_of_samples] = line.data
-        if remove_oversampling:
-            image = np.fft.fftshift(np.fft.ifft(np.fft.ifftshift(samples, 1), axis=1, norm="ortho"), 1)
-            low = samples.shape[1] // 2 - nx // 2
-            samples = np.fft.fftshift(np.fft.fft(np.fft.ifftshift(image[:, low : low + nx], 1), axis=1, norm="ortho"), 1)
-        place = (line.idx.slice, line.idx.average, line.idx.contrast)
-        y, z = (step + n // 2 - limit.center for step, n, limit in zip((line.idx.kspace_encode_step_1, line.idx.kspace_encode_step_2), (ny, nz), limits))
-        data[place][:, z, y] = samples
-        heads[(*place, z, y)] = np.frombuffer(bytes(line.getHead()), acquisition_header_dtype)[0]
-    fovs = [v for space in (encoded, recon) for f in [space.fieldOfView_mm] for v in (f.x, f.y, f.z)]
-    matrices = [nx, ny, nz, recon.matrixSize.x, recon.matrixSize.y, recon.matrixSize.z]
-    shifted = [n for limit, size in zip(limits, (ny, nz)) for n in (limit.minimum + size // 2 - limit.center, size // 2, limit.maximum + size // 2 - limit.center)]
-    sampling = struct.pack("<6f6H9H2x", *fovs, *matrices, 0, nx // 2, nx - 1, *shifted)
-    return _array(data) + b"\0\0" + _array(heads) + sampling
-
-
-def _array(array: np.ndarray) -> bytes:
-    return struct.pack(f"<Q{array.ndim}Q", array.ndim, *array.shape[::-1]) + array.tobytes()
 
 
 def run_execute(scan_path, properties="", cut_after=None, target="slice_diffusion", environment=None, buffered=False) -> tuple[GadgetronPeer, int]:

@@ -3,6 +3,7 @@
 import csv
 import json
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 from gadgets.cli import main
 from gadgets.demo import EXAMPLE
-from gadgets.files import ScanFile, read_images
+from gadgets.files import ScanFile, ScanWriter, read_images
 from gadgets.header import parse_header
 from recon_core.simulate import phantom
 
@@ -72,6 +73,12 @@ def test_images_of_a_nifti_lie_where_the_nifti_lies(tmp_path, capsys):
     (("simulate", "phantom", "{tmp}/s.h5", "--acceleration", "40"), "calibration square alone takes"),
     (("simulate", "phantom", "{tmp}/s.h5", "--snr", "0"), "snr cannot be 0"),
     (("send", "{scan}", "{tmp}/x.h5", "--port", "1"), "no server answers"),
+    (("send", "{scan}", "{tmp}/gone/x.h5", "--port", "1"), "there is no folder"),
+    (("recon", "{scan}", "{tmp}/gone/x.h5", "--method", "cg"), "there is no folder"),
+    (("recon", "{scan}", "{junk}", "--method", "cg"), "not an HDF5 file: nothing can be appended"),
+    (("serve", "--host", "nowhere.invalid", "--method", "cg"), "the host 'nowhere.invalid' has no address"),
+    (("serve", "--port", "0", "--method", "cg", "--host", "192.0.2.1"), "cannot listen on 192.0.2.1 port 0: "),
+    (("conform", "--host", "127.0.0.1", "--port", "1"), "no server answers at 127.0.0.1 port 1"),
 ])  # fmt: skip
 def test_failures_are_one_sentence_and_not_zero(tmp_path, capsys, scan_path, arguments, message):
     (tmp_path / "junk.h5").write_bytes(b"junk")
@@ -81,7 +88,10 @@ def test_failures_are_one_sentence_and_not_zero(tmp_path, capsys, scan_path, arg
     assert message in err and err.strip().count("\n") == 0
 
 
-@pytest.mark.parametrize("arguments", [("simulate", "phantom"), ("simulate", "phantom", "s.h5", "--coils", "many"), ("nonesuch",), ()])
+@pytest.mark.parametrize("arguments", [
+    ("serve", "--port", "70000"), ("send", "s.h5", "i.h5", "--port", "-1"), ("simulate", "phantom", "s.h5", "--partial-fourier", "most"),
+    ("simulate", "phantom"), ("simulate", "phantom", "s.h5", "--coils", "many"), ("nonesuch",), (),
+])  # fmt: skip
 def test_wrong_command_lines_are_one_sentence(capsys, arguments):
     with pytest.raises(SystemExit) as stop:
         main(list(arguments))
@@ -112,10 +122,21 @@ def test_versions_in_headers_are_stripped(tmp_path):
         group.create_dataset("data", (0,), dtype=ismrmrd.hdf5.acquisition_dtype)
     with ScanFile(tmp_path / "old.h5") as scan:
         assert b"<version>" not in scan.header_xml and b"experimentalConditions" in scan.header_xml
+    with ScanWriter(tmp_path / "new.h5", header):
+        pass
+    with h5py.File(tmp_path / "new.h5") as file:
+        assert b"version>" not in file["dataset/xml"][0] and b"experimentalConditions" in file["dataset/xml"][0]
+
+
+def test_a_server_that_is_in_the_way_is_a_sentence(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert main(["serve", "--port", str(port), "--method", "cg"]) == 1
+    assert capsys.readouterr().err == f"slicediff: cannot listen on 127.0.0.1 port {port}: Address already in use\n"
 
 
 def test_serve_and_send_as_processes(tmp_path, capsys, scan_path):
-    """The server prints its port, serves, refuses no second scan, and ends on SIGTERM with exit code 0."""
+    """The server prints its port, serves, refuses no second scan, and ends on Ctrl-C (as on SIGTERM) with exit code 0."""
     code = "import sys; from gadgets.cli import main; sys.exit(main())"
     serve = [sys.executable, "-W", "ignore", "-c", code, "serve", "--port", "0", "--sweeps", "2", "--device", "cpu"]
     with subprocess.Popen(serve, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
@@ -124,7 +145,7 @@ def test_serve_and_send_as_processes(tmp_path, capsys, scan_path):
             for name in ("first", "second"):
                 code, out, err = run(capsys, "send", scan_path, tmp_path / f"{name}.h5", "--port", port)
                 assert code == 0 and "2 images written" in out, err
-            server.send_signal(signal.SIGTERM)
+            server.send_signal(signal.SIGINT)
             assert server.wait(20) == 0
         finally:
             server.kill()

@@ -120,6 +120,30 @@ def test_all_images_are_a_success_in_the_layout_of_gadgetrons_client(scan_path, 
         assert series["header"].dtype["matrix_size"].shape == (3,) and tuple(series["header"][0]["matrix_size"]) == (2, 3, 4)
 
 
+def test_a_scan_that_is_refused_is_not_sent_to_its_end(scan_path):
+    """Paced, it would take 1.1 s more; the server still gets a CLOSE."""
+    received = []
+
+    def serve():
+        sock, _ = listener.accept()
+        with sock, sock.makefile("rb") as stream:
+            sock.sendall(text("ERROR: no"))
+            while chunk := stream.read1(1 << 16):
+                received.append(chunk)
+                if b"".join(received).endswith(struct.pack("<H", 4)):
+                    sock.sendall(struct.pack("<H", 4))
+                    sock.shutdown(socket.SHUT_WR)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        began = time.monotonic()
+        with pytest.raises(SendError, match="^no "):
+            send(listener.getsockname(), scan_path, realtime=True)
+        thread.join(10)
+    assert time.monotonic() - began < 0.6 and b"".join(received).endswith(struct.pack("<H", 4))
+
+
 def test_a_server_that_goes_away_ends_a_paced_scan(scan_path):
     with socket.create_server(("127.0.0.1", 0)) as listener:
 

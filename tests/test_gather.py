@@ -184,6 +184,16 @@ def test_lines_that_do_not_fit_are_counted_and_told(full):
     assert any(w.startswith("1 lines had another number of channels") for w in scan.warnings)
 
 
+def test_first_lines_of_other_coils_do_not_decide(full):
+    """A body coil's line before those of the array: the majority counts, one line of theirs is lost on the way."""
+    header, lines, _ = full
+    scan = gathered(header, [line_like(lines[0], lines[0].data[:1]), *lines])
+    assert scan.kspace.shape[0] == 2 and int(scan.counts.sum()) == len(lines) - 1
+    assert any(w.startswith("2 lines had another number of channels") for w in scan.warnings)
+    odd = gathered(header, [*lines[:40], *(line_like(line, line.data[:1]) for line in lines[:39]), *lines[40:]])
+    assert odd.kspace.shape[0] == 2 and int(odd.counts.sum()) == len(lines)
+
+
 def test_aborted_scan_is_recognised(full):
     header, lines, _ = full
     scan = gathered(header, lines[: len(lines) * 6 // 10])
@@ -213,6 +223,56 @@ def test_centre_outside_its_limits_is_corrected_and_said(full):
     scan = gathered(header, lines)
     assert bool((scan.counts == 1).all())
     assert any("centre 77" in w for w in scan.warnings)
+
+
+@pytest.mark.parametrize("low,high,centre,assumed", [(0, 12, 0, 6), (0, 12, 12, 6), (0, 8, 0, 2), (4, 12, 12, 10)])
+def test_a_centre_that_would_lose_many_lines_is_moved_and_said(full, low, high, centre, assumed):
+    """All 13 steps fit in one way only; of fewer the nearest centre is taken with which they fit."""
+    header = copy.deepcopy(full[0])
+    header.encoding[0].encodingLimits.kspace_encoding_step_1 = ismrmrd.xsd.limitType(minimum=low, maximum=high, center=centre)
+    geometry = read_geometry(header)
+    assert geometry.centre[0] == assumed and geometry.limits[0] == (low, high)
+    assert f"centre {centre} of kspace_encoding_step_1 would put" in geometry.warnings[0] and f": {assumed} assumed" in geometry.warnings[0]
+
+
+def test_limits_beyond_the_matrix_are_not_taken_for_lines_that_never_came(full):
+    header, lines, _ = full
+    header = copy.deepcopy(header)
+    header.encoding[0].encodingLimits.kspace_encoding_step_1.maximum = 65535
+    scan = gathered(header, lines)
+    assert len(scan.warnings) == 1 and "exceed its matrix 13" in scan.warnings[0]
+
+
+def test_a_centre_sample_that_nobody_wrote_is_assumed_and_said(full):
+    header, lines, _ = full
+    expected = gathered(header, lines).kspace
+    scan = gathered(header, [line_like(line, center_sample=0) for line in lines])
+    assert torch.equal(scan.kspace, expected)
+    assert scan.warnings == ["130 lines had centre sample 0 and more than half a readout: their middle was assumed"]
+    half = gathered(header, [line_like(line, line.data[:, 12:], center_sample=0) for line in lines])
+    assert half.warnings == [] and not torch.equal(half.kspace, expected)
+
+
+def test_calibration_lines_that_are_the_images_centre_serve_both(full):
+    """No calibration mode in the header, and lines flagged for calibration alone: the image would have a hole."""
+    header, lines, _ = full
+    expected = gathered(header, lines).kspace
+    header = copy.deepcopy(header)
+    header.encoding[0].parallelImaging = None
+    bit = 1 << (ismrmrd.ACQ_IS_PARALLEL_CALIBRATION - 1)
+    marked = [line_like(line, flags=bit if 3 <= line.idx.kspace_encode_step_1 < 10 else 0) for line in lines]
+    scan = gathered(header, marked)
+    torch.testing.assert_close(scan.kspace, expected)
+    assert bool((scan.counts == 1).all()) and scan.warnings[0].startswith("the calibration lines serve the image too")
+    apart = gathered(header, [*[line for line in marked if line.flags], *(line_like(line, flags=0) for line in lines)])
+    torch.testing.assert_close(apart.kspace, expected)
+    assert not apart.warnings and bool((apart.counts == 1).all())
+
+
+def test_many_averages_are_not_taken_for_lines_that_came_twice(full):
+    header, lines, _ = full
+    scan = gathered(header, [line_like(line, average=n, flags=0) for n in range(66) for line in lines[:13]])
+    assert int(scan.counts.max()) == 66 and not [w for w in scan.warnings if "more than once" in w]
 
 
 @pytest.mark.parametrize("low,high,centre,message", [
@@ -286,7 +346,7 @@ def test_nothing_to_reconstruct_is_an_error(full):
 
 @pytest.mark.parametrize("change,message", [
     (lambda e: setattr(e.encodedSpace.matrixSize, "y", 0), "matrix of at least 1"),
-    (lambda e: setattr(e.reconSpace.fieldOfView_mm, "x", 0.0), "positive field of view"),
+    (lambda e: setattr(e.reconSpace.fieldOfView_mm, "x", 0.0), "positive, finite field of view"),
     (lambda e: setattr(e, "trajectory", ismrmrd.xsd.trajectoryType.RADIAL), "cartesian"),
     (lambda e: setattr(e, "reconSpace", None), "lacks"),
 ])  # fmt: skip

@@ -1,9 +1,11 @@
 """The three mouths: same scan, same images; every failure told; the next scan works."""
 
 import json
+import logging
 import socket
 import struct
 import threading
+import time
 
 import pytest
 from conftest import run_chain
@@ -11,9 +13,11 @@ from peers import ClientPeer, GadgetronPeer, run_execute, same_images
 
 from gadgets.cli import main
 from gadgets.client import SendError, send_scan
+from gadgets.external import answer_gadgetron
 from gadgets.files import ScanFile, read_images
 from gadgets.server import Server
 from gadgets.solve import load_prior_for
+from gadgets.wire import IMAGE, Wire
 from recon_core.prior import PriorError, save_prior
 
 FAST = {"sweeps": 2, "device": "cpu"}
@@ -131,6 +135,105 @@ def test_unknown_configuration_is_refused_by_name(server, scan_path, expected):
     images, texts = client(server, scan_path, "Generic_Cartesian_Grappa.xml")
     assert not images and texts[-1].startswith("ERROR: unknown configuration 'Generic_Cartesian_Grappa.xml'")
     assert same_images(client(server, scan_path)[0], expected)
+
+
+def test_a_name_may_come_as_text(server, scan_path):
+    """Some hosts send the name of a configuration where others send its XML."""
+    for name, count in (("fast", 2), ("slicediff_connect.xml\0", 2), ("nonesuch", 0)):
+        with ScanFile(scan_path) as scan, socket.create_connection(server.server_address[:2]) as sock:
+            wire = Wire(sock, 60)
+            wire.send_config(name)
+            wire.send_header(scan.header_xml)
+            for line in scan.acquisitions():
+                wire.send_item(line)
+            wire.close()
+            kinds = [kind for kind, _ in wire.messages()]
+        assert kinds.count(IMAGE) == count
+
+
+def test_a_hosts_own_parameters_are_left_aside_and_named(server, scan_path):
+    images, texts = client(server, scan_path, text='{"parameters": {"method": "cg", "sweps": 3, "config": "x"}}')
+    assert len(images) == 1 and texts[0] == "parameters that are no options here were left aside: config, sweps"
+
+
+def test_images_instead_of_raw_data_are_told(server, scan_path, expected):
+    with ScanFile(scan_path) as scan, socket.create_connection(server.server_address[:2]) as sock:
+        wire = Wire(sock, 60)
+        wire.send_config_file("default")
+        wire.send_header(scan.header_xml)
+        for image in expected:
+            wire.send_item(image)
+        wire.close()
+        ((_, text),) = wire.messages()
+    assert text.startswith("ERROR: the scan holds no imaging line") and text.endswith("2 images came, but raw data are needed")
+
+
+def test_a_client_is_told_at_once_what_is_refused(server, scan_path):
+    """Not after the scan, which a client may take minutes to send."""
+    with ScanFile(scan_path) as scan, socket.create_connection(server.server_address[:2]) as sock:
+        wire = Wire(sock, 10)
+        wire.send_config_file("nonesuch")
+        wire.send_header(scan.header_xml)
+        messages = wire.messages()
+        assert next(messages)[1].startswith("ERROR: unknown configuration 'nonesuch'")
+        for line in scan.acquisitions():
+            wire.send_item(line)
+        wire.close()
+        assert list(messages) == []
+
+
+def test_idle_connections_have_an_end(server, scan_path, expected, monkeypatch):
+    monkeypatch.setattr("gadgets.server.SPARE", 2 - server.limits.connections)
+    with socket.create_connection(server.server_address[:2]), socket.create_connection(server.server_address[:2]):
+        while len(server.talking) < 2:
+            time.sleep(0.01)
+        with ClientPeer(server.server_address) as peer:
+            assert list(peer.wire.messages()) == [(5, "ERROR: this server has 2 connections already: come back later")]
+            peer.wire.release()
+    while server.talking:
+        time.sleep(0.01)
+    assert same_images(client(server, scan_path)[0], expected)
+
+
+def test_a_probe_that_says_nothing_is_no_error(server, caplog):
+    caplog.set_level(logging.WARNING, "slicediff")
+    with socket.create_connection(server.server_address[:2]) as sock, sock.makefile("rb") as stream:
+        sock.shutdown(socket.SHUT_WR)
+        assert stream.read().endswith(struct.pack("<H", 4))
+    assert caplog.records == []
+
+
+def test_only_internal_errors_have_a_traceback(server, scan_path, caplog):
+    client(server, scan_path, "nonesuch")
+    (record,) = (record for record in caplog.records if record.levelno >= logging.WARNING)
+    assert "unknown configuration" in record.message and not record.exc_info
+
+
+def test_who_sends_on_after_an_unknown_message_gets_the_sentence(scan_path):
+    """As <execute> has it: the connection is closed at once, which resets it, and takes our last words along, if input is unread."""
+    with ScanFile(scan_path) as scan:
+        xml, lines = scan.header_xml, [struct.pack("<H", 1008) + line.to_bytes() for line in scan.acquisitions()]
+
+    def gadget():
+        sock, _ = listener.accept()
+        with sock:
+            wire = Wire(sock)
+            answer_gadgetron(wire, b"<configuration/>", xml)
+            wire.close()
+            wire.release()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as sock:
+        thread = threading.Thread(target=gadget)
+        thread.start()
+        sock.sendall(b"".join(lines[:30]) + struct.pack("<H", 1050))
+        for line in lines[30:90]:
+            sock.sendall(line)
+            time.sleep(0.01)
+        sock.sendall(struct.pack("<H", 4))
+        with sock.makefile("rb") as stream:
+            answer = stream.read()
+        thread.join(10)
+    assert b"received message id 1050" in answer and answer.endswith(struct.pack("<H", 4))
 
 
 def test_truncated_stream_is_told_and_the_next_scan_works(server, scan_path, expected):

@@ -65,6 +65,15 @@ def test_shipped_chains_hold_our_node():
 
 
 def test_host_parameters():
-    assert options_from_json('{"parameters": {"sweeps": 5, "theirs": 1}}') == {"sweeps": 5}
-    with pytest.raises(OptionsError, match="JSON"):
-        options_from_json("[")
+    assert options_from_json('{"parameters": {"sweeps": 5, "theirs": 1}}') == ({"sweeps": 5}, ["theirs"])
+    assert options_from_json('{"parameters": null}') == options_from_json("{}") == ({}, [])
+    for text in ("[", "[]", '"parameters"', '{"parameters": [1, 2]}', '{"parameters": "sweeps"}', "{" * 100_000):
+        with pytest.raises(OptionsError, match="not a JSON object"):
+            options_from_json(text)
+
+
+@pytest.mark.parametrize("name", ["../../etc/hosts", "/etc/hosts", "a" * 1000, "\ufffd" * 500])
+def test_a_configuration_name_is_no_path(name):
+    with pytest.raises(OptionsError, match="unknown configuration") as caught:
+        options_of_config_name(name)
+    assert len(str(caught.value)) < 400

@@ -1,67 +1,26 @@
-"""A point object at a known place in the patient, through the whole chain: within 0.1 voxel of it in the images.
+"""A point object at a known place in the patient, through the whole chain: within 0.1 voxel of it in the images."""
 
-Its k-space is written down in closed form (a Gaussian spot, off the voxel grid), slab oblique: nothing of the simulation
-or of the code under test is used to make it.
-"""
-
-import ismrmrd
-import numpy as np
 import pytest
-from test_images import DIRECTIONS, centroid_mm
 
+from gadgets.conformance.point import SLABS, error_voxels, point_scan
 from gadgets.options import make_options
 from gadgets.recon import reconstruct
-
-x = ismrmrd.xsd
-POSITION = np.array([12.5, -31.0, 47.25])
-OFFSET_MM = np.array([5.3, -6.1, 4.4])  # along read, phase and slice
-CASES = {
-    "even": dict(encoded=(32, 20, 16), fov=(64, 40, 32)),
-    "odd": dict(encoded=(33, 21, 17), fov=(64, 40, 32)),
-    "mixed": dict(encoded=(31, 20, 17), fov=(62, 42, 30)),
-    "oversampled": dict(encoded=(64, 20, 16), fov=(128, 40, 32), recon=(32, 20, 16), recon_fov=(64, 40, 32)),
-    "partial Fourier E1": dict(encoded=(32, 20, 16), fov=(64, 40, 32), first=(6, 0)),
-    "partial Fourier E1, E2": dict(encoded=(33, 20, 17), fov=(64, 40, 32), first=(6, 5)),
-    "asymmetric echo": dict(encoded=(32, 20, 16), fov=(64, 40, 32), early=9),
-    "cropped": dict(encoded=(32, 24, 20), fov=(64, 48, 40), recon=(32, 20, 16), recon_fov=(64, 40, 32)),
-    "cropped by parts of a voxel": dict(encoded=(32, 24, 20), fov=(64, 48, 40), recon=(32, 20, 16), recon_fov=(64, 40.7, 31.1)),
-    "interpolated": dict(encoded=(32, 20, 16), fov=(64, 40, 32), recon=(64, 41, 32)),
-    "interpolated and cropped": dict(encoded=(48, 25, 21), fov=(96, 50, 42), recon=(65, 40, 32), recon_fov=(64, 40, 32)),
-    "smaller matrix": dict(encoded=(48, 30, 24), fov=(64, 40, 32), recon=(32, 20, 17)),
-    "wider than acquired": dict(encoded=(32, 20, 16), fov=(64, 40, 32), recon=(32, 24, 20), recon_fov=(64, 48, 40)),
-    "one partition more": dict(encoded=(32, 20, 15), fov=(64, 40, 33), recon=(32, 20, 16)),
-}
-
-
-def point_scan(encoded, fov, recon=None, recon_fov=None, first=(0, 0), early=0):
-    """Header and acquisitions of the spot; `first` is the first E1, E2 acquired, `early` the samples missing before the echo."""
-    recon, recon_fov = recon or encoded, recon_fov or fov
-    space = lambda n, mm: x.encodingSpaceType(matrixSize=x.matrixSizeType(x=n[0], y=n[1], z=n[2]), fieldOfView_mm=x.fieldOfViewMm(x=mm[0], y=mm[1], z=mm[2]))  # noqa: E731
-    limit = lambda n, gone: x.limitType(minimum=0, maximum=n - 1 - gone, center=n // 2 - gone)  # noqa: E731
-    limits = x.encodingLimitsType(kspace_encoding_step_1=limit(encoded[1], first[0]), kspace_encoding_step_2=limit(encoded[2], first[1]))
-    encoding = x.encodingType(encodedSpace=space(encoded, fov), reconSpace=space(recon, recon_fov), encodingLimits=limits, trajectory=x.trajectoryType.CARTESIAN)
-    header = x.ismrmrdHeader(experimentalConditions=x.experimentalConditionsType(H1resonanceFrequency_Hz=1), encoding=[encoding])
-    kx, ky, kz = ((np.arange(n) - n // 2) / mm for n, mm in zip(encoded, fov))
-    spot = lambda k, mm, voxel: np.exp(-2j * np.pi * k * mm - 2 * (np.pi * k * voxel) ** 2)  # noqa: E731
-    voxel = [mm / n for n, mm in zip(recon, recon_fov)]
-    width = [max(size, mm / n) for size, n, mm in zip(voxel, encoded, fov)]
-    along = [spot(k, mm, size) for k, mm, size in zip((kx, ky, kz), OFFSET_MM, width)]
-    lines = []
-    for z in range(first[1], encoded[2]):
-        for y in range(first[0], encoded[1]):
-            line = ismrmrd.Acquisition.from_array((1e3 * along[0] * along[1][y] * along[2][z])[None, early:].astype(np.complex64))
-            line.center_sample = encoded[0] // 2 - early
-            line.idx.kspace_encode_step_1, line.idx.kspace_encode_step_2 = y - first[0], z - first[1]
-            line.position, line.read_dir, line.phase_dir, line.slice_dir = tuple(POSITION), *(tuple(d) for d in DIRECTIONS)
-            lines.append(line)
-    return header, lines, np.array(voxel)
 
 
 @pytest.mark.parametrize("orientation", ["acquired", "transpose+flip_x+flip_z"])
 @pytest.mark.parametrize("layout", ["volume", "partitions"])
-@pytest.mark.parametrize("case", CASES)
-def test_the_point_lies_where_it_is(case, layout, orientation):
-    header, lines, voxel = point_scan(**CASES[case])
+@pytest.mark.parametrize("slab", SLABS)
+def test_the_point_lies_where_it_is(slab, layout, orientation):
+    header, lines, voxel = point_scan(**SLABS[slab])
     images = list(reconstruct(header, lines, None, make_options({"method": "cg", "layout": layout, "orientation": orientation, "device": "cpu"})))
-    error = DIRECTIONS @ (centroid_mm(images) - POSITION - OFFSET_MM @ DIRECTIONS) / voxel
-    assert np.abs(error).max() < 0.1
+    assert error_voxels([(bytes(image.getHead()), image.data.tobytes()) for image in images], voxel) < 0.1
+
+
+def test_a_tenth_of_a_voxel_is_noticed():
+    header, lines, voxel = point_scan(**SLABS["odd"])
+    (image,) = reconstruct(header, lines, None, make_options({"method": "cg", "device": "cpu"}))
+    head = image.getHead()
+    for axis, direction in enumerate((head.read_dir, head.phase_dir, head.slice_dir)):
+        moved = type(head).from_buffer_copy(bytes(head))
+        moved.position = tuple(p + 0.2 * voxel[axis] * d for p, d in zip(head.position, direction))
+        assert error_voxels([(bytes(moved), image.data.tobytes())], voxel) == pytest.approx(0.2, abs=0.05)

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import gathered, line_like, load_small_scan, run_chain
-from peers import GadgetronPeer, recon_data, run_execute, same_images
+from peers import GadgetronPeer, run_execute, same_images
 
+from gadgets.conformance.buffers import recon_data
 from gadgets.files import ScanFile
 from gadgets.gather import gather
 from gadgets.keep import FailedScans

@@ -13,7 +13,8 @@ from conftest import run_chain
 from peers import ClientPeer, same_images
 from test_mouths import FAST, client, running
 
-from gadgets.budget import Budget, worth_an_image
+from gadgets.address import AddressError
+from gadgets.budget import Budget, free_memory, worth_an_image
 from gadgets.cli import main
 from gadgets.failure import ReconError
 from gadgets.files import ScanFile
@@ -68,6 +69,15 @@ def test_memory_is_refused_from_the_header_and_from_the_lines(scan_path):
         list(Budget(header, exactly * 1.5).watch(lines))
 
 
+def test_memory_that_others_have_taken_is_told(scan_path, monkeypatch):
+    with ScanFile(scan_path) as scan:
+        header = parse_header(scan.header_xml)
+    assert free_memory() > 1 << 20
+    monkeypatch.setattr("gadgets.budget.free_memory", lambda: 600_000)
+    with pytest.raises(ScanError, match="needs 0.00065 GiB, and 0.00056 GiB of this machine's memory are free now"):
+        Budget(header, 1)
+
+
 @pytest.mark.parametrize("lines,worth", [(0.3, False), (0.45, False), (0.6, True), (1.0, True)])
 def test_what_came_is_worth_an_image_once_the_centre_is_there(scan_path, lines, worth):
     with ScanFile(scan_path) as scan:
@@ -85,7 +95,7 @@ def test_limits_that_cannot_be_are_refused():
 def test_addresses(host, reachable, prior):
     try:
         server = Server((host, 0), FAST, lambda options: prior)
-    except OSError as error:
+    except AddressError as error:
         pytest.skip(f"no IPv6 here: {error}")
     with server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
@@ -117,6 +127,20 @@ def test_health_page_and_metrics(scan_path, prior):
         page.shutdown()
 
 
+@pytest.mark.parametrize("host,reachable", [("localhost", ["127.0.0.1"]), ("::", ["127.0.0.1", "[::1]"]), ("::1", ["[::1]"])])
+def test_health_page_is_on_the_addresses_of_the_server(host, reachable):
+    try:
+        page = HealthPage((host, 0), lambda: {"ready": True})
+    except AddressError as error:
+        pytest.skip(f"no IPv6 here: {error}")
+    with page:
+        for address in reachable:
+            request = urllib.request.Request(f"http://{address}:{page.server_address[1]}/healthz", method="HEAD")
+            with urllib.request.urlopen(request, timeout=10) as reply:
+                assert (reply.status, reply.read()) == (200, b"")
+        page.shutdown()
+
+
 def test_metrics_without_their_package_are_a_sentence(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     assert main(["serve", "--port", "0", "--method", "cg", "--health-port", "0"]) == 1
@@ -141,3 +165,29 @@ def test_failed_scans_are_kept_oldest_removed_first(scan_path, prior, tmp_path):
     for line in lines:
         tiny.add(line)
     assert tiny.keep() is None and not list(tmp_path.glob("*.spool"))
+
+
+def test_what_a_killed_server_left_behind_is_found_and_what_runs_is_let_be(scan_path, tmp_path):
+    """Whatever the process ids: a server in a container always has the same."""
+    with ScanFile(scan_path) as scan:
+        running, killed = (FailedScans(tmp_path).record(scan.header_xml) for _ in range(2))
+        for line in scan.acquisitions():
+            running.add(line)
+            killed.add(line)
+    killed.file.close()
+    FailedScans(tmp_path)
+    (found,) = tmp_path.glob("failed-*.h5")
+    assert [path.name for path in tmp_path.glob("*.spool")] == [running.path.name]
+    with ScanFile(scan_path) as scan, ScanFile(found) as kept:
+        assert [bytes(a.getHead()) for a in kept.acquisitions()] == [bytes(a.getHead()) for a in scan.acquisitions()]
+    running.drop()
+
+
+def test_health_is_a_command(prior, capsys):
+    with running(FAST, lambda options: prior) as server:
+        arguments = ["health", "--port", str(server.server_address[1])]
+        assert main(arguments) == 0 and json.loads(capsys.readouterr().out)["ready"]
+        server.retiring.set()
+        assert main(arguments) == 1
+    assert main(arguments) == 1
+    assert capsys.readouterr().err.startswith("slicediff: no server answers at 127.0.0.1 port")

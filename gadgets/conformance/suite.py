@@ -1,6 +1,6 @@
 """The conformance suite: what a server promises when peers, networks, scans, solvers and disks fail.
 
-`conform` runs the cases of peers.py and scans.py, each against its own time limit, and after each one a correct scan,
+`conform` runs the cases of lines.py, peers.py and scans.py, each against its own time limit, and after each one a correct scan,
 whose images must be the same to the bit as those of the first.
 """
 
@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from ..files import ScanFile
 from ..simulate import SimulateOptions, simulate
@@ -72,13 +74,15 @@ class Bench:
         self.path = Path(self.folder.name) / "scan.h5"
         self.header, self.lines = _tiny_scan(self.path)
         self.messages = [p.acquisition(line) for line in self.lines]
-        if address is None:
-            self.start()
-        else:
-            self.address = address
-        self.expected = self.scan().images
-        if len(self.expected) != 2:
-            raise Broken(f"a correct scan gave {len(self.expected)} images and not a preview and a final one")
+        try:
+            if address is None:
+                self.start()
+            else:
+                self.address = address
+            self.expected = self._first_images()
+        except Broken:
+            self.__exit__()
+            raise
 
     def __enter__(self) -> Bench:
         return self
@@ -88,6 +92,15 @@ class Bench:
             self.process.kill()
             self._reap()
         self.folder.cleanup()
+
+    def _first_images(self) -> list[tuple[bytes, bytes, bytes]]:
+        try:
+            answer = self.scan()
+        except OSError as error:
+            raise Broken(f"no server answers at {self.address[0]} port {self.address[1]}: {error}") from None
+        if len(answer.images) != 2:
+            raise Broken(f"a correct scan gave {len(answer.images)} images and not a preview and a final one {answer.complaint}".rstrip())
+        return answer.images
 
     def start(self) -> None:
         """Start (again) the server of our own, and wait until it says its port."""
@@ -121,6 +134,15 @@ class Bench:
         with self.peer() as peer:
             peer.send(self.opening(header, gadgetron, **options), *(self.messages if lines is None else lines), p.close())
             return peer.answer()
+
+    def simulated(self, **options) -> tuple[bytes, list, np.ndarray]:
+        """Header and acquisitions of the tiny object in another protocol, and the object [z y x]."""
+        import nibabel
+
+        path, reference = (Path(self.folder.name) / name for name in ("other.h5", "other.nii"))
+        simulate(self.path.with_name("object.npy"), path, SimulateOptions(**{"coils": 4, "acceleration": 2, "acs": 12, "noise_lines": 8, "snr": 60, **options}), reference)
+        with ScanFile(path) as scan:
+            return scan.header_xml, list(scan.acquisitions()), np.asarray(nibabel.load(reference).dataobj).T
 
     def health(self) -> dict:
         """The server's facts about itself."""
@@ -169,7 +191,7 @@ def conform(host: str | None, port: int, only: list[str] | None = None, show: Ca
 
 def all_cases() -> list[Case]:
     """Every case, in order."""
-    from . import peers, scans  # noqa: F401  they fill the list
+    from . import lines, peers, scans  # noqa: F401  they fill the list
     from .case import CASES
 
     return CASES
@@ -208,8 +230,6 @@ def _try(case: Case, bench: Bench, end: dict) -> None:
 
 def _tiny_scan(path: Path) -> tuple[bytes, list]:
     """Header and acquisitions of a small phantom: 3 coils, R = 2, 20 x 24 x 22 voxels."""
-    import numpy as np
-
     from recon_core.simulate import phantom
 
     volume = path.with_name("object.npy")

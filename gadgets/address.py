@@ -1,0 +1,77 @@
+"""Where a server listens: on every address of a host's name."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import socketserver
+import threading
+
+log = logging.getLogger("slicediff")
+
+
+class AddressError(Exception):
+    """A place where nothing can listen; the message is one sentence."""
+
+
+def resolve(host: str, port: int) -> list[tuple[int, tuple]]:
+    """(family, address) of each address of a host, IPv4 first; AddressError if there is none, or no such port."""
+    if not 0 <= port <= 65535:
+        raise AddressError(f"expected a port from 0 to 65535, got {port}")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise AddressError(f"the host {host!r} has no address: {error.strerror}") from None
+    return sorted(dict.fromkeys((family, where) for family, _, _, _, where in found), key=lambda entry: entry[0] != socket.AF_INET)
+
+
+class Listening(socketserver.TCPServer):
+    """Mixed into a socketserver: accepts on all addresses of its host's name; "::" is IPv6 and IPv4.
+
+    Args:
+        address: (host, port); port 0 takes a free one, see server_address.
+        handler: class of a connection's handler.
+
+    Raises:
+        AddressError: if it cannot listen there.
+    """
+
+    def __init__(self, address: tuple[str, int], handler: type):
+        self.others: list[socket.socket] = []
+        (self.address_family, where), *others = resolve(*address)
+        try:
+            super().__init__(where, handler)
+        except OSError as error:
+            raise AddressError(f"cannot listen on {address[0]} port {address[1]}: {error.strerror}") from None
+        for family, where in others:
+            self._also_on(family, where[0])
+
+    def server_bind(self) -> None:
+        """Bind; "::" serves IPv4 as well."""
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, self.server_address[0] != "::")
+        super().server_bind()
+
+    def server_close(self) -> None:
+        """Stop listening on every address."""
+        super().server_close()
+        for listener in self.others:
+            listener.shutdown(socket.SHUT_RDWR)
+            listener.close()
+
+    def _also_on(self, family: int, host: str) -> None:
+        """Accept on one more address of the name; without it (no IPv6) the first still serves."""
+        try:
+            listener = socket.create_server((host, self.server_address[1]), family=family, backlog=self.request_queue_size)
+        except OSError as error:
+            log.warning("not served on %s: %s", host, error)
+            return
+        self.others.append(listener)
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):  # closed
+                while True:
+                    self.process_request(*listener.accept())
+
+        threading.Thread(target=accept, name="accept", daemon=True).start()

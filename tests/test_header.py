@@ -1,0 +1,89 @@
+"""Headers as they come: damaged, foreign, of other versions and encodings."""
+
+import pytest
+
+from gadgets.budget import Budget
+from gadgets.geometry import ScanError, read_geometry
+from gadgets.header import parse_header, strip_version
+from gadgets.protocol import SimulateOptions, make_header
+
+XML = make_header((22, 24, 20), (1.0, 1.0, 1.0), [0, 0], SimulateOptions(coils=3, acceleration=2)).encode()
+BARE = XML.split(b"?>", 1)[1].replace(b' xmlns="http://www.ismrm.org/ISMRMRD"', b"")
+
+
+def changed(old: str, new: str, count: int = 1) -> bytes:
+    assert old.encode() in XML
+    return XML.replace(old.encode(), new.encode(), count)
+
+
+@pytest.mark.parametrize("xml", [
+    XML, XML.decode(), XML + b"\0", BARE, b"\xef\xbb\xbf" + XML,
+    changed("<encoding>", "<newerThanThisSchema><x>1</x></newerThanThisSchema><encoding>"),
+    changed("<measurementInformation>", "<version>8</version><measurementInformation>"),
+    changed("simulated_3D", "T1 \u00e4"),  # the declaration says ascii
+    XML.replace(b"simulated_3D", "T1 \u00e4".encode("latin-1")),
+])  # fmt: skip
+def test_the_same_geometry_is_read(xml):
+    assert read_geometry(parse_header(xml)) == read_geometry(parse_header(XML))
+
+
+def test_letters_beyond_ascii_survive():
+    for encoding in ("utf-8", "latin-1"):
+        header = parse_header(XML.replace(b"simulated_3D", "T1 \u00e4".encode(encoding)))
+        assert header.measurementInformation.protocolName == "T1 \u00e4"
+
+
+@pytest.mark.filterwarnings("ignore:Failed to convert")
+def test_odd_values_where_nothing_is_needed_are_let_be():
+    xml = changed("<H1resonanceFrequency_Hz>123000000<", "<H1resonanceFrequency_Hz>1.23e8<")
+    assert read_geometry(parse_header(xml.replace(b"<patientPosition>", b"<seriesDate>last week</seriesDate><patientPosition>"))).shape == (20, 24, 22)
+
+
+@pytest.mark.parametrize("xml,message", [
+    (b"", "no element found"),
+    (XML[:900], "cannot be read"),
+    (b"<foo/>", "its ismrmrdHeader lacks experimentalConditions|has no encoding"),
+    (changed("<x>44</x>", "<x>banana</x>"), "expected a number for matrixSize x, got 'banana'"),
+    (changed("<TE>2.5</TE>", "<TE>short</TE>"), "expected a number for sequenceParameters TE, got 'short'"),
+    (b'<!DOCTYPE a [<!ENTITY b "bbbb">]>' + XML, "document type"),
+])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:Failed to convert")
+def test_what_is_no_header_is_a_sentence(xml, message):
+    with pytest.raises(ScanError, match=message) as caught:
+        read_geometry(parse_header(xml))
+    assert "\n" not in str(caught.value) and "__init__" not in str(caught.value)
+
+
+def test_a_missing_element_is_named_where_the_library_wants_it():
+    """ismrmrd before 1.15 does without."""
+    try:
+        assert read_geometry(parse_header(changed("<trajectory>cartesian</trajectory>", ""))).shape == (20, 24, 22)
+    except ScanError as error:
+        assert str(error) == "the ISMRMRD header cannot be read: its encoding lacks trajectory"
+
+
+@pytest.mark.parametrize("old,new,message", [
+    ("<x>22</x>", "<x>70000</x>", "at most 65535 in each direction, the header says 70000 x 24 x 20"),
+    ("<x>22.0</x>", "<x>INF</x>", "positive, finite field of view, the header says inf x 24.0 x 20.0 mm"),
+    ("<x>22.0</x>", "<x>1e-30</x>", "along x is 44 mm as encoded and 1e-30 mm as reconstructed"),
+    ("<x>44.0</x>", "<x>1e30</x>", "along x is 1e\\+30 mm as encoded and 22 mm as reconstructed"),
+])  # fmt: skip
+def test_a_geometry_that_cannot_be_is_refused(old, new, message):
+    with pytest.raises(ScanError, match=message):
+        read_geometry(parse_header(changed(old, new)))
+
+
+def test_images_that_would_take_all_memory_are_refused():
+    large = XML
+    for axis, n in (("x", 22), ("y", 24), ("z", 20)):
+        head, _, tail = large.rpartition(f"<{axis}>{n}</{axis}>".encode())
+        large = head + f"<{axis}>3000</{axis}>".encode() + tail
+    with pytest.raises(ScanError, match="an image of 3000 x 3000 x 3000 voxels; the limit is 64 GiB"):
+        read_geometry(parse_header(large))
+    with pytest.raises(ScanError, match="an image of 300 x 300 x 300 voxels needs 0.2 GiB and this server takes 0.1 GiB"):
+        Budget(parse_header(large.replace(b">3000<", b">300<")), 0.1)
+
+
+def test_versions_are_stripped_however_they_are_written():
+    for version in (b"<version>15</version>", b"<version >15</version >", b"<v:version>1</v:version>", b"<version/>"):
+        assert strip_version(b"<a>" + version + b"<b/></a>\0") == b"<a><b/></a>"
