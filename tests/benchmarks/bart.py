@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,18 +22,21 @@ def available() -> bool:
     return shutil.which("bart") is not None
 
 
-def wavelet(kspace: Tensor, strength: float, iterations: int = 50, acs: int = 24) -> tuple[Tensor, dict[str, float]]:
-    """(|image| [z y x], {"seconds", "cpu_s", "peak_gib"}) of kspace [coils z y x], x in image space."""
+def wavelet(kspace: Tensor, strengths: Sequence[float], iterations: int = 50, acs: int = 24) -> dict[float, tuple[Tensor, dict[str, float]]]:
+    """strength -> (|image| [z y x], {"seconds", "cpu_s", "peak_gib"} of maps and image) of kspace [coils z y x], x in image space."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         write_cfl(path / "kspace", fft(kspace, (3,)).permute(3, 2, 1, 0).numpy())
-        calibrate = ["ecalib", "-m", "1", "-r", str(acs), path / "kspace", path / "maps"]
-        solve = ["pics", "-R", f"W:7:0:{strength:g}", "-i", str(iterations), path / "kspace", path / "maps", path / "image"]
-        costs = [run(calibrate), run(solve)]
-        image = torch.from_numpy(np.abs(read_cfl(path / "image").squeeze().T.reshape(kspace.shape[1:])))
+        calibrate = run(["ecalib", "-m", "1", "-r", str(acs), path / "kspace", path / "maps"])
+        return {s: _wavelet(path, s, iterations, tuple(kspace.shape[1:]), calibrate) for s in strengths}
+
+
+def _wavelet(path: Path, strength: float, iterations: int, shape: tuple[int, ...], calibrate: tuple) -> tuple[Tensor, dict[str, float]]:
+    solve = run(["pics", "-R", f"W:7:0:{strength:g}", "-i", str(iterations), path / "kspace", path / "maps", path / "image"])
+    image = torch.from_numpy(np.abs(read_cfl(path / "image").squeeze().T.reshape(shape)))
     odd = [axis for axis, n in enumerate(image.shape) if n % 2 and n > 1]
     image = torch.roll(image, [-1] * len(odd), odd) if odd else image  # BART's image centre on odd axes is one voxel further
-    return image, {"seconds": sum(c[0] for c in costs), "cpu_s": sum(c[1] for c in costs), "peak_gib": max(c[2] for c in costs)}
+    return image, {"seconds": calibrate[0] + solve[0], "cpu_s": calibrate[1] + solve[1], "peak_gib": max(calibrate[2], solve[2])}
 
 
 def run(arguments: list) -> tuple[float, float, float]:

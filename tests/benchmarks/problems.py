@@ -16,7 +16,7 @@ from recon_core.cg_sense import cg_sense
 from recon_core.fft import fft, ifft
 from recon_core.measurement import Measurement, measure
 from recon_core.metrics import object_mask
-from recon_core.noise import estimate_sigma, whitening_matrix
+from recon_core.noise import whitening_matrix
 from recon_core.scale import intensity_scale
 from recon_core.simulate import sampling_mask
 
@@ -26,7 +26,8 @@ class Problem:
     """A measurement with its answer.
 
     `truth` [z y x] is the magnitude without noise (or with the noise of the scan, if it was measured), `phased` the
-    same as the measurement's coil maps combine it, None if unknown; `kspace` [coils z y x] is whitened, x in image space.
+    same as the measurement's coil maps combine it, None if unknown; `kspace` [coils z y x] is whitened (of measured scans: what the
+    measurement was made of, so that a peer weighs the coils alike), x in image space.
     """
 
     facts: dict
@@ -37,10 +38,14 @@ class Problem:
     kspace: Tensor
 
 
-def simulated(path: Path, voxel_mm: float, coils: int, acceleration: float, snr: float, acs: int, seed: int = 0, device: str = "cpu") -> Problem:
-    """A volume with phase, seen by each coil at its own resolution, cropped in k-space to `voxel_mm`, with correlated noise."""
+def simulated(path: Path, voxel_mm: float, coils: int, acceleration: float, snr: float, acs: int, seed: int = 0, readout: int | None = None, device: str = "cpu") -> Problem:
+    """A volume with phase, seen by each coil at its own resolution, cropped in k-space to `voxel_mm`, with correlated noise.
+
+    With `readout` only so many positions along x are kept, in the middle: the readout is fully sampled, so they are a scan of their own.
+    """
     data, size, _, _ = load_object(path)
     images, size = coil_images(data, size, SimulateOptions(voxel_mm=voxel_mm, coils=coils, seed=seed))
+    images = images[..., middle(images.shape[3], readout)].contiguous()
     truth = images.abs().square().sum(0).sqrt()
     noise = Noise(coils, intensity_scale(truth, size) / snr, seed)
     mask = torch.from_numpy(sampling_mask(truth.shape[:2], acceleration, "poisson", acs, seed))
@@ -54,6 +59,12 @@ def simulated(path: Path, voxel_mm: float, coils: int, acceleration: float, snr:
     return Problem(facts, measurement, truth, phased, object_mask(truth), _mix(whitening_matrix(lines), kspace))
 
 
+def middle(length: int, kept: int | None) -> slice:
+    """`kept` positions in the middle of `length`, all if None."""
+    kept = min(length, kept or length)
+    return slice(length // 2 - kept // 2, length // 2 - kept // 2 + kept)
+
+
 def measured(raw: Path) -> Iterator[Problem]:
     """The measured scans that have a reference: all lines, combined by CG-SENSE, noise included."""
     for name, planes, mask, voxel_mm, acceleration, _, has_reference in cases(raw):
@@ -61,9 +72,9 @@ def measured(raw: Path) -> Iterator[Problem]:
             whole, lines = ifft(torch.from_numpy(np.ascontiguousarray(planes[contrast])), (3,)), torch.from_numpy(mask)
             kspace = whole * lines[..., None]
             truth = cg_sense(measure(whole, torch.ones_like(lines).float(), voxel_mm)).abs()
-            white = kspace / estimate_sigma(kspace, lines)[:, None, None, None]
+            measurement = measure(kspace, lines.float(), voxel_mm)
             facts = {"volume": f"{name} {contrast}", "voxel_mm": voxel_mm[1], "matrix": "x".join(map(str, reversed(truth.shape))), "coils": len(kspace), "R": acceleration, "snr": "", "acs": ""}
-            yield Problem(facts, measure(kspace, lines.float(), voxel_mm), truth, None, object_mask(truth, 0.15), white)
+            yield Problem(facts, measurement, truth, None, object_mask(truth, 0.15), _mix(measurement.mixing, kspace))
 
 
 def _mix(matrix: Tensor, data: Tensor) -> Tensor:

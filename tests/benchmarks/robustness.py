@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--voxel-mm", type=float, nargs="+", default=[1.0, 2.0, 4.0])
     parser.add_argument("--weights", type=float, nargs="+", default=[0.25, 0.5, 1.0])
     parser.add_argument("--share", type=float, default=1.0)
+    parser.add_argument("--readout", type=int, help="only so many readout positions, in the middle of the volume")
     parser.add_argument("--prior", default="small")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--name", default="robustness")
@@ -56,7 +57,7 @@ def main() -> None:
 
 def run(prior, arguments, path: Path, voxel_mm: float, coils: int, acceleration: float, snr: float) -> dict:
     """One protocol with every weight."""
-    problem = simulated(path, voxel_mm, coils, acceleration, snr, acs=12 if voxel_mm > 3 else 16 if voxel_mm > 1.5 else 24, device=arguments.device)
+    problem = simulated(path, voxel_mm, coils, acceleration, snr, acs=12 if voxel_mm > 3 else 16 if voxel_mm > 1.5 else 24, readout=arguments.readout, device=arguments.device)
     preview = cg_sense(problem.measurement)
     row = {**problem.facts, "cg": round(psnr(preview.cpu(), problem.truth, problem.inside), 2)}
     for weight in arguments.weights:
