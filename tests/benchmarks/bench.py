@@ -5,8 +5,9 @@
 Volumes are seen by simulated coils (k-space crops of each coil's own image, correlated noise, maps estimated from the
 calibration lines); --raw adds the measured scans. PSNR and 3D SSIM of the magnitude inside the object after the
 least-squares factor, complex NRMSE after the least-squares complex factor. `bart` is BART's `pics -R W:7:0:lambda`
-with maps of its own ecalib, whose lambda comes from --tune VOLUME (best of --lambdas there, per voxel size and R);
-`bart-oracle` takes the best of --lambdas on the tested scan itself.
+with maps of its own ecalib, `sigpy` its L1WaveletRecon with our maps; their lambda comes from --tune VOLUME (best of
+--lambdas there, per voxel size and R). `bart-oracle` takes the best of --lambdas on the tested scan itself.
+--set METHOD.FIELD=VALUE changes a setting of one of our methods.
 Every row is printed as it comes and kept in OUT/bench.csv, pictures beside it.
 """
 
@@ -19,10 +20,12 @@ import resource
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import bart
 import numpy as np
+import sigpy_peer
 import torch
 from problems import Problem, measured, simulated
 from rich.console import Console
@@ -36,6 +39,7 @@ from recon_core.methods import METHODS
 from recon_core.metrics import psnr
 from recon_core.prior import load_prior
 
+PEERS = {"bart": bart, "bart-oracle": bart, "sigpy": sigpy_peer}
 COLUMNS = ("psnr", "ssim", "nrmse", "seconds", "cpu_s", "peak_gib", "evaluations", "misfit")
 
 
@@ -44,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="slicediff bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("volumes", type=Path, nargs="*")
     parser.add_argument("--raw", type=Path, help="folder of measured k-space")
-    parser.add_argument("--methods", nargs="+", default=["zero-filled", "cg", "tv", "wavelet", "bart", "diffusion"], choices=[*METHODS, "bart", "bart-oracle"])
+    parser.add_argument("--methods", nargs="+", default=["zero-filled", "cg", "tv", "wavelet", "bart", "diffusion"], choices=[*METHODS, *PEERS])
     parser.add_argument("--accelerations", type=float, nargs="+", default=[8.0])
     parser.add_argument("--voxel-mm", type=float, nargs="+", default=[2.0])
     parser.add_argument("--coils", type=int, default=8)
@@ -52,21 +56,24 @@ def main() -> None:
     parser.add_argument("--acs", type=int, default=20)
     parser.add_argument("--readout", type=int, help="only so many readout positions, in the middle of the volume (1 mm volumes in less time)")
     parser.add_argument("--prior", default="small")
-    parser.add_argument("--tune", type=Path, help="volume to choose BART's lambda on; not one of the tested")
-    parser.add_argument("--lambdas", type=float, nargs="+", default=[0.001, 0.003, 0.005, 0.01], help="BART's, relative to its own scaling")
+    parser.add_argument("--tune", type=Path, help="volume to choose the peers' lambda on; not one of the tested")
+    parser.add_argument("--lambdas", type=float, nargs="+", default=[0.001, 0.003, 0.005, 0.01, 0.02], help="of the peers, relative to their own scaling")
+    parser.add_argument("--set", nargs="+", default=[], metavar="METHOD.FIELD=VALUE", help="for example faithful.weight=0.05")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("bench"))
     arguments = parser.parse_args()
-    if any(m.startswith("bart") for m in arguments.methods) and not bart.available():
-        parser.error("bart is not on PATH; leave it out of --methods")
+    missing = [m for m in arguments.methods if m in PEERS and not PEERS[m].available()]
+    if missing:
+        parser.error(f"{', '.join(missing)} is not installed; leave it out of --methods")
+    configs = configured(arguments.set)
     arguments.out.mkdir(parents=True, exist_ok=True)
     prior = load_prior(arguments.prior, arguments.device)
-    tuned: dict[tuple[float, float], float] = {}
+    tuned: dict[tuple, float] = {}
     rows = []
     for problem in problems(arguments):
         images = {}
         for method in arguments.methods:
-            images[method], costs = run_bart(method, problem, arguments, tuned) if method.startswith("bart") else run(method, problem, prior)
+            images[method], costs = run_peer(method, problem, arguments, tuned) if method in PEERS else run(method, problem, prior, configs[method])
             row = {**problem.facts, "method": method, **costs, **quality(images[method], problem)}
             rows.append(row)
             print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
@@ -88,37 +95,52 @@ def problems(arguments) -> Iterator[Problem]:
         yield from measured(arguments.raw)
 
 
-def run(name: str, problem: Problem, prior) -> tuple[Tensor, dict]:
+def configured(changes: list[str]) -> dict[str, object]:
+    """Each method's settings, with changes given as METHOD.FIELD=VALUE."""
+    configs = {name: method.config for name, method in METHODS.items()}
+    for change in changes:
+        (name, field), value = change.split("=")[0].split("."), change.split("=")[1]
+        configs[name] = replace(configs[name], **{field: type(getattr(configs[name], field))(value)})
+    return configs
+
+
+def run(name: str, problem: Problem, prior, config) -> tuple[Tensor, dict]:
     """The last volume of one of our methods, CG-SENSE start included, and what it cost."""
     method, evaluations = METHODS[name], 0
     with Meter(problem.measurement.operator.device) as meter:
         start = problem.measurement.adjoint if name == "zero-filled" else cg_sense(problem.measurement)
-        for state in method.run(problem.measurement, prior if method.uses_prior else None, start, method.config, 0):
+        for state in method.run(problem.measurement, prior if method.uses_prior else None, start, config, 0):
             evaluations = state.network_evaluations
         volume = state.volume.cpu()
     return volume, {**meter.costs, "evaluations": evaluations, "misfit": round(problem.measurement.misfit(state.volume), 3), "lambda": ""}
 
 
-def run_bart(name: str, problem: Problem, arguments, tuned: dict) -> tuple[Tensor, dict]:
-    """BART's magnitude and what it cost, coil maps included; the oracle's costs are those of one lambda."""
-    strengths = arguments.lambdas if name == "bart-oracle" else [bart_strength(problem, arguments, tuned)]
-    found = bart.wavelet(problem.kspace, strengths)
+def run_peer(name: str, problem: Problem, arguments, tuned: dict) -> tuple[Tensor, dict]:
+    """A peer's magnitude and what it cost, BART's coil maps included; the oracle's costs are those of one lambda."""
+    found = peer_images(name, problem, arguments.lambdas if name == "bart-oracle" else [peer_strength(name, problem, arguments, tuned)])
     best = max(found, key=lambda s: psnr(found[s][0], problem.truth, problem.inside))
     image, costs = found[best]
     return image, {**{k: round(v, 2) for k, v in costs.items()}, "evaluations": 0, "misfit": "", "lambda": best}
 
 
-def bart_strength(problem: Problem, arguments, tuned: dict) -> float:
+def peer_images(name: str, problem: Problem, strengths: list[float]) -> dict:
+    """strength -> (image, costs)."""
+    if name == "sigpy":
+        return sigpy_peer.wavelet(problem.kspace, problem.measurement.operator.coil_maps(), strengths)
+    return bart.wavelet(problem.kspace, strengths)
+
+
+def peer_strength(name: str, problem: Problem, arguments, tuned: dict) -> float:
     """The lambda that is best on the volume for tuning at this voxel size and acceleration; the middle one without."""
-    key = (problem.facts["voxel_mm"], float(round(problem.facts["R"])))
+    voxel_mm, acceleration = problem.facts["voxel_mm"], float(round(problem.facts["R"]))
     if arguments.tune is None or problem.phased is None:
         return arguments.lambdas[len(arguments.lambdas) // 2]
-    if key not in tuned:
-        trial = simulated(arguments.tune, key[0], arguments.coils, key[1], arguments.snr, arguments.acs, readout=arguments.readout)
-        scores = {s: psnr(image, trial.truth, trial.inside) for s, (image, _) in bart.wavelet(trial.kspace, arguments.lambdas).items()}
-        print("bart tuned on", arguments.tune.name, key, {s: round(v, 2) for s, v in scores.items()}, flush=True)
-        tuned[key] = max(scores, key=scores.get)
-    return tuned[key]
+    if (name, voxel_mm, acceleration) not in tuned:
+        trial = simulated(arguments.tune, voxel_mm, arguments.coils, acceleration, arguments.snr, arguments.acs, readout=arguments.readout)
+        scores = {s: psnr(image, trial.truth, trial.inside) for s, (image, _) in peer_images(name, trial, arguments.lambdas).items()}
+        print(name, "tuned on", arguments.tune.name, voxel_mm, acceleration, {s: round(v, 2) for s, v in scores.items()}, flush=True)
+        tuned[name, voxel_mm, acceleration] = max(scores, key=scores.get)
+    return tuned[name, voxel_mm, acceleration]
 
 
 def quality(image: Tensor, problem: Problem) -> dict[str, float | str]:

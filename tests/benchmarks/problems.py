@@ -16,7 +16,6 @@ from recon_core.cg_sense import cg_sense
 from recon_core.fft import fft, ifft
 from recon_core.measurement import Measurement, measure
 from recon_core.metrics import object_mask
-from recon_core.noise import whitening_matrix
 from recon_core.scale import intensity_scale
 from recon_core.simulate import sampling_mask
 
@@ -26,8 +25,8 @@ class Problem:
     """A measurement with its answer.
 
     `truth` [z y x] is the magnitude without noise (or with the noise of the scan, if it was measured), `phased` the
-    same as the measurement's coil maps combine it, None if unknown; `kspace` [coils z y x] is whitened (of measured scans: what the
-    measurement was made of, so that a peer weighs the coils alike), x in image space.
+    same as the measurement's coil maps combine it, None if unknown; `kspace` [coils z y x] is what the measurement was made
+    of, whitened and mixed to virtual coils, x in image space: what peers are given.
     """
 
     facts: dict
@@ -56,7 +55,7 @@ def simulated(path: Path, voxel_mm: float, coils: int, acceleration: float, snr:
     measurement = measure(kspace, mask.float(), size, lines, device=device)
     phased = torch.linalg.vecdot(measurement.operator.coil_maps(), _mix(measurement.mixing.cpu(), images).to(device), dim=0)
     facts = {"volume": path.name.split(".")[0], "voxel_mm": voxel_mm, "matrix": "x".join(map(str, reversed(truth.shape))), "coils": coils, "R": round(mask.numel() / int(mask.sum()), 1), "snr": snr, "acs": acs}
-    return Problem(facts, measurement, truth, phased, object_mask(truth), _mix(whitening_matrix(lines), kspace))
+    return Problem(facts, measurement, truth, phased, object_mask(truth), _mix(measurement.mixing.cpu(), kspace))
 
 
 def middle(length: int, kept: int | None) -> slice:
