@@ -15,7 +15,7 @@ from recon_core.measurement import Measurement, measure
 from recon_core.methods import METHODS
 from recon_core.prior import Prior, PriorError, load_prior
 from recon_core.state import State
-from recon_core.trust import distrust
+from recon_core.trust import Trust, judge
 from recon_core.variational import VariationalConfig
 
 from .ahead import Ahead
@@ -55,14 +55,16 @@ def solve(measurement: Measurement, preview: torch.Tensor, prior, options: Optio
         if measurement.operator.device.type != device_of(options).type:
             raise ReconError("the GPU's memory does not hold this scan")
         volume, remarks = iterate(lambda: states(measurement, preview, prior, options), options, report, hurry)
+        trust, why = judge(measurement, preview, volume)
+        if trust is Trust.FAILED:
+            raise ReconError(why)
     except Exception as error:  # the boundary: an image anyway
         log_failure(f"{name} failed, the preview stands", error)
         if ran_out_of_memory(error):
             free_gpu_memory()
         reason = f"{name} failed and the {PREVIEW} stands: {sentence(error)}"
         return Outcome(preview, PREVIEW, [reason], [reason])
-    caution = distrust(measurement, preview, volume)
-    return Outcome(volume, name, [*remarks, caution] if caution else remarks)
+    return Outcome(volume, name, [*remarks, f"CAUTION: {why}: compare with the preview"] if why else remarks)
 
 
 def iterate(start: Callable[[], Iterator[State]], options: Options, report: Report, hurry: Hurry) -> tuple[torch.Tensor, list[str]]:

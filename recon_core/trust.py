@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+from enum import Enum
+
 from torch import Tensor
 
 from .measurement import Measurement
 
-WORSE = 1.15
-UNEXPLAINED = 1.1
+
+class Trust(Enum):
+    """What may be done with a volume: shown, shown with a warning, or not shown."""
+
+    SOUND = 0
+    DOUBTFUL = 1
+    FAILED = 2
 
 
-def distrust(measurement: Measurement, preview: Tensor, volume: Tensor) -> str:
-    """A warning if `volume` leaves clearly more of the data unexplained than `preview` does, else nothing.
+BARS = {  # how many times the classical image's misfit, and the noise; both must be exceeded
+    Trust.FAILED: (2.0, 2.0),
+    Trust.DOUBTFUL: (1.15, 1.1),
+}
+
+
+def judge(measurement: Measurement, preview: Tensor, volume: Tensor) -> tuple[Trust, str]:
+    """Trust in `volume` [z y x] beside `preview` [z y x], and in words why not; "" if sound.
 
     Misfit is the residual's root mean square over the noise: 1 for an image that explains the data to the noise.
+    A prior that invents what was not measured leaves more of the data unexplained than the classical image does.
     """
     classical, found = measurement.misfit(preview), measurement.misfit(volume)
-    if found <= max(WORSE * classical, UNEXPLAINED * measurement.noise_level(preview) / measurement.sigma):
-        return ""
-    return f"CAUTION: this image explains the data worse than CG-SENSE does (residual {found:.2f} against {classical:.2f} times the noise): compare with the preview"
+    noise = measurement.noise_level(preview) / measurement.sigma
+    for trust, (worse, unexplained) in BARS.items():
+        if found > max(worse * classical, unexplained * noise):
+            return trust, f"this image explains the data worse than CG-SENSE does (residual {found:.2f} against {classical:.2f} times the noise)"
+    return Trust.SOUND, ""

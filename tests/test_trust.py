@@ -15,7 +15,7 @@ from gadgets.files import ScanFile
 from gadgets.header import parse_header
 from gadgets.options import make_options
 from recon_core.measurement import measure
-from recon_core.trust import UNEXPLAINED, distrust
+from recon_core.trust import BARS, Trust, judge
 
 
 def images_and_error(path, prior, **options):
@@ -92,15 +92,23 @@ def test_an_image_that_explains_the_data_worse_than_the_preview_is_told_apart():
     direction = torch.ones_like(best)
     drifted = lambda misfit: best + direction * misfit * 2**0.5 * measurement.sigma  # noqa: E731
     assert measurement.misfit(drifted(1.0)) == pytest.approx(1.0, abs=0.02)
-    assert distrust(measurement, best, drifted(0.95 * UNEXPLAINED)) == ""
-    assert "residual 2.00 against" in distrust(measurement, best, drifted(2.0))
-    assert distrust(measurement, drifted(2.0), drifted(2.1)) == ""
+    bars = {trust: unexplained for trust, (_, unexplained) in BARS.items()}
+    for misfit, trust in ((0.95 * bars[Trust.DOUBTFUL], Trust.SOUND), (1.7, Trust.DOUBTFUL), (1.05 * bars[Trust.FAILED], Trust.FAILED)):
+        assert judge(measurement, best, drifted(misfit))[0] is trust
+    assert "residual 1.70 against" in judge(measurement, best, drifted(1.7))[1]
+    assert judge(measurement, drifted(3.0), drifted(3.1)) == (Trust.SOUND, "")
 
 
 def test_good_images_carry_no_warning_and_drifted_ones_do(scan_path, prior):
     assert "CAUTION" not in run_chain(scan_path, prior)[1].meta["ImageComments"]
-    drifted = run_chain(scan_path, lambda x, sigma: torch.zeros_like(x), prior_weight=100)[1]
+    drifted = run_chain(scan_path, lambda x, sigma: torch.zeros_like(x), prior_weight=0.1)[1]
     assert "CAUTION" in drifted.meta["ImageComments"]
+
+
+def test_an_image_that_left_the_data_is_not_sent(scan_path):
+    images, error = images_and_error(scan_path, lambda x, sigma: torch.zeros_like(x), prior_weight=100)
+    assert [i.image_series_index for i in images] == [1]
+    assert "preview stands: this image explains the data worse than CG-SENSE does" in error
 
 
 def test_reading_ahead_delivers_all_in_order_and_the_error_in_its_place():

@@ -185,9 +185,14 @@ def failing_without_preview(bench: Bench) -> str:
 
 @case("an image that explains the data worse than the preview carries a warning", needs="faults")
 def drifting_solver(bench: Bench) -> str:
-    answer = bench.scan(prior="test-drift", prior_weight=100)
+    answer = bench.scan(prior="test-drift", prior_weight=0.06)
     expect(answer.series == [1, 2] and "CAUTION" in answer.comment(), f"series {answer.series}, no warning in: {answer.comment()}")
     return re.search("CAUTION: [^;<]*", answer.comment()).group()
+
+
+@case("an image that left the data is not sent: the preview, and a sentence", needs="faults")
+def lost_solver(bench: Bench) -> str:
+    return preview_stands(bench, "preview stands.*explains the data worse", prior="test-drift", prior_weight=100)
 
 
 @case("the raw data of a failed scan are kept and can be reconstructed from the file", limit_s=15, needs="process")
