@@ -70,9 +70,13 @@ def estimate_coil_maps(acs: Tensor, shape: tuple[int, int, int], sigma: float = 
     values, vectors = torch.linalg.eigh(matrices.permute(2, 3, 4, 0, 1))
     maps = vectors[..., -1].movedim(-1, 0)
     maps = maps * torch.exp(-1j * maps[:1].angle())
-    both = _interpolate(torch.cat([maps, values[None, ..., -1]]), shape)
-    maps, value = both[:-1], both[-1].real
-    return maps / maps.norm(dim=0).clamp_min(1e-6), value
+    fine = torch.empty((coils, *shape), dtype=maps.dtype, device=maps.device)
+    energy = torch.zeros(shape, device=maps.device)
+    for coil in range(coils):  # one by one: the maps are the largest array there is
+        fine[coil] = _interpolate(maps[coil], shape)
+        energy += torch.view_as_real(fine[coil]).square().sum(-1)
+    fine /= energy.sqrt().clamp_min(1e-6)
+    return fine, _interpolate(values[..., -1], shape)
 
 
 def low_resolution_maps(kspace: Tensor, mask: Tensor) -> Tensor:
@@ -80,7 +84,7 @@ def low_resolution_maps(kspace: Tensor, mask: Tensor) -> Tensor:
     window = [torch.hann_window(n + 2, periodic=False, device=kspace.device)[1:-1] ** 4 for n in mask.shape]
     smooth = kspace * (window[0][:, None] * window[1] * (mask > 0))[..., None]
     images = ifft(smooth, (1, 2))
-    return images / images.norm(dim=0).clamp_min(1e-12)
+    return images.div_(images.norm(dim=0).clamp_min(1e-12))
 
 
 def _signal_patches(acs: Tensor, sides: list[int], sigma: float) -> Tensor:
@@ -97,9 +101,9 @@ def _signal_patches(acs: Tensor, sides: list[int], sigma: float) -> Tensor:
 
 
 def _interpolate(coarse: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Periodic linear interpolation of [channels z y x] between grids that both have their centre at n//2."""
+    """Periodic linear interpolation of [z y x] between grids that both have their centre at n//2."""
     out = coarse
-    for axis, n in enumerate(shape, start=1):
+    for axis, n in enumerate(shape):
         g = out.shape[axis]
         position = (torch.arange(n, device=out.device) - n // 2) * (g / n) + g // 2
         low = position.floor()

@@ -185,7 +185,10 @@ def _support(acs: Tensor, shape: tuple[int, int, int]) -> Tensor:
 
     Maps that are zero in air remove a third to a half of the unknowns (about 1 dB for CG-SENSE).
     """
-    blurred = ifft(centre_crop_or_pad(acs * _window(acs), shape), (1, 2, 3)).abs().square().sum(0).sqrt()
+    energy = torch.zeros(shape, device=acs.device)
+    for coil in acs * _window(acs):  # one by one, to hold one image and not all of them
+        energy += ifft(centre_crop_or_pad(coil, shape), (0, 1, 2)).abs().square()
+    blurred = energy.sqrt()
     inside = blurred > 0.025 * torch.quantile(blurred.flatten()[:: max(1, blurred.numel() // 100000)], 0.99)
     grow = [min(5, n if n % 2 else n - 1) for n in inside.shape]
     grown = F.max_pool3d(inside[None, None].float(), grow, stride=1, padding=[g // 2 for g in grow])

@@ -34,10 +34,13 @@ class Sense:
             )
         if not bool(mask.any()):
             raise ValueError("the sampling mask is empty: no line of k-space was acquired")
-        if not bool(torch.isfinite(torch.view_as_real(coil_maps)).all()):
+        if not bool(torch.isfinite(coil_maps.sum())):
             raise ValueError("the coil maps hold NaN or infinity")
         self.shape = tuple(coil_maps.shape[1:])
-        self.maps = torch.fft.ifftshift(coil_maps.permute(3, 0, 1, 2), (2, 3)).contiguous()
+        coils, z, y, x = coil_maps.shape
+        self.maps = torch.empty((x, coils, z, y), dtype=coil_maps.dtype, device=coil_maps.device)
+        for coil, field in enumerate(coil_maps):  # one by one, to need no third copy of the largest array
+            self.maps[:, coil] = torch.fft.ifftshift(field.permute(2, 0, 1), (1, 2))
         self.weights = torch.fft.ifftshift(mask.to(self.maps.real.dtype), (0, 1)).to(device or coil_maps.device)
         plane = self.maps[0].numel() * self.maps.element_size()
         self.chunk = max(1, (WORKING_SET_BYTES * (64 if self.device.type == "cuda" else 1)) // plane)

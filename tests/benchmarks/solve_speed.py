@@ -4,6 +4,7 @@
 
 A phantom in a cube, Poisson disc R = 4, noise lines. Stages: gathered k-space to coil maps and A^H y, CG-SENSE, 16 sweeps.
 BART: ecalib and `pics -R W:7:0:0.01 -i 50` on the same data. One run each after a small one that warms up.
+`peak_over_kspace` is the memory beside the k-space of all coils, in units of it (on a GPU, of its own memory).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 
 import bart
 import torch
+from bench import Meter
 from scans import save_table
 from torch import Tensor
 
@@ -39,6 +41,7 @@ def main() -> None:
     for side in arguments.sizes:
         kspace, mask, noise = scan(side, arguments.coils)
         row = {"side": side, "coils": arguments.coils, **ours(prior, kspace, mask, noise, arguments.device), "bart_s": "", "ours_over_bart": ""}
+        row["peak_over_kspace"] = round(row.pop("peak_gib") * 2**30 / (8 * kspace.numel()), 2)
         row["us_per_voxel"] = round(1e6 * row["total_s"] / side**3, 2)
         if side == arguments.beside_bart and bart.available():
             row["bart_s"] = round(bart.wavelet(kspace, [0.01], acs=ACS)[0.01][1]["seconds"], 2)
@@ -59,16 +62,17 @@ def scan(side: int, coils: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def ours(prior, kspace: Tensor, mask: Tensor, noise: Tensor, device: str) -> dict[str, float]:
     """Seconds of each stage and of all."""
-    times = [clock(device)]
-    measurement = measure(kspace, mask, (2.0, 2.0, 2.0), noise, device=device)
-    times.append(clock(device))
-    preview = cg_sense(measurement)
-    times.append(clock(device))
-    for _ in reconstruct_variational(measurement, prior, preview):
-        pass
-    times.append(clock(device))
+    with Meter(torch.device(device)) as meter:
+        times = [clock(device)]
+        measurement = measure(kspace, mask, (2.0, 2.0, 2.0), noise, device=device)
+        times.append(clock(device))
+        preview = cg_sense(measurement)
+        times.append(clock(device))
+        for _ in reconstruct_variational(measurement, prior, preview):
+            pass
+        times.append(clock(device))
     stages = {name: round(b - a, 2) for name, a, b in zip(("maps_s", "preview_s", "sweeps_s"), times, times[1:])}
-    return {**stages, "total_s": round(times[-1] - times[0], 2)}
+    return {**stages, "total_s": round(times[-1] - times[0], 2), "peak_gib": meter.costs["peak_gib"]}
 
 
 def clock(device: str) -> float:
