@@ -87,10 +87,10 @@ def _train(team: Team, volumes, out: Path, options: TrainOptions, log, validatio
     average = copy.deepcopy(prior).requires_grad_(False)
     optimiser = torch.optim.AdamW(prior.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     checkpoint = out.with_suffix(".checkpoint")
-    start = _resume(checkpoint, prior, average, optimiser)
+    start, means = _resume(checkpoint, prior, average, optimiser)
     pool = SlicePool(volumes, options.voxel_mm, options.crop, seed=options.seed, vary_sharpness=options.vary_sharpness, vary_contrast=options.vary_contrast)
     held_out = Validation(validation, options.seed) if validation and team.leads else None
-    shared, curve = team.wrap(prior), Curve(out.with_suffix(".csv") if team.leads else None, start)
+    shared, curve = team.wrap(prior), Curve(out.with_suffix(".csv") if team.leads else None, start, means)
     began = saved = time.monotonic()
     for step in range(start, options.steps):
         clean, voxel_mm = pool.batch(step, options.batch)
@@ -119,7 +119,7 @@ def _train(team: Team, volumes, out: Path, options: TrainOptions, log, validatio
             log(f"step {step + 1}/{options.steps}  {curve.report()}  {left / 60:.0f} min left")
             curve.write(step + 1)
         if time.monotonic() - saved > options.save_every_s or last:
-            _save(checkpoint, step + 1, prior, average, optimiser)
+            _save(checkpoint, step + 1, prior, average, optimiser, curve.values)
             save_prior(average, out, model_card(volumes, options, step + 1))
             saved = time.monotonic()
     return average
@@ -180,17 +180,17 @@ class Curve:
     Args:
         path: of the .csv; None for none.
         start: step the run begins with; 0 begins a new file.
+        means: running means at that step; the file's last row may be many steps older.
     """
 
-    def __init__(self, path: Path | None, start: int):
-        self.path, self.values, self.notes = path, {}, {}
+    def __init__(self, path: Path | None, start: int, means: dict[str, float] | None = None):
+        self.path, self.values, self.notes = path, dict(means or {}), {}
         if path is None:
             return
         text = path.read_text() if start and path.is_file() else ""
         kept = [row for row in csv.reader(text.splitlines()) if int(row[0]) <= start]
         with path.open("w", newline="") as file:
             csv.writer(file).writerows(kept)
-        self.values = {key: float(value) for _, key, value in kept if not key.startswith("psnr")}
 
     def add(self, loss: Tensor, sigma: Tensor, voxel_mm: Tensor) -> None:
         """Losses [slices] with their noise levels and voxel sizes."""
@@ -257,18 +257,18 @@ def _update_average(average: Prior, prior: Prior, decay: float) -> None:
         torch._foreach_lerp_(list(average.parameters()), list(prior.parameters()), 1 - decay)
 
 
-def _save(checkpoint: Path, step: int, prior: Prior, average: Prior, optimiser) -> None:
+def _save(checkpoint: Path, step: int, prior: Prior, average: Prior, optimiser, means: dict[str, float]) -> None:
     partial = checkpoint.with_suffix(".partial")
-    state = {"step": step, "prior": prior.state_dict(), "average": average.state_dict(), "optimiser": optimiser.state_dict()}
+    state = {"step": step, "prior": prior.state_dict(), "average": average.state_dict(), "optimiser": optimiser.state_dict(), "means": dict(means)}
     torch.save(state, partial)
     os.replace(partial, checkpoint)
 
 
-def _resume(checkpoint: Path, prior: Prior, average: Prior, optimiser) -> int:
+def _resume(checkpoint: Path, prior: Prior, average: Prior, optimiser) -> tuple[int, dict[str, float]]:
     if not checkpoint.is_file():
-        return 0
+        return 0, {}
     state = torch.load(checkpoint, weights_only=True, map_location="cpu")
     prior.load_state_dict(state["prior"])
     average.load_state_dict(state["average"])
     optimiser.load_state_dict(state["optimiser"])
-    return state["step"]
+    return state["step"], state["means"]

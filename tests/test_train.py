@@ -65,6 +65,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(volumes, tmp_path):
         torch.testing.assert_close(a, b)
     assert load_prior(tmp_path / "cut.safetensors").card["training"]["steps_done"] == 6
     assert {row[0] for row in read_curve(tmp_path / "cut.csv")} == {"6"}
+    assert read_curve(tmp_path / "cut.csv") == read_curve(tmp_path / "whole.csv")
 
 
 def test_slices_follow_from_seed_and_step(volumes):
@@ -166,10 +167,10 @@ def test_complex_volumes_keep_their_phase():
 def test_the_curve_goes_on_where_the_checkpoint_was(tmp_path):
     """Rows of steps that a kill undid are dropped; the running means do not jump."""
     (tmp_path / "c.csv").write_text("100,sigma<0.1,0.4\n100,psnr 1 mm sigma 0.2,20\n200,sigma<0.1,0.3\n")
-    curve = Curve(tmp_path / "c.csv", start=150)
+    curve = Curve(tmp_path / "c.csv", start=150, means={"sigma<0.1": 0.35})
     assert [row[0] for row in read_curve(tmp_path / "c.csv")] == ["100", "100"]
     curve.add(torch.tensor([1.4]), torch.tensor([0.05]), torch.tensor([2.0]))
-    assert curve.values["sigma<0.1"] == pytest.approx(0.99 * 0.4 + 0.01 * 1.4)
+    assert curve.values["sigma<0.1"] == pytest.approx(0.99 * 0.35 + 0.01 * 1.4)
 
 
 def test_a_volume_coarser_than_the_voxel_size_asked_for_is_used_as_it_is():
