@@ -21,7 +21,7 @@ def test_the_gpu_gives_the_cpus_image(scan_path, method):
         (image,) = run_chain(scan_path, load_prior_for(make_options(options)), **options)
         images[device] = np.array(image.data)
     error = np.linalg.norm(images["cuda"] - images["cpu"]) / np.linalg.norm(images["cpu"])
-    assert error < 5e-3, "TF32 convolutions may differ by this much"
+    assert error < 1e-2, "bf16 on one and fp32 on the other may differ by this much"
 
 
 def test_training_on_the_gpu(tmp_path):

@@ -27,12 +27,21 @@ def wavelet(kspace: Tensor, strengths: Sequence[float], iterations: int = 50, ac
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         write_cfl(path / "kspace", fft(kspace, (3,)).permute(3, 2, 1, 0).numpy())
-        calibrate = run(["ecalib", "-m", "1", "-r", str(acs), path / "kspace", path / "maps"])
+        calibrate = make_maps(path, kspace, acs)
         return {s: _wavelet(path, s, iterations, tuple(kspace.shape[1:]), calibrate) for s in strengths}
 
 
+def make_maps(path: Path, kspace: Tensor, acs: int) -> tuple[float, float, float]:
+    """Coil maps by ecalib, which aborts on a single coil: that one is uniform."""
+    if len(kspace) > 1:
+        return run(["ecalib", "-m", "1", "-r", str(acs), path / "kspace", path / "maps"])
+    write_cfl(path / "maps", np.ones(tuple(reversed(kspace.shape[1:])), np.complex64))
+    return 0.0, 0.0, 0.0
+
+
 def _wavelet(path: Path, strength: float, iterations: int, shape: tuple[int, ...], calibrate: tuple) -> tuple[Tensor, dict[str, float]]:
-    solve = run(["pics", "-R", f"W:7:0:{strength:g}", "-i", str(iterations), path / "kspace", path / "maps", path / "image"])
+    axes = sum(1 << i for i, n in enumerate(reversed(shape)) if n >= 16)  # 7, all three; its random shifts abort on short axes
+    solve = run(["pics", "-R", f"W:{axes}:0:{strength:g}", "-i", str(iterations), path / "kspace", path / "maps", path / "image"])
     image = torch.from_numpy(np.abs(read_cfl(path / "image").squeeze().T.reshape(shape)))
     odd = [axis for axis, n in enumerate(image.shape) if n % 2 and n > 1]
     image = torch.roll(image, [-1] * len(odd), odd) if odd else image  # BART's image centre on odd axes is one voxel further
