@@ -20,7 +20,7 @@ from scans import save_table
 
 from recon_core.prior import ARCHITECTURES, Prior
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = ("fp32", "bf16")
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
     for architecture in ARCHITECTURES:
-        for precision in DTYPES:
+        for precision in PRECISIONS:
             for mode in ("eager", "compiled") if device == "cuda" else ("eager",):
                 command = [sys.executable, __file__, "--side", str(arguments.side), "--slices", str(arguments.slices), "--case", architecture, precision, mode]
                 found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
@@ -49,12 +49,13 @@ def measure(architecture: str, precision: str, mode: str, side: int, slices: int
     """Seconds per slice, and the memory that denoising added to the loaded network."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prior = Prior(architecture).eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    prior.half = precision == "bf16"
     run = torch.compile(prior) if mode == "compiled" else prior
     x = torch.randn(slices, 2, side, side, device=device).contiguous(memory_format=torch.channels_last)
     before, seconds = peak_mib(device), []
     for _ in range(6):
         began = time.perf_counter()
-        with torch.no_grad(), torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
+        with torch.no_grad():
             run(x, 0.1)
         if device.type == "cuda":
             torch.cuda.synchronize()
