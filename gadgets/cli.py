@@ -10,9 +10,9 @@ import runpy
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 
+from .display import Display
 from .limits import Limits
 from .options import Options, make_options
 
@@ -360,54 +360,6 @@ def run_train(arguments: argparse.Namespace) -> int:
     picture = arguments.out.with_suffix(".png")
     train(volumes, arguments.out, options, lambda line: print(line, flush=True), load_volumes(held_out), lambda step, images: draw_denoising(images.numpy(), f"step {step}", picture))
     return 0
-
-
-class Display:
-    """Progress on stderr: one live line on a terminal, plain lines elsewhere; also keeps facts and stage times."""
-
-    def __init__(self):
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-        console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn(), TimeRemainingColumn())
-        self.bars = Progress(*columns, console=console, disable=not console.is_terminal)
-        self.tasks: dict[str, int] = {}
-        self.facts: dict = {"warnings": [], "sweeps": 0}
-        self.seconds: dict[str, float] = {}
-        self.last = time.monotonic()
-
-    def __enter__(self) -> Display:
-        self.bars.start()
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.bars.stop()
-
-    def say(self, text: str) -> None:
-        """Show a line; "sweep 3/30" moves the bar instead."""
-        words = text.split()
-        if len(words) == 2 and words[0] == "sweep" and "/" in words[1]:
-            self.count("sweep", *map(int, words[1].split("/")))
-        else:
-            self.bars.console.print(text, style="dim", highlight=False)
-
-    def count(self, name: str, done: int, total: int) -> None:
-        """Move the bar `name`."""
-        if name not in self.tasks:
-            self.tasks[name] = self.bars.add_task(name, total=total)
-        self.bars.update(self.tasks[name], completed=done)
-
-    def stage(self, stage: str, facts: dict) -> None:
-        """Take a report of the reconstruction."""
-        now = time.monotonic()
-        name = "sweeps" if stage == "sweep" else stage
-        self.seconds[name] = round(self.seconds.get(name, 0) + now - self.last, 3)
-        self.last = now
-        if stage == "sweep":
-            self.facts["sweeps"] = facts["sweep"]
-            self.count("sweep", facts["sweep"], facts["sweeps"])
-        self.facts.update({k: v for k, v in facts.items() if k not in ("sweep", "sweeps")})
 
 
 def peak_memory_mib() -> float:

@@ -36,7 +36,7 @@ class FaithfulConfig:
     slabs: int = 10
     slab_thickness: int = 5
     last_time: int = 399
-    weight: float = 0.05
+    weight: float = 0.08
 
 
 def reconstruct_faithful(

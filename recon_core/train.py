@@ -271,4 +271,4 @@ def _resume(checkpoint: Path, prior: Prior, average: Prior, optimiser) -> tuple[
     prior.load_state_dict(state["prior"])
     average.load_state_dict(state["average"])
     optimiser.load_state_dict(state["optimiser"])
-    return state["step"], state["means"]
+    return state["step"], state.get("means", {})  # checkpoints of before have none
