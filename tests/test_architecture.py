@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = sorted([*(ROOT / "recon_core").glob("*.py"), *(ROOT / "gadgets").glob("*.py")])
+SOURCES = sorted([*(ROOT / "recon_core").glob("*.py"), *(ROOT / "gadgets").rglob("*.py")])
 
 
 def imported(path: Path) -> set[str]:
@@ -35,7 +35,7 @@ def test_nobody_prints_but_the_command_line():
     for path in SOURCES:
         calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
         prints = [c for c in calls if getattr(c.func, "id", "") == "print"]
-        assert not prints or path.name == "cli.py", f"{path.name} prints: Gadgetron's stdout may be the data stream"
+        assert not prints or path.name == "cli.py" or path.parent.name == "commands", f"{path.name} prints: Gadgetron's stdout may be the data stream"
 
 
 def test_reconstruct_fits_on_a_screen():

@@ -26,7 +26,8 @@ class Problem:
 
     `truth` [z y x] is the magnitude without noise (or with the noise of the scan, if it was measured), `phased` the
     same as the measurement's coil maps combine it, None if unknown; `kspace` [coils z y x] is what the measurement was made
-    of, whitened and mixed to virtual coils, x in image space: what peers are given.
+    of, whitened and mixed to virtual coils, x in image space: what peers are given; `left_out` is the rest of a measured
+    scan's lines, None for a simulated one.
     """
 
     facts: dict
@@ -35,6 +36,18 @@ class Problem:
     phased: Tensor | None
     inside: Tensor
     kspace: Tensor
+    left_out: Tensor | None = None
+
+    def unseen(self, image: Tensor) -> float:
+        """Error of the lines that were left out as `image` [z y x] predicts them, relative to them (noise included).
+
+        Their noise is in no method's data, so that the smaller number is the better image; a reference that holds
+        the noise of the lines in use as well favours images that keep it.
+        """
+        operator = self.measurement.operator
+        rest = (torch.fft.fftshift(operator.weights, (0, 1)) == 0).cpu()[..., None]
+        predicted = fft(operator.coil_maps() * image, (1, 2)).cpu() * rest
+        return float((predicted - self.left_out).norm() / self.left_out.norm())
 
 
 def simulated(path: Path, voxel_mm: float, coils: int, acceleration: float, snr: float, acs: int, seed: int = 0, readout: int | None = None, device: str = "cpu") -> Problem:
@@ -65,7 +78,7 @@ def middle(length: int, kept: int | None) -> slice:
 
 
 def measured(raw: Path) -> Iterator[Problem]:
-    """The measured scans that have a reference: all lines, combined by CG-SENSE, noise included."""
+    """The measured scans that have a reference: all lines, combined by CG-SENSE, noise included; and the lines left out."""
     for name, planes, mask, voxel_mm, acceleration, _, has_reference in cases(raw):
         for contrast in range(len(planes) if has_reference else 0):
             whole, lines = ifft(torch.from_numpy(np.ascontiguousarray(planes[contrast])), (3,)), torch.from_numpy(mask)
@@ -73,7 +86,7 @@ def measured(raw: Path) -> Iterator[Problem]:
             truth = cg_sense(measure(whole, torch.ones_like(lines).float(), voxel_mm)).abs()
             measurement = measure(kspace, lines.float(), voxel_mm)
             facts = {"volume": f"{name} {contrast}", "voxel_mm": voxel_mm[1], "matrix": "x".join(map(str, reversed(truth.shape))), "coils": len(kspace), "R": acceleration, "snr": "", "acs": ""}
-            yield Problem(facts, measurement, truth, None, object_mask(truth, 0.15), _mix(measurement.mixing, kspace))
+            yield Problem(facts, measurement, truth, None, object_mask(truth, 0.15), _mix(measurement.mixing, kspace), _mix(measurement.mixing, whole - kspace))
 
 
 def _mix(matrix: Tensor, data: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""The commands of `slicediff`, a file each: its arguments, and what it does."""

@@ -1,0 +1,29 @@
+"""Arguments that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..options import Options
+
+
+def port(text: str) -> int:
+    """A TCP port; ArgumentTypeError if it is none."""
+    if not (text.isdecimal() and int(text) <= 65535):
+        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, got {text!r}")
+    return int(text)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The reconstruction options of options.py."""
+    group = parser.add_argument_group("reconstruction options")
+    group.add_argument("--preset", metavar="NAME|FILE", help="shipped preset or YAML file of options")
+    for name, field in Options.model_fields.items():
+        default = "none" if field.default is None else field.default
+        group.add_argument(f"--{name.replace('_', '-')}", metavar="VALUE", help=f"{field.description} (default: {default})")
+
+
+def given_options(arguments: argparse.Namespace) -> dict[str, str]:
+    """The reconstruction options that were given on the command line."""
+    names = ("preset", *Options.model_fields)
+    return {n: v for n in names if (v := getattr(arguments, n, None)) is not None}

@@ -1,0 +1,38 @@
+"""`slicediff conform`: a server against everything that goes wrong at a scanner."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from .arguments import port
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Its arguments."""
+    parser.add_argument("--host", help="test the server there (default: start one of its own)")
+    parser.add_argument("--port", type=port, default=9002)
+    parser.add_argument("--case", action="append", metavar="NAME", help="run only this case; may be given again")
+    parser.add_argument("--json", action="store_true", help="end stdout with one line of JSON")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the cases; 0 if none failed."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..conformance.suite import conform
+
+    table, results = Table("case", "promised", "happened", "seconds"), []
+    with Console(stderr=True).status("") as status:
+        for result in conform(arguments.host, arguments.port, arguments.case, status.update):
+            table.add_row(result.name, result.promise, f"{result.verdict}: {result.happened}", f"{result.seconds:.1f}")
+            results.append(result)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    counts = {verdict: sum(r.verdict == verdict for r in results) for verdict in ("passed", "failed", "skipped")}
+    print(f"{len(results)} cases: {counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped, {sum(r.seconds for r in results):.1f} s")
+    if arguments.json:
+        print(json.dumps([vars(result) for result in results]))
+    return 0 if counts["passed"] and not counts["failed"] else 1

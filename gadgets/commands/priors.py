@@ -1,0 +1,26 @@
+"""`slicediff priors`: the weights that are known by name."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Its arguments."""
+    parser.add_argument("--json", action="store_true", help="print the whole cards as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """List them; 0 if there are any."""
+    from recon_core.prior import list_priors
+
+    cards = list_priors()
+    if arguments.json:
+        print(json.dumps(cards))
+        return 0
+    for card in cards:
+        training = card.get("training", {})
+        print(f"{card['name']}: {card['parameters'] / 1e6:.1f} M parameters, voxels {training.get('voxel_mm')} mm, {training.get('steps_done')} steps, sha256 {card['sha256'][:12]}")
+    return 0 if cards else 1

@@ -1,0 +1,59 @@
+"""`slicediff recon`: a scan file to an image file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from ..display import Display
+from ..options import make_options
+from .arguments import add_options, given_options
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Its arguments."""
+    parser.add_argument("scan", type=Path, help="ISMRMRD file")
+    parser.add_argument("images", type=Path, help="HDF5 file to append the images to")
+    parser.add_argument("--group", help="HDF5 group of the images (default: date and time)")
+    parser.add_argument("--nifti", type=Path, metavar="DIR", help="also write each volume as NIfTI into this folder")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="also draw the last volume in three orientations")
+    parser.add_argument("--json", action="store_true", help="end stdout with one line of JSON")
+    parser.set_defaults(run=run)
+    add_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Reconstruct; 0 when images were written."""
+    from ..files import ImageWriter, ScanFile, write_nifti, write_png
+    from ..header import parse_header
+    from ..recon import reconstruct
+    from ..solve import load_prior_for
+
+    options = make_options(given_options(arguments))
+    display, writer = Display(), ImageWriter(arguments.images, arguments.group)
+    with ScanFile(arguments.scan) as scan, display:
+        prior = load_prior_for(options)
+        display.stage("prior", {})
+        for image in reconstruct(parse_header(scan.header_xml), scan.acquisitions(), prior, options, display.stage):
+            writer.write(image)
+    if arguments.nifti:
+        arguments.nifti.mkdir(parents=True, exist_ok=True)
+        for image in writer.images:
+            write_nifti(image, arguments.nifti / f"series{image.image_series_index}_{image.image_index:03d}.nii.gz")
+    if arguments.png:
+        write_png(writer.images[-1], arguments.png)
+    for warning in display.facts.get("warnings", []):
+        print(f"slicediff: note: {warning}", file=sys.stderr)
+    print(f"{writer.count} images written to {arguments.images}")
+    if arguments.json:
+        print(json.dumps({**display.facts, "images": writer.count, "seconds": display.seconds, "peak_memory_mib": peak_memory_mib()}))
+    return 0
+
+
+def peak_memory_mib() -> float:
+    """Largest resident memory of this process so far."""
+    import resource
+
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)

@@ -1,0 +1,37 @@
+"""`slicediff send`: a scan file to a server, its images to a file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..display import Display
+from .arguments import port
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Its arguments."""
+    parser.add_argument("scan", type=Path, help="ISMRMRD file")
+    parser.add_argument("images", type=Path, help="HDF5 file to append the images to")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=port, default=9002)
+    parser.add_argument("--config", default="default", metavar="NAME|FILE", help="a configuration of the server, or a chain XML to send")
+    parser.add_argument("--group", help="HDF5 group of the images (default: date and time)")
+    parser.add_argument("--realtime", action="store_true", help="send each line at its time stamp, as the scanner did")
+    parser.add_argument("--expect", type=int, metavar="N", help="fail if fewer images come (default: the scan's volumes, in every series)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Send the scan; 0 when all images that it promises came."""
+    from ..client import send_scan
+    from ..files import ImageWriter, ScanFile
+
+    display, writer = Display(), ImageWriter(arguments.images, arguments.group)
+    with ScanFile(arguments.scan) as scan, display:
+        total = len(scan)
+        sent = lambda count: display.count("sent", count, total)  # noqa: E731
+        for image in send_scan(scan, arguments.host, arguments.port, arguments.config, display.say, sent, realtime=arguments.realtime, expect=arguments.expect):
+            writer.write(image)
+    print(f"{writer.count} images written to {arguments.images}")
+    return 0

@@ -1,0 +1,77 @@
+"""`slicediff serve`: the MRD server, until it is told to stop."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import threading
+from pathlib import Path
+
+from ..limits import Limits
+from .arguments import add_options, given_options, port
+
+SERVE_LIMITS = {
+    "timeout_s": ("S", "longest silence in the middle of a scan"),
+    "idle_s": ("S", "longest wait for a configuration and a header"),
+    "slots": ("N", "reconstructions at a time; others wait in line"),
+    "max_gib": ("GIB", "refuse a scan whose k-space is larger"),
+    "max_message_mib": ("MIB", "refuse a message that is larger"),
+    "connections": ("N", "open scans at a time"),
+    "grace_s": ("S", "after SIGTERM, time for running scans to end before they hand out what they have"),
+}
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Its arguments."""
+    parser.add_argument("--host", default="127.0.0.1", help='address or name to listen on; "::" is every address of IPv6 and IPv4 (default: 127.0.0.1)')
+    parser.add_argument("--port", type=port, default=9002, help="(default: 9002; 0 takes a free one)")
+    for name, (unit, what) in SERVE_LIMITS.items():
+        default = getattr(Limits, name)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, metavar=unit, help=f"{what} (default: {default:g})")
+    parser.add_argument("--keep-failed", type=Path, metavar="DIR", help="keep the raw data of failed scans here, for `slicediff recon`")
+    parser.add_argument("--keep-failed-gib", type=float, default=10.0, metavar="GIB", help="remove the oldest of them beyond this (default: 10)")
+    parser.add_argument("--health-port", type=port, metavar="PORT", help="answer HTTP /healthz and /metrics here (needs prometheus-client)")
+    parser.add_argument("--test-faults", action="store_true", help=argparse.SUPPRESS)
+    parser.set_defaults(run=run)
+    add_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve until SIGTERM or Ctrl-C."""
+    from ..ahead import left_behind
+    from ..conformance.faults import load_prior_or_fault
+    from ..health import HealthPage
+    from ..keep import FailedScans
+    from ..server import Server
+    from ..solve import load_prior_for
+
+    logging.getLogger().setLevel(logging.INFO)
+    limits = {name: getattr(arguments, name) for name in SERVE_LIMITS}
+    load = load_prior_or_fault if arguments.test_faults else load_prior_for
+    keep = arguments.keep_failed and FailedScans(arguments.keep_failed, arguments.keep_failed_gib)
+    with Server((arguments.host, arguments.port), given_options(arguments), load, keep, **limits) as server:
+        server.warm_up()
+        if arguments.health_port is not None:
+            page = HealthPage((arguments.host, arguments.health_port), server.health)
+            print(f"slicediff: health on {arguments.host} port {page.server_address[1]}", flush=True)
+        _retire_on_signals(server)
+        print(f"slicediff: serving on {arguments.host} port {server.server_address[1]}", flush=True)
+        server.serve_forever(poll_interval=0.1)
+    if left_behind():  # a solver that hangs would keep the process, or crash it while the interpreter ends
+        logging.getLogger("slicediff").error("%d hung solvers are left behind", left_behind())
+        logging.shutdown()
+        os._exit(0)
+    return 0
+
+
+def _retire_on_signals(server) -> None:
+    """SIGTERM and Ctrl-C let the scans end; another Ctrl-C does not."""
+
+    def retire(*_) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        threading.Thread(target=server.retire, daemon=True).start()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, retire)

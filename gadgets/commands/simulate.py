@@ -1,0 +1,53 @@
+"""`slicediff simulate`: a complete scan of a volume or phantom."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Its arguments."""
+    parser.add_argument("volume", help="NIfTI or .npy volume, or the word phantom")
+    parser.add_argument("scan", type=Path, help="ISMRMRD file to write")
+    parser.add_argument("--voxel-mm", type=float, help="voxel size to crop the k-space to (default: the volume's)")
+    parser.add_argument("--coils", type=int, default=8)
+    parser.add_argument("--acceleration", type=float, default=8.0)
+    parser.add_argument("--pattern", choices=("poisson", "regular", "full"), default="poisson")
+    parser.add_argument("--acs", type=int, default=24, help="calibration lines along each phase-encode axis")
+    parser.add_argument("--calibration", choices=("integrated", "separate", "external"), default="integrated", help="calibration lines within the scan, before it, or as a scan of their own")
+    parser.add_argument("--snr", type=float, default=30.0, help="tissue brightness over noise of the full scan's image")
+    parser.add_argument("--partial-fourier", type=_fractions, default=(1.0, 1.0), metavar="F[,F2]", help="acquired fraction along E1 (and E2)")
+    parser.add_argument("--partial-echo", type=float, default=1.0, help="acquired fraction of the readout (asymmetric echo)")
+    parser.add_argument("--oversampling", type=float, default=2.0, help="of the readout")
+    parser.add_argument("--noise-lines", type=int, default=16)
+    parser.add_argument("--oblique", action="store_true", help="tilt the slab about two axes")
+    parser.add_argument("--repetitions", type=int, default=1)
+    parser.add_argument("--contrasts", type=int, default=1, help="echoes")
+    parser.add_argument("--averages", type=int, default=1)
+    parser.add_argument("--navigators", type=int, default=0, metavar="N", help="a navigator line at every Nth line (default: none)")
+    parser.add_argument("--waveforms", action="store_true", help="a physiological waveform beside the lines")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--reference", type=Path, help="NIfTI to write the noise-free image to")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the scan and print what it is as one line of JSON."""
+    from dataclasses import fields
+
+    from ..protocol import SimulateOptions
+    from ..simulate import simulate
+
+    options = SimulateOptions(**{f.name: getattr(arguments, f.name) for f in fields(SimulateOptions)})
+    print(json.dumps(simulate(arguments.volume, arguments.scan, options, arguments.reference)))
+    return 0
+
+
+def _fractions(text: str) -> tuple[float, float]:
+    first, _, second = text.partition(",")
+    try:
+        return float(first), float(second or 1)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected one fraction or two with a comma between them, got {text!r}") from None

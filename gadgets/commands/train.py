@@ -1,0 +1,34 @@
+"""`slicediff train`: a prior of volumes."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Its arguments."""
+    parser.add_argument("volumes", type=Path, nargs="+", help="NIfTI, .npy, HDF5 or ISMRMRD volumes, magnitude or complex, or folders of them")
+    parser.add_argument("--out", type=Path, required=True, help=".safetensors file to write; its .checkpoint is resumed from")
+    parser.add_argument("--validate", type=Path, nargs="+", default=[], metavar="VOLUME", help="volumes to measure on; they are not trained on")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of training options; the options below win over it")
+    parser.add_argument("--start-from", metavar="NAME|PATH", help="go on from these weights, for example to add a site's own volumes")
+    for name in ("architecture", "steps", "batch", "seed", "device"):
+        parser.add_argument(f"--{name}")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train, or go on training."""
+    from recon_core.train import train
+
+    from ..figure import draw_denoising
+    from ..training import find_volumes, load_volumes, make_train_options
+
+    names = ("start_from", "architecture", "steps", "batch", "seed", "device")
+    options = make_train_options(arguments.config, {n: v for n in names if (v := getattr(arguments, n)) is not None})
+    held_out = find_volumes(arguments.validate)
+    volumes = load_volumes(v for v in find_volumes(arguments.volumes) if v not in held_out)
+    picture = arguments.out.with_suffix(".png")
+    train(volumes, arguments.out, options, lambda line: print(line, flush=True), load_volumes(held_out), lambda step, images: draw_denoising(images.numpy(), f"step {step}", picture))
+    return 0
