@@ -1,10 +1,10 @@
 """Variational 3D reconstruction with a 2D prior on random slices of three orientations.
 
 Minimises ||A x - y||^2 / (2 sigma^2) + sum over slices of a truncated diffusion objective
-(arXiv 2412.18584), by half-quadratic splitting: each sweep denoises slices of one random orientation
-at an annealed noise level and in a random pose, with momentum from the sweep before, then solves the data term exactly against
+(arXiv 2412.18584), by splitting: each sweep denoises slices of one random orientation at an annealed noise
+level and in a random pose, with momentum from the sweep before, then solves the data term exactly against
 the result (conjugate gradients on independent 2D problems). The denoiser is never differentiated
-("stabilised Jacobian").
+("stabilised Jacobian"). A part of what it took away is given back to the next one: ADMM's dual variable, damped.
 """
 
 from __future__ import annotations
@@ -29,14 +29,17 @@ class VariationalConfig:
     rho = prior_weight * sqrt(1 / R) * (n / sigma)^2: the Gaussian model's balance of data noise and prior noise,
     times a factor found by experiment (tests/benchmarks/robustness.py), the same for every protocol; the more
     of k-space was sampled (R = 1: all), the better the image bears a strong prior.
-    sigma never falls below n / 2.
+    sigma never falls below n / 2. `dual` is the share given back: 0 is half-quadratic splitting, whose pull
+    x - D(x) falls short of the prior's gradient, 1 is ADMM, which trusts the denoiser to be the prior's own. Where
+    slices of one orientation alone are of use it is 0, since the same slices' errors would add up.
     """
 
-    sweeps: int = 16
+    sweeps: int = 24
     sigma_max: float = 0.3
     sigma_min: float = 0.02
     prior_weight: float = 0.5
     momentum: float = 0.8
+    dual: float = 0.3
     cg_iterations: int = 3
     slice_fraction: float = 1.0
 
@@ -61,15 +64,18 @@ def reconstruct_variational(
     box = object_box(measurement.operator.maps)
     usable = usable_axes(tuple(s.stop - s.start for s in box))
     weight = config.prior_weight * float((measurement.operator.weights > 0).float().mean()) ** 0.5
-    previous, axes, evaluations = x, [], 0
+    share = config.dual if len(usable) > 1 else 0.0
+    previous, multiplier, axes, evaluations = x, torch.zeros_like(x), [], 0
     for sweep, sigma in enumerate(annealed(config, noise), start=1):
         axes = axes or [a for a in torch.randperm(3, generator=random).tolist() if a in usable]
-        denoised, axis = x + config.momentum * (x - previous), axes.pop()
+        rho = weight * (noise / sigma) ** 2
+        noisy = x + config.momentum * (x - previous) + multiplier / rho
+        denoised, axis = noisy.clone(), axes.pop()
         chosen = some_slices(denoised[box].shape[axis], config.slice_fraction, random)
         evaluations += denoise_slices(denoised[box], posed(prior, random), sigma, axis, chosen)
-        rho = weight * (noise / sigma) ** 2
+        multiplier = share * rho * (noisy - denoised)
         previous = x
-        x = measurement.operator.solve(target + rho * denoised, rho, denoised, config.cg_iterations)
+        x = measurement.operator.solve(target + rho * denoised - multiplier, rho, denoised, config.cg_iterations)
         yield State(sweep, config.sweeps, sigma, x * scale, evaluations)
 
 

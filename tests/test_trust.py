@@ -101,7 +101,7 @@ def test_an_image_that_explains_the_data_worse_than_the_preview_is_told_apart():
 
 def test_good_images_carry_no_warning_and_drifted_ones_do(scan_path, prior):
     assert "CAUTION" not in run_chain(scan_path, prior)[1].meta["ImageComments"]
-    drifted = run_chain(scan_path, lambda x, sigma: torch.zeros_like(x), prior_weight=0.1)[1]
+    drifted = run_chain(scan_path, lambda x, sigma: torch.zeros_like(x), prior_weight=0.07)[1]
     assert "CAUTION" in drifted.meta["ImageComments"]
 
 

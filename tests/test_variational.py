@@ -35,20 +35,24 @@ def last(states):
     return state
 
 
-def test_gaussian_prior_reaches_its_closed_form_optimum():
-    """With D(x) = x d^2/(d^2+s^2) the fixed point of a sweep is Tikhonov's with a known weight."""
-    shape, sigma, data = (12, 13, 11), 0.2, 0.5
+@pytest.mark.parametrize("dual", [0.0, 0.3, 1.0])
+def test_gaussian_prior_reaches_its_closed_form_optimum(dual):
+    """With D(x) = a x the fixed point of a sweep is Tikhonov's with weight rho (1 - a) / (1 - dual (1 - a)).
+
+    Without the dual that is the pull x - D(x), with the whole of it, rho (1 - a) / a, the Gaussian's own gradient.
+    """
+    shape, sigma, data = (18, 17, 19), 0.2, 0.5
     mask = (torch.rand(shape[:2], generator=torch.Generator().manual_seed(0)) < 0.5).float()
     mask[4:9, 4:9] = 1
     operator = Sense(torch.ones(1, *shape, dtype=torch.complex64), mask)
     y = fft(random_complex(*shape)[None] + 3, (1, 2)) * mask[..., None]
     measurement = Measurement(operator, operator.adjoint(y), 1.0, 1, 0.05, VOXEL, (5, 5))
     shrink = data**2 / (data**2 + sigma**2)
-    config = VariationalConfig(sweeps=400, sigma_max=sigma, sigma_min=sigma, prior_weight=2.0, cg_iterations=8)
+    config = VariationalConfig(sweeps=400, sigma_max=sigma, sigma_min=sigma, prior_weight=2.0, dual=dual, cg_iterations=8)
     state = last(reconstruct_variational(measurement, lambda x, s: x * shrink, operator.adjoint(y), config))
     noise = 0.05 / intensity_scale(operator.adjoint(y), VOXEL)
     rho = 2.0 * float(mask.mean()) ** 0.5 * (noise / sigma) ** 2
-    expected = operator.solve(operator.adjoint(y), rho * (1 - shrink), iterations=50)
+    expected = operator.solve(operator.adjoint(y), rho * (1 - shrink) / (1 - dual * (1 - shrink)), iterations=50)
     assert (state.volume - expected).norm() / expected.norm() < 1e-4
 
 

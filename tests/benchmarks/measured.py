@@ -34,7 +34,11 @@ def cases(raw: Path):
     knee = np.load(raw / "knee_lowfield_3d.npy")[None]
     acquired = np.zeros(knee.shape[2:4], bool)
     acquired[:18] = True
-    yield "knee_lowfield_3d", knee, acquired, (180 / 28, 160 / 120, 160 / 120), 1, 10, False
+    voxel_mm = (180 / 28, 160 / 120, 160 / 120)
+    yield "knee_lowfield_3d", knee, acquired, voxel_mm, 1, 10, False
+    for acceleration in (2, 3):
+        mask = sampling_mask(knee.shape[2:4], acceleration, "poisson", 12) & acquired
+        yield "knee_lowfield_3d", knee, mask, voxel_mm, acceleration, 10, True
     plane = np.load(raw / "brain_8ch_plane.npy")[None, ..., None]
     vfa = np.load(raw / "brain_13ch_vfa_planes.npy")[..., None]
     z, y = np.indices(vfa.shape[2:4])
@@ -49,6 +53,11 @@ def cases(raw: Path):
         yield path.stem, slices, mask, (5.0, 1.8, 1.8), 2, 0, True
 
 
+def acquired_lines(kspace: np.ndarray) -> np.ndarray:
+    """[kz ky] of kspace [contrasts coils kz ky kx]."""
+    return (kspace != 0).any(axis=(0, 1, 4))
+
+
 def main(raw: Path, out: Path) -> None:
     """Run all cases; table to results/measured.csv, pictures to `out`."""
     out.mkdir(parents=True, exist_ok=True)
@@ -57,7 +66,7 @@ def main(raw: Path, out: Path) -> None:
         scan = out / f"{name}_R{acceleration}.h5"
         write_scan(scan, kspace, mask, voxel_mm, dropped)
         whole = out / "whole.h5"
-        write_scan(whole, kspace, np.ones_like(mask), voxel_mm)
+        write_scan(whole, kspace, acquired_lines(kspace), voxel_mm, dropped)
         references, _ = recon(whole, out, "cg")
         images, seconds = {}, {}
         for method in METHODS:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measured import cases
+from measured import acquired_lines, cases
 from torch import Tensor
 
 from gadgets.simulate import Noise, SimulateOptions, coil_images, load_object
@@ -45,8 +45,8 @@ class Problem:
         the noise of the lines in use as well favours images that keep it.
         """
         operator = self.measurement.operator
-        rest = (torch.fft.fftshift(operator.weights, (0, 1)) == 0).cpu()[..., None]
-        predicted = fft(operator.coil_maps() * image, (1, 2)).cpu() * rest
+        rest = self.left_out.abs().sum(dim=(0, 3))[..., None] > 0
+        predicted = fft(operator.coil_maps() * image.to(operator.device), (1, 2)).cpu() * rest
         return float((predicted - self.left_out).norm() / self.left_out.norm())
 
 
@@ -83,7 +83,7 @@ def measured(raw: Path) -> Iterator[Problem]:
         for contrast in range(len(planes) if has_reference else 0):
             whole, lines = ifft(torch.from_numpy(np.ascontiguousarray(planes[contrast])), (3,)), torch.from_numpy(mask)
             kspace = whole * lines[..., None]
-            truth = cg_sense(measure(whole, torch.ones_like(lines).float(), voxel_mm)).abs()
+            truth = cg_sense(measure(whole, torch.from_numpy(acquired_lines(planes)).float(), voxel_mm)).abs()
             measurement = measure(kspace, lines.float(), voxel_mm)
             facts = {"volume": f"{name} {contrast}", "voxel_mm": voxel_mm[1], "matrix": "x".join(map(str, reversed(truth.shape))), "coils": len(kspace), "R": acceleration, "snr": "", "acs": ""}
             yield Problem(facts, measurement, truth, None, object_mask(truth, 0.15), _mix(measurement.mixing, kspace), _mix(measurement.mixing, whole - kspace))
