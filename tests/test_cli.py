@@ -178,9 +178,12 @@ def test_bench_puts_methods_side_by_side(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setattr(sys, "path", [*sys.path])
     out = tmp_path / "bench"
-    main(["bench", str(EXAMPLE), "--voxel-mm", "7", "--accelerations", "2", "--acs", "8", "--coils", "4", "--methods", "zero-filled", "cg", "--out", str(out)])
+    for methods in (("zero-filled", "cg"), ("cg",)):  # the second run keeps what the first measured besides
+        main(["bench", str(EXAMPLE), "--voxel-mm", "7", "--accelerations", "2", "--acs", "8", "--coils", "4", "--methods", *methods, "--out", str(out)])
     with (out / "bench.csv").open() as file:
-        quality = {row["method"]: float(row["psnr"]) for row in csv.DictReader(file)}
+        rows = list(csv.DictReader(file))
+    quality = {row["method"]: float(row["psnr"]) for row in rows}
+    assert len(rows) == 2
     assert quality["cg"] > quality["zero-filled"] + 0.5
     assert len(list(out.glob("*.png"))) == 1
 

@@ -9,7 +9,8 @@ of the lines left out as our coil maps predict them (complex images only). `bart
 with maps of its own ecalib, `sigpy` its L1WaveletRecon with our maps; their lambda comes from --tune VOLUME (best of
 --lambdas there, per voxel size and R). `bart-oracle` takes the best of --lambdas on the tested scan itself.
 --set METHOD.FIELD=VALUE changes a setting of one of our methods.
-Every row is printed as it comes and kept in OUT/bench.csv, pictures beside it.
+Every row is printed as it comes and kept in OUT/bench.csv, pictures beside it; rows of an earlier run there stay, but for
+those of the same scan and method.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from recon_core.metrics import psnr
 from recon_core.prior import load_prior
 
 PEERS = {"bart": bart, "bart-oracle": bart, "sigpy": sigpy_peer}
+KEY = ("volume", "voxel_mm", "coils", "R", "snr", "acs", "matrix", "method")
 COLUMNS = ("psnr", "ssim", "nrmse", "unseen", "seconds", "cpu_s", "peak_gib", "evaluations", "misfit")
 
 
@@ -70,7 +72,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     prior = load_prior(arguments.prior, arguments.device)
     tuned: dict[tuple, float] = {}
-    rows = []
+    rows, earlier = [], read(arguments.out / "bench.csv")
     for problem in problems(arguments):
         images = {}
         for method in arguments.methods:
@@ -78,7 +80,7 @@ def main() -> None:
             row = {**problem.facts, "method": method, **costs, **quality(images[method], problem)}
             rows.append(row)
             print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
-        save(arguments.out / "bench.csv", rows)
+        save(arguments.out / "bench.csv", rows, earlier)
         draw(images, problem, rows[-len(images) :], arguments.out)
     Console(width=max(130, Console().width)).print(table(rows))
 
@@ -196,14 +198,25 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def save(path: Path, rows: list[dict]) -> None:
-    """All rows so far as CSV, with the machine named."""
+def read(path: Path) -> list[dict]:
+    """Rows of an earlier run, none if there was none."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def save(path: Path, rows: list[dict], earlier: list[dict]) -> None:
+    """Earlier rows that were not measured again and all rows so far as CSV, with the machine named."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}{gpu}"
+    key = lambda row: tuple(str(row[k]) for k in KEY)  # noqa: E731
+    again = {key(row) for row in rows}
+    kept = [row for row in earlier if key(row) not in again]
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], "machine"])
+        writer = csv.DictWriter(file, [*rows[0], "machine"], restval="", extrasaction="ignore")
         writer.writeheader()
-        writer.writerows({**row, "machine": machine} for row in rows)
+        writer.writerows(sorted([*kept, *({**row, "machine": machine} for row in rows)], key=lambda row: key(row)[:-1]))
 
 
 def table(rows: list[dict]) -> Table:
