@@ -65,14 +65,15 @@ def reconstruct_variational(
     usable = usable_axes(tuple(s.stop - s.start for s in box))
     weight = config.prior_weight * float((measurement.operator.weights > 0).float().mean()) ** 0.5
     share = config.dual if len(usable) > 1 else 0.0
-    previous, multiplier, axes, evaluations = x, torch.zeros_like(x), [], 0
+    previous, denoised, multiplier, axes, evaluations = x, x.clone(), torch.zeros_like(x), [], 0
     for sweep, sigma in enumerate(annealed(config, noise), start=1):
         axes = axes or [a for a in torch.randperm(3, generator=random).tolist() if a in usable]
         rho = weight * (noise / sigma) ** 2
         noisy = x + config.momentum * (x - previous) + multiplier / rho
-        denoised, axis = noisy.clone(), axes.pop()
-        chosen = some_slices(denoised[box].shape[axis], config.slice_fraction, random)
-        evaluations += denoise_slices(denoised[box], posed(prior, random), sigma, axis, chosen)
+        fresh, axis = noisy.clone(), axes.pop()
+        chosen = some_slices(fresh[box].shape[axis], config.slice_fraction, random)
+        evaluations += denoise_slices(fresh[box], posed(prior, random), sigma, axis, chosen)
+        denoised[box].movedim(axis, 0)[chosen] = fresh[box].movedim(axis, 0)[chosen]  # the others keep their last
         multiplier = share * rho * (noisy - denoised)
         previous = x
         x = measurement.operator.solve(target + rho * denoised - multiplier, rho, denoised, config.cg_iterations)
