@@ -51,6 +51,7 @@ class TrainOptions(BaseModel):
     save_every_s: float = Field(60.0, ge=0, description="at most this much work is lost by a kill")
     validate_every: int = Field(1000, ge=1, description="steps between validations")
     start_from: str | None = Field(None, description="weights to go on from, for example to add a site's own volumes")
+    start_share: float = Field(0.5, ge=0, le=1, description="share of the weights started from in those that are written (arXiv 2109.01903)")
     precision: str = Field("auto", pattern="^(auto|fp32|bf16)$", description="of the network: auto (bf16 where the device has it), fp32 or bf16")
     device: str = Field("auto", pattern="^(auto|cpu|cuda)$", description="auto (a GPU per process if there is one), cpu or cuda")
 
@@ -65,7 +66,8 @@ def train(
 ) -> Prior:
     """Train, or go on training, and write weights and card to `out`; returns the averaged prior.
 
-    Beside `out` stand its .checkpoint and its .csv, the curve of losses and validations.
+    What is written is the running average of the weights, mixed with those that it started from if there were any
+    (start_share): the mixture keeps what either knows. Beside `out` stand its .checkpoint and its .csv, the curve of losses and validations.
 
     Args:
         validation: volumes to measure on, not to be trained on.
@@ -84,7 +86,8 @@ def _train(team: Team, volumes, out: Path, options: TrainOptions, log, validatio
     torch.manual_seed(options.seed)
     prior = first_prior(options).to(team.device, memory_format=torch.channels_last)
     prior.half = half_is_faster(team.device) if options.precision == "auto" else options.precision == "bf16"
-    average = copy.deepcopy(prior).requires_grad_(False)
+    average, origin = (copy.deepcopy(prior).requires_grad_(False) for _ in range(2))
+    share = options.start_share if options.start_from else 0.0
     optimiser = torch.optim.AdamW(prior.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     checkpoint = out.with_suffix(".checkpoint")
     start, means = _resume(checkpoint, prior, average, optimiser)
@@ -111,18 +114,28 @@ def _train(team: Team, volumes, out: Path, options: TrainOptions, log, validatio
         if not team.leads:
             continue
         if held_out and ((step + 1) % options.validate_every == 0 or last):
-            log(f"step {step + 1}  {held_out.report(average)}")
-            curve.note(held_out.measure(average))
-            show(step + 1, held_out.images(average))
+            written = mixture(average, origin, share)
+            log(f"step {step + 1}  {held_out.report(written)}")
+            curve.note(held_out.measure(written))
+            show(step + 1, held_out.images(written))
         if (step + 1) % 100 == 0 or last:
             left = (time.monotonic() - began) / (step + 1 - start) * (options.steps - step - 1)
             log(f"step {step + 1}/{options.steps}  {curve.report()}  {left / 60:.0f} min left")
             curve.write(step + 1)
         if time.monotonic() - saved > options.save_every_s or last:
             _save(checkpoint, step + 1, prior, average, optimiser, curve.values)
-            save_prior(average, out, model_card(volumes, options, step + 1))
+            save_prior(mixture(average, origin, share), out, model_card(volumes, options, step + 1))
             saved = time.monotonic()
-    return average
+    if start >= options.steps and team.leads:  # it had ended: written again, perhaps with another share
+        save_prior(mixture(average, origin, share), out, model_card(volumes, options, start))
+    return mixture(average, origin, share)
+
+
+def mixture(average: Prior, origin: Prior, share: float) -> Prior:
+    """(1 - share) * average + share * origin, weight by weight."""
+    mixed = copy.deepcopy(average)
+    _update_average(mixed, origin, 1 - share)
+    return mixed
 
 
 def first_prior(options: TrainOptions) -> Prior:

@@ -104,9 +104,14 @@ def test_starting_from_other_weights_keeps_them_and_their_history(volumes, tmp_p
     again = TrainOptions(steps=2, batch=2, crop=16, seed=1, start_from=str(tmp_path / "first.safetensors"))
     for a, b in zip(first.parameters(), first_prior(again).parameters()):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)  # stored in half precision
-    train(volumes, tmp_path / "second.safetensors", again, log=lambda s: None)
+    mean = train(volumes, tmp_path / "second.safetensors", again, log=lambda s: None)
     training = load_prior(tmp_path / "second.safetensors").card["training"]
     assert training["start_from"] == "first.safetensors" and training["earlier"]["steps_done"] == 6
+    for share, weights in ((0.0, (2, -1)), (1.0, (0, 1))):  # new = 2 mean - first
+        ended = train(volumes, tmp_path / "second.safetensors", again.model_copy(update={"start_share": share}), log=lambda s: None)
+        for a, b, c in zip(ended.parameters(), mean.parameters(), first_prior(again).parameters()):
+            expected = weights[0] * b + weights[1] * c
+            torch.testing.assert_close(a, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="asked for 'base'"):
         first_prior(TrainOptions(architecture="base", start_from=str(tmp_path / "first.safetensors")))
 
