@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+MIN_PIXELS = 8  # of the shorter side of a plane worth showing
+
 
 def anatomical(volume: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Volume [z y x] with its RAS affine turned to axes [right anterior superior], and its voxel_mm."""
@@ -16,10 +18,14 @@ def anatomical(volume: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def planes(volume: np.ndarray, voxel_mm: np.ndarray, centre: tuple[int, int, int] | None = None) -> list[tuple[np.ndarray, float]]:
-    """Axial, coronal and sagittal plane of a RAS volume, each with its pixel aspect; superior and anterior up."""
+    """Axial, coronal and sagittal plane of a RAS volume, each with its pixel aspect; superior and anterior up.
+
+    Planes across a thin slab are left out, the largest plane never.
+    """
     i, j, k = centre or [n // 2 for n in volume.shape]
     dx, dy, dz = voxel_mm
-    return [(volume[:, :, k].T, dy / dx), (volume[:, j].T, dz / dx), (volume[i].T, dz / dy)]
+    three = [(volume[:, :, k].T, dy / dx), (volume[:, j].T, dz / dx), (volume[i].T, dz / dy)]
+    return [p for p in three if min(p[0].shape) >= MIN_PIXELS] or [max(three, key=lambda p: p[0].size)]
 
 
 def draw_orthogonal(volume: np.ndarray, affine: np.ndarray, path: str | Path) -> None:
@@ -58,10 +64,10 @@ def _draw(columns: list[tuple[str, np.ndarray]], affine: np.ndarray, path: str |
     top = float(np.percentile(turned[-1][1], 99.8)) or 1.0
     if reference is None:
         panels = [[(p, a, "gray", top) for p, a in planes(v, mm)] for _, v, mm in turned]
-        panels, titles = [[c] for c in panels[0]], ["", "", ""]
+        panels, titles = [[c] for c in panels[0]], [""] * len(panels[0])
     else:
         truth = anatomical(reference, affine)[0]
-        panels, titles = [], [t for t, *_ in turned]
+        panels, titles, errors = [], [t for t, *_ in turned], min(errors, len(planes(truth, turned[0][2])))
         for _, v, mm in turned:
             error = planes(np.abs(v - truth), mm)[:errors]
             panels.append([(p, a, "gray", top) for p, a in planes(v, mm)] + [(p, a, "magma", top / 5) for p, a in error])
