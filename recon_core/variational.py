@@ -62,6 +62,7 @@ def reconstruct_variational(
     random = torch.Generator().manual_seed(seed)
     scale, noise, x, target = measurement.in_tissue_units(start)
     box = object_box(measurement.operator.maps)
+    across = lambda volume, axis: volume[box].movedim(axis, 0)  # noqa: E731
     usable = usable_axes(tuple(s.stop - s.start for s in box))
     weight = config.prior_weight * float((measurement.operator.weights > 0).float().mean()) ** 0.5
     share = config.dual if len(usable) > 1 else 0.0
@@ -70,10 +71,10 @@ def reconstruct_variational(
         axes = axes or [a for a in torch.randperm(3, generator=random).tolist() if a in usable]
         rho = weight * (noise / sigma) ** 2
         noisy = x + config.momentum * (x - previous) + multiplier / rho
-        fresh, axis = noisy.clone(), axes.pop()
-        chosen = some_slices(fresh[box].shape[axis], config.slice_fraction, random)
-        evaluations += denoise_slices(fresh[box], posed(prior, random), sigma, axis, chosen)
-        denoised[box].movedim(axis, 0)[chosen] = fresh[box].movedim(axis, 0)[chosen]  # the others keep their last
+        axis = axes.pop()
+        chosen = some_slices(denoised[box].shape[axis], config.slice_fraction, random)
+        across(denoised, axis)[chosen] = across(noisy, axis)[chosen]  # slices that are not drawn keep their last
+        evaluations += denoise_slices(denoised[box], posed(prior, random), sigma, axis, chosen)
         multiplier = share * rho * (noisy - denoised)
         previous = x
         x = measurement.operator.solve(target + rho * denoised - multiplier, rho, denoised, config.cg_iterations)
