@@ -5,8 +5,7 @@ import pytest
 import torch
 from conftest import run_chain
 
-from gadgets.options import make_options
-from gadgets.solve import load_prior_for
+from recon_core.prior import load_prior
 from recon_core.train import TrainOptions, train
 from recon_core.volumes import Volume
 
@@ -18,10 +17,11 @@ def test_the_gpu_gives_the_cpus_image(scan_path, method):
     images = {}
     for device in ("cpu", "cuda"):
         options = {"method": method, "device": device, "output": "float32", "preview": False}
-        (image,) = run_chain(scan_path, load_prior_for(make_options(options)), **options)
+        prior = load_prior("small", device, half=False)  # bf16 differs by more, and not every CPU has it
+        (image,) = run_chain(scan_path, prior, **options)
         images[device] = np.array(image.data)
     error = np.linalg.norm(images["cuda"] - images["cpu"]) / np.linalg.norm(images["cpu"])
-    assert error < 1e-2, "bf16 on one and fp32 on the other may differ by this much"
+    assert error < 5e-3, "TF32 convolutions may differ by this much"
 
 
 def test_training_on_the_gpu(tmp_path):
