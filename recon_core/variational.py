@@ -66,18 +66,18 @@ def reconstruct_variational(
     usable = usable_axes(tuple(s.stop - s.start for s in box))
     weight = config.prior_weight * float((measurement.operator.weights > 0).float().mean()) ** 0.5
     share = config.dual if len(usable) > 1 else 0.0
-    previous, denoised, multiplier, axes, evaluations = x, x.clone(), torch.zeros_like(x), [], 0
+    previous, denoised, returned, last_sigma, axes, evaluations = x, x.clone(), torch.zeros_like(x), config.sigma_max, [], 0
     for sweep, sigma in enumerate(annealed(config, noise), start=1):
         axes = axes or [a for a in torch.randperm(3, generator=random).tolist() if a in usable]
         rho = weight * (noise / sigma) ** 2
-        noisy = x + config.momentum * (x - previous) + multiplier / rho
+        noisy = x + config.momentum * (x - previous) + returned * (sigma / last_sigma) ** 2  # rho returned stays
         axis = axes.pop()
         chosen = some_slices(denoised[box].shape[axis], config.slice_fraction, random)
         across(denoised, axis)[chosen] = across(noisy, axis)[chosen]  # slices that are not drawn keep their last
         evaluations += denoise_slices(denoised[box], posed(prior, random), sigma, axis, chosen)
-        multiplier = share * rho * (noisy - denoised)
-        previous = x
-        x = measurement.operator.solve(target + rho * denoised - multiplier, rho, denoised, config.cg_iterations)
+        returned = share * (noisy - denoised)
+        previous, last_sigma = x, sigma
+        x = measurement.operator.solve(target + rho * (denoised - returned), rho, denoised, config.cg_iterations)
         yield State(sweep, config.sweeps, sigma, x * scale, evaluations)
 
 

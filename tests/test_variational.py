@@ -75,6 +75,15 @@ def test_noiseless_full_data_give_the_object_back(prior):
     assert psnr(state.volume, reference, object_mask(reference)) > 40
 
 
+def test_data_without_any_noise_are_no_division_by_zero(prior):
+    """Where the noise level is estimated and CG-SENSE explains all, it is 0."""
+    kspace, mask, noise, _ = problem()
+    measurement = measure(kspace, mask, VOXEL, noise)
+    start, measurement.sigma = cg_sense(measurement), 0.0
+    state = last(reconstruct_variational(measurement, prior, start, VariationalConfig(sweeps=3)))
+    assert bool(torch.isfinite(state.volume.abs()).all())
+
+
 @pytest.mark.parametrize("coils", [1, 2, 8])
 def test_trained_prior_beats_cg_sense(coils):
     from recon_core.prior import load_prior
