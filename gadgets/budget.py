@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Iterable, Iterator
@@ -83,13 +84,24 @@ def _announced_volumes(header) -> int:
     return math.prod((limit.maximum or 0) + 1 for limit in found if limit is not None)
 
 
-def free_memory() -> int | None:
-    """Bytes of memory that can be had without swapping; None where it is not known (not Linux)."""
+def free_memory(root: Path = Path("/")) -> int | None:
+    """Bytes of memory that can be had without swapping, of the machine and of this container or service; None where not known (not Linux)."""
     try:
-        found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+        found = re.search(r"MemAvailable:\s*(\d+) kB", (root / "proc/meminfo").read_text())
     except OSError:
         return None
-    return 1024 * int(found[1]) if found else None
+    return min([1024 * int(found[1]), *_left_to_groups(root)]) if found else None
+
+
+def _left_to_groups(root: Path) -> Iterator[int]:
+    """What the control groups of this process (a container's or service's memory limit) leave; cache that can be dropped is free."""
+    own = re.findall(r"^(?:0:|\d+:memory):(.*)$", (root / "proc/self/cgroup").read_text(), re.MULTILINE) if (root / "proc/self/cgroup").exists() else []
+    for place, limit, used, cache in (("", "memory.max", "memory.current", "inactive_file"), ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")):
+        for group in {path.strip("/") for path in ["", *own]}:  # inside a container its own group is the mount's root
+            folder = root / "sys/fs/cgroup" / place / group
+            with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
+                droppable = re.search(rf"^{cache} (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
+                yield max(0, int((folder / limit).read_text()) - int((folder / used).read_text()) + int(droppable[1] if droppable else 0))
 
 
 def worth_an_image(scan: Scan) -> bool:

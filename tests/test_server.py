@@ -78,6 +78,31 @@ def test_memory_that_others_have_taken_is_told(scan_path, monkeypatch):
         Budget(header, 1)
 
 
+@pytest.mark.parametrize(
+    "group,files",
+    [
+        ("0::/", {"memory.max": "3000000", "memory.current": "2500000", "memory.stat": "anon 1\ninactive_file 400000\n"}),
+        ("0::/system.slice/slicediff.service", {"system.slice/slicediff.service/memory.max": "3000000", "system.slice/slicediff.service/memory.current": "2100000", "system.slice/slicediff.service/memory.stat": ""}),
+        ("4:memory:/docker/ab", {"memory/memory.limit_in_bytes": "3000000", "memory/memory.usage_in_bytes": "2600000", "memory/memory.stat": "inactive_file 1\ntotal_inactive_file 500000\n"}),
+    ],
+    ids=["container", "service", "container of cgroup v1"],
+)
+def test_the_memory_limit_of_a_container_or_service_counts(tmp_path, group, files):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 20000 kB\nMemAvailable:    10000 kB\n")
+    assert free_memory(tmp_path) == 10_240_000
+    (tmp_path / "proc/self/cgroup").write_text(f"{group}\n")
+    for name, text in files.items():
+        path = tmp_path / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert free_memory(tmp_path) == 900_000
+    for limit in tmp_path.rglob("memory.max"):
+        limit.write_text("max\n")
+        assert free_memory(tmp_path) == 10_240_000
+    assert free_memory(tmp_path / "elsewhere") is None
+
+
 @pytest.mark.parametrize("lines,worth", [(0.3, False), (0.45, False), (0.6, True), (1.0, True)])
 def test_what_came_is_worth_an_image_once_the_centre_is_there(scan_path, lines, worth):
     with ScanFile(scan_path) as scan:
