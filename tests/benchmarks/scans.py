@@ -44,15 +44,24 @@ def to_kspace(array: np.ndarray, axis: int) -> np.ndarray:
     return fft(torch.from_numpy(array), (axis,)).numpy()
 
 
-def save_table(name: str, rows: list[dict]) -> Path:
-    """Write rows as CSV under results/, with the machine named; print them as a table."""
+def read_table(name: str) -> list[dict]:
+    """Rows of a table under results/ as text, none if there is none."""
+    path = RESULTS / f"{name}.csv"
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def save_table(name: str, rows: list[dict], show: bool = True) -> Path:
+    """Write rows as CSV under results/, each with the machine it was measured on; print them as a table."""
     RESULTS.mkdir(exist_ok=True)
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     path = RESULTS / f"{name}.csv"
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], "machine"])
+        writer = csv.DictWriter(file, list(dict.fromkeys([*rows[0], "machine"])))
         writer.writeheader()
-        writer.writerows({**row, "machine": machine} for row in rows)
-    for row in rows:
+        writer.writerows({"machine": machine, **row} for row in rows)
+    for row in rows if show else ():
         print("  ".join(f"{k} {v}" for k, v in row.items()))
     return path
