@@ -10,6 +10,8 @@ from .fft import centre_crop_or_pad, fft, ifft
 MAX_ACS = 32  # more sharpens nothing and costs time
 ACS_READOUT = 24
 MIN_ACS = 8
+SQUARINGS = 10
+MATRICES_AT_ONCE = 2048  # fit a CPU's cache
 
 
 def find_acs(mask: Tensor) -> tuple[int, int]:
@@ -67,8 +69,8 @@ def estimate_coil_maps(acs: Tensor, shape: tuple[int, int, int], sigma: float = 
     coarse = [max(f, min(grid, n)) for f, n in zip(full, shape)]
     lags = torch.fft.ifftshift(centre_crop_or_pad(lags, coarse), (2, 3, 4))
     matrices = torch.fft.fftshift(torch.fft.ifftn(lags, dim=(2, 3, 4), norm="forward"), (2, 3, 4))
-    values, vectors = torch.linalg.eigh(matrices.permute(2, 3, 4, 0, 1))
-    maps = vectors[..., -1].movedim(-1, 0)
+    values, vectors = dominant_eigenvectors(matrices.permute(2, 3, 4, 0, 1))
+    maps = vectors.movedim(-1, 0)
     maps = maps * torch.exp(-1j * maps[:1].angle())
     fine = torch.empty((coils, *shape), dtype=maps.dtype, device=maps.device)
     energy = torch.zeros(shape, device=maps.device)
@@ -76,7 +78,30 @@ def estimate_coil_maps(acs: Tensor, shape: tuple[int, int, int], sigma: float = 
         fine[coil] = _interpolate(maps[coil], shape)
         energy += torch.view_as_real(fine[coil]).square().sum(-1)
     fine /= energy.sqrt().clamp_min(1e-6)
-    return fine, _interpolate(values[..., -1], shape)
+    return fine, _interpolate(values, shape)
+
+
+def dominant_eigenvectors(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest eigenvalue [...] and its unit eigenvector [... n] of Hermitian positive semidefinite matrices [... n n].
+
+    By repeated squaring (the power method, 2^SQUARINGS steps): matrix products alone, which every device does fast. The
+    batched eigensolvers of GPUs refuse some 32,000 matrices at once, or take them one by one (pytorch issue 183806).
+    Where the two largest eigenvalues are equal, the vector is one of their span.
+    """
+    found = [_dominant(part) for part in matrices.reshape(-1, *matrices.shape[-2:]).split(MATRICES_AT_ONCE)]
+    values, vectors = (torch.cat(parts) for parts in zip(*found))
+    return values.reshape(matrices.shape[:-2]), vectors.reshape(matrices.shape[:-1])
+
+
+def _dominant(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    power, tiny = matrices, torch.finfo(matrices.real.dtype).tiny
+    for _ in range(SQUARINGS):
+        power = power / power.diagonal(dim1=-2, dim2=-1).real.sum(-1).clamp_min(tiny)[..., None, None]
+        power = power @ power
+    strongest = power.diagonal(dim1=-2, dim2=-1).real.argmax(-1)
+    vectors = power.gather(-1, strongest[..., None, None].expand(*power.shape[:-1], 1))[..., 0]
+    vectors = vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(tiny)
+    return torch.linalg.vecdot(vectors, (matrices @ vectors[..., None])[..., 0]).real, vectors
 
 
 def low_resolution_maps(kspace: Tensor, mask: Tensor) -> Tensor:

@@ -123,8 +123,9 @@ def _mix(matrix: Tensor, data: Tensor) -> Tensor:
 def _mix_planes(matrix: Tensor, kspace: Tensor, factor: Tensor, home: torch.device) -> Tensor:
     """matrix @ (kspace * factor) [virtual coils z y x] at `home`, plane by plane: no second array of all coils."""
     out = torch.empty((len(matrix), *kspace.shape[1:]), dtype=kspace.dtype, device=home)
+    matrix, factor = matrix.to(home), factor.to(home)
     for z in range(kspace.shape[1]):
-        out[:, z] = _mix(matrix, kspace[:, z] * factor[z, :, None])
+        out[:, z] = _mix(matrix, kspace[:, z].to(home) * factor[z, :, None])
     return out
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import random_complex
 
-from recon_core.coils import compression_matrix, cut_acs, estimate_coil_maps, find_acs, low_resolution_maps
+from recon_core.coils import MATRICES_AT_ONCE, compression_matrix, cut_acs, dominant_eigenvectors, estimate_coil_maps, find_acs, low_resolution_maps
 from recon_core.fft import fft
 from recon_core.simulate import coil_sensitivity, phantom
 
@@ -31,6 +31,23 @@ def test_maps_agree_with_the_truth(shape, acs):
     assert torch.quantile(alignment(maps, truth, inside), 0.01) > 0.99
     torch.testing.assert_close(maps.norm(dim=0), torch.ones(shape), atol=1e-4, rtol=0)
     assert value[inside].min() > 0.9
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e6])
+def test_dominant_eigenvectors_agree_with_lapack(scale):
+    vectors = torch.linalg.qr(random_complex(3, MATRICES_AT_ONCE, 6, 6)).Q
+    values = torch.tensor([0.9, 0.85, 0.4, 0.1, 0.0, 0.0]) * scale
+    found, vector = dominant_eigenvectors((vectors * values) @ vectors.mH)
+    torch.testing.assert_close(found, torch.full_like(found, 0.9 * scale), rtol=1e-5, atol=0)
+    overlap = (vector.conj() * vectors[..., 0]).sum(-1).abs()
+    torch.testing.assert_close(overlap, torch.ones_like(overlap), rtol=0, atol=1e-5)
+
+
+def test_dominant_eigenvectors_of_nothing_and_of_equals_are_finite():
+    equals = torch.stack([torch.zeros(4, 4), torch.eye(4)]).to(torch.complex64)
+    values, vectors = dominant_eigenvectors(equals)
+    torch.testing.assert_close(values, torch.tensor([0.0, 1.0]))
+    torch.testing.assert_close(vectors.norm(dim=-1), torch.tensor([0.0, 1.0]))
 
 
 def test_readout_of_one_sample():
