@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 from bench import Meter
 from scans import save_table
-from torch import Tensor
+from solve_speed import clock
 from torch.utils.flop_counter import FlopCounterMode
 
 from gadgets.gather import gather
@@ -50,7 +49,8 @@ def main() -> None:
     parser.add_argument("--prior", default="small")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
-    prior, machine = load_prior(arguments.prior, arguments.device), Machine.measured(arguments.device, arguments.prior)
+    prior = load_prior(arguments.prior, arguments.device)
+    machine = Machine.measured(arguments.device, torch.bfloat16 if prior.half else torch.float32)
     print(machine, flush=True)
     run(Scan((48, 48, 40), arguments.coils, 2.0), prior, machine, arguments.methods, lambda row: None)
     rows = []
@@ -69,10 +69,9 @@ class Machine:
     rate: float
 
     @classmethod
-    def measured(cls, device: str, prior: str) -> Machine:
-        """Rates of copies and of a matrix product in the network's precision."""
+    def measured(cls, device: str, precision: torch.dtype) -> Machine:
+        """Rates of copies, and of a matrix product in `precision`, the network's."""
         cuda = torch.device(device).type == "cuda"
-        precision = torch.bfloat16 if load_prior(prior, device).half else torch.float32
         host, there = (torch.ones(1 << 26, device=d) for d in ("cpu", device))
         square = torch.ones((8192 if cuda else 2048,) * 2, dtype=precision, device=device)
         copies = [2 * 4 * t.numel() / best_of(lambda t=t: t.clone(), device) for t in (host, there)]
@@ -169,13 +168,6 @@ def operations_per_pixel(prior: Prior, device: str) -> float:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         prior(slices, 0.1)
     return counter.get_total_flops() / math.prod(slices.shape[2:])
-
-
-def clock(device: str) -> float:
-    """Seconds, once the device is done."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
                                           [--weights 0.25 0.5 1]
 
 The rules of VariationalConfig come from this table on heads left out of training; test volumes have no place here.
-PSNR of the magnitude inside the object. Every row is kept as it comes; a run goes on with the table of its --name.
+PSNR of the magnitude inside the object. Every row is kept as it comes; a run goes on with the table of its --name: other
+weights, readout or prior want another name.
 """
 
 from __future__ import annotations
