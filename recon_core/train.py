@@ -67,7 +67,7 @@ def train(
     """Train, or go on training, and write weights and card to `out`; returns the averaged prior.
 
     What is written is the running average of the weights, mixed with those that it started from if there were any
-    (start_share): the mixture keeps what either knows. Beside `out` stand its .checkpoint and its .csv, the curve of losses and validations.
+    (start_share). Beside `out` stand its .checkpoint and its .csv, the curve of losses and validations.
 
     Args:
         validation: volumes to measure on, not to be trained on.
