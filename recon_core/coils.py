@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,29 +12,48 @@ from .fft import centre_crop_or_pad, fft, ifft
 MAX_ACS = 32  # more sharpens nothing and costs time
 ACS_READOUT = 24
 MIN_ACS = 8
+READOUT_MARGIN = 1 / 8  # of the readout, empty, on each side
 SQUARINGS = 10
 MATRICES_AT_ONCE = 2048  # fit a CPU's cache
 
 
 def find_acs(mask: Tensor) -> tuple[int, int]:
-    """Size (z, y) of the largest fully acquired rectangle of `mask` [z y] centred on k = 0; (0, 0) if none."""
+    """Size (z, y) of the largest fully acquired block of `mask` [z y] about k = 0; (0, 0) if none.
+
+    A block of n lines reaches from n//2 before k = 0 to (n - 1)//2 after it, as centre_crop_or_pad cuts it.
+    """
     full = (mask > 0).cpu()
     nz, ny = full.shape
     best = (0, 0)
-    for half in range(nz // 2 + 1):
-        rows = full[max(0, nz // 2 - half) : nz // 2 + half + 1].all(dim=0)
-        z = min(nz, 2 * half + 1)
-        misses = (~rows).nonzero()[:, 0] - ny // 2
-        y = ny if not len(misses) else max(0, 2 * int(misses.abs().min()) - 1)
+    for z in range(1, nz + 1):
+        rows = centre_crop_or_pad(full, (z, ny)).all(dim=0)
+        before, after = rows[: ny // 2].flip(0), rows[ny // 2 :]
+        y = min(2 * _run(before) + 1, 2 * _run(after))  # lines in a row on each side, k = 0 on the right one
         if z * y > best[0] * best[1]:
             best = (z, y)
     return best
 
 
+def _run(line: Tensor) -> int:
+    """How many values are true before the first that is not."""
+    return int(line.cumprod(0).sum())
+
+
 def cut_acs(kspace: Tensor, size: tuple[int, int]) -> Tensor:
-    """The central block [coils z y x] as true k-space along x too, at most MAX_ACS and ACS_READOUT wide."""
-    block = centre_crop_or_pad(kspace, (*(min(n, MAX_ACS) for n in size), kspace.shape[-1]))
-    return centre_crop_or_pad(fft(block, (-1,)), (min(ACS_READOUT, kspace.shape[-1]),))
+    """The central block [coils z y x] as true k-space along x too, at most MAX_ACS and ACS_READOUT wide.
+
+    Along x it is that of a `widened` field of view, empty at both ends, with the noise level of `kspace`: an object that
+    the readout cuts off (a neck, a slab) would otherwise meet its own other end there, as if the maps were periodic.
+    """
+    length = kspace.shape[-1]
+    wide = widened(length)
+    block = centre_crop_or_pad(kspace, (*(min(n, MAX_ACS) for n in size), wide))
+    return centre_crop_or_pad(fft(block, (-1,)), (min(ACS_READOUT, wide),)) * (wide / length) ** 0.5
+
+
+def widened(length: int) -> int:
+    """Readout positions of the field of view that cut_acs and estimate_coil_maps work on, for `length` of the scan."""
+    return length + 2 * math.ceil(READOUT_MARGIN * length) if length > 1 else 1
 
 
 def compression_matrix(acs: Tensor, coils: int) -> Tensor:
@@ -49,24 +70,25 @@ def estimate_coil_maps(acs: Tensor, shape: tuple[int, int, int], sigma: float = 
     of side 2k-1, so that its cost does not depend on the volume and its memory is C^2 x grid^3.
 
     Args:
-        acs: [coils z y x] fully sampled k-space centre; put the strongest coil first, its phase is the reference.
+        acs: [coils z y x] of cut_acs; put the strongest coil first, its phase is the reference.
         shape: (z, y, x) of the maps wanted.
         sigma: noise level of acs, to tell signal from noise patches.
-        kernel: patch side; less along axes with few lines.
+        kernel: patch side; a third of the lines along axes with few, which otherwise leave too few patches to learn from.
         grid: side of the coarse grid the maps are computed on.
 
     Returns:
         maps [coils z y x], root sum of squares 1, and the largest eigenvalue [z y x] (1 where a signal fits the maps).
     """
     coils = acs.shape[0]
-    sides = [min(kernel, (n + 1) // 2) for n in acs.shape[1:]]
+    whole = (*shape[:2], widened(shape[2]))
+    sides = [max(1, min(kernel, (n + 1) // 3)) for n in acs.shape[1:]]
     signal = _signal_patches(acs, sides, sigma)
     full = [2 * k - 1 for k in sides]
     patches = signal.T.reshape(-1, coils, *sides)
     spectra = torch.fft.ifftn(patches, s=full, dim=(2, 3, 4), norm="forward").flatten(2)
     folded = torch.einsum("rcq,rdq->cdq", spectra, spectra.conj()) / float(torch.tensor(sides).prod())
     lags = torch.fft.fftshift(torch.fft.fftn(folded.reshape(coils, coils, *full), dim=(2, 3, 4), norm="forward"), (2, 3, 4))
-    coarse = [max(f, min(grid, n)) for f, n in zip(full, shape)]
+    coarse = [max(f, min(grid, n)) for f, n in zip(full, whole)]
     lags = torch.fft.ifftshift(centre_crop_or_pad(lags, coarse), (2, 3, 4))
     matrices = torch.fft.fftshift(torch.fft.ifftn(lags, dim=(2, 3, 4), norm="forward"), (2, 3, 4))
     values, vectors = dominant_eigenvectors(matrices.permute(2, 3, 4, 0, 1))
@@ -75,10 +97,10 @@ def estimate_coil_maps(acs: Tensor, shape: tuple[int, int, int], sigma: float = 
     fine = torch.empty((coils, *shape), dtype=maps.dtype, device=maps.device)
     energy = torch.zeros(shape, device=maps.device)
     for coil in range(coils):  # one by one: the maps are the largest array there is
-        fine[coil] = _interpolate(maps[coil], shape)
+        fine[coil] = _interpolate(maps[coil], shape, whole)
         energy += torch.view_as_real(fine[coil]).square().sum(-1)
     fine /= energy.sqrt().clamp_min(1e-6)
-    return fine, _interpolate(values, shape)
+    return fine, _interpolate(values, shape, whole)
 
 
 def dominant_eigenvectors(matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,12 +147,12 @@ def _signal_patches(acs: Tensor, sides: list[int], sigma: float) -> Tensor:
     return vectors[:, keep]
 
 
-def _interpolate(coarse: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Periodic linear interpolation of [z y x] between grids that both have their centre at n//2."""
+def _interpolate(coarse: Tensor, shape: tuple[int, int, int], whole: tuple[int, int, int]) -> Tensor:
+    """Periodic linear interpolation of [z y x], of a field of view of `whole` voxels, to `shape` in its middle; centres at n//2."""
     out = coarse
-    for axis, n in enumerate(shape):
+    for axis, (n, span) in enumerate(zip(shape, whole)):
         g = out.shape[axis]
-        position = (torch.arange(n, device=out.device) - n // 2) * (g / n) + g // 2
+        position = (torch.arange(n, device=out.device) - n // 2) * (g / span) + g // 2
         low = position.floor()
         t = (position - low).to(out.dtype).reshape(-1, *[1] * (out.ndim - 1 - axis))
         low = low.long()

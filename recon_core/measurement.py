@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .coils import MIN_ACS, compression_matrix, cut_acs, estimate_coil_maps, find_acs, low_resolution_maps
+from .coils import MIN_ACS, compression_matrix, cut_acs, estimate_coil_maps, find_acs, low_resolution_maps, widened
 from .fft import centre_crop_or_pad, ifft
 from .noise import estimate_sigma, whitening_matrix
 from .scale import intensity_scale
@@ -186,9 +186,9 @@ def _support(acs: Tensor, shape: tuple[int, int, int]) -> Tensor:
 
     Maps that are zero in air remove a third to a half of the unknowns (about 1 dB for CG-SENSE).
     """
-    energy = torch.zeros(shape, device=acs.device)
+    energy, whole = torch.zeros(shape, device=acs.device), (*shape[:2], widened(shape[2]))
     for coil in acs * _window(acs):  # one by one, to hold one image and not all of them
-        energy += ifft(centre_crop_or_pad(coil, shape), (0, 1, 2)).abs().square()
+        energy += centre_crop_or_pad(ifft(centre_crop_or_pad(coil, whole), (0, 1, 2)), shape).abs().square()
     blurred = energy.sqrt()
     inside = blurred > 0.025 * torch.quantile(blurred.flatten()[:: max(1, blurred.numel() // 100000)], 0.99)
     grow = [min(5, n if n % 2 else n - 1) for n in inside.shape]

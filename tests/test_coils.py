@@ -8,7 +8,7 @@ import torch
 from conftest import random_complex
 
 from recon_core.coils import MATRICES_AT_ONCE, compression_matrix, cut_acs, dominant_eigenvectors, estimate_coil_maps, find_acs, low_resolution_maps
-from recon_core.fft import fft
+from recon_core.fft import centre_crop_or_pad, fft
 from recon_core.simulate import coil_sensitivity, phantom
 
 
@@ -57,6 +57,25 @@ def test_readout_of_one_sample():
     assert alignment(maps, truth[..., 4:5], plane.abs().sum(0) > 0.5).mean() > 0.995
 
 
+@pytest.mark.parametrize("length,positions", [(36, slice(14, 30)), (72, slice(20, 60))])
+def test_an_object_that_the_readout_cuts_off(length, positions):
+    images, truth = (volume[..., positions] for volume in object_seen((40, 44, length), 6))
+    maps, _ = estimate_coil_maps(cut_acs(fft(images, (1, 2)), (20, 20)), images.shape[1:])
+    inside = phantom((40, 44, length))[..., positions] > 0.3
+    missed = 1 - (maps.conj() * truth).sum(0).abs().square()
+    for edge in (0, -1):
+        assert missed[..., edge][inside[..., edge]].mean() < 1e-3
+
+
+@pytest.mark.parametrize("acs", [8, 11, 20])
+def test_the_noise_of_the_calibration_lines_keeps_its_level(acs):
+    noise = random_complex(2, 40, 44, 50)
+    block = cut_acs(noise, (acs, acs))
+    assert block.shape == (2, acs, acs, 24)
+    level = lambda v: float(v.abs().square().mean().sqrt())  # noqa: E731
+    assert abs(level(block) / level(noise) - 1) < 0.05
+
+
 def test_fallback_is_rough_but_usable():
     images, truth = object_seen((40, 44, 20), 4)
     mask = torch.zeros(40, 44)
@@ -74,6 +93,22 @@ def test_acs_is_found_also_when_it_is_not_square():
     assert find_acs(torch.zeros(30, 41)) == (0, 0)
     mask[15, 20] = 0
     assert find_acs(mask) == (0, 0)
+
+
+def test_acs_of_an_even_number_of_lines_is_found_whole():
+    mask = torch.zeros(64, 65)
+    mask[32 - 6 : 32 + 6, 32 - 12 : 32 + 12] = 1
+    assert find_acs(mask) == (12, 24)
+
+
+def test_no_block_is_larger_than_the_one_found():
+    random = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        shape = torch.randint(1, 9, (2,), generator=random).tolist()
+        mask = (torch.rand(shape, generator=random) < 0.9).float()
+        blocks = [(z, y) for z in range(1, shape[0] + 1) for y in range(1, shape[1] + 1) if centre_crop_or_pad(mask, (z, y)).all()]
+        z, y = find_acs(mask)
+        assert z * y == max((a * b for a, b in blocks), default=0) and ((z, y) in blocks or not blocks)
 
 
 def test_compression_keeps_the_energy_of_low_rank_coils():
