@@ -189,6 +189,16 @@ def test_missing_calibration_is_said_aloud():
     assert any("calibration lines cover only" in w for w in measurement.warnings)
 
 
+def test_a_calibration_square_of_eight_lines_is_enough():
+    kspace, mask, noise, _ = problem()
+    square = torch.zeros_like(mask)
+    z, y = (n // 2 for n in mask.shape)
+    square[z - 4 : z + 4, y - 4 : y + 4] = 1
+    thinned = torch.maximum(square, mask * (torch.arange(len(mask)) % 3 == 0)[:, None])
+    measurement = measure(kspace * thinned[..., None], thinned, VOXEL, noise)
+    assert measurement.acs == (8, 8) and measurement.warnings == []
+
+
 def test_brightness_does_not_hang_on_an_estimated_noise_level():
     """The same object under more noise: the estimate follows, the image's brightness stays."""
     brightness, levels = [], []

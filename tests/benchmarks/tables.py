@@ -1,0 +1,97 @@
+"""The README's tables of simulated scans, as Markdown, from the CSV files in results/.
+
+    python tests/benchmarks/tables.py
+
+PSNR of every method at one acceleration per voxel size, then slice diffusion less the best of our classical methods and
+less tuned BART at all accelerations.
+"""
+
+from __future__ import annotations
+
+import csv
+
+from scans import RESULTS
+
+VOLUMES = {
+    "bold5000_CSI1_T1w": "BOLD5000 CSI1",
+    "studyforrest_sub02_T1w_0p67mm": "studyforrest 02",
+    "IXI002-Guys-0828-T1": "IXI 002",
+    "brainweb_t1_1mm_pn0_rf0": "BrainWeb",
+    "knee_DESS_0p5mm": "knee, DESS",
+    "IXI002-Guys-0828-T2": "IXI 002, T2-weighted",
+    "IXI002-Guys-0828-PD": "IXI 002, proton density",
+}
+METHODS = {
+    "zero-filled": "zero-filled",
+    "cg": "CG-SENSE",
+    "tv": "total variation",
+    "wavelet": "l1-wavelet",
+    "sigpy": "sigpy l1-wavelet",
+    "bart": "BART l1-wavelet (at best)",
+    "diffusion": "slice diffusion",
+}
+CLASSICAL = ("cg", "tv", "wavelet")
+FILES = {(4, 4): "bench_4mm_R4", (2, 8): "bench_2mm_R8", (1, 8): "bench_1mm_R8"}
+GRID = [(4, 4), (4, 8), (4, 12), (2, 4), (2, 8), (2, 12), (1, 4), (1, 8), (1, 12)]
+
+
+def main() -> None:
+    """Print all tables."""
+    for (voxel_mm, acceleration), name in FILES.items():
+        print(f"\n{name}\n")
+        print(side_by_side(read(name)[voxel_mm, acceleration], f"{voxel_mm} mm, R = {acceleration}"))
+    found: dict[tuple, dict] = {}
+    for name in ("bench_accelerations", *FILES.values()):
+        for protocol, volumes in read(name).items():
+            found.setdefault(protocol, {}).update(volumes)
+    print(f"\naccelerations\n\n{margins(found)}")
+
+
+def read(name: str) -> dict[tuple[int, int], dict[str, dict[str, float]]]:
+    """(voxel_mm, R) -> volume -> method -> PSNR."""
+    out: dict[tuple[int, int], dict] = {}
+    with (RESULTS / f"{name}.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            protocol = round(float(row["voxel_mm"])), round(float(row["R"]))
+            out.setdefault(protocol, {}).setdefault(row["volume"], {})[row["method"]] = float(row["psnr"])
+    return out
+
+
+def side_by_side(rows: dict[str, dict[str, float]], title: str) -> str:
+    """PSNR of each method, the oracle's BART in brackets."""
+    shown = [m for m in METHODS if any(m in row for row in rows.values())]
+    lines = [line([title, *(METHODS[m] for m in shown)]), line(["---"] * (1 + len(shown)))]
+    for volume in (v for v in VOLUMES if v in rows):
+        row = rows[volume]
+        cells = [f"{row[m]:.2f}" if m in row else "" for m in shown]
+        if "bart-oracle" in row:
+            cells[shown.index("bart")] += f" ({row['bart-oracle']:.2f})"
+        if "diffusion" in row:
+            cells[shown.index("diffusion")] = f"**{row['diffusion']:.2f}**"
+        lines.append(line([VOLUMES[volume], *(c.strip() for c in cells)]))
+    return "\n".join(lines)
+
+
+def margins(found: dict[tuple, dict]) -> str:
+    """Slice diffusion less the best classical method / less tuned BART."""
+    columns = [p for p in GRID if p in found]
+    lines = [line(["", *(f"{mm} mm, R = {r}" for mm, r in columns)]), line(["---"] * (1 + len(columns)))]
+    for volume in list(VOLUMES)[:5]:
+        rows = [found[p].get(volume, {}) for p in columns]
+        lines.append(line([VOLUMES[volume], *(f"{margin(r, CLASSICAL)} / {margin(r, ('bart',))}" if "diffusion" in r else "" for r in rows)]))
+    return "\n".join(lines)
+
+
+def margin(row: dict[str, float], others: tuple[str, ...]) -> str:
+    """Slice diffusion less the best of `others`, dB."""
+    known = [row[m] for m in others if m in row]
+    return f"{row['diffusion'] - max(known):+.2f}" if known else "?"
+
+
+def line(cells: list[str]) -> str:
+    """A row of a Markdown table."""
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    main()
