@@ -59,7 +59,7 @@ def read(name: str) -> dict[tuple[int, int], dict[str, dict[str, float]]]:
 
 def side_by_side(rows: dict[str, dict[str, float]], title: str) -> str:
     """PSNR of each method, the oracle's BART in brackets."""
-    shown = [m for m in METHODS if any(m in row for row in rows.values())]
+    shown = [m for m in METHODS if sum(m in row for row in rows.values()) > len(rows) / 2]
     lines = [line([title, *(METHODS[m] for m in shown)]), line(["---"] * (1 + len(shown)))]
     for volume in (v for v in VOLUMES if v in rows):
         row = rows[volume]
