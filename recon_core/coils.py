@@ -70,7 +70,7 @@ def estimate_coil_maps(acs: Tensor, shape: tuple[int, int, int], sigma: float = 
     of side 2k-1, so that its cost does not depend on the volume and its memory is C^2 x grid^3.
 
     Args:
-        acs: [coils z y x] of cut_acs; put the strongest coil first, its phase is the reference.
+        acs: [coils z y x] fully sampled k-space centre, from cut_acs; put the strongest coil first, its phase is the reference.
         shape: (z, y, x) of the maps wanted.
         sigma: noise level of acs, to tell signal from noise patches.
         kernel: patch side; a third of the lines along axes with few, which otherwise leave too few patches to learn from.

@@ -60,7 +60,7 @@ def read(name: str) -> dict[tuple[int, int], dict[str, dict[str, float]]]:
 def side_by_side(rows: dict[str, dict[str, float]], title: str) -> str:
     """PSNR of each method, the oracle's BART in brackets."""
     shown = [m for m in METHODS if sum(m in row for row in rows.values()) > len(rows) / 2]
-    lines = [line([title, *(METHODS[m] for m in shown)]), line(["---"] * (1 + len(shown)))]
+    lines = [line([title, *(METHODS[m] for m in shown)]), rule(1 + len(shown))]
     for volume in (v for v in VOLUMES if v in rows):
         row = rows[volume]
         cells = [f"{row[m]:.2f}" if m in row else "" for m in shown]
@@ -75,7 +75,7 @@ def side_by_side(rows: dict[str, dict[str, float]], title: str) -> str:
 def margins(found: dict[tuple, dict]) -> str:
     """Slice diffusion less the best classical method / less tuned BART."""
     columns = [p for p in GRID if p in found]
-    lines = [line(["", *(f"{mm} mm, R = {r}" for mm, r in columns)]), line(["---"] * (1 + len(columns)))]
+    lines = [line(["", *(f"{mm} mm, R = {r}" for mm, r in columns)]), rule(1 + len(columns))]
     for volume in list(VOLUMES)[:5]:
         rows = [found[p].get(volume, {}) for p in columns]
         lines.append(line([VOLUMES[volume], *(f"{margin(r, CLASSICAL)} / {margin(r, ('bart',))}" if "diffusion" in r else "" for r in rows)]))
@@ -91,6 +91,11 @@ def margin(row: dict[str, float], others: tuple[str, ...]) -> str:
 def line(cells: list[str]) -> str:
     """A row of a Markdown table."""
     return "| " + " | ".join(cells) + " |"
+
+
+def rule(columns: int) -> str:
+    """The line below the head of a Markdown table."""
+    return "|" + "---|" * columns
 
 
 if __name__ == "__main__":
