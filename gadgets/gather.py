@@ -60,6 +60,7 @@ class Gatherer:
         self.bandwidth_ratio = noise_bandwidth(header)
         self.skipped = self.foreign = self.late = self.streak = 0
         self.repetition, self.flags = -1, {}  # of each repetition: the flags of all its lines together
+        self.ended: set[int] = set()  # repetitions whose last line was flagged, with no volume begun since
         self.seen: dict[str, set[int]] = {name: set() for name in self.promised}
         self.notes: list[str] = []
         self.given: set[tuple[int, ...]] = set()
@@ -113,6 +114,8 @@ class Gatherer:
             return
         idx = line.idx
         self.flags[idx.repetition] = self.flags.get(idx.repetition, 0) | flags
+        if flags & LAST_BIT:
+            self.ended.add(idx.repetition)
         if flags & SKIP_BITS:
             self.skipped += 1
             return
@@ -151,18 +154,19 @@ class Gatherer:
         volume = self.volumes[key] = Volume(self.geometry, coils, kspace)
         for name, value in zip(KEY, key):
             self.seen.setdefault(name, set()).add(value)
+        self.ended.discard(key[2])  # where repetitions run inside of another counter, each of its values has them all
         return volume
 
     def _settled(self, repetition: int) -> Iterator[Scan]:
-        """Earlier volumes, once a later repetition runs and no line of an earlier one can follow.
+        """Volumes of repetitions before this line's, once no line of them can follow.
 
-        Either its last line was flagged, or the later one is half through: repetitions may be interleaved.
+        Either their last lines were flagged, or the newest repetition is half through: repetitions may be interleaved.
         """
         self.streak = self.streak + 1 if repetition == self.repetition else 0
         self.repetition = max(self.repetition, repetition)
-        earlier = {key[2]: volume.grid.lines for key, volume in self.volumes.items() if key[2] < self.repetition}
-        if earlier and (all(self.flags[r] & LAST_BIT for r in earlier) or self.streak > max(SETTLED, *earlier.values()) // 2):
-            yield from self.finish(self.repetition)
+        earlier = {key[2]: volume.grid.lines for key, volume in self.volumes.items() if key[2] < repetition}
+        if earlier and (earlier.keys() <= self.ended or self.streak > max(SETTLED, *earlier.values()) // 2):
+            yield from self.finish(repetition)
 
     def _calibrate(self, line: ismrmrd.Acquisition, key: tuple[int, ...]) -> None:
         """Add a calibration line; those of a later repetition replace earlier ones."""

@@ -138,6 +138,28 @@ def test_interleaved_repetitions_give_one_volume_each(full, block):
     assert bool((first.counts == 1).all()) and bool((second.counts == 1).all())
 
 
+@pytest.mark.parametrize("counter", ["contrast", "set", "phase", "slice"])
+def test_repetitions_inside_of_another_counter_are_whole(full, counter):
+    """Each value of the counter has its repetitions with their last lines flagged; a volume is handed out as soon as it is over."""
+    header, lines, _ = full
+    volumes = [(value, repetition) for value in (0, 1) for repetition in (0, 1, 2)]
+    consumed, whole = [], []
+
+    def running():
+        for value, repetition in volumes:
+            for line in lines:
+                consumed.append(1)
+                yield line_like(line, (1 + repetition + 3 * value) * line.data, repetition=repetition, **{counter: value})
+
+    for scan in gather(header, running()):
+        idx = scan.head.idx
+        whole.append(((getattr(idx, counter), idx.repetition), len(consumed) / len(lines)))
+        assert bool((scan.counts == 1).all()) and not any("handed out already" in w for w in scan.warnings)
+        torch.testing.assert_close(scan.kspace, (1 + idx.repetition + 3 * getattr(idx, counter)) * gathered(header, lines).kspace)
+    assert sorted(key for key, _ in whole) == volumes
+    assert all(when < 2.1 for key, when in whole if key == (0, 0)) and all(when < 5.1 for key, when in whole if key == (1, 0))
+
+
 def test_a_line_that_comes_after_its_volume_was_handed_out_is_told(full):
     header, lines, _ = full
     others = [line_like(line, repetition=1) for line in lines]
