@@ -55,6 +55,7 @@ class Gatherer:
         self.readouts: dict[int, tuple[Geometry, Readout] | None] = {0: (self.geometry, Readout(self.geometry))}
         self.volumes: dict[tuple[int, ...], Volume] = {}
         self.calibrations: dict[tuple[int, ...], tuple[int, Grid]] = {}
+        self.unsure: list[tuple[ismrmrd.Acquisition, tuple[int, ...]]] = []  # calibration lines before the image's first
         self.noise: list[np.ndarray] = []
         self.noise_dwell_us = 0.0
         self.bandwidth_ratio = noise_bandwidth(header)
@@ -149,6 +150,9 @@ class Gatherer:
         if "average" in self.seen:
             self.seen["average"].add(line.idx.average)
         volume.add(line, self.readouts[0][1])
+        waiting, self.unsure = self.unsure, []
+        for calibration, its_key in waiting:
+            self._calibrate(calibration, its_key)
 
     def _volume(self, key: tuple[int, ...], coils: int, kspace: np.ndarray | None = None) -> Volume:
         volume = self.volumes[key] = Volume(self.geometry, coils, kspace)
@@ -169,10 +173,17 @@ class Gatherer:
             yield from self.finish(repetition)
 
     def _calibrate(self, line: ismrmrd.Acquisition, key: tuple[int, ...]) -> None:
-        """Add a calibration line; those of a later repetition replace earlier ones."""
+        """Add a calibration line; those of a later repetition replace earlier ones.
+
+        A short one waits for the image's first line, which shows whether the lines of its encoding are oversampled.
+        """
         own = self._encoding(line.encoding_space_ref)
         if own is None:
             self.foreign += 1
+            return
+        samples = line.number_of_samples - line.discard_pre - line.discard_post
+        if own[0] is self.geometry and not self.volumes and own[1].unsure(samples, line.center_sample - line.discard_pre):
+            self.unsure.append((line, key))
             return
         place = (key[0], key[1], key[3], key[4])
         repetition, grid = self.calibrations.get(place, (-1, None))

@@ -49,6 +49,7 @@ class Grid:
         self.kspace = np.zeros((coils, *geometry.shape), np.complex64) if kspace is None else kspace
         self.counts = np.zeros(geometry.shape[:2], np.float32)
         self.lines = self.outside = self.unfit = self.uncentred = 0
+        self.longer: dict[str, int] = {}  # what was done with lines that have more samples than the header's matrix
         self.foreign = False
 
     def place(self, line: ismrmrd.Acquisition, own: Geometry, image: Geometry) -> tuple[int, int] | None:
@@ -75,6 +76,11 @@ class Grid:
             return False
         if line.flags & REVERSE_BIT:
             data, centre = data[:, ::-1], data.shape[1] - 1 - centre
+        if data.shape[1] > readout.full:
+            times = readout.excess(data.shape[1])
+            done = f"{times}-fold readout oversampling was assumed" if times > 1 else "the outer ones were cut"
+            text = f"have {data.shape[1]} samples, the matrix of the header {readout.full}: {done}"
+            self.longer[text] = self.longer.get(text, 0) + 1
         readout.add(data, centre, self.kspace[(slice(None), *place)])
         self.counts[place] += 1
         self.lines += 1
@@ -87,6 +93,7 @@ class Grid:
             out.append(f"{self.outside} {kind}lines lay outside the encoded matrix and were left out")
         if self.unfit:
             out.append(f"{self.unfit} {kind}lines had another number of channels, no samples or no echo and were left out")
+        out += [f"{count} {kind}lines {text}" for text, count in self.longer.items()]
         if self.uncentred:
             out.append(f"{self.uncentred} {kind}lines had centre sample 0 and more than half a readout: their middle was assumed")
         return out

@@ -81,6 +81,41 @@ def test_oversampling_may_be_removed_before_us(full):
     torch.testing.assert_close(gathered(header, removed).kspace, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_oversampling_that_the_header_does_not_tell_of_is_assumed_and_said(full):
+    header, lines, _ = full
+    expected = gathered(header, lines).kspace
+    silent = copy.deepcopy(header)
+    space = silent.encoding[0].encodedSpace
+    space.matrixSize.x, space.fieldOfView_mm.x = silent.encoding[0].reconSpace.matrixSize.x, silent.encoding[0].reconSpace.fieldOfView_mm.x
+    scan = gathered(silent, lines)
+    torch.testing.assert_close(scan.kspace, expected)
+    assert f"{len(lines)} lines have 24 samples, the matrix of the header 12: 2-fold readout oversampling was assumed" in scan.warnings
+
+
+def test_samples_beyond_the_matrix_are_cut_and_said(full):
+    header, lines, _ = full
+    longer = [line_like(line, np.pad(line.data, ((0, 0), (2, 2)), constant_values=1e6), center_sample=line.center_sample + 2) for line in lines]
+    scan = gathered(header, longer)
+    torch.testing.assert_close(scan.kspace, gathered(header, lines).kspace)
+    assert f"{len(lines)} lines have 28 samples, the matrix of the header 24: the outer ones were cut" in scan.warnings
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_short_calibration_lines_of_an_oversampled_scan_have_less_resolution(full, before):
+    """Half of an oversampled readout is as long as a whole one without oversampling: the image's lines tell which it is."""
+    header, lines, _ = full
+    header = copy.deepcopy(header)
+    header.encoding[0].parallelImaging = ismrmrd.xsd.parallelImagingType(
+        accelerationFactor=ismrmrd.xsd.accelerationFactorType(kspace_encoding_step_1=1, kspace_encoding_step_2=1), calibrationMode=ismrmrd.xsd.calibrationModeType("separate")
+    )
+    flag = 1 << (ismrmrd.ACQ_IS_PARALLEL_CALIBRATION - 1)
+    short = [line_like(line, line.data[:, 6:18], center_sample=line.center_sample - 6, flags=flag) for line in lines]
+    zeroed = [line_like(line, np.pad(line.data[:, 6:18], ((0, 0), (6, 6))), flags=flag) for line in lines]
+    scan = gathered(header, [*short, *lines] if before else [*lines, *short])
+    torch.testing.assert_close(scan.calibration[0], gathered(header, [*zeroed, *lines]).calibration[0])
+    assert scan.warnings == gathered(header, [*zeroed, *lines]).warnings
+
+
 def test_a_strongly_asymmetric_echo_is_not_taken_for_removed_oversampling(full):
     """Half of the oversampled samples are as many as a line without oversampling has."""
     header, lines, _ = full
