@@ -66,6 +66,7 @@ class Gatherer:
         self.notes: list[str] = []
         self.given: set[tuple[int, ...]] = set()
         self.series: dict[int, float] = {}
+        self.phase_reference: dict[int, torch.Tensor] = {}
 
     def take(self, item) -> Iterator[Scan]:
         """Take whatever a scan consists of; yield the volumes of earlier repetitions that are complete."""
@@ -213,7 +214,7 @@ class Gatherer:
         if self.late:
             remarks.append(f"{self.late} lines of volumes that were handed out already were left out")
         scan.warnings += [*self.notes, *remarks, *notes]
-        scan.series = self.series
+        scan.series, scan.phase_reference = self.series, self.phase_reference
         return scan
 
     def _calibration(self, volume: Volume, key: tuple[int, ...]) -> Grid | None:

@@ -34,6 +34,20 @@ def find_acs(mask: Tensor) -> tuple[int, int]:
     return best
 
 
+def in_phase(maps: Tensor, mixing: Tensor, reference: Tensor) -> Tensor:
+    """`maps` [virtual coils z y x], turned in place so that the `reference` [coils], a combination of coils, is real.
+
+    A map's phase is free; with one reference for all volumes of a scan, phases of their images can be compared.
+
+    Args:
+        mixing: [virtual coils coils].
+    """
+    seen = torch.zeros(maps.shape[1:], dtype=maps.dtype, device=maps.device)
+    for weight, field in zip((reference @ torch.linalg.pinv(mixing)).tolist(), maps):  # one by one, to need no array of all coils
+        seen += weight * field
+    return maps.mul_(torch.where(seen == 0, 1, torch.sgn(seen).conj()))
+
+
 def _run(line: Tensor) -> int:
     """How many values are true before the first that is not."""
     return int(line.cumprod(0).sum())

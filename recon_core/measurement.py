@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .coils import MIN_ACS, compression_matrix, cut_acs, estimate_coil_maps, find_acs, low_resolution_maps, widened
+from .coils import MIN_ACS, compression_matrix, cut_acs, estimate_coil_maps, find_acs, in_phase, low_resolution_maps, widened
 from .fft import centre_crop_or_pad, ifft
 from .noise import estimate_sigma, whitening_matrix
 from .scale import intensity_scale
@@ -70,6 +70,7 @@ def measure(
     calibration: tuple[Tensor, Tensor] | None = None,
     coils: int = 12,
     device: str | torch.device = "cpu",
+    phase_reference: Tensor | None = None,
 ) -> Measurement:
     """Whiten, average, compress coils, estimate maps.
 
@@ -81,6 +82,8 @@ def measure(
         calibration: separate calibration (kspace, counts) on the same grid, if there was one.
         coils: at most this many virtual coils.
         device: where to compute.
+        phase_reference: [coils] the combination of coils whose maps are to be real: the first row of another volume's
+            `mixing`, for phases that can be compared with that volume's; otherwise that of this one.
 
     Raises:
         ValueError: if nothing was acquired, the k-space centre is missing, or samples are not finite.
@@ -109,6 +112,8 @@ def measure(
     data = _mix_planes(mixing, kspace, factor, home)
     wide = data if calibration is None else _mix_planes(mixing, reference, reference_factor, home)
     maps, support = _maps(acs.to(device), sigma, acs_size, wide, reference_mask.to(home), home, warnings)
+    if phase_reference is not None and len(mixing) > 1:
+        maps = in_phase(maps, mixing, phase_reference)
     operator = Sense(maps.mul_(support), mask, device)
     samples = int((mask > 0).sum()) * data.shape[0] * data.shape[-1]
     energy = sum(float(torch.view_as_real(plane).double().square().sum()) for plane in data.unbind(1))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import random_complex
 
-from recon_core.coils import MATRICES_AT_ONCE, compression_matrix, cut_acs, dominant_eigenvectors, estimate_coil_maps, find_acs, low_resolution_maps
+from recon_core.coils import MATRICES_AT_ONCE, compression_matrix, cut_acs, dominant_eigenvectors, estimate_coil_maps, find_acs, in_phase, low_resolution_maps
 from recon_core.fft import centre_crop_or_pad, fft
 from recon_core.simulate import coil_sensitivity, phantom
 
@@ -117,6 +117,19 @@ def test_compression_keeps_the_energy_of_low_rank_coils():
     torch.testing.assert_close(matrix @ matrix.mH, torch.eye(3, dtype=torch.complex64), atol=1e-5, rtol=0)
     kept = (matrix @ acs.flatten(1)).norm()
     assert abs(kept / acs.norm() - 1) < 1e-5
+
+
+def test_maps_in_phase_combine_any_virtual_coils_to_the_same_image():
+    images, truth = object_seen((9, 10, 8), 6)
+    combined = []
+    for seed in (1, 2):
+        mixing = torch.linalg.qr(random_complex(6, 6, seed=seed))[0]
+        maps = torch.einsum("vc,czyx->vzyx", mixing, truth) * torch.exp(1j * seed * phantom((9, 10, 8)))
+        maps = in_phase(maps, mixing, torch.tensor([1, 0.5j, 0, 0, 0, 0], dtype=torch.complex64))
+        combined.append(torch.linalg.vecdot(maps, torch.einsum("vc,czyx->vzyx", mixing, images), dim=0))
+    torch.testing.assert_close(combined[0], combined[1], atol=1e-5, rtol=1e-5)
+    seen = truth[0] + 0.5j * truth[1]
+    torch.testing.assert_close(combined[0], images.norm(dim=0) * torch.sgn(seen), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.bart
