@@ -21,8 +21,8 @@ def conjugate_gradient(
         tolerance: a problem is left alone once its residual is below this fraction of its right-hand side,
             because going on at rounding level would undo it.
     """
+    residual = b.clone() if x is None else b - normal(x)
     x = torch.zeros_like(b) if x is None else x.clone()
-    residual = b - normal(x)
     direction = residual.clone()
     energy = _dot(residual, residual)
     enough = tolerance**2 * _dot(b, b)

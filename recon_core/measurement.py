@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -90,7 +91,7 @@ def measure(
     """
     if not bool(counts.any()):
         raise ValueError("no imaging line was acquired: nothing to reconstruct")
-    if not bool(torch.isfinite(kspace.sum(dim=0).abs().sum())):
+    if not all(bool(torch.isfinite(lines.sum(dim=0).abs().sum())) for _, _, lines in _acquired(kspace, counts)):
         raise ValueError("the k-space holds NaN or infinity; the scan cannot be reconstructed")
     most = float(counts.max())
     mask = (counts / most).sqrt()
@@ -98,7 +99,8 @@ def measure(
     reference, reference_mask, reference_factor = kspace, mask, factor
     if calibration is not None:
         reference, lines = calibration
-        reference_mask, reference_factor = (lines > 0).float(), 1 / lines.clamp_min(1)
+        reference_mask = (lines > 0).float()
+        reference_factor = reference_mask / lines.clamp_min(1)
     mixing, sigma, known, warnings = _whitener(kspace, mask, factor, noise)
     acs_size = find_acs(reference_mask)
     acs = torch.zeros((len(kspace), 0, 0, 0), dtype=kspace.dtype)
@@ -109,14 +111,14 @@ def measure(
         compression = compression_matrix(acs, min(coils, len(mixing)))
         mixing, acs = compression @ mixing, _mix(compression, acs)
     home = _home(mixing.shape[0], kspace.shape[1:], torch.device(device), warnings)
-    data = _mix_planes(mixing, kspace, factor, home)
-    wide = data if calibration is None else _mix_planes(mixing, reference, reference_factor, home)
-    maps, support = _maps(acs.to(device), sigma, acs_size, wide, reference_mask.to(home), home, warnings)
+    data = _mix_lines(mixing, kspace, factor, home)
+    wide = lambda: data if calibration is None else _mix_lines(mixing, reference, reference_factor, home)  # noqa: E731
+    maps, support = _maps(acs.to(device), sigma, acs_size, (len(mixing), *kspace.shape[1:]), wide, reference_mask.to(home), home, warnings)
     if phase_reference is not None and len(mixing) > 1:
         maps = in_phase(maps, mixing, phase_reference)
     operator = Sense(maps.mul_(support), mask, device)
     samples = int((mask > 0).sum()) * data.shape[0] * data.shape[-1]
-    energy = sum(float(torch.view_as_real(plane).double().square().sum()) for plane in data.unbind(1))
+    energy = sum(torch.stack([torch.view_as_real(plane).double().square().sum() for plane in data.unbind(1)]).tolist())
     return Measurement(operator, operator.adjoint(data), energy, samples, sigma / most**0.5, voxel_mm, acs_size, mixing, known, warnings)
 
 
@@ -125,13 +127,21 @@ def _mix(matrix: Tensor, data: Tensor) -> Tensor:
     return (matrix @ data.flatten(1)).reshape(len(matrix), *data.shape[1:])
 
 
-def _mix_planes(matrix: Tensor, kspace: Tensor, factor: Tensor, home: torch.device) -> Tensor:
-    """matrix @ (kspace * factor) [virtual coils z y x] at `home`, plane by plane: no second array of all coils."""
-    out = torch.empty((len(matrix), *kspace.shape[1:]), dtype=kspace.dtype, device=home)
-    matrix, factor = matrix.to(home), factor.to(home)
-    for z in range(kspace.shape[1]):
-        out[:, z] = _mix(matrix, kspace[:, z].to(home) * factor[z, :, None])
+def _mix_lines(matrix: Tensor, kspace: Tensor, factor: Tensor, home: torch.device) -> Tensor:
+    """matrix @ (kspace * factor) [virtual coils z y x] at `home`; only lines with a factor are read and moved."""
+    out = torch.zeros((len(matrix), *kspace.shape[1:]), dtype=kspace.dtype, device=home)
+    matrix = matrix.to(home)
+    for z, there, lines in _acquired(kspace, factor):
+        out[:, z, there.to(home)] = _mix(matrix, lines.to(home) * factor[z, there, None].to(home))
     return out
+
+
+def _acquired(kspace: Tensor, counts: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Plane by plane (z, where y, lines [coils lines x]) of what was acquired: no second array of all coils."""
+    for z in range(kspace.shape[1]):
+        there = counts[z].nonzero()[:, 0]
+        if len(there):
+            yield z, there, kspace[:, z, there]
 
 
 def _home(coils: int, shape: tuple[int, int, int], device: torch.device, warnings: list[str]) -> torch.device:
@@ -161,27 +171,30 @@ def _whitener(kspace: Tensor, mask: Tensor, factor: Tensor, noise: Tensor | None
             dead = [str(c) for c in range(len(kspace)) if not bool(matrix[:, c].any())]
             return matrix, 1.0, True, [f"coil {', '.join(dead)} (from 0) has no noise: dead, left out"] if dead else []
     sigma = estimate_sigma(kspace, mask, factor)
-    floor = 1e-4 * float((kspace.abs().square().mean(dim=(0, 3)) * factor.square()).mean().sqrt())
     if not float(sigma.max()) > 0:
+        floor = 1e-4 * float((kspace.abs().square().mean(dim=(0, 3)) * factor.square()).mean().sqrt())
         sigma = sigma + max(floor, torch.finfo(torch.float32).tiny)
     weight = (LOUD * sigma.median() / sigma.clamp_min(torch.finfo(torch.float32).tiny)).clamp_max(1)
     level = float((weight * sigma).square().mean().sqrt())
     return torch.diag(weight).to(kspace.dtype), level, False, [f"{reason}: the noise level was estimated from the scan itself"]
 
 
-def _maps(acs: Tensor, sigma: float, size: tuple[int, int], data: Tensor, mask: Tensor, home: torch.device, warnings: list[str]) -> tuple[Tensor, Tensor]:
-    """Coil maps [coils z y x] and support [z y x], by the best way that the calibration lines allow."""
-    shape = tuple(data.shape[1:])
+def _maps(acs: Tensor, sigma: float, size: tuple[int, int], whole: tuple[int, ...], data: Callable[[], Tensor], mask: Tensor, home: torch.device, warnings: list[str]) -> tuple[Tensor, Tensor]:
+    """Coil maps of size `whole` (coils, z, y, x) and support [z y x], by the best way that the calibration lines allow.
+
+    `data` gives k-space of that size with calibration lines, for where they are too few.
+    """
+    shape = whole[1:]
     everywhere = torch.ones(shape, device=home)
-    if data.shape[0] == 1:
-        return torch.ones_like(data), everywhere
+    if whole[0] == 1:
+        return torch.ones(whole, dtype=acs.dtype, device=home), everywhere
     thin = [n for n, full in zip(size, shape) if n < min(MIN_ACS, full)]
     if thin:
         warnings.append(
             f"calibration lines cover only {size[0]} x {size[1]} (z x y) of the k-space centre, "
             f"{MIN_ACS} x {MIN_ACS} are wanted: coil maps were made from a smoothed image and may be poor"
         )
-        return low_resolution_maps(data, mask), everywhere
+        return low_resolution_maps(data(), mask), everywhere
     maps, _ = estimate_coil_maps(acs, shape, sigma)
     return maps.to(home), _support(acs, shape).to(home)
 
