@@ -6,6 +6,8 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
+from recon_core.memory import ran_out_of_memory
+
 log = logging.getLogger("slicediff")
 LONGEST = 1000  # letters of a sentence
 INTERNAL = "internal error, "
@@ -33,13 +35,6 @@ def log_failure(what: str, error: BaseException, level: int = logging.ERROR) -> 
     """To the log, with the traceback only where the sentence cannot tell all."""
     text = sentence(error)
     log.log(level, "%s: %s", what, text, exc_info=error if text.startswith(INTERNAL) else None)
-
-
-def ran_out_of_memory(error: BaseException) -> bool:
-    """Whether the GPU's or the host's memory was exhausted (torch says so in several ways)."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be imported
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in ("out of memory", "can't allocate memory", "not enough memory"))
 
 
 def free_gpu_memory() -> None:

@@ -12,6 +12,7 @@ import torch
 
 from recon_core.cg_sense import cg_sense
 from recon_core.measurement import Measurement, measure
+from recon_core.memory import ran_out_of_memory
 from recon_core.methods import METHODS
 
 from .failure import free_gpu_memory, noted, raise_if_any, sentence
@@ -66,7 +67,9 @@ def look(scan: Scan, options: Options, report: Report) -> tuple[Measurement, tor
     """The inverse problem and its CG-SENSE image [z y x]; on the CPU, with a note, if the GPU's memory is too small."""
     try:
         return _look(scan, options, device_of(options), report)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
         log.warning("the CPU takes over: %s", sentence(error))
     free_gpu_memory()
     measurement, preview = _look(scan, options, torch.device("cpu"), report)

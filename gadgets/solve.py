@@ -12,6 +12,7 @@ import torch
 
 from recon_core.cg_sense import cg_sense
 from recon_core.measurement import Measurement, measure
+from recon_core.memory import ran_out_of_memory
 from recon_core.methods import METHODS
 from recon_core.prior import Prior, PriorError, load_prior
 from recon_core.state import State
@@ -19,7 +20,7 @@ from recon_core.trust import Trust, judge
 from recon_core.variational import VariationalConfig
 
 from .ahead import Ahead
-from .failure import ReconError, Unfinished, free_gpu_memory, log_failure, ran_out_of_memory, sentence
+from .failure import ReconError, Unfinished, free_gpu_memory, log_failure, sentence
 from .options import Options
 
 Report = Callable[[str, dict], None]
@@ -61,6 +62,7 @@ def solve(measurement: Measurement, preview: torch.Tensor, prior, options: Optio
     except Exception as error:  # the boundary: an image anyway
         log_failure(f"{name} failed, the preview stands", error)
         if ran_out_of_memory(error):
+            error.__traceback__ = None  # whose frames hold the solver's tensors
             free_gpu_memory()
         reason = f"{name} failed and the {PREVIEW} stands: {sentence(error)}"
         return Outcome(preview, PREVIEW, [reason], [reason])

@@ -148,7 +148,8 @@ def _home(coils: int, shape: tuple[int, int, int], device: torch.device, warning
     """Where the arrays of all coils live: on the device if they fit, else on the host, read by it in parts."""
     if device.type != "cuda":
         return device
-    needed, free = WORK_ARRAYS * 8 * (coils + 3) * math.prod(shape), torch.cuda.mem_get_info(device)[0]
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # of earlier volumes, free for this one
+    needed, free = WORK_ARRAYS * 8 * (coils + 3) * math.prod(shape), torch.cuda.mem_get_info(device)[0] + cached
     if needed <= free:
         return device
     warnings.append(f"the GPU has {free / 2**30:.1f} GiB free, {coils} coils need {needed / 2**30:.1f} GiB: coil maps stay in the host's memory")

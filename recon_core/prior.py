@@ -107,7 +107,10 @@ def load_prior(name_or_path: str | Path = "small", device: str | torch.device = 
     except (SafetensorError, RuntimeError) as error:
         raise PriorError(f"{path} does not hold the network its card describes: {error}") from error
     prior.half = half_is_faster(device) if half is None else half
-    return prior.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    prior = prior.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    if prior.half:
+        prior.net.round_weights()
+    return prior
 
 
 def prior_folders() -> list[Path]:

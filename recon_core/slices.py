@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .memory import ran_out_of_memory
+
 Denoiser = Callable[[Tensor, float], Tensor]
 MIN_SIDE = 16  # shorter slices show the network hardly any anatomy
 PIXELS_PER_BATCH = {"cpu": 1 << 16, "cuda": 1 << 22}
@@ -44,8 +46,8 @@ def denoise_slices(volume: Tensor, prior: Denoiser, sigma: float, axis: int, cho
         try:
             planes[part] = denoise_planes(planes[part], prior, sigma)
             done += len(part)
-        except torch.OutOfMemoryError:
-            if len(part) == 1:
+        except RuntimeError as error:
+            if len(part) == 1 or not ran_out_of_memory(error):
                 raise
             batch = len(part) // 2
     return len(chosen)

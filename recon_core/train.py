@@ -147,7 +147,7 @@ def first_prior(options: TrainOptions) -> Prior:
     """
     if options.start_from is None:
         return Prior(options.architecture)
-    prior = load_prior(options.start_from)
+    prior = load_prior(options.start_from, half=False)
     if prior.architecture != options.architecture:
         raise ValueError(f"{options.start_from} is of architecture {prior.architecture!r}, asked for {options.architecture!r}; name one of them")
     return prior.train().requires_grad_(True)

@@ -91,6 +91,12 @@ class UNet(nn.Module):
             h = level(grow(h) + skip, emb)
         return F.pixel_shuffle(self.tail(F.silu(h)), self.unshuffle)[..., :height, :width]
 
+    def round_weights(self) -> None:
+        """Keep the weights in bf16 that autocast rounds to it anyway, and anew for each batch where no gradient is asked for."""
+        for name, layer in self.named_modules():
+            if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) or name.endswith("film"):
+                layer.to(torch.bfloat16)
+
     def _fourier(self, noise_level: Tensor) -> Tensor:
         freqs = torch.exp(torch.linspace(math.log(0.5), math.log(50.0), self.embedding // 2, device=noise_level.device))
         phase = noise_level[:, None].float() * freqs

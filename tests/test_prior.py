@@ -112,6 +112,9 @@ def test_bf16_is_far_below_the_noise(sigma):
     clean = phantom((4, 96, 80))[:, None].repeat(1, 2, 1, 1)
     noisy = clean + sigma * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
     full, half = (load_prior("small", half=h)(noisy, sigma) for h in (False, True))
+    rounding = load_prior("small", half=False)
+    rounding.half = True  # its weights are rounded for each batch
+    assert torch.equal(rounding(noisy, sigma), half)
     assert half.dtype == torch.float32
     assert 0 < float((half - full).square().mean().sqrt()) < 0.03 * sigma
 

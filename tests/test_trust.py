@@ -68,10 +68,11 @@ def test_a_volume_that_fails_does_not_take_the_others(tmp_path, prior):
     assert images == [0, 2]
 
 
-def test_a_gpu_without_memory_for_the_preview_leaves_it_to_the_cpu(scan_path, prior, monkeypatch):
+@pytest.mark.parametrize("shortage", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED")])
+def test_a_gpu_without_memory_for_the_preview_leaves_it_to_the_cpu(scan_path, prior, monkeypatch, shortage):
     def small_gpu(*args):
-        if args[-1].type == "cuda":
-            raise torch.OutOfMemoryError("CUDA out of memory")
+        if any(isinstance(a, torch.device) and a.type == "cuda" for a in args):
+            raise shortage
         return measure(*args)
 
     monkeypatch.setattr(recon, "measure", small_gpu)

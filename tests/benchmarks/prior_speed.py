@@ -50,6 +50,8 @@ def measure(architecture: str, precision: str, mode: str, side: int, slices: int
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prior = Prior(architecture).eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
     prior.half = precision == "bf16"
+    if prior.half:
+        prior.net.round_weights()  # as load_prior does
     run = torch.compile(prior) if mode == "compiled" else prior
     x = torch.randn(slices, 2, side, side, device=device).contiguous(memory_format=torch.channels_last)
     before, seconds = peak_mib(device), []
