@@ -114,7 +114,7 @@ def measure(
     data = _mix_lines(mixing, kspace, factor, home)
     wide = lambda: data if calibration is None else _mix_lines(mixing, reference, reference_factor, home)  # noqa: E731
     maps, support = _maps(acs.to(device), sigma, acs_size, (len(mixing), *kspace.shape[1:]), wide, reference_mask.to(home), home, warnings)
-    if phase_reference is not None and len(mixing) > 1:
+    if phase_reference is not None and len(mixing) > 1 and not torch.equal(phase_reference, mixing[0]):
         maps = in_phase(maps, mixing, phase_reference)
     operator = Sense(maps.mul_(support), mask, device)
     samples = int((mask > 0).sum()) * data.shape[0] * data.shape[-1]
