@@ -148,12 +148,56 @@ class ImageWriter:
         self.path, self.group, self.count = Path(path), group or time.strftime("%Y-%m-%d %H:%M:%S"), 0
         self.images: list[ismrmrd.Image] = []
 
+    def check(self, series: int, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+        """FileError if images [channels z y x] of this type and size cannot join those that the series has already."""
+        where = f"group {self.group!r} of {self.path}"
+        if not self.path.exists():
+            return
+        with h5py.File(self.path, "r") as file:
+            node = _inside(file, f"{self.group}/image_{series}", where)
+            found = None if node is None else _kind(node, where)
+        if found not in (None, (np.dtype(dtype), tuple(shape))):
+            raise FileError(f"{where} holds {_words(*found)} in series {series}, and {_words(np.dtype(dtype), shape)} came: give another --group or another file")
+
     def write(self, image: ismrmrd.Image) -> None:
-        """Append one image; written to disk at once, so that a later failure loses nothing."""
+        """Append one image; written to disk at once, so that a later failure loses nothing.
+
+        Raises:
+            FileError: before anything is written, if the image is not like those of its series in the file.
+        """
+        self.check(image.image_series_index, image.data.dtype, image.data.shape)
         with ismrmrd.Dataset(self.path, self.group) as dataset:
             dataset.append_image(f"image_{image.image_series_index}", image)
         self.images.append(image)
         self.count += 1
+
+
+def _inside(file: h5py.File, name: str, where: str) -> h5py.Group | None:
+    """A group of a file, None if there is none yet; FileError if something else has its name."""
+    for parent in (name.rpartition("/")[0], name):
+        if parent in file and not isinstance(file[parent], h5py.Group):
+            raise FileError(f"{where} cannot take images: {parent!r} is no group there")
+    return file.get(name)
+
+
+def _kind(node: h5py.Group, where: str) -> tuple[np.dtype, tuple[int, ...]] | None:
+    """Pixel type and size [channels z y x] of the images of a series, None if it is empty; FileError if it is damaged."""
+    parts = [node.get(name) for name in ("header", "attributes", "data")]
+    if parts == [None] * 3:
+        return None
+    if None in parts or len({len(part) for part in parts}) > 1 or parts[2].ndim != 5:
+        raise FileError(f"{where} is damaged or not of images, nothing can be appended to it: give another --group or another file")
+    return _pixel_type(parts[2].dtype), parts[2].shape[1:]
+
+
+def _pixel_type(stored: np.dtype) -> np.dtype:
+    """ISMRMRD stores complex numbers as pairs (real, imag)."""
+    return np.dtype(f"c{stored.itemsize}") if stored.names else stored
+
+
+def _words(dtype: np.dtype, shape: tuple[int, ...]) -> str:
+    channels, z, y, x = shape
+    return f"{dtype} images of {x} x {y} x {z}" + f" with {channels} channels" * (channels > 1)
 
 
 def _check_writable(path: Path) -> None:

@@ -16,7 +16,7 @@ from recon_core.fft import resample
 
 from .geometry import Geometry
 from .options import Options
-from .orientation import Frame, orient
+from .orientation import Frame, orient, parse_orientation
 from .volume import Scan
 
 SERIES = {"preview": 1, "final": 2}
@@ -59,6 +59,14 @@ def make_images(volume: torch.Tensor, scan: Scan, options: Options, header, seri
     parts = [(0, pixels)] if options.layout == "volume" else [(z, pixels[z : z + 1]) for z in range(len(pixels))]
     for z, part in parts:
         yield _image(part, scan.head, frame, z, len(pixels) if options.layout == "partitions" else 1, series, number * len(parts) + z + 1, meta)
+
+
+def image_kind(geometry: Geometry, options: Options) -> tuple[np.dtype, tuple[int, int, int, int]]:
+    """Pixel type and size [channels z y x] of the images that `make_images` will make."""
+    x, y, z = geometry.recon_matrix
+    if "transpose" in parse_orientation(options.orientation):
+        x, y = y, x
+    return np.dtype(options.output), (1, z if options.layout == "volume" else 1, y, x)
 
 
 def to_pixels(volume: np.ndarray, output: str, scale: float | None = None) -> tuple[np.ndarray, float, int]:

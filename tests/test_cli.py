@@ -15,7 +15,7 @@ import pytest
 
 from gadgets.cli import main
 from gadgets.demo import EXAMPLE
-from gadgets.files import ScanFile, ScanWriter, read_images
+from gadgets.files import FileError, ImageWriter, ScanFile, ScanWriter, read_images
 from gadgets.header import parse_header
 from recon_core.simulate import phantom
 
@@ -61,6 +61,44 @@ def test_images_of_a_nifti_lie_where_the_nifti_lies(tmp_path, capsys):
     out = nibabel.load(tmp_path / "series2_001.nii.gz")
     np.testing.assert_allclose(out.affine, matrix, atol=1e-4)
     assert np.corrcoef(np.asarray(out.dataobj).ravel(), volume.ravel())[0, 1] > 0.999
+
+
+@pytest.mark.parametrize("other,came", [
+    (("--output", "float32"), "float32 images of 26 x 35 x 24 came"), (("--output", "complex64"), "complex64 images of 26 x 35 x 24 came"),
+    (("--layout", "partitions"), "uint16 images of 26 x 35 x 1 came"), (("--orientation", "transpose"), "uint16 images of 35 x 26 x 24 came"),
+    ((), "uint16 images of 22 x 30 x 20 came"),
+])  # fmt: skip
+def test_a_group_takes_no_images_of_another_kind(tmp_path, capsys, monkeypatch, scan_path, other_scan_path, other, came):
+    """Refused before the reconstruction, and the images that stand there stay as they are."""
+    images = tmp_path / "i.h5"
+    assert run(capsys, "recon", scan_path, images, "--method", "zero-filled", "--group", "g")[0] == 0
+    before = images.read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr("gadgets.recon.reconstruct", lambda *_: pytest.fail("it was reconstructed"))
+        code, _, err = run(capsys, "recon", scan_path if other else other_scan_path, images, "--method", "zero-filled", "--group", "g", *other)
+    assert code == 1 and images.read_bytes() == before
+    assert err == f"slicediff: group 'g' of {images} holds uint16 images of 26 x 35 x 24 in series 2, and {came}: give another --group or another file\n"
+    assert run(capsys, "recon", scan_path, images, "--method", "zero-filled", "--group", "g")[0] == 0
+    first, second = read_images(images, "g")
+    np.testing.assert_array_equal(first.data, second.data)
+
+
+def test_an_image_of_another_kind_harms_none(tmp_path):
+    """Whoever sends the images: one that cannot join its series, or a group that holds something else, is refused before anything is written."""
+    make = lambda dtype, shape=(1, 2, 3, 4): ismrmrd.Image.from_array(np.full(shape, 7, dtype), transpose=False)  # noqa: E731
+    ImageWriter(tmp_path / "i.h5", "g").write(make(np.complex64))
+    ImageWriter(tmp_path / "i.h5", "g").write(make(np.complex64))
+    with h5py.File(tmp_path / "i.h5", "a") as file:
+        file["scan/data"] = 3
+        file["odd/image_0/data"] = 3
+    before = (tmp_path / "i.h5").read_bytes()
+    for group, image, message in (
+        ("g", make(np.complex128), "complex64 images of 4 x 3 x 2 in series 0, and complex128"), ("g", make(np.complex64, (2, 2, 3, 4)), "4 x 3 x 2 with 2 channels came"),
+        ("g", make(np.uint16), "and uint16"), ("scan/data", make(np.uint16), "'scan/data' is no group"), ("odd", make(np.uint16), "damaged or not of images"),
+    ):  # fmt: skip
+        with pytest.raises(FileError, match=message):
+            ImageWriter(tmp_path / "i.h5", group).write(image)
+    assert (tmp_path / "i.h5").read_bytes() == before and len(read_images(tmp_path / "i.h5", "g")) == 2
 
 
 @pytest.mark.parametrize("arguments,message", [

@@ -27,16 +27,21 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Reconstruct; 0 when images were written."""
     from ..files import ImageWriter, ScanFile, write_nifti, write_png
+    from ..geometry import read_geometry
     from ..header import parse_header
+    from ..images import SERIES, image_kind
     from ..recon import reconstruct
     from ..solve import load_prior_for
 
     options = make_options(given_options(arguments))
     display, writer = Display(), ImageWriter(arguments.images, arguments.group)
     with ScanFile(arguments.scan) as scan, display:
+        header = parse_header(scan.header_xml)
+        if len(header.encoding) == 1:  # of several, only the lines tell which one is the image's
+            writer.check(SERIES["final"], *image_kind(read_geometry(header), options))
         prior = load_prior_for(options)
         display.stage("prior", {})
-        for image in reconstruct(parse_header(scan.header_xml), scan.acquisitions(), prior, options, display.stage):
+        for image in reconstruct(header, scan.acquisitions(), prior, options, display.stage):
             writer.write(image)
     if arguments.nifti:
         arguments.nifti.mkdir(parents=True, exist_ok=True)
