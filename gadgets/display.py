@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 
 
 class Display:
@@ -50,4 +51,9 @@ class Display:
         if stage == "sweep":
             self.facts["sweeps"] = facts["sweep"]
             self.count("sweep", facts["sweep"], facts["sweeps"])
-        self.facts.update({k: v for k, v in facts.items() if k not in ("sweep", "sweeps")})
+        self.note(facts.get("warnings", []))
+        self.facts.update({k: v for k, v in facts.items() if k not in ("sweep", "sweeps", "warnings")})
+
+    def note(self, notes: Iterable[str]) -> None:
+        """Keep what the user should know of any volume in `facts`, the same sentence only once."""
+        self.facts["warnings"] = list(dict.fromkeys([*self.facts["warnings"], *notes]))

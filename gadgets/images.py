@@ -21,6 +21,7 @@ from .volume import Scan
 
 SERIES = {"preview": 1, "final": 2}
 FULL_SCALE = 4095
+BETWEEN_NOTES = "; "
 
 
 def to_recon_matrix(volume: torch.Tensor, geometry: Geometry) -> torch.Tensor:
@@ -55,7 +56,7 @@ def make_images(volume: torch.Tensor, scan: Scan, options: Options, header, seri
     if saturated:
         notes = [*notes, f"{saturated} voxels are brighter than {FULL_SCALE} and were cut: the first volume fixed the scale of the series"]
     pixels, frame = orient(pixels, _frame(scan), options.orientation)
-    meta = make_meta(scan, frame, pixels, scale, name, "; ".join([name, *notes]), header)
+    meta = make_meta(scan, frame, pixels, scale, name, BETWEEN_NOTES.join([name, *notes]), header)
     parts = [(0, pixels)] if options.layout == "volume" else [(z, pixels[z : z + 1]) for z in range(len(pixels))]
     for z, part in parts:
         yield _image(part, scan.head, frame, z, len(pixels) if options.layout == "partitions" else 1, series, number * len(parts) + z + 1, meta)
@@ -67,6 +68,11 @@ def image_kind(geometry: Geometry, options: Options) -> tuple[np.dtype, tuple[in
     if "transpose" in parse_orientation(options.orientation):
         x, y = y, x
     return np.dtype(options.output), (1, z if options.layout == "volume" else 1, y, x)
+
+
+def notes_of(image: ismrmrd.Image) -> list[str]:
+    """What the comment of an image tells its user besides its name."""
+    return image.meta["ImageComment"].split(BETWEEN_NOTES)[1:]
 
 
 def to_pixels(volume: np.ndarray, output: str, scale: float | None = None) -> tuple[np.ndarray, float, int]:

@@ -12,11 +12,14 @@ import h5py
 import ismrmrd
 import numpy as np
 import pytest
+from conftest import load_small_scan
 
 from gadgets.cli import main
 from gadgets.demo import EXAMPLE
 from gadgets.files import FileError, ImageWriter, ScanFile, ScanWriter, read_images
+from gadgets.flags import NOISE_BIT
 from gadgets.header import parse_header
+from gadgets.protocol import SimulateOptions
 from recon_core.simulate import phantom
 
 
@@ -42,6 +45,23 @@ def test_simulate_then_recon(tmp_path, capsys):
         assert file["here/image_2/data"].shape == (2, 1, 32, 40, 32)
         assert set(file["here/image_2"]) == {"data", "header", "attributes"}
     assert [i.repetition for i in read_images(images, "here")] == [0, 1, 0, 1]
+
+
+def test_recon_tells_what_the_comments_tell(tmp_path, capsys):
+    """Of every volume, not only of the last, the same only once; the solver's remarks too."""
+    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=2, pattern="full", noise_lines=16, repetitions=3))
+    with ScanWriter(tmp_path / "twice.h5", header.toXML()) as file:
+        for number, line in enumerate(lines):
+            file.append(line)
+            if line.idx.repetition < 2 and number % 10 == 0 and not line.flags & NOISE_BIT:
+                file.append(line)
+    code, out, err = run(capsys, "recon", tmp_path / "twice.h5", tmp_path / "i.h5", "--device", "cpu", "--sweeps", 1000, "--deadline-s", 0.7, "--json")
+    comments = [image.meta["ImageComment"] for image in read_images(tmp_path / "i.h5")]
+    told = [line.removeprefix("slicediff: note: ") for line in err.splitlines()]
+    assert code == 0 and len(comments) == 6 and len(told) == len(set(told)) and json.loads(out.splitlines()[-1])["warnings"] == told
+    assert {note for comment in comments for note in comment.split("; ")[1:]} == set(told)
+    assert sum("lines came more than once" in note for note in told) == 1 and "came more than once" not in comments[5]
+    assert any("stopped at the deadline of 0.7 s after" in note for note in told)
 
 
 def test_images_of_a_nifti_lie_where_the_nifti_lies(tmp_path, capsys):

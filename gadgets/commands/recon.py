@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..files import ImageWriter, ScanFile, write_nifti, write_png
     from ..geometry import read_geometry
     from ..header import parse_header
-    from ..images import SERIES, image_kind
+    from ..images import SERIES, image_kind, notes_of
     from ..recon import reconstruct
     from ..solve import load_prior_for
 
@@ -43,13 +43,14 @@ def run(arguments: argparse.Namespace) -> int:
         display.stage("prior", {})
         for image in reconstruct(header, scan.acquisitions(), prior, options, display.stage):
             writer.write(image)
+            display.note(notes_of(image))
     if arguments.nifti:
         arguments.nifti.mkdir(parents=True, exist_ok=True)
         for image in writer.images:
             write_nifti(image, arguments.nifti / f"series{image.image_series_index}_{image.image_index:03d}.nii.gz")
     if arguments.png:
         write_png(writer.images[-1], arguments.png)
-    for warning in display.facts.get("warnings", []):
+    for warning in display.facts["warnings"]:
         print(f"slicediff: note: {warning}", file=sys.stderr)
     print(f"{writer.count} images written to {arguments.images}")
     if arguments.json:
