@@ -11,6 +11,8 @@ from recon_core.memory import ran_out_of_memory
 log = logging.getLogger("slicediff")
 LONGEST = 1000  # letters of a sentence
 INTERNAL = "internal error, "
+MOST_NAMES = 3  # of volumes in a sentence
+Failures = dict[str, list[str]]  # what was wrong: with which volumes
 
 
 class ReconError(ValueError):
@@ -49,18 +51,24 @@ def free_gpu_memory() -> None:
 
 
 @contextlib.contextmanager
-def noted(failures: list[str]) -> Iterator[None]:
-    """Keep what fails inside as a sentence in `failures`: the scan's other volumes need not suffer."""
+def noted(failures: Failures, volume: str) -> Iterator[None]:
+    """Keep what fails inside, and of which volume, in `failures`: the scan's other volumes need not suffer."""
     try:
         yield
     except Exception as error:  # the boundary of one volume; told once the others are sent
-        log_failure("a volume failed", error)
-        failures.append(sentence(error))
+        log_failure(f"{volume} failed", error)
+        failures.setdefault(sentence(error), []).append(volume)
         if ran_out_of_memory(error):
             free_gpu_memory()
 
 
-def raise_if_any(failures: list[str]) -> None:
-    """One ReconError for all that was noted."""
+def raise_if_any(failures: Failures, volumes: int) -> None:
+    """One ReconError for all that was noted; it names the volumes unless the scan had only one."""
     if failures:
-        raise ReconError("; ".join(dict.fromkeys(failures)))
+        raise ReconError("; ".join(f"{_some(names)}: {text}" if volumes > 1 else text for text, names in failures.items()))
+
+
+def _some(names: list[str]) -> str:
+    """Names as a list that stays short."""
+    more = len(names) - MOST_NAMES
+    return ", ".join(names[:MOST_NAMES]) + f" and {more} more" * (more > 0)

@@ -37,6 +37,12 @@ def volume_key(idx) -> tuple[int, int, int, int, int]:
     return (idx.slice, idx.contrast, idx.repetition, idx.set, idx.phase)
 
 
+def volume_name(number: int, idx) -> str:
+    """Volume `number` (from 0) of a scan for the user, such as "volume 2 (repetition 1)"; counters at 0 go without saying."""
+    counters = [f"{name} {value}" for name in KEY if (value := getattr(idx, name))]
+    return f"volume {number + 1}" + f" ({', '.join(counters)})" * bool(counters)
+
+
 def is_calibration_only(flags: int) -> bool:
     """Whether a line is flagged for parallel calibration and not for the image too."""
     return bool(flags & CALIBRATION_BIT) and not flags & BOTH_BIT

@@ -15,7 +15,8 @@ from recon_core.measurement import Measurement, measure
 from recon_core.memory import ran_out_of_memory
 from recon_core.methods import METHODS
 
-from .failure import free_gpu_memory, noted, raise_if_any, sentence
+from .failure import Failures, free_gpu_memory, noted, raise_if_any, sentence
+from .flags import volume_name
 from .gather import Scan, gather
 from .images import SERIES, make_images
 from .options import Options
@@ -48,10 +49,12 @@ def reconstruct(header, items: Iterable, prior, options: Options, report: Report
     Raises:
         ValueError: a scan or an image that cannot be, after all that could be was yielded; the message is for the user.
     """
-    failures: list[str] = []
+    failures: Failures = {}
+    number = 0
     for number, scan in enumerate(ahead(gather(header, items))):
         report("gathered", {"shape": list(scan.kspace.shape), "warnings": scan.warnings})
-        with noted(failures), turn() as hurry:
+        volume = volume_name(number, scan.head.idx)
+        with noted(failures, volume), turn() as hurry:
             measurement, preview = look(scan, options, report)
             notes = scan.warnings + measurement.warnings
             if METHODS[options.method].iterative and options.preview:
@@ -59,8 +62,9 @@ def reconstruct(header, items: Iterable, prior, options: Options, report: Report
             outcome = solve(measurement, preview, prior, options, report, hurry)
             if not (outcome.failure and options.preview):
                 yield from make_images(outcome.volume, scan, options, header, SERIES["final"], number, outcome.name, notes + outcome.remarks)
-            failures += outcome.failure
-    raise_if_any(failures)
+            for text in outcome.failure:
+                failures.setdefault(text, []).append(volume)
+    raise_if_any(failures, number + 1)
 
 
 def look(scan: Scan, options: Options, report: Report) -> tuple[Measurement, torch.Tensor]:

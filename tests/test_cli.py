@@ -64,6 +64,24 @@ def test_recon_tells_what_the_comments_tell(tmp_path, capsys):
     assert any("stopped at the deadline of 0.7 s after" in note for note in told)
 
 
+def test_recon_writes_what_there_is_and_names_what_failed(tmp_path, capsys):
+    """One repetition of three cannot be: the others are in all files, with exit code 1."""
+    import nibabel
+
+    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=2, pattern="full", noise_lines=16, repetitions=3))
+    next(line for line in lines if line.idx.repetition == 1).data[:] = np.nan
+    with ScanWriter(tmp_path / "nan.h5", header.toXML()) as file:
+        for line in lines:
+            file.append(line)
+    arguments = ("recon", tmp_path / "nan.h5", tmp_path / "i.h5", "--method", "cg", "--output", "float32", "--nifti", tmp_path / "nii", "--png", tmp_path / "x.png", "--json")
+    code, out, err = run(capsys, *arguments)
+    first, last = read_images(tmp_path / "i.h5")
+    assert code == 1 and (first.repetition, last.repetition) == (0, 2) and json.loads(out.splitlines()[-1])["images"] == 2
+    assert err == "slicediff: volume 2 (repetition 1): the k-space holds NaN or infinity; the scan cannot be reconstructed (2 images were written)\n"
+    assert sorted(path.name for path in (tmp_path / "nii").iterdir()) == ["series2_001.nii.gz", "series2_003.nii.gz"] and (tmp_path / "x.png").stat().st_size > 1000
+    np.testing.assert_array_equal(np.asarray(nibabel.load(tmp_path / "nii" / "series2_003.nii.gz").dataobj).T, last.data[0])
+
+
 def test_images_of_a_nifti_lie_where_the_nifti_lies(tmp_path, capsys):
     import nibabel
 

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import run_chain, small_object
+from conftest import load_small_scan, run_chain, small_object
 
 from gadgets import recon, solve
 from gadgets.ahead import Ahead, left_behind
@@ -14,6 +14,7 @@ from gadgets.failure import ReconError
 from gadgets.files import ScanFile
 from gadgets.header import parse_header
 from gadgets.options import make_options
+from gadgets.protocol import SimulateOptions
 from recon_core.measurement import measure
 from recon_core.trust import BARS, Trust, judge
 
@@ -66,6 +67,17 @@ def test_a_volume_that_fails_does_not_take_the_others(tmp_path, prior):
         for image in recon.reconstruct(header, lines, None, make_options({"method": "cg", "device": "cpu"})):
             images.append(image.repetition)
     assert images == [0, 2]
+
+
+def test_a_sentence_names_the_volumes_that_failed_and_stays_short(tmp_path):
+    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=1, pattern="full", noise_lines=0, repetitions=3, contrasts=2), (4, 6, 8))
+    for line in lines:
+        if line.idx.contrast or line.idx.repetition:
+            line.data[:] = np.nan
+    images = recon.reconstruct(header, lines, None, make_options({"method": "cg", "device": "cpu"}))
+    assert next(images).repetition == 0
+    with pytest.raises(ReconError, match=r"^volume 2 \(contrast 1\), volume 3 \(repetition 1\), volume 4 \(contrast 1, repetition 1\) and 2 more: the k-space holds NaN"):
+        next(images)
 
 
 @pytest.mark.parametrize("shortage", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED")])

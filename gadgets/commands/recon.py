@@ -6,10 +6,16 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..display import Display
-from ..options import make_options
+from ..options import Options, make_options
 from .arguments import add_options, given_options
+
+if TYPE_CHECKING:
+    import ismrmrd
+
+    from ..files import ImageWriter
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -25,16 +31,34 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Reconstruct; 0 when images were written."""
-    from ..files import ImageWriter, ScanFile, write_nifti, write_png
+    """Reconstruct; 0 when all images were written. If some could not be made, the others are written all the same."""
+    from ..failure import ReconError, sentence
+    from ..files import ImageWriter
+
+    options = make_options(given_options(arguments))
+    display, writer = Display(), ImageWriter(arguments.images, arguments.group)
+    try:
+        _reconstruct(arguments, options, display, writer)
+    except Exception as error:  # told by the command line, which does not know what was written before
+        if not writer.images or isinstance(error, OSError):
+            raise
+        raise ReconError(f"{sentence(error)} ({writer.count} images were written)") from error
+    finally:
+        if writer.images:
+            _tell(arguments, display, writer.count)
+            _write_copies(arguments, writer.images)
+    return 0
+
+
+def _reconstruct(arguments: argparse.Namespace, options: Options, display: Display, writer: ImageWriter) -> None:
+    """Images from the scan to the writer, one by one."""
+    from ..files import ScanFile
     from ..geometry import read_geometry
     from ..header import parse_header
     from ..images import SERIES, image_kind, notes_of
     from ..recon import reconstruct
     from ..solve import load_prior_for
 
-    options = make_options(given_options(arguments))
-    display, writer = Display(), ImageWriter(arguments.images, arguments.group)
     with ScanFile(arguments.scan) as scan, display:
         header = parse_header(scan.header_xml)
         if len(header.encoding) == 1:  # of several, only the lines tell which one is the image's
@@ -44,18 +68,27 @@ def run(arguments: argparse.Namespace) -> int:
         for image in reconstruct(header, scan.acquisitions(), prior, options, display.stage):
             writer.write(image)
             display.note(notes_of(image))
+
+
+def _write_copies(arguments: argparse.Namespace, images: list[ismrmrd.Image]) -> None:
+    """NIfTI and PNG, where they were asked for."""
+    from ..files import write_nifti, write_png
+
     if arguments.nifti:
         arguments.nifti.mkdir(parents=True, exist_ok=True)
-        for image in writer.images:
+        for image in images:
             write_nifti(image, arguments.nifti / f"series{image.image_series_index}_{image.image_index:03d}.nii.gz")
     if arguments.png:
-        write_png(writer.images[-1], arguments.png)
+        write_png(images[-1], arguments.png)
+
+
+def _tell(arguments: argparse.Namespace, display: Display, count: int) -> None:
+    """Notes on stderr, what was done on stdout."""
     for warning in display.facts["warnings"]:
         print(f"slicediff: note: {warning}", file=sys.stderr)
-    print(f"{writer.count} images written to {arguments.images}")
+    print(f"{count} images written to {arguments.images}")
     if arguments.json:
-        print(json.dumps({**display.facts, "images": writer.count, "seconds": display.seconds, "peak_memory_mib": peak_memory_mib()}))
-    return 0
+        print(json.dumps({**display.facts, "images": count, "seconds": display.seconds, "peak_memory_mib": peak_memory_mib()}))
 
 
 def peak_memory_mib() -> float:
