@@ -200,11 +200,42 @@ def _words(dtype: np.dtype, shape: tuple[int, ...]) -> str:
     return f"{dtype} images of {x} x {y} x {z}" + f" with {channels} channels" * (channels > 1)
 
 
+def check_apart(scan: Path, images: Path) -> None:
+    """FileError if the images would go into the scan's own file, which is open for reading meanwhile."""
+    if scan.exists() and images.exists() and scan.samefile(images):
+        raise FileError(f"{images} is the scan itself: its images need a file of their own")
+
+
+def check_folder(path: Path) -> None:
+    """FileError if `path` is no folder to write to and cannot be made one."""
+    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise FileError(f"{path} cannot be a folder: {there} is a file")
+    if not os.access(there, os.W_OK):
+        raise FileError(f"nothing can be written into {path}: permission denied")
+
+
+def check_picture(path: Path) -> None:
+    """FileError if `path` is no place for a picture, or has the ending of none."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    known = FigureCanvasAgg.get_supported_filetypes()
+    if path.suffix and path.suffix[1:].lower() not in known:
+        raise FileError(f"{path} cannot be drawn: pictures end in .png (or one of {', '.join(sorted(known))})")
+    if path.is_dir():
+        raise FileError(f"{path} cannot be written: it is a folder")
+    _check_place(path)
+
+
 def _check_writable(path: Path) -> None:
-    if not path.parent.is_dir():
-        raise FileError(f"{path} cannot be written: there is no folder {path.parent}")
+    _check_place(path)
     if path.exists() and not h5py.is_hdf5(path):
         raise FileError(f"{path} exists and is not an HDF5 file: nothing can be appended to it")
+
+
+def _check_place(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise FileError(f"{path} cannot be written: there is no folder {path.parent}")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise FileError(f"{path} cannot be written: permission denied")
 

@@ -164,6 +164,25 @@ def test_failures_are_one_sentence_and_not_zero(tmp_path, capsys, scan_path, arg
     assert message in err and err.strip().count("\n") == 0
 
 
+@pytest.mark.parametrize("arguments,message", [
+    (("recon", "{scan}", "{scan}"), "{scan} is the scan itself: its images need a file of their own"),
+    (("recon", "{scan}", "{link}"), "{link} is the scan itself: its images need a file of their own"),
+    (("send", "{scan}", "{scan}", "--port", "1"), "{scan} is the scan itself: its images need a file of their own"),
+    (("recon", "{scan}", "{tmp}/i.h5", "--png", "{tmp}/gone/x.png"), "{tmp}/gone/x.png cannot be written: there is no folder {tmp}/gone"),
+    (("recon", "{scan}", "{tmp}/i.h5", "--png", "{tmp}"), "{tmp} cannot be written: it is a folder"),
+    (("recon", "{scan}", "{tmp}/i.h5", "--png", "{tmp}/x.xyz"), "{tmp}/x.xyz cannot be drawn: pictures end in .png (or one of "),
+    (("recon", "{scan}", "{tmp}/i.h5", "--nifti", "{link}"), "{link} cannot be a folder: {link} is a file"),
+    (("recon", "{scan}", "{tmp}/i.h5", "--nifti", "{link}/below/it"), "{link}/below/it cannot be a folder: {link} is a file"),
+])  # fmt: skip
+def test_places_that_nothing_can_be_written_to_are_told_at_once(tmp_path, capsys, monkeypatch, scan_path, arguments, message):
+    monkeypatch.setattr("gadgets.recon.reconstruct", lambda *_: pytest.fail("it was reconstructed"))
+    (tmp_path / "link.h5").symlink_to(scan_path)
+    places = {"scan": scan_path, "tmp": tmp_path, "link": tmp_path / "link.h5"}
+    code, _, err = run(capsys, *(a.format(**places) for a in arguments))
+    assert code == 1 and err.startswith(f"slicediff: {message.format(**places)}") and err.count("\n") == 1
+    assert not (tmp_path / "i.h5").exists() and scan_path.stat().st_size > 1000
+
+
 @pytest.mark.parametrize("arguments", [
     ("serve", "--port", "70000"), ("send", "s.h5", "i.h5", "--port", "-1"), ("simulate", "phantom", "s.h5", "--partial-fourier", "most"),
     ("simulate", "phantom"), ("simulate", "phantom", "s.h5", "--coils", "many"), ("nonesuch",), (),

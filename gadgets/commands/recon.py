@@ -36,6 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..files import ImageWriter
 
     options = make_options(given_options(arguments))
+    _check_places(arguments)
     display, writer = Display(), ImageWriter(arguments.images, arguments.group)
     try:
         _reconstruct(arguments, options, display, writer)
@@ -48,6 +49,17 @@ def run(arguments: argparse.Namespace) -> int:
             _tell(arguments, display, writer.count)
             _write_copies(arguments, writer.images)
     return 0
+
+
+def _check_places(arguments: argparse.Namespace) -> None:
+    """FileError for a place that nothing could be written to, said now and not after the reconstruction."""
+    from ..files import check_apart, check_folder, check_picture
+
+    check_apart(arguments.scan, arguments.images)
+    if arguments.nifti:
+        check_folder(arguments.nifti)
+    if arguments.png:
+        check_picture(arguments.png)
 
 
 def _reconstruct(arguments: argparse.Namespace, options: Options, display: Display, writer: ImageWriter) -> None:

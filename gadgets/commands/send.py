@@ -25,8 +25,9 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Send the scan; 0 when all images that it promises came."""
     from ..client import send_scan
-    from ..files import ImageWriter, ScanFile
+    from ..files import ImageWriter, ScanFile, check_apart
 
+    check_apart(arguments.scan, arguments.images)
     display, writer = Display(), ImageWriter(arguments.images, arguments.group)
     with ScanFile(arguments.scan) as scan, display:
         total = len(scan)
