@@ -22,6 +22,7 @@ from .volume import Scan
 SERIES = {"preview": 1, "final": 2}
 FULL_SCALE = 4095
 BETWEEN_NOTES = "; "
+RIGHT_ANGLE = 1e-2  # by how much products of the directions may miss those of unit vectors at right angles
 
 
 def to_recon_matrix(volume: torch.Tensor, geometry: Geometry) -> torch.Tensor:
@@ -55,7 +56,9 @@ def make_images(volume: torch.Tensor, scan: Scan, options: Options, header, seri
         scan.series.setdefault(series, scale)
     if saturated:
         notes = [*notes, f"{saturated} voxels are brighter than {FULL_SCALE} and were cut: the first volume fixed the scale of the series"]
-    pixels, frame = orient(pixels, _frame(scan), options.orientation)
+    frame, assumed = frame_of(scan)
+    pixels, frame = orient(pixels, frame, options.orientation)
+    notes = [*notes, *assumed]
     meta = make_meta(scan, frame, pixels, scale, name, BETWEEN_NOTES.join([name, *notes]), header)
     parts = [(0, pixels)] if options.layout == "volume" else [(z, pixels[z : z + 1]) for z in range(len(pixels))]
     for z, part in parts:
@@ -135,9 +138,15 @@ def _about_the_scan(scan: Scan, header) -> dict:
     return out
 
 
-def _frame(scan: Scan) -> Frame:
-    head = scan.head
-    return Frame(np.array([head.read_dir, head.phase_dir, head.slice_dir], float), scan.geometry.recon_fov_mm, np.array(head.position, float))
+def frame_of(scan: Scan) -> tuple[Frame, list[str]]:
+    """Where the lines say that the volume lies, and what was assumed where their directions are not three at right angles."""
+    head, notes = scan.head, []
+    directions = np.array([head.read_dir, head.phase_dir, head.slice_dir], float)
+    if not np.allclose(directions @ directions.T, np.eye(3), rtol=0, atol=RIGHT_ANGLE):
+        what = "contradicting" if directions.any() else "no"
+        notes.append(f"the lines have {what} directions: read, phase and slice along the patient's left, posterior and superior assumed")
+        directions = np.eye(3)
+    return Frame(directions, scan.geometry.recon_fov_mm, np.array(head.position, float)), notes
 
 
 def _image(pixels: np.ndarray, head, frame: Frame, z: int, partitions: int, series: int, index: int, meta: dict) -> ismrmrd.Image:

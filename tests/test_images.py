@@ -1,12 +1,13 @@
 """Images as a console wants them: geometry, scaling, attributes."""
 
 import ismrmrd
+import nibabel
 import numpy as np
 import pytest
 import torch
 from conftest import line_like, load_small_scan, run_chain
 
-from gadgets.files import affine
+from gadgets.files import affine, write_nifti, write_png
 from gadgets.geometry import Geometry
 from gadgets.images import make_images, to_pixels, to_recon_matrix
 from gadgets.options import make_options
@@ -180,6 +181,41 @@ def test_partitions_of_slabs_have_slice_numbers_of_their_own():
     scan.head.idx.slice = 2
     images = list(make_images(point((8, 10, 12), (1, 1, 1)), scan, make_options({"layout": "partitions"}), HEADER, 1, 2, "name", []))
     assert [i.slice for i in images] == list(range(16, 24)) and [i.image_index for i in images] == list(range(17, 25))
+
+
+def turned_by(degrees: float) -> list:
+    """DIRECTIONS with the phase direction turned towards the read direction."""
+    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    return [DIRECTIONS[0], s * DIRECTIONS[0] + c * DIRECTIONS[1], DIRECTIONS[2]]
+
+
+@pytest.mark.parametrize("directions,word", [
+    (np.zeros((3, 3)), "no"), ([DIRECTIONS[0], DIRECTIONS[0], DIRECTIONS[2]], "contradicting"), (turned_by(2), "contradicting"),
+    (1.1 * DIRECTIONS, "contradicting"), (np.full((3, 3), np.nan), "contradicting"), (DIRECTIONS, None), (turned_by(0.2), None),
+])  # fmt: skip
+def test_lines_without_directions_lie_along_the_patient(tmp_path, directions, word):
+    """Read, phase and slice then are x, y and z (LPS), as the comment says, and NIfTI and PNG can be written."""
+    scan = a_scan()
+    scan.head.read_dir, scan.head.phase_dir, scan.head.slice_dir = (tuple(d) for d in directions)
+    (image,) = make_images(point((8, 10, 12), (1, 1, 1)), scan, make_options(), HEADER, 1, 0, "name", ["note"])
+    head = image.getHead()
+    expected = np.eye(3) if word else np.array(directions)
+    np.testing.assert_allclose([head.read_dir, head.phase_dir, head.slice_dir], expected, atol=1e-6)
+    np.testing.assert_allclose([[float(v) for v in image.meta[name]] for name in ("read_dir", "phase_dir", "slice_dir")], expected, atol=1e-6)
+    said = f"name; note; the lines have {word} directions: read, phase and slice along the patient's left, posterior and superior assumed"
+    assert image.meta["ImageComment"] == (said if word else "name; note")
+    write_nifti(image, tmp_path / "x.nii.gz")
+    write_png(image, tmp_path / "x.png")
+    if word:  # pixel n//2 lies at the position (5, -7, 11) mm LPS, and RAS is its mirror image along x and y
+        np.testing.assert_allclose(nibabel.load(tmp_path / "x.nii.gz").affine, [[-2, 0, 0, -5 + 12], [0, -3, 0, 7 + 15], [0, 0, 2, 11 - 8], [0, 0, 0, 1]])
+
+
+def test_preview_and_final_image_say_that_directions_are_missing(full):
+    header, lines, _ = full
+    lines = [line_like(line, read_dir=(0, 0, 0), phase_dir=(0, 0, 0), slice_dir=(0, 0, 0)) for line in lines]
+    images = list(reconstruct(header, lines, None, make_options({"method": "tv", "device": "cpu", "layout": "partitions"})))
+    assert {i.image_series_index for i in images} == {1, 2} and all("the lines have no directions" in i.meta["ImageComment"] for i in images)
+    assert {tuple(i.getHead().slice_dir) for i in images} == {(0.0, 0.0, 1.0)}
 
 
 @pytest.mark.parametrize("orientation", ["acquired", "transpose", "flip_x", "flip_y+flip_z", "flip_z + transpose + flip_x"])
