@@ -82,19 +82,17 @@ def to_pixels(volume: np.ndarray, output: str, scale: float | None = None) -> tu
     """Pixels of the wanted type, the factor they were multiplied by, and how many voxels had to be cut.
 
     uint16 (12 bit): the factor given, else the one that puts the 99.9th percentile at 2/3, so that half as much
-    again finds room in later volumes.
+    again finds room, in this volume and in later ones.
     """
     if output == "complex64":
         return np.ascontiguousarray(volume, np.complex64), 1.0, 0
     magnitude = np.abs(volume).astype(np.float32)
     if output == "float32":
         return np.ascontiguousarray(magnitude), 1.0, 0
-    first = scale is None
-    if first:
+    if scale is None:
         scale = FULL_SCALE * 2 / 3 / (float(np.percentile(magnitude, 99.9)) or 1.0)
     scaled = np.rint(magnitude * scale)
-    cut = 0 if first else int((scaled > FULL_SCALE).sum())
-    return np.clip(scaled, 0, FULL_SCALE).astype(np.uint16), scale, cut
+    return np.clip(scaled, 0, FULL_SCALE).astype(np.uint16), scale, int((scaled > FULL_SCALE).sum())
 
 
 def make_meta(scan: Scan, frame: Frame, pixels: np.ndarray, scale: float, name: str, comment: str, header) -> dict:

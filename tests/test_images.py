@@ -136,6 +136,15 @@ def test_a_series_has_one_scale_and_says_what_was_cut():
     assert "cut" not in first.meta["ImageComments"] + second.meta["ImageComments"]
 
 
+def test_what_is_cut_in_the_first_volume_is_counted_too():
+    """The 99.9th percentile of 4000 voxels is 1, those of the background; three of the four above are more than 1.5 times it."""
+    volume = torch.ones(10, 20, 20, dtype=torch.complex64)
+    volume[5, 5, 5:9] = torch.tensor([1.2, 5.0, 6.0, 7.0])
+    (image,) = make_images(volume, a_scan((20, 20, 10)), make_options(), HEADER, 1, 0, "name", [])
+    assert image.meta["ImageComment"].startswith("name; 3 voxels are brighter than 4095 and were cut") and int((image.data == 4095).sum()) == 3
+    np.testing.assert_allclose(image.data[0, 5, 5, :6] * float(image.meta["RescaleSlope"]), [1, 1, 1, 1, 1, 1.2], rtol=1e-3)  # the way back
+
+
 def test_an_empty_first_volume_fixes_no_scale():
     scan, volume = a_scan(), point((8, 10, 12), (1, 1, 1)) + 1e-3
     first, second = (next(make_images(v, scan, make_options(), HEADER, 1, n, "name", [])) for n, v in enumerate((0 * volume, volume)))
@@ -197,7 +206,7 @@ def test_lines_without_directions_lie_along_the_patient(tmp_path, directions, wo
     """Read, phase and slice then are x, y and z (LPS), as the comment says, and NIfTI and PNG can be written."""
     scan = a_scan()
     scan.head.read_dir, scan.head.phase_dir, scan.head.slice_dir = (tuple(d) for d in directions)
-    (image,) = make_images(point((8, 10, 12), (1, 1, 1)), scan, make_options(), HEADER, 1, 0, "name", ["note"])
+    (image,) = make_images(point((8, 10, 12), (1, 1, 1)), scan, make_options({"output": "float32"}), HEADER, 1, 0, "name", ["note"])
     head = image.getHead()
     expected = np.eye(3) if word else np.array(directions)
     np.testing.assert_allclose([head.read_dir, head.phase_dir, head.slice_dir], expected, atol=1e-6)
