@@ -65,7 +65,7 @@ class Gatherer:
         self.seen: dict[str, set[int]] = {name: set() for name in self.promised}
         self.notes: list[str] = []
         self.given: set[tuple[int, ...]] = set()
-        self.series: dict[int, float] = {}
+        self.series: dict[tuple[int, ...], float] = {}
         self.phase_reference: dict[int, torch.Tensor] = {}
 
     def take(self, item) -> Iterator[Scan]:

@@ -35,8 +35,9 @@ def to_recon_matrix(volume: torch.Tensor, geometry: Geometry) -> torch.Tensor:
 def make_images(volume: torch.Tensor, scan: Scan, options: Options, header, series: int, number: int, name: str, notes: list[str]) -> Iterator[ismrmrd.Image]:
     """Images of one reconstructed volume [z y x]: one 3D image, or one per partition.
 
-    All images of a series have one scale: its first volume fixes it, because the later ones are not known
-    when the first is sent, and a scale of its own for each would hide changes over time or contrast.
+    Images of a series with the same contrast and set have one scale: the first of their volumes fixes it, because
+    the later ones are not known when it is sent, and a scale of its own for each would hide changes over time.
+    Another contrast or set has a scale of its own: a dark first one (MP2RAGE) would leave no room for it.
 
     Args:
         header: the scan's ISMRMRD header, for the protocol name and timing.
@@ -51,11 +52,12 @@ def make_images(volume: torch.Tensor, scan: Scan, options: Options, header, seri
     volume = to_recon_matrix(volume, scan.geometry).cpu()
     if not bool(torch.isfinite(torch.view_as_real(volume)).all()):
         raise ValueError(f"the {name} image holds NaN or infinity and was not sent")
-    pixels, scale, saturated = to_pixels(volume.numpy(), options.output, scan.series.get(series))
+    alike = (series, scan.head.idx.contrast, scan.head.idx.set)
+    pixels, scale, saturated = to_pixels(volume.numpy(), options.output, scan.series.get(alike))
     if pixels.any():
-        scan.series.setdefault(series, scale)
+        scan.series.setdefault(alike, scale)
     if saturated:
-        notes = [*notes, f"{saturated} voxels are brighter than {FULL_SCALE} and were cut: the first volume fixed the scale of the series"]
+        notes = [*notes, f"{saturated} voxels are brighter than {FULL_SCALE} and were cut: the first volume fixed the scale of its contrast"]
     frame, assumed = frame_of(scan)
     pixels, frame = orient(pixels, frame, options.orientation)
     notes = [*notes, *assumed]

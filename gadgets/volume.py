@@ -20,8 +20,9 @@ MAX_VOLUME_BYTES = 64 << 30
 class Scan:
     """One volume: sums of lines [coils z y x] (x in image space), line counts [z y], and its headers.
 
-    `head` is the header of the acquired line nearest the k-space centre; `series` and `phase_reference` (by number of
-    coils) are shared by all volumes of a scan, for what must be the same in all of their images.
+    `head` is the header of the acquired line nearest the k-space centre; `series` (scales, by series, contrast
+    and set) and `phase_reference` (by number of coils) are shared by all volumes of a scan, for what must be the same
+    in all of their images.
     """
 
     geometry: Geometry
@@ -31,7 +32,7 @@ class Scan:
     noise: torch.Tensor | None = None
     calibration: tuple[torch.Tensor, torch.Tensor] | None = None
     warnings: list[str] = field(default_factory=list)
-    series: dict[int, float] = field(default_factory=dict)
+    series: dict[tuple[int, ...], float] = field(default_factory=dict)
     phase_reference: dict[int, torch.Tensor] = field(default_factory=dict)
 
 

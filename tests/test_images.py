@@ -8,6 +8,7 @@ import torch
 from conftest import line_like, load_small_scan, run_chain
 
 from gadgets.files import affine, write_nifti, write_png
+from gadgets.flags import NOISE_BIT
 from gadgets.geometry import Geometry
 from gadgets.images import make_images, to_pixels, to_recon_matrix
 from gadgets.options import make_options
@@ -161,6 +162,21 @@ def test_repetitions_share_the_scale_through_the_chain(tmp_path):
         assert first.meta["RescaleSlope"] == second.meta["RescaleSlope"]
         bright = first.data > 1500
         assert np.median(second.data[bright] / first.data[bright]) == pytest.approx(1.2, abs=0.02)
+
+
+@pytest.mark.parametrize("counter", ["contrast", "set"])
+def test_a_dark_contrast_or_set_does_not_cut_the_others(tmp_path, counter):
+    """As of MP2RAGE: the first a seventh as bright. Each keeps its range over the repetitions, and its Meta leads back to the ratio."""
+    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=2, pattern="full", snr=100, noise_lines=16, contrasts=2, repetitions=2))
+    lines = [line for line in lines if not line.flags & NOISE_BIT and not line.idx.contrast]
+    lines = [line_like(line, (0.15, 1)[n] * line.data, **{"contrast": 0, counter: n}) for line in lines for n in (0, 1)]
+    images = list(reconstruct(header, lines, None, make_options({"method": "cg", "device": "cpu"})))
+    scale = {(i.repetition, getattr(i, counter)): float(i.meta["GADGETRON_ScaleRatio"]) for i in images}
+    assert scale[0, 0] == scale[1, 0] and scale[0, 1] == scale[1, 1] and scale[0, 0] / scale[0, 1] == pytest.approx(1 / 0.15, rel=0.02)
+    assert all((i.data == 4095).sum() < 5 and i.data.max() > 2000 for i in images)
+    dark, bright = (next(i.data * float(i.meta["RescaleSlope"]) for i in images if getattr(i, counter) == n) for n in (0, 1))
+    tissue = bright > 0.3 * bright.max()
+    assert np.median(dark[tissue] / bright[tissue]) == pytest.approx(0.15, rel=0.02)
 
 
 def test_each_slab_keeps_its_own_place(full):
