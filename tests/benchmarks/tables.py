@@ -32,6 +32,7 @@ METHODS = {
 }
 CLASSICAL = ("cg", "tv", "wavelet")
 FILES = {(4, 4): "bench_4mm_R4", (2, 8): "bench_2mm_R8", (1, 8): "bench_1mm_R8"}
+WHOLE = "bench_1mm_whole_R8"  # the others at 1 mm are slabs along the readout
 GRID = [(4, 4), (4, 8), (4, 12), (2, 4), (2, 8), (2, 12), (1, 4), (1, 8), (1, 12)]
 
 
@@ -40,6 +41,8 @@ def main() -> None:
     for (voxel_mm, acceleration), name in FILES.items():
         print(f"\n{name}\n")
         print(side_by_side(read(name)[voxel_mm, acceleration], f"{voxel_mm} mm, R = {acceleration}"))
+    print(f"\n{WHOLE}\n")
+    print(side_by_side(read(WHOLE)[1, 8], "1 mm, R = 8, whole volumes"))
     found: dict[tuple, dict] = {}
     for name in ("bench_accelerations", *FILES.values()):
         for protocol, volumes in read(name).items():
