@@ -69,7 +69,7 @@ def read_geometry(header: ismrmrd.xsd.ismrmrdHeader, number: int = 0) -> Geometr
     _check_image(encoded_fov, recon, recon_fov)
     axes = [_limits(encoding, name, encoded[axis]) for axis, name in ((1, "kspace_encoding_step_1"), (2, "kspace_encoding_step_2"))]
     (limits_1, centre_1, notes_1), (limits_2, centre_2, notes_2) = axes
-    readout = max(1, round(encoded[0] * recon_fov[0] / encoded_fov[0]))
+    readout = max(1, min(encoded[0], round(encoded[0] * recon_fov[0] / encoded_fov[0])))
     acceleration, calibration = _parallel(encoding)
     return Geometry(
         encoded, encoded_fov, recon, recon_fov, (centre_1, centre_2), (limits_1, limits_2), readout,

@@ -24,7 +24,8 @@ class Readout:
     def __init__(self, image: Geometry, own: Geometry | None = None):
         own, voxel_mm = own or image, image.encoded_fov_mm[0] / image.encoded_matrix[0]
         self.full, self.cut = own.encoded_matrix[0], own.readout
-        self.full_length, self.cut_length = round(own.encoded_fov_mm[0] / voxel_mm), max(1, round(own.recon_fov_mm[0] / voxel_mm))
+        self.full_length = round(own.encoded_fov_mm[0] / voxel_mm)
+        self.cut_length = max(1, min(self.full_length, round(own.recon_fov_mm[0] / voxel_mm)))
         self.oversampled, self.times = False, 1
         self.work = np.zeros((0, 0), np.complex64)
 

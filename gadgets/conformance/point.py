@@ -27,7 +27,7 @@ SLABS = {
     "interpolated": dict(encoded=(32, 20, 16), fov=(64, 40, 32), recon=(64, 41, 32)),
     "interpolated and cropped": dict(encoded=(48, 25, 21), fov=(96, 50, 42), recon=(65, 40, 32), recon_fov=(64, 40, 32)),
     "smaller matrix": dict(encoded=(48, 30, 24), fov=(64, 40, 32), recon=(32, 20, 17)),
-    "wider than acquired": dict(encoded=(32, 20, 16), fov=(64, 40, 32), recon=(32, 24, 20), recon_fov=(64, 48, 40)),
+    "wider than acquired": dict(encoded=(32, 20, 16), fov=(64, 40, 32), recon=(40, 24, 20), recon_fov=(80, 48, 40)),
     "one partition more": dict(encoded=(32, 20, 15), fov=(64, 40, 33), recon=(32, 20, 16)),
 }
 
