@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from .ahead import Ahead
+from recon_core.ahead import Ahead
+
 from .failure import sentence as sentence
 from .wire import IMAGE, SCAN_ITEMS, Wire, WireError
 

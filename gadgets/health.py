@@ -9,8 +9,9 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from recon_core.ahead import left_behind
+
 from .address import Listening
-from .ahead import left_behind
 
 
 class HealthError(Exception):

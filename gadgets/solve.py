@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from recon_core.ahead import Ahead
 from recon_core.cg_sense import cg_sense
 from recon_core.measurement import Measurement, measure
 from recon_core.memory import ran_out_of_memory
@@ -19,7 +20,6 @@ from recon_core.state import State
 from recon_core.trust import Trust, judge
 from recon_core.variational import VariationalConfig
 
-from .ahead import Ahead
 from .failure import ReconError, Unfinished, free_gpu_memory, log_failure, sentence
 from .options import Options
 

@@ -9,12 +9,12 @@ import torch
 from conftest import load_small_scan, run_chain, small_object
 
 from gadgets import recon, solve
-from gadgets.ahead import Ahead, left_behind
 from gadgets.failure import ReconError
 from gadgets.files import ScanFile
 from gadgets.header import parse_header
 from gadgets.options import make_options
 from gadgets.protocol import SimulateOptions
+from recon_core.ahead import Ahead, left_behind
 from recon_core.measurement import measure
 from recon_core.trust import BARS, Trust, judge
 
@@ -134,6 +134,18 @@ def test_reading_ahead_delivers_all_in_order_and_the_error_in_its_place():
     with pytest.raises(ValueError, match="here"):
         next(ahead)
     assert list(ahead) == []
+
+
+def test_who_waits_for_an_item_finds_the_end_when_it_is_closed():
+    go, got = threading.Event(), []
+    ahead = Ahead(go.wait(10) for _ in range(2))
+    taker = threading.Thread(target=lambda: got.extend(ahead), daemon=True)
+    taker.start()
+    assert not ahead.close(0.2), "its source hangs"
+    taker.join(10)
+    go.set()
+    ahead.thread.join(10)
+    assert not taker.is_alive() and not ahead.thread.is_alive() and got == []
 
 
 def test_a_source_that_must_be_read_to_its_end_is():

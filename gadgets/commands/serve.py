@@ -40,7 +40,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until SIGTERM or Ctrl-C."""
-    from ..ahead import left_behind
+    from recon_core.ahead import left_behind
+
     from ..conformance.faults import load_prior_or_fault
     from ..health import HealthPage
     from ..keep import FailedScans

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Iterable, Iterator
@@ -21,8 +22,9 @@ class Ahead(Iterator):
     """Iterates `source` in the background; what it raises comes out in the place of its next item.
 
     So a scan is read on while its last volume waits for the device, and a solver that hangs can be left
-    behind. After `close` nothing is delivered any more; an iterator that must be read to its end (a peer
-    that still sends) is run on and its items are dropped, any other stops at its next item.
+    behind; so training batches are made while the network computes. After `close` nothing is delivered any
+    more, and who still waits for an item finds the end; an iterator that must be read to its end (a peer that
+    still sends) is run on and its items are dropped, any other stops at its next item.
 
     Args:
         source: iterated in the other thread only.
@@ -59,6 +61,8 @@ class Ahead(Iterator):
         """Take nothing more; whether the thread has ended after at most `wait_s`."""
         self.closed.set()
         self.thread.join(wait_s)
+        with contextlib.suppress(queue.Full):  # full: nobody waits
+            self.items.put_nowait((_END, None))
         if self.thread.is_alive():
             self.thread.name = LEFT_BEHIND  # so that it can be counted
         return not self.thread.is_alive()
@@ -70,10 +74,10 @@ class Ahead(Iterator):
                 if not delivered and not self.to_the_end:
                     return
             self._put(_END, None)
-        except Exception as error:  # it belongs to the thread that takes
+        except BaseException as error:  # it belongs to the thread that takes
             self._put(None, error)
 
-    def _put(self, item: Any, error: Exception | None) -> bool:
+    def _put(self, item: Any, error: BaseException | None) -> bool:
         while not self.closed.is_set():
             try:
                 self.items.put((item, error), timeout=POLL_S)
