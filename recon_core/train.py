@@ -17,6 +17,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ VOXEL_BINS_MM = (0.5, 1.0, 1.5, 2.5, 4.0)
 
 
 class TrainOptions(BaseModel):
-    """What a training run depends on."""
+    """What a training run depends on; on `workers` only its speed does."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -54,6 +55,7 @@ class TrainOptions(BaseModel):
     start_share: float = Field(0.5, ge=0, le=1, description="share of the weights started from in those that are written (arXiv 2109.01903)")
     precision: str = Field("auto", pattern="^(auto|fp32|bf16)$", description="of the network: auto (bf16 where the device has it), fp32 or bf16")
     device: str = Field("auto", pattern="^(auto|cpu|cuda)$", description="auto (a GPU per process if there is one), cpu or cuda")
+    workers: int | None = Field(None, ge=0, description="threads that draw volumes ahead of the network, 0 for none; by default up to 4 beside a GPU, none on CPUs, which the network fills; no weight depends on it")
 
 
 def train(
@@ -76,11 +78,11 @@ def train(
     Raises:
         ValueError: if there are no volumes, the batch cannot be shared out, or a loss is not finite.
     """
-    with Team.join(options.device) as team:
-        return _train(team, volumes, out, options, log, validation, show)
+    with Team.join(options.device) as team, ExitStack() as threads:
+        return _train(team, threads, volumes, out, options, log, validation, show)
 
 
-def _train(team: Team, volumes, out: Path, options: TrainOptions, log, validation, show) -> Prior:
+def _train(team: Team, threads: ExitStack, volumes, out: Path, options: TrainOptions, log, validation, show) -> Prior:
     if options.batch % team.size:
         raise ValueError(f"a batch of {options.batch} cannot be shared by {team.size} processes; choose a multiple")
     torch.manual_seed(options.seed)
@@ -94,10 +96,11 @@ def _train(team: Team, volumes, out: Path, options: TrainOptions, log, validatio
     pool = SlicePool(volumes, options.voxel_mm, options.crop, seed=options.seed, vary_sharpness=options.vary_sharpness, vary_contrast=options.vary_contrast)
     held_out = Validation(validation, options.seed) if validation and team.leads else None
     shared, curve = team.wrap(prior), Curve(out.with_suffix(".csv") if team.leads else None, start, means)
+    workers = default_workers(team) if options.workers is None else options.workers
+    steps = range(start, options.steps)
+    batches = threads.enter_context(pool.ahead(lambda step: draw_batch(pool, step, options), steps, workers))
     began = saved = time.monotonic()
-    for step in range(start, options.steps):
-        clean, voxel_mm = pool.batch(step, options.batch)
-        sigma, noise = draw_noise(clean, step, options)
+    for step, (clean, voxel_mm, sigma, noise) in zip(steps, batches, strict=True):
         loss = denoising_loss(shared, *(team.share(t) for t in (clean, sigma, noise)), prior.sigma_data)
         for group in optimiser.param_groups:
             group["lr"] = options.learning_rate * schedule(step, options.steps)
@@ -153,6 +156,18 @@ def first_prior(options: TrainOptions) -> Prior:
     return prior.train().requires_grad_(True)
 
 
+def default_workers(team: Team) -> int:
+    """None on CPUs, which the network fills; beside a GPU up to 4, less where there are few CPUs for each process."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(4, cpus // team.size - 1)) if team.device.type == "cuda" else 0
+
+
+def draw_batch(pool: SlicePool, step: int, options: TrainOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Clean slices of this step, their voxel sizes, noise levels and unit noise."""
+    clean, voxel_mm = pool.batch(step, options.batch)
+    return clean, voxel_mm, *draw_noise(clean, step, options)
+
+
 def draw_noise(clean: Tensor, step: int, options: TrainOptions) -> tuple[Tensor, Tensor]:
     """Noise level [slices] (log-normal, truncated) and unit noise like `clean` for this step."""
     rng = np.random.default_rng([options.seed, 3, step])
@@ -176,7 +191,7 @@ def schedule(step: int, steps: int) -> float:
 
 def model_card(volumes: Sequence[Volume], options: TrainOptions, steps: int) -> dict:
     """What a user should know of these weights; completed with hash and size by save_prior."""
-    training = {**options.model_dump(exclude={"device"}), "steps_done": steps, "volumes": sorted(v.name for v in volumes)}
+    training = {**options.model_dump(exclude={"device", "workers"}), "steps_done": steps, "volumes": sorted(v.name for v in volumes)}
     if options.start_from:
         training["start_from"] = Path(options.start_from).name
         training["earlier"] = read_card(find_weights(options.start_from))["training"]

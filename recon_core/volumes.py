@@ -2,25 +2,30 @@
 
 A volume is resampled by cropping its k-space in all three directions, so that through-plane blur is
 right too, then slices are cut. Resampled volumes are kept in a small pool of which one is replaced
-every few batches: resampling costs a second, cutting slices nothing.
+every few batches: resampling costs a second, cutting slices a few milliseconds. On a GPU both take longer
+than the network, so threads may do them ahead of the training loop (SlicePool.ahead).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .ahead import Ahead
 from .fft import centre_crop_or_pad, fft, ifft, kspace_crop
 from .scale import intensity_scale
 
 MAX_VOXELS = 12_000_000
+ROOM = 8  # batches that may wait for the training loop
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,7 @@ class SlicePool:
         self.voxel_mm, self.crop, self.size, self.refresh, self.seed = voxel_mm, crop, size, refresh, seed
         self.vary_sharpness, self.vary_contrast = vary_sharpness, vary_contrast
         self.pool: dict[int, tuple[Tensor, float]] = {}
+        self.next_volume = self._draw_volume
 
     def batch(self, step: int, slices: int) -> tuple[Tensor, Tensor]:
         """[slices 2 crop crop] float32 clean slices for this step, and the voxel size in mm of each (the finest of its axes)."""
@@ -120,7 +126,7 @@ class SlicePool:
         newest = step // self.refresh + self.size - 1
         for index in range(newest - self.size + 1, newest + 1):
             if index not in self.pool:
-                self.pool[index] = self._draw_volume(index)
+                self.pool[index] = self.next_volume(index)
         self.pool = {i: v for i, v in self.pool.items() if i > newest - self.size}
         keys = sorted(self.pool)
         crops, sizes = [], []
@@ -129,6 +135,33 @@ class SlicePool:
             crops.append(_draw_crop(volume, self.crop, rng))
             sizes.append(voxel_mm)
         return _add_phase_and_shading(torch.stack([c.to(torch.complex64) for c in crops]), rng), torch.tensor(sizes)
+
+    @contextmanager
+    def ahead(self, make: Callable[[int], Any], steps: range, workers: int) -> Iterator[Iterator]:
+        """make(step) of all steps in order, computed ahead of whoever takes them and the same to the bit.
+
+        `make` asks this pool for its batch. It runs in one thread, up to ROOM steps ahead; the volumes it will need
+        are drawn by `workers` others in turn, each up to two ahead. What fails in any of them is raised in the place
+        of the step that needed it. At the end of the context all of them have ended.
+
+        Args:
+            workers: threads that draw volumes; with none everything is done when it is asked for.
+        """
+        if not workers or not steps:
+            yield map(make, steps)
+            return
+        first, end = steps.start // self.refresh, (steps.stop - 1) // self.refresh + self.size
+        drawn = [Ahead(map(self._draw_volume, range(first + n, end, workers))) for n in range(workers)]
+        self.pool, self.next_volume = {}, lambda index: next(drawn[(index - first) % workers])  # asked for in order
+        made = Ahead(map(make, steps), ROOM)
+        try:
+            yield made
+        finally:
+            for thread in (made, *drawn):
+                thread.closed.set()
+            for thread in (*drawn, made):  # who makes a batch may wait for a volume, which its end lets go on
+                thread.close()
+            self.pool, self.next_volume = {}, self._draw_volume
 
     def _draw_volume(self, index: int) -> tuple[Tensor, float]:
         rng = np.random.default_rng([self.seed, 2, index])

@@ -4,6 +4,7 @@ import csv
 import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -206,3 +207,76 @@ def test_training_slices_have_phase_of_air_beside_tissue_and_keep_their_magnitud
     assert kinds == {True, False}
     for magnitude in magnitudes[1:]:
         torch.testing.assert_close(magnitude, magnitudes[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("start", [0, 17])
+def test_batches_made_ahead_are_the_same_to_the_bit_and_in_order(volumes, start):
+    """From a step in the middle too, as a resumed run asks for them; volumes are replaced on the way."""
+    make = lambda: SlicePool(volumes, crop=16, size=3, refresh=4, seed=2)  # noqa: E731
+    one, steps = make(), range(start, 40)
+    known = [one.batch(step, 3)[0] for step in steps]
+    for workers in (0, 1, 3):
+        pool = make()
+        with pool.ahead(lambda step: (step, pool.batch(step, 3)[0]), steps, workers) as batches:
+            made = list(batches)
+        assert [step for step, _ in made] == list(steps)
+        assert all(torch.equal(a, b) for (_, a), b in zip(made, known))
+
+
+def test_weights_do_not_depend_on_the_workers(volumes, tmp_path):
+    """To the bit, over a replaced volume, and of a run that is resumed with others than it began with."""
+    options = QUICK.model_copy(update={"steps": 14})
+    trained = {}
+    for name, runs in {"0": [(14, 0)], "2": [(14, 2)], "cut": [(13, 2), (14, 1)]}.items():
+        for steps, workers in runs:
+            trained[name] = train(volumes, tmp_path / f"{name}.safetensors", options.model_copy(update={"steps": steps, "workers": workers}), log=lambda s: None)
+    for a, b in zip(trained["0"].parameters(), trained["2"].parameters()):
+        assert torch.equal(a, b)
+    assert load_prior(tmp_path / "0.safetensors").card == load_prior(tmp_path / "2.safetensors").card
+    assert read_curve(tmp_path / "0.csv") == read_curve(tmp_path / "2.csv")
+    assert load_prior(tmp_path / "cut.safetensors").card["training"]["steps_done"] == 14
+
+
+def test_a_damaged_volume_fails_at_the_step_that_needs_it(volumes):
+    """The same sentence at the same step with and without workers."""
+    damaged = Volume("damaged", np.full((20, 20, 20), np.nan, np.float32), (1.0, 1.0, 1.0))
+    delivered = []
+    for workers in (0, 2):
+        pool, made = SlicePool([*volumes, damaged], crop=16, size=2, refresh=2, seed=4), []
+        with pytest.raises(ValueError, match="no finite signal"), pool.ahead(lambda step: pool.batch(step, 2), range(100), workers) as batches:
+            for batch in batches:
+                made.append(batch)
+        delivered.append(len(made))
+    assert delivered[0] == delivered[1] > 0
+
+
+def test_training_leaves_nothing_behind(volumes, tmp_path, monkeypatch):
+    """No thread, whether it ends, fails, is interrupted, or a volume is damaged."""
+    damaged = Volume("damaged", np.full((20, 20, 20), np.nan, np.float32), (1.0, 1.0, 1.0))
+    before, inside = set(threading.enumerate()), []
+
+    def run(steps, volumes, error=None):
+        def schedule(step, steps):
+            inside.append(len(set(threading.enumerate()) - before))
+            if error and step == 2:
+                raise error
+            return 1.0
+
+        monkeypatch.setattr("recon_core.train.schedule", schedule)
+        train(volumes, tmp_path / f"{steps}.safetensors", QUICK.model_copy(update={"workers": 2, "steps": steps, "save_every_s": 60}), log=lambda s: None)
+
+    run(6, volumes)
+    for steps, kind, volume, error in ((1001, OSError, volumes[1], OSError), (1002, KeyboardInterrupt, volumes[1], KeyboardInterrupt), (1003, ValueError, damaged, None)):
+        with pytest.raises(kind):
+            run(steps, [volumes[0], volume], error)
+        assert set(threading.enumerate()) == before
+    assert inside[6:] == [3] * 6
+
+
+def test_who_stops_at_once_does_not_wait_for_the_first_batch(volumes):
+    """The thread that makes it waits for volumes, of which only those begun are ended."""
+    pool, drawn, before = SlicePool(volumes, crop=16, size=1000), [], set(threading.enumerate())
+    pool._draw_volume = lambda index, draw=pool._draw_volume: drawn.append(index) or draw(index)
+    with pytest.raises(KeyError), pool.ahead(lambda step: pool.batch(step, 2), range(10), 2):
+        raise KeyError
+    assert set(threading.enumerate()) == before and len(drawn) < 100
