@@ -16,8 +16,8 @@ import csv
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +78,7 @@ def train(
     Raises:
         ValueError: if there are no volumes, the batch cannot be shared out, or a loss is not finite.
     """
-    with Team.join(options.device) as team, ExitStack() as threads:
+    with Team.join(options.device) as team, fastest_convolutions(), ExitStack() as threads:
         return _train(team, threads, volumes, out, options, log, validation, show)
 
 
@@ -160,6 +160,16 @@ def default_workers(team: Team) -> int:
     """None on CPUs, which the network fills; beside a GPU up to 4, less where there are few CPUs for each process."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(4, cpus // team.size - 1)) if team.device.type == "cuda" else 0
+
+
+@contextmanager
+def fastest_convolutions() -> Iterator[None]:
+    """Lets cuDNN time its algorithms once per shape, of which training has few; the choice, and with it the rounding, may differ between runs."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def draw_batch(pool: SlicePool, step: int, options: TrainOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -251,13 +251,13 @@ def test_a_damaged_volume_fails_at_the_step_that_needs_it(volumes):
 
 
 def test_training_leaves_nothing_behind(volumes, tmp_path, monkeypatch):
-    """No thread, whether it ends, fails, is interrupted, or a volume is damaged."""
+    """No thread and no setting, whether it ends, fails, is interrupted, or a volume is damaged."""
     damaged = Volume("damaged", np.full((20, 20, 20), np.nan, np.float32), (1.0, 1.0, 1.0))
     before, inside = set(threading.enumerate()), []
 
     def run(steps, volumes, error=None):
         def schedule(step, steps):
-            inside.append(len(set(threading.enumerate()) - before))
+            inside.append((len(set(threading.enumerate()) - before), torch.backends.cudnn.benchmark))
             if error and step == 2:
                 raise error
             return 1.0
@@ -269,8 +269,8 @@ def test_training_leaves_nothing_behind(volumes, tmp_path, monkeypatch):
     for steps, kind, volume, error in ((1001, OSError, volumes[1], OSError), (1002, KeyboardInterrupt, volumes[1], KeyboardInterrupt), (1003, ValueError, damaged, None)):
         with pytest.raises(kind):
             run(steps, [volumes[0], volume], error)
-        assert set(threading.enumerate()) == before
-    assert inside[6:] == [3] * 6
+        assert set(threading.enumerate()) == before and not torch.backends.cudnn.benchmark
+    assert inside[6:] == [(3, True)] * 6 and all(tuned for _, tuned in inside[:6])
 
 
 def test_who_stops_at_once_does_not_wait_for_the_first_batch(volumes):
