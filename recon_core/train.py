@@ -6,7 +6,8 @@
 The network learns to remove Gaussian noise of every level from slices of every orientation and voxel
 size. All randomness follows from (seed, step) and the state is written every minute, so a killed run
 continues where it was, and several processes do what one would. The learning rate is constant and falls
-linearly to zero over the last fifth, so that `--steps` may be changed when a run is resumed.
+linearly to zero over the last fifth, so that `--steps` may be changed when a run is resumed; volumes and
+the options that decide what is learned may not.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import csv
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -31,6 +33,7 @@ from .volumes import SlicePool, Volume
 
 SIGMA_BINS = (0.008, 0.03, 0.1, 0.3, 1.0, 2.0)
 VOXEL_BINS_MM = (0.5, 1.0, 1.5, 2.5, 4.0)
+MAY_CHANGE = {"steps", "save_every_s", "validate_every", "device", "start_share"}  # options, when a run is resumed
 
 
 class TrainOptions(BaseModel):
@@ -76,10 +79,18 @@ def train(
         show: given noisy, denoised and clean validation slices [3 slices h w] now and then.
 
     Raises:
-        ValueError: if there are no volumes, the batch cannot be shared out, or a loss is not finite.
+        ValueError: if `out` does not end in .safetensors, there are no volumes, the batch cannot be shared out, the
+            checkpoint is of another run, or a loss is not finite.
     """
+    check_out(out)
     with Team.join(options.device) as team, fastest_convolutions(), ExitStack() as threads:
         return _train(team, threads, volumes, out, options, log, validation, show)
+
+
+def check_out(out: Path) -> None:
+    """ValueError for weights with another ending: they would share checkpoint and curve with those that have the right one."""
+    if out.suffix != ".safetensors":
+        raise ValueError(f"weights are written to a file that ends in .safetensors, got {out}")
 
 
 def _train(team: Team, threads: ExitStack, volumes, out: Path, options: TrainOptions, log, validation, show) -> Prior:
@@ -92,7 +103,8 @@ def _train(team: Team, threads: ExitStack, volumes, out: Path, options: TrainOpt
     share = options.start_share if options.start_from else 0.0
     optimiser = torch.optim.AdamW(prior.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     checkpoint = out.with_suffix(".checkpoint")
-    start, means = _resume(checkpoint, prior, average, optimiser)
+    origins = made_of(volumes, options)
+    start, means = _resume(checkpoint, origins, prior, average, optimiser)
     pool = SlicePool(volumes, options.voxel_mm, options.crop, seed=options.seed, vary_sharpness=options.vary_sharpness, vary_contrast=options.vary_contrast)
     held_out = Validation(validation, options.seed) if validation and team.leads else None
     shared, curve = team.wrap(prior), Curve(out.with_suffix(".csv") if team.leads else None, start, means)
@@ -126,10 +138,11 @@ def _train(team: Team, threads: ExitStack, volumes, out: Path, options: TrainOpt
             log(f"step {step + 1}/{options.steps}  {curve.report()}  {left / 60:.0f} min left")
             curve.write(step + 1)
         if time.monotonic() - saved > options.save_every_s or last:
-            _save(checkpoint, step + 1, prior, average, optimiser, curve.values)
+            _save(checkpoint, step + 1, origins, prior, average, optimiser, curve.values)
             save_prior(mixture(average, origin, share), out, model_card(volumes, options, step + 1))
             saved = time.monotonic()
     if start >= options.steps and team.leads:  # it had ended: written again, perhaps with another share
+        log(f"nothing is left to train: {checkpoint} has {start} of {options.steps} steps; {out} is written again")
         save_prior(mixture(average, origin, share), out, model_card(volumes, options, start))
     return mixture(average, origin, share)
 
@@ -295,18 +308,43 @@ def _update_average(average: Prior, prior: Prior, decay: float) -> None:
         torch._foreach_lerp_(list(average.parameters()), list(prior.parameters()), 1 - decay)
 
 
-def _save(checkpoint: Path, step: int, prior: Prior, average: Prior, optimiser, means: dict[str, float]) -> None:
+def made_of(volumes: Sequence[Volume], options: TrainOptions) -> dict:
+    """What a run depends on from its first step to its last: what it writes comes of these alone, and its card names them."""
+    out = {"volumes": sorted(v.name for v in volumes), **options.model_dump(mode="json", exclude=MAY_CHANGE)}
+    if options.start_from:  # known by their content: the file may have moved, or have become another one
+        weights = find_weights(options.start_from)
+        out["start_from"] = f"{weights.name} (sha256 {read_card(weights)['sha256'][:12]})"
+    return out
+
+
+def _differences(was: dict, now: dict) -> str:
+    """In words, empty if there are none; what only one of them knows is left aside."""
+    before, after = (Counter(run.get("volumes", now["volumes"])) for run in (was, now))
+    changes = (("volumes left out", before - after), ("volumes added", after - before))
+    out = [f"{what}: {_few(list(names.elements()))}" for what, names in changes if names]
+    return "; ".join([*out, *(f"{name} was {was[name]}, is {new}" for name, new in now.items() if name != "volumes" and was.get(name, new) != new)])
+
+
+def _few(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _save(checkpoint: Path, step: int, origins: dict, prior: Prior, average: Prior, optimiser, means: dict[str, float]) -> None:
     partial = checkpoint.with_suffix(".partial")
-    state = {"step": step, "prior": prior.state_dict(), "average": average.state_dict(), "optimiser": optimiser.state_dict(), "means": dict(means)}
-    torch.save(state, partial)
+    networks = {"prior": prior.state_dict(), "average": average.state_dict(), "optimiser": optimiser.state_dict()}
+    torch.save({"step": step, "made_of": origins, **networks, "means": dict(means)}, partial)
     os.replace(partial, checkpoint)
 
 
-def _resume(checkpoint: Path, prior: Prior, average: Prior, optimiser) -> tuple[int, dict[str, float]]:
+def _resume(checkpoint: Path, origins: dict, prior: Prior, average: Prior, optimiser) -> tuple[int, dict[str, float]]:
+    """Step to go on with and running means; ValueError if the checkpoint was not made of `origins`."""
     if not checkpoint.is_file():
         return 0, {}
     state = torch.load(checkpoint, weights_only=True, map_location="cpu")
+    different = _differences(state.get("made_of", {}), origins)  # checkpoints of before have neither this nor means
+    if different:
+        raise ValueError(f"{checkpoint} is of another run ({different}): take another --out, or remove {checkpoint}")
     prior.load_state_dict(state["prior"])
     average.load_state_dict(state["average"])
     optimiser.load_state_dict(state["optimiser"])
-    return state["step"], state.get("means", {})  # checkpoints of before have none
+    return state["step"], state.get("means", {})

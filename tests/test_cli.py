@@ -154,6 +154,7 @@ def test_an_image_of_another_kind_harms_none(tmp_path):
     (("recon", "{scan}", "{junk}", "--method", "cg"), "not an HDF5 file: nothing can be appended"),
     (("serve", "--host", "nowhere.invalid", "--method", "cg"), "the host 'nowhere.invalid' has no address"),
     (("serve", "--port", "0", "--method", "cg", "--host", "192.0.2.1"), "cannot listen on 192.0.2.1 port 0: "),
+    (("train", "/nowhere", "--out", "{tmp}/m.txt"), "a file that ends in .safetensors, got "),
     (("conform", "--host", "127.0.0.1", "--port", "1"), "no server answers at 127.0.0.1 port 1"),
 ])  # fmt: skip
 def test_failures_are_one_sentence_and_not_zero(tmp_path, capsys, scan_path, arguments, message):

@@ -69,6 +69,59 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(volumes, tmp_path):
     assert read_curve(tmp_path / "cut.csv") == read_curve(tmp_path / "whole.csv")
 
 
+@pytest.mark.parametrize("changes,names,difference", [
+    (dict(seed=1), "ab", "seed was 0, is 1"),
+    (dict(batch=4, vary_contrast=False, steps=9), "ab", "batch was 2, is 4; vary_contrast was True, is False"),
+    (dict(voxel_mm=(2.0, 2.0)), "ab", "voxel_mm was [0.5, 4.0], is [2.0, 2.0]"),
+    (dict(start_from="small"), "ab", "start_from was None, is small.safetensors (sha256 "),
+    ({}, "ac", "volumes left out: b; volumes added: c"),
+    ({}, "abb", "volumes added: b"),
+    (dict(crop=24), "abcdef", "volumes added: c, d, e and 1 more; crop was 16, is 24"),
+])  # fmt: skip
+def test_a_checkpoint_of_another_run_is_refused(volumes, tmp_path, changes, names, difference):
+    """Its weights would get a card that names volumes and options they do not come from."""
+    named = lambda letters: [Volume(name, volumes[0].data, volumes[0].voxel_mm) for name in letters]  # noqa: E731
+    out = tmp_path / "p.safetensors"
+    train(named("ab"), out, QUICK.model_copy(update={"steps": 1}), log=lambda s: None)
+    written = out.read_bytes(), out.with_suffix(".csv").read_bytes()
+    with pytest.raises(ValueError) as refused:
+        train(named(names), out, QUICK.model_copy(update=changes), log=lambda s: None)
+    checkpoint = tmp_path / "p.checkpoint"
+    assert str(refused.value).startswith(f"{checkpoint} is of another run ({difference}")
+    assert str(refused.value).endswith(f"): take another --out, or remove {checkpoint}")
+    assert (out.read_bytes(), out.with_suffix(".csv").read_bytes()) == written
+
+
+def test_other_weights_of_the_same_name_are_another_start(volumes, tmp_path):
+    once = QUICK.model_copy(update={"steps": 1})
+    train(volumes, tmp_path / "first.safetensors", once, log=lambda s: None)
+    again = once.model_copy(update={"start_from": str(tmp_path / "first.safetensors")})
+    train(volumes, tmp_path / "second.safetensors", again, log=lambda s: None)
+    train(volumes, tmp_path / "first.safetensors", QUICK, log=lambda s: None)
+    with pytest.raises(ValueError, match=r"start_from was first.safetensors \(sha256 \w{12}\), is first.safetensors \(sha256 \w{12}\)"):
+        train(volumes, tmp_path / "second.safetensors", again, log=lambda s: None)
+
+
+def test_what_may_change_does_and_a_run_that_had_ended_says_so(volumes, tmp_path):
+    """In another order the volumes are the same; checkpoints of before do not know what they were made of."""
+    out, lines = tmp_path / "p.safetensors", []
+    train(volumes, out, QUICK.model_copy(update={"steps": 1}), log=lambda s: None)
+    train(volumes[::-1], out, QUICK.model_copy(update={"steps": 2, "validate_every": 3, "save_every_s": 9, "device": "cpu", "start_share": 0.1}), lines.append)
+    assert len(lines) == 1 and lines[0].startswith("step 2/2")
+    state = torch.load(tmp_path / "p.checkpoint", weights_only=True)
+    assert state.pop("made_of")["volumes"] == ["volume0.npy", "volume1.npy"]
+    torch.save(state, tmp_path / "p.checkpoint")
+    train(volumes[:1], out, QUICK.model_copy(update={"steps": 2, "seed": 1}), lines.append)
+    assert lines[1:] == [f"nothing is left to train: {tmp_path / 'p.checkpoint'} has 2 of 2 steps; {out} is written again"]
+
+
+def test_weights_with_another_ending_are_refused(volumes, tmp_path):
+    """`m.txt` would go on from the checkpoint of `m.safetensors`."""
+    with pytest.raises(ValueError, match=r"ends in .safetensors, got .*m\.txt"):
+        train(volumes, tmp_path / "m.txt", QUICK)
+    assert not list(tmp_path.glob("m.*"))
+
+
 def test_slices_follow_from_seed_and_step(volumes):
     first, second = SlicePool(volumes, crop=24, size=2, seed=3), SlicePool(volumes, crop=24, size=2, seed=3)
     first.batch(0, 4)

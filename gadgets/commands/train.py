@@ -20,11 +20,12 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train, or go on training."""
-    from recon_core.train import train
+    from recon_core.train import check_out, train
 
     from ..figure import draw_denoising
     from ..training import find_volumes, load_volumes, make_train_options
 
+    check_out(arguments.out)  # before volumes are read, which may take minutes
     names = ("start_from", "architecture", "steps", "batch", "seed", "device", "workers")
     options = make_train_options(arguments.config, {n: v for n in names if (v := getattr(arguments, n)) is not None})
     held_out = find_volumes(arguments.validate)
