@@ -133,9 +133,13 @@ class Gatherer:
             self._image(line, key)
 
     def _add_noise(self, line: ismrmrd.Acquisition) -> None:
-        if sum(n.size for n in self.noise) < MAX_NOISE_SAMPLES:
-            self.noise.append(np.array(line.data))
-            self.noise_dwell_us = line.sample_time_us
+        """Keep a noise line, scaled to the dwell time of the first one that tells its own: its power goes with 1/dwell."""
+        if sum(n.size for n in self.noise) >= MAX_NOISE_SAMPLES:
+            return
+        dwell_us = line.sample_time_us if line.sample_time_us > 0 else self.noise_dwell_us  # not told: as before
+        self.noise_dwell_us = self.noise_dwell_us or dwell_us
+        scale = (dwell_us / self.noise_dwell_us) ** 0.5 if dwell_us else 1.0
+        self.noise.append(np.array(line.data) if scale == 1.0 else line.data * np.float32(scale))
 
     def finish(self, before: int | None = None) -> Iterator[Scan]:
         """Hand out and forget all volumes, or those of repetitions below `before`."""

@@ -354,6 +354,17 @@ def test_noise_is_scaled_to_the_dwell_time(tmp_path):
     torch.testing.assert_close(gathered(header, lines).noise, 2 * expected)
 
 
+def test_each_noise_line_is_scaled_by_its_own_dwell_time(tmp_path):
+    """Lines of dwell 5, 20, 1.25 and 5 us, each as strong as its own says, are the noise of one scan of 5 us."""
+    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=2, pattern="full", noise_lines=4))
+    expected = gathered(header, lines).noise
+    assert torch.equal(expected, torch.from_numpy(np.concatenate([line.data for line in lines[:4]], axis=1)))
+    for dwells in ((5.0, 20.0, 1.25, 5.0), (20.0, 5.0, 5.0, 1.25), (1.25, 0.0, 5.0, 20.0)):  # 0: not told, taken for the first one's
+        told = [dwell or dwells[0] for dwell in dwells]
+        noise = [line_like(line, line.data * (5.0 / t) ** 0.5, sample_time_us=dwell) for line, t, dwell in zip(lines, told, dwells)]
+        torch.testing.assert_close(gathered(header, [*noise, *lines[4:]]).noise, expected)
+
+
 def test_noise_is_scaled_to_the_receivers_noise_bandwidth(tmp_path):
     """White noise, of which the noise scan saw 0.64 of the power: the image's noise is 1/0.8 as strong."""
     header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=2, pattern="full", noise_lines=4))
