@@ -106,6 +106,11 @@ def _check(came: Counter, volumes: int, expect: int | None) -> None:
         raise SendError(f"the scan has {volumes} volumes, but series {short[0]} has only {came[short[0]]} images")
 
 
+def _is_of_an_image(line: ismrmrd.Acquisition) -> bool:
+    """Whether a line promises a volume; those of another encoding (prescans, external calibration) have counters of their own."""
+    return not (line.flags & (NOISE_BIT | SKIP_BITS) or is_calibration_only(line.flags) or line.encoding_space_ref)
+
+
 class _Sender(threading.Thread):
     """Sends while the images are being read, so that neither side waits for the other."""
 
@@ -155,7 +160,7 @@ class _Sender(threading.Thread):
             self.wire.send_item(item)
             if isinstance(item, ismrmrd.Acquisition):
                 count += 1
-                if not item.flags & (NOISE_BIT | SKIP_BITS) and not is_calibration_only(item.flags):
+                if _is_of_an_image(item):
                     self.seen.add(volume_key(item.idx))
                 if self.pace or count % 256 == 0:
                     self.on_sent(count)

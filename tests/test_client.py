@@ -10,12 +10,12 @@ import h5py
 import ismrmrd
 import numpy as np
 import pytest
-from conftest import load_small_scan
+from conftest import line_like, load_small_scan
 from peers import GadgetronPeer
 
 from gadgets.cli import main
 from gadgets.client import SendError, send_scan
-from gadgets.files import ScanFile
+from gadgets.files import ScanFile, ScanWriter
 from gadgets.protocol import SimulateOptions
 
 
@@ -118,6 +118,21 @@ def test_all_images_are_a_success_in_the_layout_of_gadgetrons_client(scan_path, 
         series = file["g/image_2"]
         assert set(series) == {"data", "header", "attributes"} and series["data"].shape == (len(answers) // len(an_image()), 1, 4, 3, 2)
         assert series["header"].dtype["matrix_size"].shape == (3,) and tuple(series["header"][0]["matrix_size"]) == (2, 3, 4)
+
+
+@pytest.mark.parametrize("encoding,complete", [(1, True), (0, False)])
+def test_a_prescan_of_another_encoding_is_no_volume(scan_path, tmp_path, encoding, complete):
+    """Its slice counter is its own: the gatherer makes no image of it. In the image's encoding it would be a third volume."""
+    with ScanFile(scan_path) as scan, ScanWriter(tmp_path / "prescan.h5", scan.header_xml) as writer:
+        lines = list(scan.acquisitions())
+        for line in (*(line_like(line, slice=5, encoding_space_ref=encoding) for line in lines[2:10]), *lines):
+            writer.append(line)
+    with a_server(an_image(1, 1) + an_image(1, 2), []) as address:
+        if complete:
+            assert len(send(address, tmp_path / "prescan.h5")) == 2
+        else:
+            with pytest.raises(SendError, match="the scan has 3 volumes, but series 1 has only 2 images"):
+                send(address, tmp_path / "prescan.h5")
 
 
 def test_a_scan_that_is_refused_is_not_sent_to_its_end(scan_path):
