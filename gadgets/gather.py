@@ -6,6 +6,7 @@ readout oversampling is removed, so that the array has the size of the image fro
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import ismrmrd
@@ -43,7 +44,8 @@ def gather(header: ismrmrd.xsd.ismrmrdHeader, items: Iterable) -> Iterator[Scan]
         found += 1
         yield scan
     if not found:
-        raise ScanError(f"the scan holds no imaging line ({gatherer.skipped} other lines came): nothing to reconstruct")
+        others = "".join(f"{count} lines of encoding space {number} were left out, " for number, count in sorted(gatherer.others.items()))
+        raise ScanError(f"the scan holds no imaging line ({others}{gatherer.skipped} other lines came): nothing to reconstruct")
 
 
 class Gatherer:
@@ -59,6 +61,7 @@ class Gatherer:
         self.noise: list[np.ndarray] = []
         self.noise_dwell_us = 0.0
         self.bandwidth_ratio = noise_bandwidth(header)
+        self.others: Counter[int] = Counter()  # lines of each encoding space that is not the image's
         self.skipped = self.foreign = self.late = self.streak = 0
         self.repetition, self.flags = -1, {}  # of each repetition: the flags of all its lines together
         self.ended: set[int] = set()  # repetitions whose last line was flagged, with no volume begun since
@@ -122,6 +125,8 @@ class Gatherer:
             self.skipped += 1
             return
         key = volume_key(idx)
+        if line.encoding_space_ref:
+            self.others[line.encoding_space_ref] += 1
         yield from self._settled(idx.repetition)
         if is_calibration_only(flags) and self.geometry.calibration not in INTEGRATED:
             self._calibrate(line, key)

@@ -412,6 +412,18 @@ def test_nothing_to_reconstruct_is_an_error(full):
         list(gather(header, []))
 
 
+def test_lines_of_other_encodings_alone_are_counted_and_named(full):
+    header, lines, _ = full
+    navigator = line_like(lines[0], flags=1 << (ismrmrd.ACQ_IS_NAVIGATION_DATA - 1))
+    calibration = 1 << (ismrmrd.ACQ_IS_PARALLEL_CALIBRATION - 1)
+    others = [*(line_like(line, encoding_space_ref=1) for line in lines[:70]), *(line_like(line, encoding_space_ref=2, flags=calibration) for line in lines[70:79])]
+    with pytest.raises(ScanError) as refused:
+        list(gather(header, [navigator, *others]))
+    assert str(refused.value) == (
+        "the scan holds no imaging line (70 lines of encoding space 1 were left out, 9 lines of encoding space 2 were left out, 1 other lines came): nothing to reconstruct"
+    )
+
+
 @pytest.mark.parametrize("change,message", [
     (lambda e: setattr(e.encodedSpace.matrixSize, "y", 0), "matrix of at least 1"),
     (lambda e: setattr(e.reconSpace.fieldOfView_mm, "x", 0.0), "positive, finite field of view"),
