@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import ismrmrd
 import numpy as np
 
+from .geometry import MAX_MATRIX
+
 ECHO_SPACING_MS = 2.5
 x = ismrmrd.xsd
 
@@ -44,7 +46,7 @@ class SimulateOptions:
     def __post_init__(self):
         checks = (
             ("coils", self.coils >= 1), ("acceleration", self.acceleration >= 1), ("snr", self.snr > 0),
-            ("partial_fourier", all(0.5 < f <= 1 for f in self.partial_fourier)), ("oversampling", self.oversampling >= 1),
+            ("partial_fourier", all(0.5 < f <= 1 for f in self.partial_fourier)), ("oversampling", 1 <= self.oversampling < math.inf),
             ("noise_lines", self.noise_lines >= 0), ("repetitions", self.repetitions >= 1), ("acs", self.acs >= 0),
             ("voxel_mm", self.voxel_mm is None or self.voxel_mm > 0), ("contrasts", self.contrasts >= 1), ("averages", self.averages >= 1),
             ("calibration", self.calibration in ("integrated", "separate", "external")), ("partial_echo", 0.5 < self.partial_echo <= 1),
@@ -55,8 +57,11 @@ class SimulateOptions:
                 raise ValueError(f"simulation option {name} cannot be {getattr(self, name)}")
 
     def samples(self, nx: int) -> int:
-        """Samples of a whole readout of an image that is `nx` wide."""
-        return int(2 * round(nx * self.oversampling / 2)) if self.oversampling > 1 else nx
+        """Samples of a whole readout of an image that is `nx` wide; ValueError if a line cannot hold them."""
+        samples = int(2 * round(nx * self.oversampling / 2)) if self.oversampling > 1 else nx
+        if samples > MAX_MATRIX:
+            raise ValueError(f"simulation option oversampling cannot be {self.oversampling:g}: a readout would have {samples} samples, and a line holds {MAX_MATRIX}")
+        return samples
 
     @property
     def apart(self) -> bool:

@@ -30,9 +30,11 @@ def simulate(volume: str | Path, scan: str | Path, options: SimulateOptions, ref
         reference: NIfTI to write the noise-free, fully sampled root sum of squares of the first contrast to.
 
     Raises:
-        FileError: if the volume cannot be read.
+        FileError: if the volume cannot be read, or the reference not be written.
         ValueError: for impossible options.
     """
+    if reference is not None:
+        _check_reference(Path(reference))
     data, voxel_mm, directions, centre = load_object(volume)
     images, voxel_mm = coil_images(data, voxel_mm, options)
     truth = images.abs().square().sum(0).sqrt()
@@ -101,6 +103,14 @@ def coil_images(data: torch.Tensor, voxel_mm, options: SimulateOptions) -> tuple
     for coil in range(options.coils):
         images[coil] = kspace_crop(turned * coil_sensitivity(coil, options.coils, tuple(data.shape)), shape)
     return images / images.abs().square().sum(0).sqrt().max(), exact
+
+
+def _check_reference(path: Path) -> None:
+    """FileError for a place where no NIfTI can be written, said before the work."""
+    if not path.name.lower().endswith((".nii", ".nii.gz")):
+        raise FileError(f"the reference is a NIfTI, whose name ends in .nii or .nii.gz: it cannot be written to {path}")
+    if not path.parent.is_dir():
+        raise FileError(f"{path} cannot be written: there is no folder {path.parent}")
 
 
 def write_reference(truth: torch.Tensor, voxel_mm, directions: np.ndarray, centre, path: str | Path) -> None:
