@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import h5py
@@ -259,13 +259,40 @@ def _series(node: h5py.Group) -> Iterator[ismrmrd.Image]:
         yield image
 
 
+def join_partitions(images: Iterable[ismrmrd.Image]) -> list[ismrmrd.Image]:
+    """Whole volumes: the partitions of each as one 3D image that has the volume's number; what is whole stays as it is."""
+    volumes: dict[tuple[int, int], list[ismrmrd.Image]] = {}
+    for image in images:
+        partitions = int(image.meta["recon_matrix"][2]) // image.data.shape[1]
+        volumes.setdefault((image.image_series_index, (image.image_index - 1) // partitions), []).append(image)
+    return [parts[0] if len(parts) == 1 else _join(parts, number + 1) for (_, number), parts in volumes.items()]
+
+
+def _join(parts: list[ismrmrd.Image], number: int) -> ismrmrd.Image:
+    """One image of partitions in order; the place of pixel n//2 is that of the partition n//2."""
+    joined = ismrmrd.Image.from_array(np.concatenate([part.data[0] for part in parts]), transpose=False)
+    head, (x, y, z) = parts[len(parts) // 2].getHead(), parts[0].field_of_view
+    head.matrix_size, head.field_of_view, head.image_index = joined.matrix_size, (x, y, z * len(parts)), number
+    joined.setHead(head)
+    joined.meta = parts[0].meta
+    return joined
+
+
 def write_nifti(image: ismrmrd.Image, path: str | Path) -> None:
     """Write one 3D image as NIfTI in RAS millimetres, magnitude as float32 in the units before scaling."""
+    pixels = np.abs(image.data[0]).astype(np.float32) * float(image.meta.get("RescaleSlope", 1))
+    save_nifti(pixels, affine(image.getHead()), path)
+
+
+def save_nifti(pixels: np.ndarray, matrix: np.ndarray, path: str | Path) -> None:
+    """Save pixels [z y x] as NIfTI; `matrix` maps pixel (x, y, z) to RAS millimetres of the scanner."""
     import nibabel
 
-    head = image.getHead()
-    pixels = np.abs(image.data[0]).astype(np.float32) * float(image.meta.get("RescaleSlope", 1))
-    nibabel.save(nibabel.Nifti1Image(pixels.T, affine(head)), path)
+    image = nibabel.Nifti1Image(pixels.T, matrix)
+    image.set_sform(matrix, code=1)
+    image.set_qform(matrix, code=1)  # some programs read only this one
+    image.header.set_xyzt_units("mm", "sec")
+    nibabel.save(image, path)
 
 
 def affine(head: ismrmrd.ImageHeader) -> np.ndarray:

@@ -16,7 +16,7 @@ from recon_core.scale import intensity_scale
 from recon_core.simulate import coil_sensitivity, phantom, sampling_mask, smooth_phase
 from recon_core.volumes import read_volume
 
-from .files import FileError, ScanWriter
+from .files import FileError, ScanWriter, save_nifti
 from .protocol import SimulateOptions, make_header, tilt
 from .sequence import Noise, Sequence
 
@@ -115,9 +115,7 @@ def _check_reference(path: Path) -> None:
 
 def write_reference(truth: torch.Tensor, voxel_mm, directions: np.ndarray, centre, path: str | Path) -> None:
     """Reference magnitude [z y x] as NIfTI, in the same place as the images of the scan."""
-    import nibabel
-
     matrix = np.eye(4)
     matrix[:3, :3] = directions.T * np.array(voxel_mm)[::-1]
     matrix[:3, 3] = np.array(centre) - matrix[:3, :3] @ [n // 2 for n in reversed(truth.shape)]
-    nibabel.save(nibabel.Nifti1Image(truth.numpy().T, np.diag([-1.0, -1.0, 1.0, 1.0]) @ matrix), path)
+    save_nifti(truth.numpy(), np.diag([-1.0, -1.0, 1.0, 1.0]) @ matrix, path)

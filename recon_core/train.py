@@ -33,7 +33,7 @@ from .volumes import SlicePool, Volume
 
 SIGMA_BINS = (0.008, 0.03, 0.1, 0.3, 1.0, 2.0)
 VOXEL_BINS_MM = (0.5, 1.0, 1.5, 2.5, 4.0)
-MAY_CHANGE = {"steps", "save_every_s", "validate_every", "device", "start_share"}  # options, when a run is resumed
+MAY_CHANGE = {"steps", "save_every_s", "validate_every", "device", "start_share", "workers"}  # options, when a run is resumed
 
 
 class TrainOptions(BaseModel):

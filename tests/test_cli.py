@@ -82,7 +82,8 @@ def test_recon_writes_what_there_is_and_names_what_failed(tmp_path, capsys):
     np.testing.assert_array_equal(np.asarray(nibabel.load(tmp_path / "nii" / "series2_003.nii.gz").dataobj).T, last.data[0])
 
 
-def test_images_of_a_nifti_lie_where_the_nifti_lies(tmp_path, capsys):
+@pytest.mark.parametrize("layout", ["volume", "partitions"])
+def test_images_of_a_nifti_lie_where_the_nifti_lies(tmp_path, capsys, layout):
     import nibabel
 
     rng = np.random.default_rng(0)
@@ -94,10 +95,15 @@ def test_images_of_a_nifti_lie_where_the_nifti_lies(tmp_path, capsys):
     volume[6:8, 12:16, 9:12] = 3
     nibabel.save(nibabel.Nifti1Image(volume, matrix), tmp_path / "in.nii.gz")
     run(capsys, "simulate", tmp_path / "in.nii.gz", tmp_path / "scan.h5", "--coils", 1, "--pattern", "full", "--snr", 1000)
-    code, _, err = run(capsys, "recon", tmp_path / "scan.h5", tmp_path / "i.h5", "--method", "cg", "--nifti", tmp_path)
+    code, _, err = run(capsys, "recon", tmp_path / "scan.h5", tmp_path / "i.h5", "--method", "cg", "--layout", layout, "--nifti", tmp_path / "nii")
     assert code == 0, err
-    out = nibabel.load(tmp_path / "series2_001.nii.gz")
-    np.testing.assert_allclose(out.affine, matrix, atol=1e-4)
+    (path,) = (tmp_path / "nii").iterdir()
+    out = nibabel.load(path)
+    assert path.name == "series2_001.nii.gz" and out.shape == volume.shape
+    for form, code in (out.get_sform(coded=True), out.get_qform(coded=True)):
+        np.testing.assert_allclose(form, matrix, atol=1e-4)
+        assert code == 1
+    assert out.header.get_xyzt_units() == ("mm", "sec")
     assert np.corrcoef(np.asarray(out.dataobj).ravel(), volume.ravel())[0, 1] > 0.999
 
 
@@ -137,6 +143,22 @@ def test_an_image_of_another_kind_harms_none(tmp_path):
         with pytest.raises(FileError, match=message):
             ImageWriter(tmp_path / "i.h5", group).write(image)
     assert (tmp_path / "i.h5").read_bytes() == before and len(read_images(tmp_path / "i.h5", "g")) == 2
+@pytest.mark.parametrize("orientation", ["acquired", "transpose+flip_z"])
+def test_partitions_become_the_same_niftis_and_picture_as_volumes(tmp_path, capsys, orientation):
+    """One of each repetition, to the bit and in the same place."""
+    import nibabel
+
+    run(capsys, "simulate", "phantom", tmp_path / "scan.h5", "--coils", 1, "--pattern", "full", "--voxel-mm", 8, "--oblique", "--repetitions", 2)
+    for layout, count in (("volume", 4), ("partitions", 80)):
+        arguments = ("--method", "wavelet", "--layout", layout, "--orientation", orientation, "--nifti", tmp_path / layout, "--png", tmp_path / f"{layout}.png")
+        code, out, err = run(capsys, "recon", tmp_path / "scan.h5", tmp_path / f"{layout}.h5", *arguments)
+        assert code == 0 and out.startswith(f"{count} images written"), err
+    for name in (f"series{series}_{number:03d}.nii.gz" for series in (1, 2) for number in (1, 2)):
+        whole, joined = (nibabel.load(tmp_path / layout / name) for layout in ("volume", "partitions"))
+        np.testing.assert_allclose(joined.affine, whole.affine, atol=1e-4)
+        np.testing.assert_array_equal(np.asarray(joined.dataobj), np.asarray(whole.dataobj))
+    assert len(list((tmp_path / "partitions").iterdir())) == 4
+    assert (tmp_path / "partitions.png").read_bytes() == (tmp_path / "volume.png").read_bytes()
 
 
 @pytest.mark.parametrize("arguments,message", [

@@ -84,14 +84,15 @@ def _reconstruct(arguments: argparse.Namespace, options: Options, display: Displ
 
 def _write_copies(arguments: argparse.Namespace, images: list[ismrmrd.Image]) -> None:
     """NIfTI and PNG, where they were asked for."""
-    from ..files import write_nifti, write_png
+    from ..files import join_partitions, write_nifti, write_png
 
+    volumes = join_partitions(images) if arguments.nifti or arguments.png else []
     if arguments.nifti:
         arguments.nifti.mkdir(parents=True, exist_ok=True)
-        for image in images:
+        for image in volumes:
             write_nifti(image, arguments.nifti / f"series{image.image_series_index}_{image.image_index:03d}.nii.gz")
     if arguments.png:
-        write_png(images[-1], arguments.png)
+        write_png(volumes[-1], arguments.png)
 
 
 def _tell(arguments: argparse.Namespace, display: Display, count: int) -> None:
