@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
-from recon_core.memory import ran_out_of_memory
+from recon_core.device_failure import ran_out_of_memory
 
 log = logging.getLogger("slicediff")
 LONGEST = 1000  # letters of a sentence
@@ -47,7 +47,8 @@ def free_gpu_memory() -> None:
 
     gc.collect()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # a lost GPU has nothing to give back
+            torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager

@@ -11,8 +11,8 @@ import ismrmrd
 import torch
 
 from recon_core.cg_sense import cg_sense
+from recon_core.device_failure import why_the_cpu
 from recon_core.measurement import Measurement, measure
-from recon_core.memory import ran_out_of_memory
 from recon_core.methods import METHODS
 
 from .failure import Failures, free_gpu_memory, noted, raise_if_any, sentence
@@ -68,16 +68,17 @@ def reconstruct(header, items: Iterable, prior, options: Options, report: Report
 
 
 def look(scan: Scan, options: Options, report: Report) -> tuple[Measurement, torch.Tensor]:
-    """The inverse problem and its CG-SENSE image [z y x]; on the CPU, with a note, if the GPU's memory is too small."""
+    """The inverse problem and its CG-SENSE image [z y x]; on the CPU, with a note, if the GPU cannot take the scan."""
     try:
         return _look(scan, options, device_of(options), report)
     except RuntimeError as error:
-        if not ran_out_of_memory(error):
+        reason = why_the_cpu(error)
+        if not reason:
             raise
-        log.warning("the CPU takes over: %s", sentence(error))
+        log.error("the CPU takes over: %s", sentence(error))
     free_gpu_memory()
     measurement, preview = _look(scan, options, torch.device("cpu"), report)
-    measurement.warnings.append("the GPU's memory does not hold this scan: CG-SENSE was computed on the CPU")
+    measurement.warnings.append(f"{reason}: CG-SENSE was computed on the CPU")
     return measurement, preview
 
 

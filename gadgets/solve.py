@@ -12,8 +12,8 @@ import torch
 
 from recon_core.ahead import Ahead
 from recon_core.cg_sense import cg_sense
+from recon_core.device_failure import ran_out_of_memory
 from recon_core.measurement import Measurement, measure
-from recon_core.memory import ran_out_of_memory
 from recon_core.methods import METHODS
 from recon_core.prior import Prior, PriorError, load_prior
 from recon_core.state import State
@@ -54,7 +54,7 @@ def solve(measurement: Measurement, preview: torch.Tensor, prior, options: Optio
         return Outcome(next(states(measurement, preview, prior, options)).volume, name)
     try:
         if measurement.operator.device.type != device_of(options).type:
-            raise ReconError("the GPU's memory does not hold this scan")
+            raise ReconError("the GPU could not take this scan")
         volume, remarks = iterate(lambda: states(measurement, preview, prior, options), options, report, hurry)
         trust, why = judge(measurement, preview, volume)
         if trust is Trust.FAILED:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .memory import ran_out_of_memory
+from .device_failure import ran_out_of_memory
 
 Denoiser = Callable[[Tensor, float], Tensor]
 MIN_SIDE = 16  # shorter slices show the network hardly any anatomy

@@ -80,19 +80,23 @@ def test_a_sentence_names_the_volumes_that_failed_and_stays_short(tmp_path):
         next(images)
 
 
-@pytest.mark.parametrize("shortage", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED")])
-def test_a_gpu_without_memory_for_the_preview_leaves_it_to_the_cpu(scan_path, prior, monkeypatch, shortage):
+@pytest.mark.parametrize("failure,reason", [
+    (torch.OutOfMemoryError("CUDA out of memory"), "the GPU's memory does not hold this scan"),
+    (RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"), "the GPU's memory does not hold this scan"),
+    (RuntimeError("CUDA error: an illegal memory access was encountered"), "the GPU failed, and it will until this process is started again"),
+])  # fmt: skip
+def test_a_gpu_that_cannot_take_the_preview_leaves_it_to_the_cpu(scan_path, prior, monkeypatch, failure, reason):
     def small_gpu(*args):
         if any(isinstance(a, torch.device) and a.type == "cuda" for a in args):
-            raise shortage
+            raise failure
         return measure(*args)
 
     monkeypatch.setattr(recon, "measure", small_gpu)
     for module in (recon, solve):
         monkeypatch.setattr(module, "device_of", lambda options: torch.device("cuda"))
     images, error = images_and_error(scan_path, prior)
-    assert len(images) == 1 and "computed on the CPU" in images[0].meta["ImageComments"]
-    assert "the GPU's memory does not hold this scan" in error
+    assert len(images) == 1 and f"{reason}: CG-SENSE was computed on the CPU" in images[0].meta["ImageComments"]
+    assert "the GPU could not take this scan" in error
     assert np.array_equal(images[0].data, run_chain(scan_path, None, method="cg")[0].data)
 
 
