@@ -85,11 +85,11 @@ class Sense:
     def normal_frame(self, frame: Tensor) -> Tensor:
         """The same on the inner frame [x z y]; this is the inner loop of every method."""
         out = torch.empty_like(frame)
-        squared = self.weights.square()
+        squared = self.weights.square() / self.weights.numel()  # both transforms' scaling, without a pass over all coils
         for part in self._parts():
             maps = self._maps(part)
-            block = torch.fft.fft2(maps * frame[part, None], norm="ortho").mul_(squared)
-            out[part] = torch.linalg.vecdot(maps, torch.fft.ifft2(block, norm="ortho"), dim=1)
+            block = torch.fft.fft2(maps * frame[part, None]).mul_(squared)
+            out[part] = torch.linalg.vecdot(maps, torch.fft.ifft2(block, norm="forward"), dim=1)
         return out
 
     def solve(self, b: Tensor, rho: float, start: Tensor | None = None, iterations: int = 10) -> Tensor:
