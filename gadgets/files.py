@@ -224,16 +224,17 @@ def check_picture(path: Path) -> None:
         raise FileError(f"{path} cannot be drawn: pictures end in .png (or one of {', '.join(sorted(known))})")
     if path.is_dir():
         raise FileError(f"{path} cannot be written: it is a folder")
-    _check_place(path)
+    check_place(path)
 
 
 def _check_writable(path: Path) -> None:
-    _check_place(path)
+    check_place(path)
     if path.exists() and not h5py.is_hdf5(path):
         raise FileError(f"{path} exists and is not an HDF5 file: nothing can be appended to it")
 
 
-def _check_place(path: Path) -> None:
+def check_place(path: Path) -> None:
+    """FileError if there is no folder for a file."""
     if not path.parent.is_dir():
         raise FileError(f"{path} cannot be written: there is no folder {path.parent}")
     if not os.access(path if path.exists() else path.parent, os.W_OK):

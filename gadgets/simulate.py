@@ -16,7 +16,7 @@ from recon_core.scale import intensity_scale
 from recon_core.simulate import coil_sensitivity, phantom, sampling_mask, smooth_phase
 from recon_core.volumes import read_volume
 
-from .files import FileError, ScanWriter, save_nifti
+from .files import FileError, ScanWriter, check_place, save_nifti
 from .protocol import SimulateOptions, make_header, tilt
 from .sequence import Noise, Sequence
 
@@ -109,8 +109,7 @@ def _check_reference(path: Path) -> None:
     """FileError for a place where no NIfTI can be written, said before the work."""
     if not path.name.lower().endswith((".nii", ".nii.gz")):
         raise FileError(f"the reference is a NIfTI, whose name ends in .nii or .nii.gz: it cannot be written to {path}")
-    if not path.parent.is_dir():
-        raise FileError(f"{path} cannot be written: there is no folder {path.parent}")
+    check_place(path)
 
 
 def write_reference(truth: torch.Tensor, voxel_mm, directions: np.ndarray, centre, path: str | Path) -> None:

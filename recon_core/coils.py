@@ -40,7 +40,10 @@ def in_phase(maps: Tensor, mixing: Tensor, reference: Tensor) -> Tensor:
     A map's phase is free; with one reference for all volumes of a scan, phases of their images can be compared.
 
     Args:
-        mixing: [virtual coils coils].
+        mixing: [virtual coils coils] that made the virtual coils of the coils, on the CPU like `reference`.
+
+    Returns:
+        `maps`; where the reference sees nothing they keep their phase.
     """
     seen = torch.zeros(maps.shape[1:], dtype=maps.dtype, device=maps.device)
     for weight, field in zip((reference @ torch.linalg.pinv(mixing)).tolist(), maps):  # one by one, to need no array of all coils
