@@ -134,8 +134,8 @@ def dominant_eigenvectors(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 def _dominant(matrices: Tensor) -> tuple[Tensor, Tensor]:
     power, tiny = matrices, torch.finfo(matrices.real.dtype).tiny
-    for _ in range(SQUARINGS):
-        power = power / power.diagonal(dim1=-2, dim2=-1).real.sum(-1).clamp_min(tiny)[..., None, None]
+    for _ in range(SQUARINGS):  # by the largest entry, not the trace: where no signal is, rounding leaves one of about zero
+        power = power / power.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)
         power = power @ power
     strongest = power.diagonal(dim1=-2, dim2=-1).real.argmax(-1)
     vectors = power.gather(-1, strongest[..., None, None].expand(*power.shape[:-1], 1))[..., 0]

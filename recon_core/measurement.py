@@ -16,7 +16,7 @@ from .noise import estimate_sigma, whitening_matrix
 from .scale import intensity_scale
 from .sense import Sense
 
-LOUD = 2.0  # estimated noise of a coil over that of the middle one above which it is turned down
+LOUD = 2.0  # estimated noise of a coil over that of the middle one above which it is turned down; or noise lines over the scan's own
 WORK_ARRAYS = 3  # data, maps and a copy of them on the way
 
 
@@ -96,24 +96,25 @@ def measure(
     most = float(counts.max())
     mask = (counts / most).sqrt()
     factor = mask / counts.clamp_min(1)
-    reference, reference_mask, reference_factor = kspace, mask, factor
+    reference, lines, reference_mask, reference_factor = kspace, counts, mask, factor
     if calibration is not None:
         reference, lines = calibration
         reference_mask = (lines > 0).float()
         reference_factor = reference_mask / lines.clamp_min(1)
-    mixing, sigma, known, warnings = _whitener(kspace, mask, factor, noise)
+    mixing, sigma, known, warnings = _whitener(kspace, mask, factor, most, noise)
     acs_size = find_acs(reference_mask)
     acs = torch.zeros((len(kspace), 0, 0, 0), dtype=kspace.dtype)
     if acs_size[0]:
         acs = cut_acs(reference, acs_size)
         acs = _mix(mixing, acs * centre_crop_or_pad(reference_factor, acs.shape[1:3])[..., None])
+    acs_sigma = sigma * float(centre_crop_or_pad(reference_factor * lines.sqrt(), acs_size).square().mean().sqrt()) if acs_size[0] else sigma
     if acs.numel() and len(mixing) > 1:
         compression = compression_matrix(acs, min(coils, len(mixing)))
         mixing, acs = compression @ mixing, _mix(compression, acs)
     home = _home(mixing.shape[0], kspace.shape[1:], torch.device(device), warnings)
     data = _mix_lines(mixing, kspace, factor, home)
     wide = lambda: data if calibration is None else _mix_lines(mixing, reference, reference_factor, home)  # noqa: E731
-    maps, support = _maps(acs.to(device), sigma, acs_size, (len(mixing), *kspace.shape[1:]), wide, reference_mask.to(home), home, warnings)
+    maps, support = _maps(acs.to(device), acs_sigma, acs_size, (len(mixing), *kspace.shape[1:]), wide, reference_mask.to(home), home, warnings)
     if phase_reference is not None and len(mixing) > 1 and not torch.equal(phase_reference, mixing[0]):
         maps = in_phase(maps, mixing, phase_reference)
     operator = Sense(maps.mul_(support), mask, device)
@@ -156,11 +157,12 @@ def _home(coils: int, shape: tuple[int, int, int], device: torch.device, warning
     return torch.device("cpu")
 
 
-def _whitener(kspace: Tensor, mask: Tensor, factor: Tensor, noise: Tensor | None) -> tuple[Tensor, float, bool, list[str]]:
-    """Whitening matrix, the noise level after it, whether that is known, and warnings.
+def _whitener(kspace: Tensor, mask: Tensor, factor: Tensor, most: float, noise: Tensor | None) -> tuple[Tensor, float, bool, list[str]]:
+    """Whitening matrix, the noise level of a single line after it, whether that is known, and warnings.
 
     With noise lines that level is 1. An estimate only evens the coils out and keeps the units of the data: what it
-    is off by would otherwise show as brightness that changes from one volume of a scan to the next.
+    is off by would otherwise show as brightness that changes from one volume of a scan to the next. Noise lines that
+    are louder than the scan itself (another receiver gain or bandwidth) tell how coils share noise, but not how much.
     """
     reason = "no noise lines"
     if noise is not None:
@@ -170,13 +172,17 @@ def _whitener(kspace: Tensor, mask: Tensor, factor: Tensor, noise: Tensor | None
             reason = f"noise lines of no use ({error})"
         else:
             dead = [str(c) for c in range(len(kspace)) if not bool(matrix[:, c].any())]
-            return matrix, 1.0, True, [f"coil {', '.join(dead)} (from 0) has no noise: dead, left out"] if dead else []
+            warnings = [f"coil {', '.join(dead)} (from 0) has no noise: dead, left out"] if dead else []
+            level = float(estimate_sigma(kspace, mask, factor, matrix).median()) * most**0.5
+            if not 0 < level < 1 / LOUD:
+                return matrix, 1.0, True, warnings
+            return matrix, level, False, [*warnings, f"the noise lines are {1 / level:.2g} times louder than the scan: the noise level was estimated from the scan itself"]
     sigma = estimate_sigma(kspace, mask, factor)
     if not float(sigma.max()) > 0:
         floor = 1e-4 * float((kspace.abs().square().mean(dim=(0, 3)) * factor.square()).mean().sqrt())
         sigma = sigma + max(floor, torch.finfo(torch.float32).tiny)
     weight = (LOUD * sigma.median() / sigma.clamp_min(torch.finfo(torch.float32).tiny)).clamp_max(1)
-    level = float((weight * sigma).square().mean().sqrt())
+    level = float((weight * sigma).square().mean().sqrt()) * most**0.5
     return torch.diag(weight).to(kspace.dtype), level, False, [f"{reason}: the noise level was estimated from the scan itself"]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+ENOUGH_LINES = 1024  # for a median; all the lines of a large scan take seconds
 DEAD = 1e-3  # noise of a coil over that of the middle one below which it is not connected
 
 
@@ -39,8 +40,8 @@ def whitening_matrix(noise: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(factor, eye, upper=False).to(torch.complex64)
 
 
-def estimate_sigma(kspace: Tensor, mask: Tensor, factor: Tensor | None = None) -> Tensor:
-    """Noise level per coil [coils] where there are no noise lines.
+def estimate_sigma(kspace: Tensor, mask: Tensor, factor: Tensor | None = None, mixing: Tensor | None = None) -> Tensor:
+    """Noise level per coil [coils] as the scan itself shows it.
 
     Median magnitude of the samples far from the k-space centre. It is high where fine detail still stands
     out there (3 times too high at SNR 100), which costs little; too low would leave noise in the image, and
@@ -50,13 +51,18 @@ def estimate_sigma(kspace: Tensor, mask: Tensor, factor: Tensor | None = None) -
         kspace: [coils z y x], x in image space.
         mask: [z y], nonzero where acquired.
         factor: [z y] to multiply the lines with, for example one over their averages.
+        mixing: [virtual coils coils], for the level of virtual coils.
     """
     z, y = (torch.arange(n, device=kspace.device) - n // 2 for n in mask.shape)
     radius = (2 * z / max(2, len(z))).square()[:, None] + (2 * y / max(2, len(y))).square()
     acquired = mask > 0
-    far = acquired & (radius >= torch.quantile(radius[acquired], 0.7))
-    magnitude = kspace[:, far].abs()
+    far = (acquired & (radius >= torch.quantile(radius[acquired], 0.7))).nonzero()
+    z, y = far[:: -(-len(far) // ENOUGH_LINES)].T
+    lines = kspace[:, z, y]
+    if mixing is not None:
+        lines = torch.einsum("vc,clx->vlx", mixing, lines)
+    magnitude = lines.abs()
     if factor is not None:
-        magnitude = magnitude * factor[far][:, None]
+        magnitude = magnitude * factor[z, y][:, None]
     median = magnitude.median(dim=1).values if magnitude.shape[1] > 16 else magnitude.mean(dim=1)
     return torch.quantile(median, 0.5, dim=1) / (2 * torch.log(torch.tensor(2.0))).sqrt()

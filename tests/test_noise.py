@@ -44,6 +44,32 @@ def test_noise_lines_of_no_use_leave_an_estimate_and_a_warning(noise):
     assert not given.sigma_known and given.warnings[0].startswith("noise lines of no use (") and "estimated" in given.warnings[0]
 
 
+@pytest.mark.parametrize("averages", [1, 4, 9])
+@pytest.mark.parametrize("known", [True, False])
+def test_averages_lower_the_noise_level_and_leave_the_coil_maps(averages, known):
+    """The sum of n lines, over n, has 1 / sqrt(n) of the noise, and its maps are those of one line with so little noise."""
+    noise = random_complex(2, 24, 20, 16) * 2**0.5
+    signal = torch.zeros_like(noise)
+    signal[:, 8:16, 6:14] = torch.tensor([40, 20j]).reshape(2, 1, 1, 1) * random_complex(8, 8, 16, seed=1)
+    lines = random_complex(2, 4096, seed=2) * 2**0.5
+    summed = averages * signal + averages**0.5 * noise
+    measurement = measure(summed, torch.full((24, 20), float(averages)), (2.0, 2.0, 2.0), lines if known else None)
+    assert measurement.sigma == pytest.approx(averages**-0.5, rel=0.1) and measurement.sigma_known == known
+    single = measure(summed / averages, torch.ones(24, 20), (2.0, 2.0, 2.0), lines / averages**0.5 if known else None)
+    torch.testing.assert_close(measurement.operator.coil_maps(), single.operator.coil_maps(), rtol=1e-3, atol=1e-3)
+
+
+def test_noise_lines_louder_than_the_scan_leave_an_estimate_and_a_warning():
+    """Their level, as of another receiver gain, would have smoothed the image away without a word."""
+    kspace, lines = random_complex(3, 24, 20, 16) * 2**0.5, random_complex(3, 4096, seed=1) * 2**0.5
+    kspace[:, 8:16, 6:14] += 40
+    right, loud = (measure(kspace, torch.ones(24, 20), (2.0, 2.0, 2.0), factor * lines) for factor in (1, 30))
+    assert right.sigma_known and not right.warnings
+    assert not loud.sigma_known and loud.sigma == pytest.approx(1 / 30, rel=0.1)
+    assert loud.warnings == ["the noise lines are 30 times louder than the scan: the noise level was estimated from the scan itself"]
+    torch.testing.assert_close(cg_sense(loud) * 30, cg_sense(right), rtol=1e-2, atol=0.05)
+
+
 def test_noise_level_is_estimated_from_the_scan():
     shape, sigma = (2, 40, 48, 16), 0.3
     kspace = sigma * 2**0.5 * random_complex(*shape)
