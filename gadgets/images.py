@@ -6,6 +6,7 @@ FFT grid, which is also where the acquisition headers put it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import ismrmrd
@@ -21,6 +22,7 @@ from .volume import Scan
 
 SERIES = {"preview": 1, "final": 2}
 FULL_SCALE = 4095
+SAMPLED = 1_000_000  # voxels, for percentiles: sorting all of a large volume takes longer than making pixels of it
 BETWEEN_NOTES = "; "
 RIGHT_ANGLE = 1e-2  # by how much products of the directions may miss those of unit vectors at right angles
 
@@ -53,7 +55,7 @@ def make_images(volume: torch.Tensor, scan: Scan, options: Options, header, seri
     if not bool(torch.isfinite(torch.view_as_real(volume)).all()):
         raise ValueError(f"the {name} image holds NaN or infinity and was not sent")
     alike = (series, scan.head.idx.contrast, scan.head.idx.set)
-    pixels, scale, saturated = to_pixels(volume.cpu().numpy(), options.output, scan.series.get(alike))
+    pixels, scale, saturated = to_pixels(volume, options.output, scan.series.get(alike))
     if pixels.any():
         scan.series.setdefault(alike, scale)
     if saturated:
@@ -80,27 +82,34 @@ def notes_of(image: ismrmrd.Image) -> list[str]:
     return image.meta["ImageComment"].split(BETWEEN_NOTES)[1:]
 
 
-def to_pixels(volume: np.ndarray, output: str, scale: float | None = None) -> tuple[np.ndarray, float, int]:
+def to_pixels(volume: torch.Tensor, output: str, scale: float | None = None) -> tuple[np.ndarray, float, int]:
     """Pixels of the wanted type, the factor they were multiplied by, and how many voxels had to be cut.
 
     uint16 (12 bit): the factor given, else the one that puts the 99.9th percentile at 2/3, so that half as much
-    again finds room, in this volume and in later ones.
+    again finds room, in this volume and in later ones. Computed where the volume is; only pixels leave the GPU.
     """
     if output == "complex64":
-        return np.ascontiguousarray(volume, np.complex64), 1.0, 0
-    magnitude = np.abs(volume).astype(np.float32)
+        return volume.to(torch.complex64).cpu().numpy(), 1.0, 0
+    magnitude = volume.abs()
     if output == "float32":
-        return np.ascontiguousarray(magnitude), 1.0, 0
+        return magnitude.cpu().numpy(), 1.0, 0
     if scale is None:
-        scale = FULL_SCALE * 2 / 3 / (float(np.percentile(magnitude, 99.9)) or 1.0)
-    scaled = np.rint(magnitude * scale)
-    return np.clip(scaled, 0, FULL_SCALE).astype(np.uint16), scale, int((scaled > FULL_SCALE).sum())
+        scale = FULL_SCALE * 2 / 3 / (float(np.percentile(_some(magnitude).cpu(), 99.9)) or 1.0)
+    scaled = magnitude.mul_(scale).round_()
+    saturated = int((scaled > FULL_SCALE).sum())
+    return scaled.clamp_(max=FULL_SCALE).to(torch.int16).cpu().numpy().view(np.uint16), scale, saturated
+
+
+def _some(values):
+    """At most SAMPLED of the values [any shape] of a tensor or array, evenly spread: for the percentiles of all of them."""
+    step = -(-math.prod(values.shape) // SAMPLED) | 1  # odd: not in step with the rows
+    return values.reshape(-1)[::step]
 
 
 def make_meta(scan: Scan, frame: Frame, pixels: np.ndarray, scale: float, name: str, comment: str, header) -> dict:
     """Meta attributes in Gadgetron's and in FIRE's words, ASCII only."""
     geometry, protocol = scan.geometry, getattr(header.measurementInformation, "protocolName", None) or ""
-    top = float(np.percentile(np.abs(pixels), 99.5))
+    top = float(np.percentile(np.abs(_some(pixels)), 99.5))
     window = {"Center": str(max(1, round(top / 2))), "Width": str(max(1, round(top)))}
     history = ["Gadgetron", "SliceDiffusion", _ascii(name)]
     read, phase, slices = ([f"{v:.18f}" for v in row] for row in frame.directions)

@@ -100,9 +100,16 @@ def test_meta_speaks_both_dialects_in_ascii_with_whole_windows():
 
 def test_twelve_bits_one_scale_and_the_way_back():
     volume = np.random.default_rng(0).gamma(2.0, 1.0, (6, 20, 20)) * 1e-6
-    pixels, scale, _ = to_pixels(volume, "uint16")
-    assert pixels.dtype == np.uint16 and pixels.max() <= 4095
+    pixels, scale, cut = to_pixels(torch.from_numpy(volume), "uint16")
+    assert pixels.dtype == np.uint16 and pixels.max() <= 4095 and cut == (volume * scale > 4095.5).sum()
+    assert np.percentile(volume, 99.9) * scale == pytest.approx(4095 * 2 / 3)
     np.testing.assert_allclose(pixels / scale, np.minimum(volume, 4095 / scale), atol=0.51 / scale)
+
+
+def test_the_scale_of_a_large_volume_comes_of_some_of_its_voxels():
+    volume = torch.from_numpy(np.random.default_rng(0).gamma(2.0, 1.0, (130, 128, 128)).astype(np.float32))
+    _, scale, _ = to_pixels(volume, "uint16")
+    assert float(np.percentile(volume, 99.9)) * scale == pytest.approx(4095 * 2 / 3, rel=0.01)
 
 
 @pytest.mark.parametrize("output,dtype", [("uint16", np.uint16), ("float32", np.float32), ("complex64", np.complex64)])
