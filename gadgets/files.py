@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import shutil
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,21 +26,32 @@ class FileError(Exception):
 class ScanFile:
     """An ISMRMRD scan in HDF5, read in blocks.
 
+    Args:
+        group: that holds it; by default `dataset`, or the only one that holds a scan.
+
     Raises:
         FileError: if the file, its group, its header or its acquisitions are missing.
     """
 
-    def __init__(self, path: str | Path, group: str = "dataset"):
+    def __init__(self, path: str | Path, group: str | None = None):
         if not Path(path).is_file():
             raise FileError(f"no such scan file: {path}")
         try:
             self.file = h5py.File(path, "r")
         except OSError as error:
             raise FileError(f"{path} is not an HDF5 file: {error}") from None
-        if group not in self.file or not {"xml", "data"} <= set(self.file[group]):
-            raise FileError(f"{path} has no ISMRMRD scan in group {group!r} (groups: {', '.join(self.file) or 'none'})")
-        self.group = self.file[group]
+        self.group = self.file[self._find(path, group)]
         self.header_xml = strip_version(bytes(self.group["xml"][0]))
+
+    def _find(self, path: str | Path, group: str | None) -> str:
+        """Name of the scan's group."""
+        scans = [name for name, node in self.file.items() if isinstance(node, h5py.Group) and {"xml", "data"} <= set(node)]
+        wanted = group or ("dataset" if "dataset" in scans or len(scans) != 1 else scans[0])
+        if wanted in scans:
+            return wanted
+        if group is None and scans:
+            raise FileError(f"{path} holds {len(scans)} scans: say which one with --input-group ({', '.join(scans)})")
+        raise FileError(f"{path} has no ISMRMRD scan in group {wanted!r} (groups: {', '.join(self.file) or 'none'})")
 
     def __enter__(self) -> ScanFile:
         return self
@@ -143,13 +156,21 @@ class ImageWriter:
         FileError: at once, not after the reconstruction, if the file cannot be written.
     """
 
+    ROOM = 1 << 20  # for HDF5's own tables and the attributes
+
     def __init__(self, path: str | Path, group: str | None = None):
         _check_writable(Path(path))
         self.path, self.group, self.count = Path(path), group or time.strftime("%Y-%m-%d %H:%M:%S"), 0
         self.images: list[ismrmrd.Image] = []
 
     def check(self, series: int, dtype: np.dtype, shape: tuple[int, ...]) -> None:
-        """FileError if images [channels z y x] of this type and size cannot join those that the series has already."""
+        """FileError if images [channels z y x] of this type and size cannot join those that the series has already, or the disk is full.
+
+        HDF5 loses all images of a file when the disk fills up while it writes one.
+        """
+        needed, free = math.prod(shape) * np.dtype(dtype).itemsize + self.ROOM, shutil.disk_usage(self.path.absolute().parent).free
+        if free < needed:
+            raise FileError(f"no room for another image: {self.path} needs {needed / 2**20:.1f} MiB more, {free / 2**20:.1f} MiB of its disk are free")
         where = f"group {self.group!r} of {self.path}"
         if not self.path.exists():
             return

@@ -78,8 +78,9 @@ def image_kind(geometry: Geometry, options: Options) -> tuple[np.dtype, tuple[in
 
 
 def notes_of(image: ismrmrd.Image) -> list[str]:
-    """What the comment of an image tells its user besides its name."""
-    return image.meta["ImageComment"].split(BETWEEN_NOTES)[1:]
+    """What the comment of an image tells its user besides its name; nothing if it has none, as another server's may."""
+    comment = image.meta.get("ImageComment", "")
+    return (comment if isinstance(comment, str) else BETWEEN_NOTES.join(comment)).split(BETWEEN_NOTES)[1:]
 
 
 def to_pixels(volume: torch.Tensor, output: str, scale: float | None = None) -> tuple[np.ndarray, float, int]:

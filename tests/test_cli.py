@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import ismrmrd
@@ -143,6 +144,33 @@ def test_an_image_of_another_kind_harms_none(tmp_path):
         with pytest.raises(FileError, match=message):
             ImageWriter(tmp_path / "i.h5", group).write(image)
     assert (tmp_path / "i.h5").read_bytes() == before and len(read_images(tmp_path / "i.h5", "g")) == 2
+
+
+def test_a_disk_that_fills_up_takes_no_earlier_image_with_it(tmp_path, capsys, monkeypatch, scan_path):
+    """HDF5 itself would lose them."""
+    images, free = tmp_path / "i.h5", [50 << 20, 50 << 20, 1 << 20]
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=free.pop(0)))
+    code, out, err = run(capsys, "recon", scan_path, images, "--method", "tv", "--group", "g")
+    assert code == 1 and out == f"1 images written to {images}\n"
+    assert f"no room for another image: {images} needs 1.0 MiB more, 1.0 MiB of its disk are free (1 images were written)" in err
+    assert [image.image_series_index for image in read_images(images, "g")] == [1]
+
+
+def test_a_scan_may_lie_in_another_group(tmp_path, capsys, scan_path):
+    scan, images = tmp_path / "s.h5", tmp_path / "i.h5"
+    with h5py.File(scan_path) as source, h5py.File(scan, "w") as file:
+        source.copy("dataset", file, "first")
+        file["empty/note"] = 1
+    assert run(capsys, "recon", scan, images, "--method", "cg")[0] == 0
+    with h5py.File(scan, "a") as file:
+        file.copy("first", "second")
+    code, _, err = run(capsys, "recon", scan, images, "--method", "cg")
+    assert code == 1 and err == f"slicediff: {scan} holds 2 scans: say which one with --input-group (first, second)\n"
+    assert run(capsys, "recon", scan, images, "--method", "cg", "--input-group", "second")[0] == 0
+    code, _, err = run(capsys, "recon", scan, images, "--method", "cg", "--input-group", "third")
+    assert code == 1 and err == f"slicediff: {scan} has no ISMRMRD scan in group 'third' (groups: empty, first, second)\n"
+
+
 @pytest.mark.parametrize("orientation", ["acquired", "transpose+flip_z"])
 def test_partitions_become_the_same_niftis_and_picture_as_volumes(tmp_path, capsys, orientation):
     """One of each repetition, to the bit and in the same place."""

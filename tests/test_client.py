@@ -56,10 +56,10 @@ def a_server(answers: bytes, received: list):
         thread.join(20)
 
 
-def an_image(series=2, index=1) -> bytes:
+def an_image(series=2, index=1, comment="") -> bytes:
     image = ismrmrd.Image.from_array(np.full((4, 3, 2), index, np.float32), transpose=False)
     image.image_series_index, image.image_index, image.image_type = series, index, 1
-    image.attribute_string = "<ismrmrdMeta/>"
+    image.attribute_string = f"<ismrmrdMeta><meta><name>ImageComment</name><value>{comment}</value></meta></ismrmrdMeta>" if comment else "<ismrmrdMeta/>"
     return struct.pack("<H", 1022) + image.to_bytes()
 
 
@@ -107,6 +107,14 @@ def test_missing_images_and_errors_are_failures(scan_path, tmp_path, capsys, ans
         arguments = ["send", str(scan_path), str(tmp_path / "out.h5"), "--host", host, "--port", str(port), *([] if expect is None else ["--expect", str(expect)])]
         assert main(arguments) == 1
     assert len(capsys.readouterr().err.strip().splitlines()) <= 2
+
+
+def test_what_the_comments_tell_is_told(scan_path, tmp_path, capsys):
+    """As `slicediff recon` tells it: once, and whether or not the images of another server have comments."""
+    answers = an_image(1, 1) + an_image(2, 1, "slice diffusion; no noise lines") + an_image(2, 2, "slice diffusion; no noise lines; one line is missing")
+    with a_server(answers, []) as (host, port):
+        assert main(["send", str(scan_path), str(tmp_path / "out.h5"), "--host", host, "--port", str(port), "--expect", "3"]) == 0
+    assert capsys.readouterr().err.splitlines()[-2:] == ["slicediff: note: no noise lines", "slicediff: note: one line is missing"]
 
 
 @pytest.mark.parametrize("answers,expect", [(an_image(2, 1), 1), (an_image(2, 1) + an_image(2, 2), None), (an_image(2, 1) + an_image(2, 2) + text("no ERROR: fine"), 2)])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +21,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Its arguments."""
     parser.add_argument("scan", type=Path, help="ISMRMRD file")
     parser.add_argument("images", type=Path, help="HDF5 file to append the images to")
+    parser.add_argument("--input-group", metavar="NAME", help="HDF5 group of the scan (default: dataset, or the only one that holds a scan)")
     parser.add_argument("--group", help="HDF5 group of the images (default: date and time)")
     parser.add_argument("--nifti", type=Path, metavar="DIR", help="also write each volume as NIfTI into this folder")
     parser.add_argument("--png", type=Path, metavar="FILE", help="also draw the last volume in three orientations")
@@ -71,7 +71,7 @@ def _reconstruct(arguments: argparse.Namespace, options: Options, display: Displ
     from ..recon import reconstruct
     from ..solve import load_prior_for
 
-    with ScanFile(arguments.scan) as scan, display:
+    with ScanFile(arguments.scan, arguments.input_group) as scan, display:
         header = parse_header(scan.header_xml)
         if len(header.encoding) == 1:  # of several, only the lines tell which one is the image's
             writer.check(SERIES["final"], *image_kind(read_geometry(header), options))
@@ -97,8 +97,7 @@ def _write_copies(arguments: argparse.Namespace, images: list[ismrmrd.Image]) ->
 
 def _tell(arguments: argparse.Namespace, display: Display, count: int) -> None:
     """Notes on stderr, what was done on stdout."""
-    for warning in display.facts["warnings"]:
-        print(f"slicediff: note: {warning}", file=sys.stderr)
+    display.tell_notes()
     print(f"{count} images written to {arguments.images}")
     if arguments.json:
         print(json.dumps({**display.facts, "images": count, "seconds": display.seconds, "peak_memory_mib": peak_memory_mib()}))

@@ -16,6 +16,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=port, default=9002)
     parser.add_argument("--config", default="default", metavar="NAME|FILE", help="a configuration of the server, or a chain XML to send")
+    parser.add_argument("--input-group", metavar="NAME", help="HDF5 group of the scan (default: dataset, or the only one that holds a scan)")
     parser.add_argument("--group", help="HDF5 group of the images (default: date and time)")
     parser.add_argument("--realtime", action="store_true", help="send each line at its time stamp, as the scanner did")
     parser.add_argument("--expect", type=int, metavar="N", help="fail if fewer images come (default: the scan's volumes, in every series)")
@@ -26,13 +27,16 @@ def run(arguments: argparse.Namespace) -> int:
     """Send the scan; 0 when all images that it promises came."""
     from ..client import send_scan
     from ..files import ImageWriter, ScanFile, check_apart
+    from ..images import notes_of
 
     check_apart(arguments.scan, arguments.images)
     display, writer = Display(), ImageWriter(arguments.images, arguments.group)
-    with ScanFile(arguments.scan) as scan, display:
+    with ScanFile(arguments.scan, arguments.input_group) as scan, display:
         total = len(scan)
         sent = lambda count: display.count("sent", count, total)  # noqa: E731
         for image in send_scan(scan, arguments.host, arguments.port, arguments.config, display.say, sent, realtime=arguments.realtime, expect=arguments.expect):
             writer.write(image)
+            display.note(notes_of(image))
+    display.tell_notes()
     print(f"{writer.count} images written to {arguments.images}")
     return 0
