@@ -14,6 +14,7 @@ from recon_core.cg_sense import cg_sense
 from recon_core.device_failure import why_the_cpu
 from recon_core.measurement import Measurement, measure
 from recon_core.methods import METHODS
+from recon_core.trust import doubts
 
 from .failure import Failures, free_gpu_memory, noted, raise_if_any, sentence
 from .flags import volume_name
@@ -82,11 +83,15 @@ def look(scan: Scan, options: Options, report: Report) -> tuple[Measurement, tor
     return measurement, preview
 
 
-def _look(scan: Scan, options: Options, device: torch.device, report: Report) -> tuple[Measurement, torch.Tensor]:
+def _look(scan: Scan, options: Options, device: torch.device, report: Report, louder: float = 1.0) -> tuple[Measurement, torch.Tensor]:
     reference = scan.phase_reference.get(len(scan.kspace))
-    measurement = measure(scan.kspace, scan.counts, scan.geometry.voxel_mm, scan.noise, scan.calibration, options.coils, device, reference)
+    measurement = measure(scan.kspace, scan.counts, scan.geometry.voxel_mm, scan.noise, scan.calibration, options.coils, device, reference, louder)
     scan.phase_reference.setdefault(len(scan.kspace), measurement.mixing[0].cpu())
     report("measured", {"coils": measurement.operator.maps.shape[1], "acs": list(measurement.acs), "warnings": scan.warnings + measurement.warnings})
     preview = cg_sense(measurement)
-    report("preview", {})
+    excess = measurement.excess_noise(preview)
+    if excess > 1 and louder == 1:
+        return _look(scan, options, device, report, excess)
+    measurement.warnings += doubts(measurement, preview)
+    report("preview", {"warnings": measurement.warnings})
     return measurement, preview

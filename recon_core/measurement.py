@@ -17,6 +17,7 @@ from .scale import intensity_scale
 from .sense import Sense
 
 LOUD = 2.0  # estimated noise of a coil over that of the middle one above which it is turned down; or noise lines over the scan's own
+QUIET = 1.5  # noise of the scan over that of its noise lines from which they are not believed
 WORK_ARRAYS = 3  # data, maps and a copy of them on the way
 
 
@@ -25,7 +26,8 @@ class Measurement:
     """One volume's inverse problem: A^H y, A, and what is known of noise and geometry.
 
     `adjoint` is A^H y [z y x]; `energy` is ||y||^2, for the data misfit without keeping y;
-    sigma is the noise of y per real part; `mixing` [virtual coils coils] made y from the coils.
+    sigma is the noise of y per real part, `sigma_shown` what the scan's own outer lines show of it at most (0: unknown);
+    `mixing` [virtual coils coils] made y from the coils.
     """
 
     operator: Sense
@@ -37,6 +39,7 @@ class Measurement:
     acs: tuple[int, int]
     mixing: Tensor | None = None
     sigma_known: bool = True
+    sigma_shown: float = 0.0
     warnings: list[str] = field(default_factory=list)
 
     def misfit(self, volume: Tensor) -> float:
@@ -57,6 +60,17 @@ class Measurement:
             return self.sigma
         return self.sigma * min(1.0, self.misfit(image) * (self.samples / free) ** 0.5)
 
+    def excess_noise(self, image: Tensor) -> float:
+        """How many times as noisy as its noise lines the scan is, by what a least-squares `image` [z y x] leaves unexplained; 1 if they agree.
+
+        Lines of another receiver gain or bandwidth, if believed, would have the noise fitted. The scan's outer lines must
+        say so as well: they alone hold fine detail too, the residual alone spikes, motion and the errors of the maps.
+        """
+        if not self.sigma_known or self.sigma_shown <= QUIET * self.sigma or self.sigma == 0:
+            return 1.0
+        found = min(self.misfit(image), self.sigma_shown / self.sigma)
+        return found if found > QUIET else 1.0
+
     def in_tissue_units(self, image: Tensor) -> tuple[float, float, Tensor, Tensor]:
         """(scale, noise level / scale, image / scale, A^H y / scale), the prior's units, with the scale of `image` [z y x]."""
         scale = intensity_scale(image, self.voxel_mm)
@@ -72,6 +86,7 @@ def measure(
     coils: int = 12,
     device: str | torch.device = "cpu",
     phase_reference: Tensor | None = None,
+    louder: float = 1.0,
 ) -> Measurement:
     """Whiten, average, compress coils, estimate maps.
 
@@ -85,6 +100,7 @@ def measure(
         device: where to compute.
         phase_reference: [coils] the combination of coils whose maps are to be real: the first row of another volume's
             `mixing`, for phases that can be compared with that volume's; otherwise that of this one.
+        louder: how many times as noisy as its noise lines the scan is (Measurement.excess_noise).
 
     Raises:
         ValueError: if nothing was acquired, the k-space centre is missing, or samples are not finite.
@@ -101,7 +117,7 @@ def measure(
         reference, lines = calibration
         reference_mask = (lines > 0).float()
         reference_factor = reference_mask / lines.clamp_min(1)
-    mixing, sigma, known, warnings = _whitener(kspace, mask, factor, most, noise)
+    mixing, sigma, known, shown, warnings = _whitener(kspace, mask, factor, most, noise, louder)
     acs_size = find_acs(reference_mask)
     acs = torch.zeros((len(kspace), 0, 0, 0), dtype=kspace.dtype)
     if acs_size[0]:
@@ -120,7 +136,7 @@ def measure(
     operator = Sense(maps.mul_(support), mask, device)
     samples = int((mask > 0).sum()) * data.shape[0] * data.shape[-1]
     energy = sum(torch.stack([torch.view_as_real(plane).double().square().sum() for plane in data.unbind(1)]).tolist())
-    return Measurement(operator, operator.adjoint(data), energy, samples, sigma / most**0.5, voxel_mm, acs_size, mixing, known, warnings)
+    return Measurement(operator, operator.adjoint(data), energy, samples, sigma / most**0.5, voxel_mm, acs_size, mixing, known, shown / most**0.5, warnings)
 
 
 def _mix(matrix: Tensor, data: Tensor) -> Tensor:
@@ -157,10 +173,10 @@ def _home(coils: int, shape: tuple[int, int, int], device: torch.device, warning
     return torch.device("cpu")
 
 
-def _whitener(kspace: Tensor, mask: Tensor, factor: Tensor, most: float, noise: Tensor | None) -> tuple[Tensor, float, bool, list[str]]:
-    """Whitening matrix, the noise level of a single line after it, whether that is known, and warnings.
+def _whitener(kspace: Tensor, mask: Tensor, factor: Tensor, most: float, noise: Tensor | None, louder: float) -> tuple[Tensor, float, bool, float, list[str]]:
+    """Whitening matrix, the noise level of a single line after it, whether that is known, what the scan shows of it, and warnings.
 
-    With noise lines that level is 1. An estimate only evens the coils out and keeps the units of the data: what it
+    With noise lines that level is 1, or `louder`. An estimate only evens the coils out and keeps the units of the data: what it
     is off by would otherwise show as brightness that changes from one volume of a scan to the next. Noise lines that
     are louder than the scan itself (another receiver gain or bandwidth) tell how coils share noise, but not how much.
     """
@@ -174,16 +190,18 @@ def _whitener(kspace: Tensor, mask: Tensor, factor: Tensor, most: float, noise: 
             dead = [str(c) for c in range(len(kspace)) if not bool(matrix[:, c].any())]
             warnings = [f"coil {', '.join(dead)} (from 0) has no noise: dead, left out"] if dead else []
             level = float(estimate_sigma(kspace, mask, factor, matrix).median()) * most**0.5
+            if louder > 1:
+                warnings.append(f"the scan is {louder:.2g} times as noisy as its noise lines (another receiver gain or bandwidth, or motion?): its own level was taken")
             if not 0 < level < 1 / LOUD:
-                return matrix, 1.0, True, warnings
-            return matrix, level, False, [*warnings, f"the noise lines are {1 / level:.2g} times louder than the scan: the noise level was estimated from the scan itself"]
+                return matrix, louder, True, level, warnings
+            return matrix, level, False, level, [*warnings, f"the noise lines are {1 / level:.2g} times louder than the scan: the noise level was estimated from the scan itself"]
     sigma = estimate_sigma(kspace, mask, factor)
     if not float(sigma.max()) > 0:
         floor = 1e-4 * float((kspace.abs().square().mean(dim=(0, 3)) * factor.square()).mean().sqrt())
         sigma = sigma + max(floor, torch.finfo(torch.float32).tiny)
     weight = (LOUD * sigma.median() / sigma.clamp_min(torch.finfo(torch.float32).tiny)).clamp_max(1)
     level = float((weight * sigma).square().mean().sqrt()) * most**0.5
-    return torch.diag(weight).to(kspace.dtype), level, False, [f"{reason}: the noise level was estimated from the scan itself"]
+    return torch.diag(weight).to(kspace.dtype), level, False, level, [f"{reason}: the noise level was estimated from the scan itself"]
 
 
 def _maps(acs: Tensor, sigma: float, size: tuple[int, int], whole: tuple[int, ...], data: Callable[[], Tensor], mask: Tensor, home: torch.device, warnings: list[str]) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Whether a volume may be trusted: does it explain the measured data as well as the classical image does?"""
+"""Whether a volume may be trusted: does it explain the measured data as well as the classical image does? And do data and noise agree?"""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ class Trust(Enum):
     FAILED = 2
 
 
+UNEXPLAINED = 4.0  # times the noise, by the classical image, from which something is wrong with the data
 BARS = {  # how many times the classical image's misfit, and the noise; both must be exceeded
     Trust.FAILED: (2.0, 2.0),
     Trust.DOUBTFUL: (1.15, 1.1),
@@ -35,3 +36,9 @@ def judge(measurement: Measurement, preview: Tensor, volume: Tensor) -> tuple[Tr
         if found > max(worse * classical, unexplained * noise):
             return trust, f"this image explains the data worse than CG-SENSE does (residual {found:.2f} against {classical:.2f} times the noise)"
     return Trust.SOUND, ""
+
+
+def doubts(measurement: Measurement, preview: Tensor) -> list[str]:
+    """What is wrong with the data themselves, as the classical image `preview` [z y x] shows: both images suffer from it."""
+    left = measurement.misfit(preview)
+    return [f"CAUTION: CG-SENSE leaves {left:.2g} times the noise of the data unexplained: spikes, motion, or lines of another scan?"] if left > UNEXPLAINED else []

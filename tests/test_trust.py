@@ -1,22 +1,26 @@
 """An image anyway: what stands when the solver, the device or its result fails, and what warns."""
 
+import re
 import threading
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import load_small_scan, run_chain, small_object
+from conftest import load_small_scan, random_complex, run_chain, small_object
 
 from gadgets import recon, solve
 from gadgets.failure import ReconError
 from gadgets.files import ScanFile
+from gadgets.flags import NOISE_BIT
 from gadgets.header import parse_header
 from gadgets.options import make_options
 from gadgets.protocol import SimulateOptions
 from recon_core.ahead import Ahead, left_behind
+from recon_core.cg_sense import cg_sense
+from recon_core.fft import fft
 from recon_core.measurement import measure
-from recon_core.trust import BARS, Trust, judge
+from recon_core.trust import BARS, Trust, doubts, judge
 
 
 def images_and_error(path, prior, **options):
@@ -157,3 +161,46 @@ def test_a_source_that_must_be_read_to_its_end_is():
     ahead = Ahead((read.append(i) or i for i in range(50)), to_the_end=True)
     next(ahead)
     assert ahead.close(10) and read == list(range(50))
+
+
+def seen_by_two(noise=1.0):
+    """(kspace, mask, noise lines) of the phantom under two coils, fully sampled, SNR about 20."""
+    truth = torch.from_numpy(small_object((24, 26, 20)))
+    weights = torch.tensor([20.0, 14.0j]).reshape(2, 1, 1, 1)
+    return fft(weights * truth, (1, 2)) + 2**0.5 * random_complex(2, *truth.shape), torch.ones(truth.shape[:2]), noise * 2**0.5 * random_complex(2, 4096, seed=1)
+
+
+@pytest.mark.parametrize("averages", [1, 4])
+def test_noise_lines_quieter_than_the_scan_are_recognised(averages):
+    """As of another receiver gain or bandwidth; believed, they would have the noise fitted and break the coil maps."""
+    kspace, mask, lines = seen_by_two()
+    right, quiet = (measure(averages * kspace, averages * mask, (4.0, 4.0, 4.0), averages**0.5 * factor * lines) for factor in (1.0, 0.1))
+    assert right.excess_noise(cg_sense(right)) == 1.0
+    excess = quiet.excess_noise(cg_sense(quiet))
+    assert excess == pytest.approx(10, rel=0.15)
+    mended = measure(averages * kspace, averages * mask, (4.0, 4.0, 4.0), averages**0.5 * 0.1 * lines, louder=excess)
+    assert mended.sigma_known and mended.excess_noise(cg_sense(mended)) == 1.0
+    torch.testing.assert_close(cg_sense(mended) * 0.1, cg_sense(right), rtol=0.02, atol=0.5)
+
+
+@pytest.mark.parametrize("noise", [1.0, None])
+def test_a_spike_is_told(noise):
+    kspace, mask, lines = seen_by_two()
+    kspace[:, 20, 5] += 20 * kspace.abs().max()
+    measurement = measure(kspace, mask, (4.0, 4.0, 4.0), lines if noise else None)
+    (text,) = doubts(measurement, cg_sense(measurement))
+    assert text.startswith("CAUTION: CG-SENSE leaves ") and text.endswith(" times the noise of the data unexplained: spikes, motion, or lines of another scan?")
+
+
+def test_noise_lines_that_are_too_quiet_are_told_with_both_images_and_change_no_brightness(tmp_path, prior):
+    """Of two repetitions each is judged by itself; their units stay those of the noise lines."""
+    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=3, pattern="full", snr=30, noise_lines=16, repetitions=2), (20, 22, 18))
+    for line in lines:
+        if line.flags & NOISE_BIT:
+            line.data[:] *= 0.1
+    options = make_options({"sweeps": 2, "device": "cpu", "output": "float32"})
+    images = list(recon.reconstruct(header, lines, prior, options))
+    told = [re.search(r"the scan is ([0-9.]+) times as noisy as its noise lines", image.meta["ImageComment"]) for image in images]
+    assert len(images) == 4 and all(6 < float(found[1]) < 12 for found in told)
+    previews = [image.data for image in images if image.image_series_index == 1]
+    assert previews[0].mean() == pytest.approx(previews[1].mean(), rel=1e-2)

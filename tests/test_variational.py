@@ -163,11 +163,11 @@ def test_misfit_of_the_true_image_is_one():
 
 
 def test_averages_weigh_as_their_number():
-    """Two averages everywhere equal one scan with sigma / sqrt 2."""
+    """Two averages of lines with sqrt 2 times the noise equal one scan, in units of the noise of a line."""
     kspace, mask, noise, _ = problem()
     once = measure(kspace, mask, VOXEL, noise)
-    twice = measure(2 * kspace, 2 * mask, VOXEL, noise)
-    torch.testing.assert_close(twice.adjoint, once.adjoint, rtol=1e-4, atol=1e-3)
+    twice = measure(2 * kspace, 2 * mask, VOXEL, np.sqrt(2) * noise)
+    torch.testing.assert_close(np.sqrt(2) * twice.adjoint, once.adjoint, rtol=1e-4, atol=1e-3)
     assert twice.sigma == pytest.approx(once.sigma / np.sqrt(2))
 
 
