@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterable
 
@@ -58,8 +57,3 @@ class Display:
     def note(self, notes: Iterable[str]) -> None:
         """Keep what the user should know of any volume in `facts`, the same sentence only once."""
         self.facts["warnings"] = list(dict.fromkeys([*self.facts["warnings"], *notes]))
-
-    def tell_notes(self) -> None:
-        """Print them to stderr."""
-        for text in self.facts["warnings"]:
-            print(f"slicediff: note: {text}", file=sys.stderr)

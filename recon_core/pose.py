@@ -7,6 +7,7 @@ is error, and with another pose in each sweep it averages out.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,20 +18,33 @@ from .slices import Denoiser
 BLOCK = 8  # pixels after which the network's down-sampling repeats itself
 
 
-def posed(prior: Denoiser, random: torch.Generator) -> Denoiser:
-    """`prior` in one pose drawn from `random`; for slices [slices 2 h w] of any size."""
+class Pose(NamedTuple):
+    """How slices are turned before the prior sees them."""
+
+    flips: list[int]
+    turned: bool
+    top: int
+    left: int
+    angle: float
+
+    def seen_by(self, prior: Denoiser) -> Denoiser:
+        """`prior` in this pose; for slices [slices 2 h w] of any size."""
+
+        def denoise(slices: Tensor, sigma: Tensor | float) -> Tensor:
+            there = _rotate_phase(slices, self.angle).flip(self.flips)
+            there = F.pad(there.transpose(2, 3) if self.turned else there, (self.left, 0, self.top, 0))
+            back = prior(there.contiguous(memory_format=torch.channels_last), sigma)[..., self.top :, self.left :]
+            return _rotate_phase((back.transpose(2, 3) if self.turned else back).flip(self.flips), -self.angle)
+
+        return denoise
+
+
+def draw_pose(random: torch.Generator) -> Pose:
+    """A random pose."""
     flip_y, flip_x, turned = (torch.rand(3, generator=random) < 0.5).tolist()
     flips = [axis for axis, flip in ((2, flip_y), (3, flip_x)) if flip]
     top, left = torch.randint(BLOCK, (2,), generator=random).tolist()
-    angle = 2 * math.pi * float(torch.rand((), generator=random))
-
-    def denoise(slices: Tensor, sigma: Tensor | float) -> Tensor:
-        there = _rotate_phase(slices, angle).flip(flips)
-        there = F.pad(there.transpose(2, 3) if turned else there, (left, 0, top, 0))
-        back = prior(there.contiguous(memory_format=torch.channels_last), sigma)[..., top:, left:]
-        return _rotate_phase((back.transpose(2, 3) if turned else back).flip(flips), -angle)
-
-    return denoise
+    return Pose(flips, turned, top, left, 2 * math.pi * float(torch.rand((), generator=random)))
 
 
 def _rotate_phase(slices: Tensor, angle: float) -> Tensor:

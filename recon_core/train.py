@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from .prior import Prior, find_weights, half_is_faster, load_prior, read_card, save_prior
+from .rehearsal import Lesson, Rehearsal, lesson_loss
 from .team import Team
 from .volumes import SlicePool, Volume
 
@@ -54,6 +55,7 @@ class TrainOptions(BaseModel):
     seed: int = Field(0, ge=0, description="of everything random")
     save_every_s: float = Field(60.0, ge=0, description="at most this much work is lost by a kill")
     validate_every: int = Field(1000, ge=1, description="steps between validations")
+    own_states: float = Field(0.0, ge=0, description="weight, beside denoising, of lessons from the solver's own states (rehearsal.py); 0 for none")
     start_from: str | None = Field(None, description="weights to go on from, for example to add a site's own volumes")
     start_share: float = Field(0.5, ge=0, le=1, description="share of the weights started from in those that are written (arXiv 2109.01903)")
     precision: str = Field("auto", pattern="^(auto|fp32|bf16)$", description="of the network: auto (bf16 where the device has it), fp32 or bf16")
@@ -109,15 +111,21 @@ def _train(team: Team, threads: ExitStack, volumes, out: Path, options: TrainOpt
     held_out = Validation(validation, options.seed) if validation and team.leads else None
     shared, curve = team.wrap(prior), Curve(out.with_suffix(".csv") if team.leads else None, start, means)
     workers = default_workers(team) if options.workers is None else options.workers
+    lessons = rehearse(pool, prior, start, options, team.device) if options.own_states else None
     steps = range(start, options.steps)
     batches = threads.enter_context(pool.ahead(lambda step: draw_batch(pool, step, options), steps, workers))
     began = saved = time.monotonic()
     for step, (clean, voxel_mm, sigma, noise) in zip(steps, batches, strict=True):
         loss = denoising_loss(shared, *(team.share(t) for t in (clean, sigma, noise)), prior.sigma_data)
+        total = loss.mean()
+        if lessons:
+            lesson = lesson_loss(shared, next(lessons)).mean()  # every process works through the same scans
+            total = total + options.own_states * lesson
+            curve.add_lesson(lesson.detach())
         for group in optimiser.param_groups:
             group["lr"] = options.learning_rate * schedule(step, options.steps)
         optimiser.zero_grad(set_to_none=True)
-        loss.mean().backward()
+        total.backward()
         torch.nn.utils.clip_grad_norm_(prior.parameters(), 1.0)
         optimiser.step()
         _update_average(average, prior, min(options.ema_decay, (1 + step) / (10 + step)))
@@ -137,7 +145,8 @@ def _train(team: Team, threads: ExitStack, volumes, out: Path, options: TrainOpt
             left = (time.monotonic() - began) / (step + 1 - start) * (options.steps - step - 1)
             log(f"step {step + 1}/{options.steps}  {curve.report()}  {left / 60:.0f} min left")
             curve.write(step + 1)
-        if time.monotonic() - saved > options.save_every_s or last:
+        between_scans = not lessons or (step + 1) % Rehearsal.config.sweeps == 0
+        if (time.monotonic() - saved > options.save_every_s and between_scans) or last:
             _save(checkpoint, step + 1, origins, prior, average, optimiser, curve.values)
             save_prior(mixture(average, origin, share), out, model_card(volumes, options, step + 1))
             saved = time.monotonic()
@@ -145,6 +154,11 @@ def _train(team: Team, threads: ExitStack, volumes, out: Path, options: TrainOpt
         log(f"nothing is left to train: {checkpoint} has {start} of {options.steps} steps; {out} is written again")
         save_prior(mixture(average, origin, share), out, model_card(volumes, options, start))
     return mixture(average, origin, share)
+
+
+def rehearse(pool: SlicePool, prior: Prior, start: int, options: TrainOptions, device: torch.device) -> Iterator[Lesson]:
+    """Lessons from the solver's own states, as many pixels each as the batch has; a resumed run goes on with the scan after the last whole one."""
+    return Rehearsal(pool, options.batch * options.crop**2, options.seed).lessons(prior, -(-start // Rehearsal.config.sweeps), device)
 
 
 def mixture(average: Prior, origin: Prior, share: float) -> Prior:
@@ -251,6 +265,10 @@ class Curve:
                 if inside.numel():
                     key, new = f"{name}<{high:g}", float(inside.mean())
                     self.values[key] = 0.99 * self.values.get(key, new) + 0.01 * new
+
+    def add_lesson(self, loss: Tensor) -> None:
+        """Share of the error in the solver's own states that the prior leaves."""
+        self.values["own states"] = 0.99 * self.values.get("own states", float(loss)) + 0.01 * float(loss)
 
     def note(self, measured: dict[str, float]) -> None:
         """Validation to stand in the next row."""

@@ -9,14 +9,14 @@ the result (conjugate gradients on independent 2D problems). The denoiser is nev
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .measurement import Measurement
-from .pose import posed
+from .pose import Pose, draw_pose
 from .slices import Denoiser, denoise_slices, object_box, some_slices, usable_axes
 from .state import State
 
@@ -50,6 +50,7 @@ def reconstruct_variational(
     start: Tensor,
     config: VariationalConfig = VariationalConfig(),
     seed: int = 0,
+    watch: Callable[[Tensor, float, int, Pose], None] = lambda *_: None,
 ) -> Iterator[State]:
     """Yield a State after every sweep; stop whenever the time is up, the latest is the best.
 
@@ -58,6 +59,7 @@ def reconstruct_variational(
         prior: D(slices [slices 2 h w], sigma) on slices whose tissue has magnitude about 1.
         start: volume [z y x], the CG-SENSE image.
         seed: of the random slices and poses.
+        watch: told before each denoising of the volume [z y x] in tissue units, sigma, axis and pose (see rehearsal.py).
     """
     random = torch.Generator().manual_seed(seed)
     scale, noise, x, target = measurement.in_tissue_units(start)
@@ -74,7 +76,9 @@ def reconstruct_variational(
         axis = axes.pop()
         chosen = some_slices(denoised[box].shape[axis], config.slice_fraction, random)
         across(denoised, axis)[chosen] = across(noisy, axis)[chosen]  # slices that are not drawn keep their last
-        evaluations += denoise_slices(denoised[box], posed(prior, random), sigma, axis, chosen)
+        pose = draw_pose(random)
+        watch(noisy, sigma, axis, pose)
+        evaluations += denoise_slices(denoised[box], pose.seen_by(prior), sigma, axis, chosen)
         returned = share * (noisy - denoised)
         previous, last_sigma = x, sigma
         x = measurement.operator.solve(target + rho * (denoised - returned), rho, denoised, config.cg_iterations)

@@ -119,7 +119,7 @@ class SlicePool:
         self.vary_sharpness, self.vary_contrast = vary_sharpness, vary_contrast
         self.pool: dict[int, tuple[Tensor, float]] = {}
         self.scales: dict[int, float] = {}
-        self.next_volume = self._draw_volume
+        self.next_volume = self.draw_volume
 
     def batch(self, step: int, slices: int) -> tuple[Tensor, Tensor]:
         """[slices 2 crop crop] float32 clean slices for this step, and the voxel size in mm of each (the finest of its axes)."""
@@ -152,7 +152,7 @@ class SlicePool:
             yield map(make, steps)
             return
         first, end = steps.start // self.refresh, (steps.stop - 1) // self.refresh + self.size
-        drawn = [Ahead(map(self._draw_volume, range(first + n, end, workers))) for n in range(workers)]
+        drawn = [Ahead(map(self.draw_volume, range(first + n, end, workers))) for n in range(workers)]
         self.pool, self.next_volume = {}, lambda index: next(drawn[(index - first) % workers])  # asked for in order
         made = Ahead(map(make, steps), ROOM)
         try:
@@ -162,10 +162,11 @@ class SlicePool:
                 thread.closed.set()
             for thread in (*drawn, made):  # who makes a batch may wait for a volume, which its end lets go on
                 thread.close()
-            self.pool, self.next_volume = {}, self._draw_volume
+            self.pool, self.next_volume = {}, self.draw_volume
 
-    def _draw_volume(self, index: int) -> tuple[Tensor, float]:
-        rng = np.random.default_rng([self.seed, 2, index])
+    def draw_volume(self, index: int, stream: int = 2) -> tuple[Tensor, float]:
+        """Volume [z y x] number `index` of a random stream, and the finest of its voxel sizes in mm."""
+        rng = np.random.default_rng([self.seed, stream, index])
         number = int(rng.integers(len(self.volumes)))
         source = self.volumes[number]
         voxel_mm = source.voxel_mm

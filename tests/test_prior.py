@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from recon_core.pose import posed
+from recon_core.pose import draw_pose
 from recon_core.prior import Prior, PriorError, half_is_faster, list_priors, load_prior, save_prior
 from recon_core.scale import intensity_scale
 from recon_core.simulate import phantom
@@ -131,7 +131,7 @@ def test_a_pose_there_and_back_is_nothing_and_the_prior_sees_it():
     x, random = torch.randn(3, 2, 15, 22), torch.Generator().manual_seed(1)
     for _ in range(8):
         seen = []
-        torch.testing.assert_close(posed(lambda s, sigma: seen.append(s) or sigma * s, random)(x, 0.5), 0.5 * x)
+        torch.testing.assert_close(draw_pose(random).seen_by(lambda s, sigma: seen.append(s) or sigma * s)(x, 0.5), 0.5 * x)
         assert seen[0].shape[2] in range(15, 30) and float(seen[0].norm()) == pytest.approx(float(x.norm()), rel=1e-5)
-    halves = [posed(lambda s, sigma: s * (torch.arange(s.shape[3]) < s.shape[3] // 2), random)(x, 0.5) for _ in range(8)]
+    halves = [draw_pose(random).seen_by(lambda s, sigma: s * (torch.arange(s.shape[3]) < s.shape[3] // 2))(x, 0.5) for _ in range(8)]
     assert len({tuple((h[0].norm(dim=0) > 0).flatten().tolist()) for h in halves}) > 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,7 +98,8 @@ def _write_copies(arguments: argparse.Namespace, images: list[ismrmrd.Image]) ->
 
 def _tell(arguments: argparse.Namespace, display: Display, count: int) -> None:
     """Notes on stderr, what was done on stdout."""
-    display.tell_notes()
+    for note in display.facts["warnings"]:
+        print(f"slicediff: note: {note}", file=sys.stderr)
     print(f"{count} images written to {arguments.images}")
     if arguments.json:
         print(json.dumps({**display.facts, "images": count, "seconds": display.seconds, "peak_memory_mib": peak_memory_mib()}))

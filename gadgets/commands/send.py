@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from ..display import Display
@@ -37,6 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
         for image in send_scan(scan, arguments.host, arguments.port, arguments.config, display.say, sent, realtime=arguments.realtime, expect=arguments.expect):
             writer.write(image)
             display.note(notes_of(image))
-    display.tell_notes()
+    for note in display.facts["warnings"]:
+        print(f"slicediff: note: {note}", file=sys.stderr)
     print(f"{writer.count} images written to {arguments.images}")
     return 0

@@ -1,0 +1,143 @@
+"""Training on the solver's own states: what the prior is given in a reconstruction is not an image in white noise.
+
+Scans of training volumes are simulated and reconstructed with the prior as it is by now, and at every sweep it also
+learns to give the true slices for those that the sweep hands to it (as in imitation learning, arXiv 1011.0686: states
+come of the learner's own actions). Errors that the measurement leaves behind (aliasing, blur, what an earlier sweep
+got wrong) look different from noise, and depend on the prior itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .cg_sense import cg_sense
+from .fft import fft
+from .measurement import Measurement, measure
+from .pose import Pose
+from .scale import intensity_scale
+from .simulate import coil_sensitivity, sampling_mask, smooth_phase
+from .slices import MIN_SIDE, object_box
+from .variational import VariationalConfig, reconstruct_variational
+from .volumes import SlicePool
+
+DRAWS = 100  # of volumes, to find one that can be scanned
+SMALLEST = 24  # voxels along the second longest side of a scan
+NOTHING_WRONG = 0.3  # of sigma: states with less error count no more for it
+
+
+class Lesson(NamedTuple):
+    """What the solver gave to the prior and what would have been right: slices [slices 2 h w], in tissue units."""
+
+    given: Tensor
+    truth: Tensor
+    sigma: float
+    pose: Pose
+
+
+class Rehearsal:
+    """Reconstructions of simulated scans, sweep by sweep; all randomness follows from (seed, number of the scan).
+
+    Args:
+        pool: whose volumes are scanned, of every voxel size and contrast that it draws.
+        pixels: about how many of a sweep are learned from.
+        seed: of everything random.
+    """
+
+    config = VariationalConfig()
+    voxels = (120_000, 200_000)  # of a scan: some seconds of work
+
+    def __init__(self, pool: SlicePool, pixels: int, seed: int = 0):
+        self.pool, self.pixels, self.seed = pool, pixels, seed
+
+    def lessons(self, prior: Callable, first: int = 0, device: torch.device | str = "cpu") -> Iterator[Lesson]:
+        """A lesson of every sweep of each scan from number `first` on, without end; `prior` may change between them."""
+        number = first
+        while True:
+            rng = np.random.default_rng([self.seed, 4, number])
+            measurement, truth = self._scan(number, rng, device)
+            start = cg_sense(measurement)
+            truth, box = truth / intensity_scale(start, measurement.voxel_mm), object_box(measurement.operator.maps)
+            told: list = []
+            for _ in reconstruct_variational(measurement, prior, start, self.config, int(rng.integers(1 << 31)), watch=lambda *what: told.append(what)):
+                volume, sigma, axis, pose = told.pop()
+                given, right = (v[box].movedim(axis, 0) for v in (volume, truth))
+                some = torch.from_numpy(rng.permutation(len(given))[: max(1, self.pixels // given[0].numel())]).to(given.device)
+                yield Lesson(_channels(given[some]), _channels(right[some]), sigma, pose)
+            number += 1
+
+    def _scan(self, number: int, rng: np.random.Generator, device: torch.device | str) -> tuple[Measurement, Tensor]:
+        """A scan and the volume [z y x] as its coil maps combine it; drawn anew where there is nothing to see or no room for lines.
+
+        Raises:
+            ValueError: if nothing that can be scanned is found.
+        """
+        for draw in range(DRAWS):
+            volume, voxel_mm = self.pool.draw_volume(number * DRAWS + draw, stream=5)
+            tile = _tile(volume.permute(*rng.permutation(3).tolist()), self.voxels, rng)
+            mask = None if tile is None else _mask(tile.shape[:2], rng)
+            if mask is not None:
+                return _measured(tile, voxel_mm, mask, rng, device)
+        raise ValueError(f"no scan could be made of {DRAWS} draws from the training volumes: own_states needs objects of {SMALLEST} voxels and more, along two sides at least")
+
+
+def lesson_loss(prior: Callable[[Tensor, Tensor], Tensor], lesson: Lesson) -> Tensor:
+    """Squared error of each slice [slices] that the prior leaves, over the mean of what it was given."""
+    error = (lesson.pose.seen_by(prior)(lesson.given, lesson.sigma) - lesson.truth).square().mean(dim=(1, 2, 3))
+    return error / (lesson.given - lesson.truth).square().mean().clamp_min((NOTHING_WRONG * lesson.sigma) ** 2)
+
+
+def _channels(planes: Tensor) -> Tensor:
+    return torch.view_as_real(planes.contiguous()).permute(0, 3, 1, 2)
+
+
+def _tile(volume: Tensor, voxels: tuple[int, int], rng: np.random.Generator) -> Tensor | None:
+    """Part of a volume to scan, with phase: a volume, single planes across the readout, or a few slices; None if it is air."""
+    kind = rng.choice(["volume", "planes", "slices"], p=[0.55, 0.28, 0.17])
+    z, y = (min(n, int(rng.integers(64, 110))) for n in volume.shape[:2])
+    x = int(rng.uniform(*voxels) / (z * y))
+    x = max(20, x) if kind == "volume" else min(MIN_SIDE - 1, x)
+    if kind == "slices":
+        z, y, x = int(rng.integers(2, MIN_SIDE)), 128, 128
+    shape = [min(n, m) for n, m in zip(volume.shape, (z, y, x))]
+    starts = [int(rng.integers(n - m + 1)) for n, m in zip(volume.shape, shape)]
+    tile = volume[tuple(slice(s, s + m) for s, m in zip(starts, shape))]
+    if sorted(shape)[1] < SMALLEST or float((tile.abs() > 0.1).float().mean()) < 0.15:
+        return None
+    tile = tile.flip([axis for axis in range(3) if rng.random() < 0.5])
+    phase = rng.uniform(0, 1.2) * smooth_phase((48, 48, 48), int(rng.integers(1 << 20)))
+    phase = F.interpolate(phase[None, None], tuple(shape), mode="trilinear")[0, 0]
+    return tile * torch.polar(torch.ones_like(phase), phase)
+
+
+def _mask(shape: tuple[int, int], rng: np.random.Generator) -> Tensor | None:
+    """Lines [z y] of an acceleration between 1.5 and 12; of few slices only along y. None where the calibration lines leave no room."""
+    if shape[0] < MIN_SIDE:
+        lines, acs = np.arange(shape[1]), 16
+        share = max(0.0, shape[1] / float(rng.choice([1.5, 2, 3, 4])) - acs) / shape[1]
+        taken = (rng.random(shape[1]) < share) | (abs(lines - shape[1] // 2 + 0.5) < acs / 2)
+        return torch.from_numpy(taken)[None].repeat(shape[0], 1)
+    pattern, acs = str(rng.choice(["poisson", "regular"], p=[0.75, 0.25])), int(rng.choice([10, 12, 16, 20, 24]))
+    try:
+        return torch.from_numpy(sampling_mask(shape, float(rng.choice([2, 3, 4, 6, 8, 10, 12])), pattern, acs, int(rng.integers(1 << 20))))
+    except ValueError:
+        return None
+
+
+def _measured(volume: Tensor, voxel_mm: float, mask: Tensor, rng: np.random.Generator, device: torch.device | str) -> tuple[Measurement, Tensor]:
+    """A volume [z y x] seen by 1 to 12 coils at an SNR of 8 to 60, with or without noise lines."""
+    coils, snr, random = int(rng.choice([1, 2, 4, 6, 8, 12])), math.exp(rng.uniform(math.log(8), math.log(60))), torch.Generator().manual_seed(int(rng.integers(1 << 31)))
+    sides = [axis for axis in (1, 2) if rng.random() < 0.5]
+    images = volume * torch.stack([coil_sensitivity(c, coils, tuple(volume.shape)) for c in range(coils)]).flip(sides)
+    noise = lambda *shape: level * torch.view_as_complex(torch.randn((coils, *shape, 2), generator=random))  # noqa: E731
+    level = intensity_scale(images.abs().square().sum(0).sqrt(), (voxel_mm,) * 3) / snr
+    kspace = (fft(images, (1, 2)) + noise(*volume.shape)) * mask[..., None]
+    measurement = measure(kspace, mask.float(), (voxel_mm,) * 3, noise(4096) if rng.random() < 0.65 else None, device=device)
+    mixed = torch.einsum("vc,czyx->vzyx", measurement.mixing.cpu(), images).to(measurement.operator.device)
+    return measurement, torch.linalg.vecdot(measurement.operator.coil_maps(), mixed, dim=0)
