@@ -27,14 +27,14 @@ class Options(BaseModel):
     method: Literal["diffusion", "faithful", "dds", "tpdm", "mbir", "pnp", "wavelet", "tv", "cg", "zero-filled"] = Field(
         "diffusion", description="the image wanted: diffusion, wavelet, tv, cg or zero-filled; to compare with: faithful, dds, tpdm, mbir, pnp"
     )
-    prior: str = Field("small", description="name of a prior (see `slicediff priors`), or path of a .safetensors file")
+    prior: str = Field("auto", description="name of a prior (see `slicediff priors`), or path of a .safetensors file; auto is the one that suits the method")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto (a GPU if there is one), cpu or cuda")
     preview: bool = Field(True, description="send the CG-SENSE image first, as a series of its own")
     coils: int = Field(12, ge=1, le=128, description="at most this many virtual coils after compression")
     sweeps: int = Field(24, ge=1, le=1000, description="passes over the volume; more is better and slower")
     sigma_max: float = Field(0.3, gt=0, le=2, description="first noise level of the prior, in tissue brightness")
     sigma_min: float = Field(0.02, gt=0, le=2, description="last noise level of the prior")
-    prior_weight: float = Field(0.5, gt=0, le=100, description="pull of the prior against the data; needs no tuning per protocol")
+    prior_weight: float = Field(0.7, gt=0, le=100, description="pull of the prior against the data; needs no tuning per protocol")
     slice_fraction: float = Field(1.0, gt=0, le=1, description="share of the slices denoised per sweep")
     deadline_s: float | None = Field(None, gt=0, description="stop the sweeps after this time and send what there is")
     seed: int = Field(0, ge=0, lt=1 << 63, description="of the random slices and poses")

@@ -24,7 +24,7 @@ from .health import Counts, process_facts
 from .keep import FailedScans, Recording
 from .limits import Limits
 from .options import OptionsError, make_options, options_from_json
-from .solve import device_of, load_prior_for, warm_up
+from .solve import device_of, load_prior_for, prior_of, warm_up
 from .turns import Turns
 
 log = logging.getLogger("slicediff")
@@ -61,7 +61,7 @@ class Server(Listening, socketserver.ThreadingTCPServer):
 
     def prior(self, options):
         """The prior for these options, loaded at most once."""
-        key = (options.method, options.prior, str(device_of(options)))
+        key = (options.method, prior_of(options), str(device_of(options)))
         with self.lock:
             if key not in self.priors:
                 self.priors[key] = self._load(options)
@@ -91,7 +91,7 @@ class Server(Listening, socketserver.ThreadingTCPServer):
         scans = {"done": self.counts.done, "failed": self.counts.failed}
         scans |= {"receiving": max(0, open_ - running - queued), "queued": queued, "running": running}
         return {
-            "ready": not self.retiring.is_set(), "version": version(), "device": str(device_of(self.options)), "prior": self.options.prior,
+            "ready": not self.retiring.is_set(), "version": version(), "device": str(device_of(self.options)), "prior": prior_of(self.options) or None,
             "scans": scans, "uptime_s": round(time.monotonic() - self.counts.began, 1), **process_facts(),
         }  # fmt: skip
 

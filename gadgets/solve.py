@@ -136,7 +136,12 @@ def load_prior_for(options: Options) -> Prior | None:
     """
     if not METHODS[options.method].uses_prior:
         return None
-    return load_prior(options.prior, device_of(options))
+    return load_prior(prior_of(options), device_of(options))
+
+
+def prior_of(options: Options) -> str:
+    """Name or path of the prior; `auto` is the one that suits the method."""
+    return METHODS[options.method].weights if options.prior == "auto" else options.prior
 
 
 def device_of(options: Options) -> torch.device:

@@ -21,13 +21,22 @@ from .wavelet import WaveletConfig, reconstruct_wavelet
 
 @dataclass(frozen=True)
 class Method:
-    """`title` for people; `run` yields States from the measurement, the prior (None without one) and the CG-SENSE image."""
+    """`title` for people; `run` yields States from the measurement, the prior (None without one) and the CG-SENSE image.
+
+    `weights` names the prior that suits the method, "" if it has none: `small` has learned from the states of
+    `diffusion` too, `small-white`, of white noise alone, is the one to sample with.
+    """
 
     title: str
     run: Callable[[Measurement, Denoiser | None, Tensor, Any, int], Iterator[State]]
     config: Any = None
-    uses_prior: bool = False
+    weights: str = ""
     iterative: bool = True
+
+    @property
+    def uses_prior(self) -> bool:
+        """Whether it needs one."""
+        return bool(self.weights)
 
 
 def _zero_filled(measurement: Measurement, prior: None, start: Tensor, config: None, seed: int) -> Iterator[State]:
@@ -39,12 +48,12 @@ def _cg_sense(measurement: Measurement, prior: None, start: Tensor, config: None
 
 
 METHODS = {
-    "diffusion": Method("slice diffusion", reconstruct_variational, VariationalConfig(), True),
-    "faithful": Method("slice diffusion as published", reconstruct_faithful, FaithfulConfig(), True),
-    "dds": Method("posterior sampling DDS", reconstruct_posterior, PosteriorConfig(axis=0), True),
-    "tpdm": Method("posterior sampling TPDM", reconstruct_posterior, PosteriorConfig(), True),
-    "mbir": Method("posterior sampling DiffusionMBIR", reconstruct_posterior, PosteriorConfig(axis=0, tv=0.02), True),
-    "pnp": Method("plug-and-play ADMM", reconstruct_plug_and_play, PlugAndPlayConfig(), True),
+    "diffusion": Method("slice diffusion", reconstruct_variational, VariationalConfig(), "small"),
+    "faithful": Method("slice diffusion as published", reconstruct_faithful, FaithfulConfig(), "small-white"),
+    "dds": Method("posterior sampling DDS", reconstruct_posterior, PosteriorConfig(axis=0), "small-white"),
+    "tpdm": Method("posterior sampling TPDM", reconstruct_posterior, PosteriorConfig(), "small-white"),
+    "mbir": Method("posterior sampling DiffusionMBIR", reconstruct_posterior, PosteriorConfig(axis=0, tv=0.02), "small-white"),
+    "pnp": Method("plug-and-play ADMM", reconstruct_plug_and_play, PlugAndPlayConfig(), "small"),
     "wavelet": Method("l1-wavelet", reconstruct_wavelet, WaveletConfig()),
     "tv": Method("total variation", reconstruct_total_variation, TotalVariationConfig()),
     "cg": Method("CG-SENSE", _cg_sense, iterative=False),

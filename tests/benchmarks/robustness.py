@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--snr", type=float, nargs="+", default=[8.0, 20.0, 50.0])
     parser.add_argument("--accelerations", type=float, nargs="+", default=[2.0, 4.0, 8.0, 12.0])
     parser.add_argument("--voxel-mm", type=float, nargs="+", default=[1.0, 2.0, 4.0])
-    parser.add_argument("--weights", type=float, nargs="+", default=[0.25, 0.5, 1.0])
+    parser.add_argument("--weights", type=float, nargs="+", default=[0.35, 0.7, 1.4])
     parser.add_argument("--readout", type=int, help="only so many readout positions, in the middle of the volume")
     parser.add_argument("--prior", default="small")
     parser.add_argument("--device", default="cpu")

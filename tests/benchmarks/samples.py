@@ -1,6 +1,6 @@
 """What the prior believes: slices noised to several levels and drawn back from there.
 
-    python tests/benchmarks/samples.py VOLUME OUT.png [--prior small] [--voxel-mm 2] [--sigmas 0.3 0.6 1 2]
+    python tests/benchmarks/samples.py VOLUME OUT.png [--prior small-white] [--voxel-mm 2] [--sigmas 0.3 0.6 1 2]
 
 From each noise level the probability-flow equation is followed down (Heun steps of arXiv 2206.00364,
 algorithm 1); at the largest level hardly anything of the slice is left and the picture is the prior's own.
@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("volume", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--prior", default="small")
+    parser.add_argument("--prior", default="small-white")
     parser.add_argument("--voxel-mm", type=float, default=2.0)
     parser.add_argument("--sigmas", type=float, nargs="+", default=[0.3, 0.6, 1.0, 2.0])
     arguments = parser.parse_args()
