@@ -112,31 +112,32 @@ def measure(
     most = float(counts.max())
     mask = (counts / most).sqrt()
     factor = mask / counts.clamp_min(1)
-    reference, lines, reference_mask, reference_factor = kspace, counts, mask, factor
-    if calibration is not None:
-        reference, lines = calibration
-        reference_mask = (lines > 0).float()
-        reference_factor = reference_mask / lines.clamp_min(1)
+    reference, lines, reference_factor = (kspace, counts, factor) if calibration is None else (*calibration, 1 / calibration[1].clamp_min(1))
     mixing, sigma, known, shown, warnings = _whitener(kspace, mask, factor, most, noise, louder)
-    acs_size = find_acs(reference_mask)
-    acs = torch.zeros((len(kspace), 0, 0, 0), dtype=kspace.dtype)
-    if acs_size[0]:
-        acs = cut_acs(reference, acs_size)
-        acs = _mix(mixing, acs * centre_crop_or_pad(reference_factor, acs.shape[1:3])[..., None])
-    acs_sigma = sigma * float(centre_crop_or_pad(reference_factor * lines.sqrt(), acs_size).square().mean().sqrt()) if acs_size[0] else sigma
+    acs, acs_size, averaged = _calibration_block(reference, lines, reference_factor, mixing)
     if acs.numel() and len(mixing) > 1:
         compression = compression_matrix(acs, min(coils, len(mixing)))
         mixing, acs = compression @ mixing, _mix(compression, acs)
     home = _home(mixing.shape[0], kspace.shape[1:], torch.device(device), warnings)
     data = _mix_lines(mixing, kspace, factor, home)
-    wide = lambda: data if calibration is None else _mix_lines(mixing, reference, reference_factor, home)  # noqa: E731
-    maps, support = _maps(acs.to(device), acs_sigma, acs_size, (len(mixing), *kspace.shape[1:]), wide, reference_mask.to(home), home, warnings)
+    wide = lambda: data if calibration is None else _mix_lines(mixing, reference, reference_factor * (lines > 0), home)  # noqa: E731
+    maps, support = _maps(acs.to(device), sigma * averaged, acs_size, (len(mixing), *kspace.shape[1:]), wide, lines.to(home), home, warnings)
     if phase_reference is not None and len(mixing) > 1 and not torch.equal(phase_reference, mixing[0]):
         maps = in_phase(maps, mixing, phase_reference)
     operator = Sense(maps.mul_(support), mask, device)
     samples = int((mask > 0).sum()) * data.shape[0] * data.shape[-1]
     energy = sum(torch.stack([torch.view_as_real(plane).double().square().sum() for plane in data.unbind(1)]).tolist())
     return Measurement(operator, operator.adjoint(data), energy, samples, sigma / most**0.5, voxel_mm, acs_size, mixing, known, shown / most**0.5, warnings)
+
+
+def _calibration_block(reference: Tensor, lines: Tensor, factor: Tensor, mixing: Tensor) -> tuple[Tensor, tuple[int, int], float]:
+    """Calibration lines of the virtual coils [coils z y x], how many (z, y), and their noise over that of a single line."""
+    size = find_acs(lines)
+    if not size[0]:
+        return torch.zeros((len(mixing), 0, 0, 0), dtype=reference.dtype), size, 1.0
+    block = cut_acs(reference, size)
+    averaged = centre_crop_or_pad(factor * lines.sqrt(), size).square().mean().sqrt()
+    return _mix(mixing, block * centre_crop_or_pad(factor, block.shape[1:3])[..., None]), size, float(averaged)
 
 
 def _mix(matrix: Tensor, data: Tensor) -> Tensor:
