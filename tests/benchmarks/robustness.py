@@ -1,7 +1,7 @@
 """One setting for every protocol: gain over CG-SENSE, and what tuning the prior's weight by the answer would add.
 
     python tests/benchmarks/robustness.py VOLUMES... [--coils 1 4 12 32] [--snr 8 20 50] [--accelerations 2 4 8 12] [--voxel-mm 1 2 4]
-                                          [--weights 0.25 0.5 1]
+                                          [--weights 0.35 0.7 1.4]
 
 The rules of VariationalConfig come from this table on heads left out of training; test volumes have no place here.
 PSNR of the magnitude inside the object. Every row is kept as it comes; a run goes on with the table of its --name: other
