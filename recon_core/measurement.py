@@ -12,11 +12,10 @@ from torch import Tensor
 
 from .coils import MIN_ACS, compression_matrix, cut_acs, estimate_coil_maps, find_acs, in_phase, low_resolution_maps, widened
 from .fft import centre_crop_or_pad, ifft
-from .noise import estimate_sigma, whitening_matrix
+from .noise import whiten
 from .scale import intensity_scale
 from .sense import Sense
 
-LOUD = 2.0  # estimated noise of a coil over that of the middle one above which it is turned down; or noise lines over the scan's own
 QUIET = 1.5  # noise of the scan over that of its noise lines from which they are not believed
 WORK_ARRAYS = 3  # data, maps and a copy of them on the way
 
@@ -113,7 +112,8 @@ def measure(
     mask = (counts / most).sqrt()
     factor = mask / counts.clamp_min(1)
     reference, lines, reference_factor = (kspace, counts, factor) if calibration is None else (*calibration, 1 / calibration[1].clamp_min(1))
-    mixing, sigma, known, shown, warnings = _whitener(kspace, mask, factor, most, noise, louder)
+    whitened = whiten(kspace, mask, factor, most, noise, louder)
+    mixing, warnings = whitened.matrix, whitened.warnings
     acs, acs_size, averaged = _calibration_block(reference, lines, reference_factor, mixing)
     if acs.numel() and len(mixing) > 1:
         compression = compression_matrix(acs, min(coils, len(mixing)))
@@ -121,13 +121,14 @@ def measure(
     home = _home(mixing.shape[0], kspace.shape[1:], torch.device(device), warnings)
     data = _mix_lines(mixing, kspace, factor, home)
     wide = lambda: data if calibration is None else _mix_lines(mixing, reference, reference_factor * (lines > 0), home)  # noqa: E731
-    maps, support = _maps(acs.to(device), sigma * averaged, acs_size, (len(mixing), *kspace.shape[1:]), wide, lines.to(home), home, warnings)
+    maps, support = _maps(acs.to(device), whitened.sigma * averaged, acs_size, (len(mixing), *kspace.shape[1:]), wide, lines.to(home), home, warnings)
     if phase_reference is not None and len(mixing) > 1 and not torch.equal(phase_reference, mixing[0]):
         maps = in_phase(maps, mixing, phase_reference)
     operator = Sense(maps.mul_(support), mask, device)
     samples = int((mask > 0).sum()) * data.shape[0] * data.shape[-1]
     energy = sum(torch.stack([torch.view_as_real(plane).double().square().sum() for plane in data.unbind(1)]).tolist())
-    return Measurement(operator, operator.adjoint(data), energy, samples, sigma / most**0.5, voxel_mm, acs_size, mixing, known, shown / most**0.5, warnings)
+    sigma, shown = (level / most**0.5 for level in (whitened.sigma, whitened.shown))
+    return Measurement(operator, operator.adjoint(data), energy, samples, sigma, voxel_mm, acs_size, mixing, whitened.known, shown, warnings)
 
 
 def _calibration_block(reference: Tensor, lines: Tensor, factor: Tensor, mixing: Tensor) -> tuple[Tensor, tuple[int, int], float]:
@@ -172,37 +173,6 @@ def _home(coils: int, shape: tuple[int, int, int], device: torch.device, warning
         return device
     warnings.append(f"the GPU has {free / 2**30:.1f} GiB free, {coils} coils need {needed / 2**30:.1f} GiB: coil maps stay in the host's memory")
     return torch.device("cpu")
-
-
-def _whitener(kspace: Tensor, mask: Tensor, factor: Tensor, most: float, noise: Tensor | None, louder: float) -> tuple[Tensor, float, bool, float, list[str]]:
-    """Whitening matrix, the noise level of a single line after it, whether that is known, what the scan shows of it, and warnings.
-
-    With noise lines that level is 1, or `louder`. An estimate only evens the coils out and keeps the units of the data: what it
-    is off by would otherwise show as brightness that changes from one volume of a scan to the next. Noise lines that
-    are louder than the scan itself (another receiver gain or bandwidth) tell how coils share noise, but not how much.
-    """
-    reason = "no noise lines"
-    if noise is not None:
-        try:
-            matrix = whitening_matrix(noise)
-        except ValueError as error:
-            reason = f"noise lines of no use ({error})"
-        else:
-            dead = [str(c) for c in range(len(kspace)) if not bool(matrix[:, c].any())]
-            warnings = [f"coil {', '.join(dead)} (from 0) has no noise: dead, left out"] if dead else []
-            level = float(estimate_sigma(kspace, mask, factor, matrix).median()) * most**0.5
-            if louder > 1:
-                warnings.append(f"the scan is {louder:.2g} times as noisy as its noise lines (another receiver gain or bandwidth, or motion?): its own level was taken")
-            if not 0 < level < 1 / LOUD:
-                return matrix, louder, True, level, warnings
-            return matrix, level, False, level, [*warnings, f"the noise lines are {1 / level:.2g} times louder than the scan: the noise level was estimated from the scan itself"]
-    sigma = estimate_sigma(kspace, mask, factor)
-    if not float(sigma.max()) > 0:
-        floor = 1e-4 * float((kspace.abs().square().mean(dim=(0, 3)) * factor.square()).mean().sqrt())
-        sigma = sigma + max(floor, torch.finfo(torch.float32).tiny)
-    weight = (LOUD * sigma.median() / sigma.clamp_min(torch.finfo(torch.float32).tiny)).clamp_max(1)
-    level = float((weight * sigma).square().mean().sqrt()) * most**0.5
-    return torch.diag(weight).to(kspace.dtype), level, False, level, [f"{reason}: the noise level was estimated from the scan itself"]
 
 
 def _maps(acs: Tensor, sigma: float, size: tuple[int, int], whole: tuple[int, ...], data: Callable[[], Tensor], mask: Tensor, home: torch.device, warnings: list[str]) -> tuple[Tensor, Tensor]:

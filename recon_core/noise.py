@@ -1,15 +1,76 @@
-"""Receiver noise: whitening from noise lines, or an estimate of its level from the scan itself.
+"""Receiver noise: whitening by noise lines, or an estimate of its level from the scan itself.
 
 Everywhere sigma is the standard deviation of the real part and of the imaginary part each.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 ENOUGH_LINES = 1024  # for a median; all the lines of a large scan take seconds
 DEAD = 1e-3  # noise of a coil over that of the middle one below which it is not connected
+LOUD = 2.0  # estimated noise of a coil over that of the middle one above which it is turned down; or noise lines over the scan's own
+
+
+class Whitening(NamedTuple):
+    """How coils become virtual ones of even noise: `matrix` [virtual coils coils], and the noise of a single line after it.
+
+    `known`: noise lines gave `sigma`; otherwise the scan's outer lines did, which hold fine detail too. `shown` is what
+    those lines show of it at most, 0 if they were not asked; `warnings` are sentences for the operator.
+    """
+
+    matrix: Tensor
+    sigma: float
+    known: bool
+    shown: float
+    warnings: list[str]
+
+
+def whiten(kspace: Tensor, mask: Tensor, factor: Tensor, averages: float, noise: Tensor | None = None, louder: float = 1.0) -> Whitening:
+    """Whitening by the noise lines, or as well as the scan itself allows.
+
+    With noise lines sigma is 1, or `louder`. An estimate only evens the coils out and keeps the units of the data: what it
+    is off by would otherwise show as brightness that changes from one volume of a scan to the next. Noise lines that
+    are louder than the scan itself (another receiver gain or bandwidth) tell how coils share noise, but not how much.
+
+    Args:
+        kspace: [coils z y x] sums over averages, x in image space.
+        mask: [z y], nonzero where acquired.
+        factor: [z y] that makes the sums into lines as noisy as the mean of `averages` lines.
+        averages: lines summed, at most.
+        noise: [coils samples] noise samples, if there were noise lines.
+        louder: how many times as noisy as its noise lines the scan is.
+    """
+    reason = "no noise lines"
+    if noise is not None:
+        try:
+            matrix = whitening_matrix(noise)
+        except ValueError as error:
+            reason = f"noise lines of no use ({error})"
+        else:
+            return _by_noise_lines(matrix, kspace, mask, factor, averages, louder)
+    tiny = torch.finfo(torch.float32).tiny
+    sigma = estimate_sigma(kspace, mask, factor)
+    if not float(sigma.max()) > 0:
+        floor = 1e-4 * float((kspace.abs().square().mean(dim=(0, 3)) * factor.square()).mean().sqrt())
+        sigma = sigma + max(floor, tiny)
+    weight = (LOUD * sigma.median() / sigma.clamp_min(tiny)).clamp_max(1)
+    level = float((weight * sigma).square().mean().sqrt()) * averages**0.5
+    return Whitening(torch.diag(weight).to(kspace.dtype), level, False, level, [f"{reason}: the noise level was estimated from the scan itself"])
+
+
+def _by_noise_lines(matrix: Tensor, kspace: Tensor, mask: Tensor, factor: Tensor, averages: float, louder: float) -> Whitening:
+    dead = [str(c) for c in range(len(kspace)) if not bool(matrix[:, c].any())]
+    warnings = [f"coil {', '.join(dead)} (from 0) has no noise: dead, left out"] if dead else []
+    level = float(estimate_sigma(kspace, mask, factor, matrix).median()) * averages**0.5
+    if louder > 1:
+        warnings.append(f"the scan is {louder:.2g} times as noisy as its noise lines (another receiver gain or bandwidth, or motion?): its own level was taken")
+    if not 0 < level < 1 / LOUD:
+        return Whitening(matrix, louder, True, level, warnings)
+    return Whitening(matrix, level, False, level, [*warnings, f"the noise lines are {1 / level:.2g} times louder than the scan: the noise level was estimated from the scan itself"])
 
 
 def whitening_matrix(noise: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ import torch
 from conftest import random_complex
 
 from recon_core.cg_sense import cg_sense
-from recon_core.measurement import LOUD, measure
-from recon_core.noise import estimate_sigma, whitening_matrix
+from recon_core.measurement import measure
+from recon_core.noise import LOUD, estimate_sigma, whitening_matrix
 
 
 def test_whitened_noise_is_white_with_unit_sigma():
