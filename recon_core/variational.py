@@ -28,7 +28,8 @@ class VariationalConfig:
     With n the noise of the data in those units, a sweep at sigma pulls towards its denoised image with
     rho = prior_weight * sqrt(1 / R) * (n / sigma)^2: the Gaussian model's balance of data noise and prior noise,
     times a factor found by experiment (tests/benchmarks/robustness.py), the same for every protocol; the more
-    of k-space was sampled (R = 1: all), the better the image bears a strong prior.
+    of k-space was sampled (R = 1: all), the better the image bears a strong prior. Data noisier than `noisy` (SNR below
+    16) bear more of one in proportion, where noise lines tell so: an estimate may be twice too high, with one coil most.
     sigma never falls below n / 2. `dual` is the share given back: 0 is half-quadratic splitting, whose pull
     x - D(x) falls short of the prior's gradient, 1 is ADMM, which trusts the denoiser to be the prior's own. Where
     slices of one orientation alone are of use it is 0: on measured single planes and thin slabs it did harm.
@@ -38,6 +39,7 @@ class VariationalConfig:
     sigma_max: float = 0.3
     sigma_min: float = 0.02
     prior_weight: float = 0.7
+    noisy: float = 0.0625
     momentum: float = 0.8
     dual: float = 0.3
     cg_iterations: int = 3
@@ -66,7 +68,7 @@ def reconstruct_variational(
     box = object_box(measurement.operator.maps)
     across = lambda volume, axis: volume[box].movedim(axis, 0)  # noqa: E731
     usable = usable_axes(tuple(s.stop - s.start for s in box))
-    weight = config.prior_weight * float((measurement.operator.weights > 0).float().mean()) ** 0.5
+    weight = prior_weight(measurement, noise, config)
     share = config.dual if len(usable) > 1 else 0.0
     previous, denoised, returned, last_sigma, axes, evaluations = x, x.clone(), torch.zeros_like(x), config.sigma_max, [], 0
     for sweep, sigma in enumerate(annealed(config, noise), start=1):
@@ -83,6 +85,13 @@ def reconstruct_variational(
         previous, last_sigma = x, sigma
         x = measurement.operator.solve(target + rho * (denoised - returned), rho, denoised, config.cg_iterations)
         yield State(sweep, config.sweeps, sigma, x * scale, evaluations)
+
+
+def prior_weight(measurement: Measurement, noise: float, config: VariationalConfig) -> float:
+    """Pull of the prior over what the Gaussian model gives it; `noise` in units of tissue brightness (see VariationalConfig)."""
+    sampled = float((measurement.operator.weights > 0).float().mean())
+    noisier = max(1.0, noise / config.noisy) if measurement.sigma_known else 1.0
+    return config.prior_weight * sampled**0.5 * noisier
 
 
 def annealed(config: VariationalConfig, noise: float) -> list[float]:

@@ -13,7 +13,7 @@ from recon_core.scale import intensity_scale
 from recon_core.sense import Sense
 from recon_core.simulate import coil_sensitivity, phantom, sampling_mask
 from recon_core.slices import denoise_slices, usable_axes
-from recon_core.variational import VariationalConfig, annealed, reconstruct_variational
+from recon_core.variational import VariationalConfig, annealed, prior_weight, reconstruct_variational
 
 VOXEL = (2.0, 2.0, 2.0)
 
@@ -94,6 +94,15 @@ def test_trained_prior_beats_cg_sense(coils):
     state = last(reconstruct_variational(measurement, load_prior("small"), start, VariationalConfig(sweeps=9)))
     inside = object_mask(reference)
     assert psnr(state.volume, reference, inside) > psnr(start, reference, inside) + 1.5
+
+
+@pytest.mark.parametrize(("noise", "known", "weight"), [(0.03, True, 0.35), (0.125, True, 0.7), (0.125, False, 0.35)])
+def test_noisy_data_take_more_of_the_prior_if_noise_lines_say_so(noise, known, weight):
+    """A quarter of the lines halves 0.7; an SNR of 8 instead of 16 doubles it, but not by an estimate that may be wrong."""
+    mask = torch.zeros(8, 8)
+    mask[::2, ::2] = 1
+    measurement = Measurement(Sense(torch.ones(1, 8, 8, 4, dtype=torch.complex64), mask), torch.zeros(8, 8, 4), 0.0, 64, 1.0, VOXEL, (8, 8), sigma_known=known)
+    assert prior_weight(measurement, noise, VariationalConfig()) == pytest.approx(weight)
 
 
 def test_half_of_the_slices_per_sweep_cost_little():
