@@ -22,7 +22,7 @@ from .fft import fft
 from .measurement import Measurement, measure
 from .pose import Pose
 from .scale import intensity_scale
-from .simulate import coil_sensitivity, sampling_mask, smooth_phase
+from .simulate import coil_sensitivity, loop_sensitivities, sampling_mask, smooth_phase
 from .slices import MIN_SIDE, object_box
 from .variational import VariationalConfig, reconstruct_variational
 from .volumes import SlicePool
@@ -130,11 +130,18 @@ def _mask(shape: tuple[int, int], rng: np.random.Generator) -> Tensor | None:
         return None
 
 
+def _coils(coils: int, shape: tuple[int, int, int], rng: np.random.Generator) -> Tensor:
+    """Receive fields [coils z y x], half the time of loops anywhere around the object, else of those on rings."""
+    if coils > 1 and rng.random() < 0.5:
+        return loop_sensitivities(coils, shape, rng)
+    sides = [axis for axis in (1, 2) if rng.random() < 0.5]
+    return torch.stack([coil_sensitivity(c, coils, shape) for c in range(coils)]).flip(sides)
+
+
 def _measured(volume: Tensor, voxel_mm: float, mask: Tensor, rng: np.random.Generator, device: torch.device | str) -> tuple[Measurement, Tensor]:
     """A volume [z y x] seen by 1 to 12 coils at an SNR of 8 to 60, with or without noise lines."""
     coils, snr, random = int(rng.choice([1, 2, 4, 6, 8, 12])), math.exp(rng.uniform(math.log(8), math.log(60))), torch.Generator().manual_seed(int(rng.integers(1 << 31)))
-    sides = [axis for axis in (1, 2) if rng.random() < 0.5]
-    images = volume * torch.stack([coil_sensitivity(c, coils, tuple(volume.shape)) for c in range(coils)]).flip(sides)
+    images = volume * _coils(coils, tuple(volume.shape), rng)
     noise = lambda *shape: level * torch.view_as_complex(torch.randn((coils, *shape, 2), generator=random))  # noqa: E731
     level = intensity_scale(images.abs().square().sum(0).sqrt(), (voxel_mm,) * 3) / snr
     kspace = (fft(images, (1, 2)) + noise(*volume.shape)) * mask[..., None]

@@ -31,6 +31,37 @@ def phantom(shape: tuple[int, int, int] = (64, 80, 64)) -> Tensor:
     return out.clamp_min(0)
 
 
+def random_phantom(rng: np.random.Generator, shape: tuple[int, int, int] = (128, 144, 120)) -> Tensor:
+    """Object as phantoms are, [z y x]: a filled body with inserts of even brightness, rods in rows and empty chambers."""
+    z, y, x = torch.meshgrid(*(torch.arange(n) - n / 2 for n in shape), indexing="ij")
+    blunt = rng.uniform(1.0, 3.0) / 2  # voxels from half to 12 % outside
+    out = torch.zeros(shape)
+
+    def part(centre, half: np.ndarray, kind: str, value: float) -> None:
+        near = [slice(max(0, int(n / 2 + c - h - 4)), int(n / 2 + c + h + 5)) for n, c, h in zip(shape, centre, half)]
+        away = [(g[tuple(near)] - c).abs() / h for g, c, h in zip((z, y, x), centre, half)]
+        if kind == "box":
+            distance = torch.stack(away).amax(0)
+        elif kind == "rod":
+            distance = torch.maximum((away[1].square() + away[2].square()).sqrt(), away[0])
+        else:
+            distance = sum(a.square() for a in away).sqrt()
+        share = torch.sigmoid((1 - distance) * float(half.min()) / blunt * 2)
+        out[tuple(near)] += share * (value - out[tuple(near)])
+
+    body = np.array(shape) * rng.uniform(0.3, 0.46, 3)
+    part((0, 0, 0), body, str(rng.choice(["rod", "ellipsoid", "box"])), 1.0)
+    for _ in range(int(rng.integers(3, 14))):
+        half = np.exp(rng.uniform(math.log(2), math.log(0.4 * body.min()), 3 if rng.random() < 0.7 else 1)) * np.ones(3)
+        part(rng.uniform(-0.7, 0.7, 3) * body, half, str(rng.choice(["rod", "ellipsoid", "box"])), float(rng.uniform(0, 1.6)))
+    for _ in range(int(rng.integers(0, 3))):
+        radius, corner, value = float(rng.uniform(1, 5)), rng.uniform(-0.6, 0.3, 3) * body, float(rng.choice([0.0, 1.8]))
+        for row, column in np.ndindex(*rng.integers(2, 7, 2)):
+            place = corner + (0, 4 * radius * row, 4 * radius * column)
+            part(np.clip(place, -0.8 * body, 0.8 * body), np.array([0.3 * body[0], radius, radius]), "rod", value)
+    return out
+
+
 def coil_sensitivity(coil: int, coils: int, shape: tuple[int, int, int]) -> Tensor:
     """Receive field [z y x] of one of `coils` loops on two rings around the object; a single coil is uniform."""
     if coils == 1:
@@ -45,6 +76,35 @@ def coil_sensitivity(coil: int, coils: int, shape: tuple[int, int, int]) -> Tens
     inward = -(y * math.sin(angle) + x * math.cos(angle))
     phase = angle + 0.9 * torch.atan2(-y * math.cos(angle) + x * math.sin(angle), inward + 0.4) + 0.4 * z
     return torch.polar(1 / (squared + 0.35), phase.expand_as(squared)).to(torch.complex64)
+
+
+def loop_sensitivities(coils: int, shape: tuple[int, int, int], rng: np.random.Generator) -> Tensor:
+    """Receive fields [coils z y x] of loops somewhere around the object, about 1 together in its middle.
+
+    What a loop receives is Bx - i By of the field it would make, x and y being across B0, here the first axis (Hoult,
+    Concepts Magn. Reson. 2000).
+    """
+    grid = torch.stack(torch.meshgrid(*((torch.arange(n) - n // 2) / (n / 2) for n in shape), indexing="ij"))
+    fields = torch.empty((coils, *shape), dtype=torch.complex64)
+    turn, radius = rng.uniform(0, 2 * math.pi), rng.uniform(0.4, 0.7)
+    for coil in range(coils):
+        angle = turn + 2 * math.pi * (coil + rng.uniform(-0.4, 0.4)) / coils
+        outward = np.array([rng.uniform(-0.8, 0.8), math.sin(angle), math.cos(angle)])
+        moment = outward / np.linalg.norm(outward) + rng.uniform(-0.4, 0.4, 3)
+        field = loop_field(grid, outward * rng.uniform(1.2, 1.7), moment, radius)
+        fields[coil] = torch.complex(field[2], -field[1]) * np.exp(2j * math.pi * rng.random()) * rng.uniform(0.6, 1.4)
+    return fields
+
+
+def loop_field(grid: Tensor, centre: np.ndarray, moment: np.ndarray, radius: float) -> Tensor:
+    """Magnetic field [3 ...] of a loop of current at the places grid [3 ...]; moment is pi R^2 times the current, without mu0 / 4 pi.
+
+    (3 (m.r) r + m (2 R^2 - r^2)) / (r^2 + R^2)^(5/2): exact on the loop's axis, a dipole's far away (Jackson, section 5.5, less what is odd in r).
+    """
+    column = lambda v: torch.as_tensor(v, dtype=torch.float32).reshape(3, *[1] * (grid.ndim - 1))  # noqa: E731
+    away, m = grid - column(centre), column(moment)
+    squared = away.square().sum(0)
+    return (3 * (m * away).sum(0) * away + m * (2 * radius**2 - squared)) / (squared + radius**2) ** 2.5
 
 
 def smooth_phase(shape: tuple[int, int, int], seed: int = 0, amount: float = 1.0) -> Tensor:

@@ -51,7 +51,8 @@ class TrainOptions(BaseModel):
     voxel_mm: tuple[float, float] = Field((0.5, 4.0), description="finest and coarsest voxel size; the same twice for one fixed size")
     vary_sharpness: bool = Field(True, description="taper or interpolate some volumes, as protocols do; off to compare voxel sizes")
     sigma_range: tuple[float, float] = Field((0.008, 2.0), description="noise levels, in tissue brightness")
-    vary_contrast: bool = Field(True, description="redraw the intensity curve of half the volumes, so that other contrasts are met")
+    vary_contrast: bool = Field(True, description="redraw the intensity curve of most volumes, so that other contrasts are met")
+    phantoms: float = Field(0.1, ge=0, le=1, description="share of the volumes drawn that are simulated phantoms, each made anew, so that those are met as well")
     seed: int = Field(0, ge=0, description="of everything random")
     save_every_s: float = Field(60.0, ge=0, description="at most this much work is lost by a kill")
     validate_every: int = Field(1000, ge=1, description="steps between validations")
@@ -107,7 +108,8 @@ def _train(team: Team, threads: ExitStack, volumes, out: Path, options: TrainOpt
     checkpoint = out.with_suffix(".checkpoint")
     origins = made_of(volumes, options)
     start, means = _resume(checkpoint, origins, prior, average, optimiser)
-    pool = SlicePool(volumes, options.voxel_mm, options.crop, seed=options.seed, vary_sharpness=options.vary_sharpness, vary_contrast=options.vary_contrast)
+    varied = dict(vary_sharpness=options.vary_sharpness, vary_contrast=options.vary_contrast, phantoms=options.phantoms)
+    pool = SlicePool(volumes, options.voxel_mm, options.crop, seed=options.seed, **varied)
     held_out = Validation(validation, options.seed) if validation and team.leads else None
     shared, curve = team.wrap(prior), Curve(out.with_suffix(".csv") if team.leads else None, start, means)
     workers = default_workers(team) if options.workers is None else options.workers

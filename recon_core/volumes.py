@@ -23,6 +23,7 @@ from torch import Tensor
 from .ahead import Ahead
 from .fft import centre_crop_or_pad, fft, ifft, kspace_crop
 from .scale import intensity_scale
+from .simulate import random_phantom
 
 MAX_VOXELS = 12_000_000
 ROOM = 8  # batches that may wait for the training loop
@@ -108,15 +109,18 @@ class SlicePool:
         refresh: steps between replacements.
         seed: of everything random.
         vary_sharpness: taper or interpolate some volumes, as protocols do.
-        vary_contrast: redraw the intensity curve of half the volumes.
+        vary_contrast: redraw the intensity curve of most volumes.
+        phantoms: share of the volumes that are phantoms, each made anew.
     """
 
-    def __init__(self, volumes: Sequence[Volume], voxel_mm=(0.5, 4.0), crop=64, size=24, refresh=12, seed=0, vary_sharpness=True, vary_contrast=True):
+    def __init__(
+        self, volumes: Sequence[Volume], voxel_mm=(0.5, 4.0), crop=64, size=24, refresh=12, seed=0, vary_sharpness=True, vary_contrast=True, phantoms=0.0
+    ):
         if not volumes:
             raise ValueError("expected at least one training volume, got none")
         self.volumes = list(volumes)
         self.voxel_mm, self.crop, self.size, self.refresh, self.seed = voxel_mm, crop, size, refresh, seed
-        self.vary_sharpness, self.vary_contrast = vary_sharpness, vary_contrast
+        self.vary_sharpness, self.vary_contrast, self.phantoms = vary_sharpness, vary_contrast, phantoms
         self.pool: dict[int, tuple[Tensor, float]] = {}
         self.scales: dict[int, float] = {}
         self.next_volume = self.draw_volume
@@ -167,15 +171,9 @@ class SlicePool:
     def draw_volume(self, index: int, stream: int = 2) -> tuple[Tensor, float]:
         """Volume [z y x] number `index` of a random stream, and the finest of its voxel sizes in mm."""
         rng = np.random.default_rng([self.seed, stream, index])
-        number = int(rng.integers(len(self.volumes)))
-        source = self.volumes[number]
-        voxel_mm = source.voxel_mm
-        volume = torch.from_numpy(source.data.astype(np.complex64 if np.iscomplexobj(source.data) else np.float32))
-        if number not in self.scales:  # a fifth of the time that drawing takes
-            self.scales[number] = intensity_scale(volume, voxel_mm)
-        volume = volume / self.scales[number]
-        if self.vary_contrast and rng.random() < 0.5:
-            volume = _remap_contrast(volume, rng)
+        volume, voxel_mm = self._phantom(rng) if rng.random() < self.phantoms else self._source(int(rng.integers(len(self.volumes))))
+        if self.vary_contrast:
+            volume = _vary_contrast(volume, rng)
         low, high = self.voxel_mm
         finest = max(low, min(voxel_mm))
         target = [rng.uniform(finest, max(finest, high))] * 3  # a volume coarser than asked for stays as it is
@@ -187,6 +185,18 @@ class SlicePool:
         if not volume.is_complex() and rng.random() < 0.5:
             volume = _add_susceptibility_phase(volume, voxel_mm, rng)
         return (_zero_fill(volume, rng) if self.vary_sharpness and rng.random() < 0.3 else volume), min(voxel_mm)
+
+    def _source(self, number: int) -> tuple[Tensor, tuple[float, float, float]]:
+        source = self.volumes[number]
+        volume = torch.from_numpy(source.data.astype(np.complex64 if np.iscomplexobj(source.data) else np.float32))
+        if number not in self.scales:  # a fifth of the time that drawing takes
+            self.scales[number] = intensity_scale(volume, source.voxel_mm)
+        return volume / self.scales[number], source.voxel_mm
+
+    def _phantom(self, rng) -> tuple[Tensor, tuple[float, float, float]]:
+        voxel_mm = (max(self.voxel_mm[0], float(rng.uniform(0.9, 1.6))),) * 3
+        volume = random_phantom(rng)
+        return volume / intensity_scale(volume, voxel_mm), voxel_mm
 
 
 def _zero_fill(volume: Tensor, rng) -> Tensor:
@@ -219,8 +229,19 @@ def dipole_field(susceptibility: Tensor, voxel_mm: Sequence[float], direction: S
     return torch.fft.ifftn(torch.fft.fftn(susceptibility) * kernel).real
 
 
+def _vary_contrast(volume: Tensor, rng) -> Tensor:
+    """Other contrasts than the corpus': half the volumes get another curve, and a quarter of all a power, as fat may be many times brighter than brain."""
+    volume = _remap_contrast(volume, rng) if rng.random() < 0.5 else volume
+    return _to_power(volume, math.exp(rng.uniform(math.log(0.7), math.log(2.5)))) if rng.random() < 0.25 else volume
+
+
+def _to_power(volume: Tensor, power: float) -> Tensor:
+    magnitude = volume.abs()
+    return volume * magnitude.clamp_min(1e-3 if power < 1 else 0).pow(power - 1)
+
+
 def _remap_contrast(volume: Tensor, rng) -> Tensor:
-    """Smooth random intensity curve through zero, so that other contrasts than the corpus' are met."""
+    """Smooth random intensity curve through zero."""
     knots = torch.tensor([0.0, *rng.uniform(0.1, 1.6, 5)], dtype=torch.float32)
     knots[1:] = knots[1:] * 0.7 + torch.tensor([0.3, 0.6, 0.9, 1.2, 1.5]) * 0.3
     magnitude = volume.abs()

@@ -9,7 +9,7 @@ from conftest import random_complex
 
 from recon_core.coils import MATRICES_AT_ONCE, compression_matrix, cut_acs, dominant_eigenvectors, estimate_coil_maps, find_acs, in_phase, low_resolution_maps
 from recon_core.fft import centre_crop_or_pad, fft
-from recon_core.simulate import coil_sensitivity, phantom
+from recon_core.simulate import coil_sensitivity, loop_sensitivities, phantom
 
 
 def object_seen(shape, coils):
@@ -31,6 +31,15 @@ def test_maps_agree_with_the_truth(shape, acs):
     assert torch.quantile(alignment(maps, truth, inside), 0.01) > 0.99
     torch.testing.assert_close(maps.norm(dim=0), torch.ones(shape), atol=1e-4, rtol=0)
     assert value[inside].min() > 0.9
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_maps_of_loops_anywhere_agree_with_the_truth(seed):
+    shape = (40, 44, 36)
+    fields = loop_sensitivities(6, shape, np.random.default_rng(seed))
+    maps, _ = estimate_coil_maps(cut_acs(fft(phantom(shape) * fields, (1, 2)), (20, 20)), shape)
+    found = alignment(maps, fields / fields.norm(dim=0), phantom(shape) > 0.3)
+    assert found.mean() > 0.999 and torch.quantile(found, 0.01) > 0.98
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e6])

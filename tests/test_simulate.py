@@ -4,6 +4,7 @@ import ismrmrd
 import nibabel
 import numpy as np
 import pytest
+import torch
 from conftest import line_like, run_chain, small_object
 
 from gadgets.files import ScanFile, affine
@@ -12,6 +13,7 @@ from gadgets.options import make_options
 from gadgets.protocol import SimulateOptions
 from gadgets.recon import reconstruct
 from gadgets.simulate import simulate
+from recon_core.simulate import loop_field, loop_sensitivities, random_phantom
 
 CASES = {
     "full": (dict(pattern="full"), 0.995),
@@ -137,3 +139,29 @@ def lines_of(path, volume):
     simulate(path.with_suffix(".npy"), path.with_suffix(".h5"), SimulateOptions(coils=4, pattern="full", snr=200))
     with ScanFile(path.with_suffix(".h5")) as scan:
         return parse_header(scan.header_xml), list(scan.acquisitions())
+
+
+def test_the_field_of_a_loop_is_exact_on_its_axis_and_a_dipoles_far_away():
+    moment, radius = np.array([0.0, 3.0, 0.0]), 0.5
+    on_axis = torch.tensor([[0.0, 0.0], [1.0, 2.0], [0.0, 0.0]])
+    field = loop_field(on_axis, np.array([0.0, 0.8, 0.0]), moment, radius)
+    assert field[1].tolist() == pytest.approx([2 * 3 / (d**2 + radius**2) ** 1.5 for d in (0.2, 1.2)], rel=1e-5)
+    beside, ahead = loop_field(torch.tensor([[100.0, 0.0], [0.0, 100.0], [0.0, 0.0]]), np.zeros(3), moment, radius).T
+    assert beside.tolist() == pytest.approx([0, -3e-6, 0], rel=1e-3) and ahead.tolist() == pytest.approx([0, 6e-6, 0], rel=1e-3)
+
+
+def test_loops_see_all_of_the_object_each_in_its_own_way():
+    fields = loop_sensitivities(8, (24, 30, 28), np.random.default_rng(0))
+    together = fields[:, 3:21, 4:26, 4:24].abs().square().sum(0).sqrt()
+    assert 0.2 < together.min() and 0.5 < together[9, 11, 10] < 3
+    flat = fields.flatten(1) / fields.flatten(1).norm(dim=1, keepdim=True)
+    assert ((flat @ flat.mH).abs() - torch.eye(8)).max() < 0.95
+    assert torch.equal(fields, loop_sensitivities(8, (24, 30, 28), np.random.default_rng(0)))
+
+
+def test_random_phantoms_are_bodies_with_parts_in_air():
+    seen = [random_phantom(np.random.default_rng(seed)) for seed in range(12)]
+    for volume in seen:
+        assert 0 <= volume.min() and 1 <= volume.max() <= 1.8 + 1e-5
+        assert volume[[0, -1]].mean() < 0.02 and 0.1 < (volume > 0.2).float().mean() < 0.9
+    assert len({float(volume.sum()) for volume in seen}) == 12 and min(len(v[64].mul(50).round().unique()) for v in seen) > 1

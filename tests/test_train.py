@@ -30,7 +30,7 @@ def volumes(tmp_path):
     return [load_volume(p) for p in paths]
 
 
-QUICK = TrainOptions(steps=6, batch=2, crop=16, save_every_s=0, precision="fp32")
+QUICK = TrainOptions(steps=6, batch=2, crop=16, save_every_s=0, precision="fp32", phantoms=0)
 
 
 def read_curve(path):
@@ -194,7 +194,7 @@ from recon_core.train import TrainOptions, train
 from recon_core.variational import VariationalConfig
 from recon_core.volumes import load_volume
 Rehearsal.config, Rehearsal.voxels = VariationalConfig(sweeps=2), (15_000, 20_000)
-options = TrainOptions(steps=6, batch=2, crop=16, save_every_s=0, device="cpu", precision="fp32", own_states=1.0)
+options = TrainOptions(steps=6, batch=2, crop=16, save_every_s=0, device="cpu", precision="fp32", own_states=1.0, phantoms=0)
 train([load_volume(p) for p in sys.argv[2:]], Path(sys.argv[1]), options, log=lambda s: None)
 """
     (tmp_path / "main.py").write_text(code)
@@ -230,8 +230,8 @@ def test_complex_volumes_keep_their_phase():
     """A fast phase ramp, faster than any that is added to magnitude volumes, is still there."""
     ramp = np.exp(1j * np.arange(48) * 1.2).astype(np.complex64)
     volume = Volume("ramp", phantom((40, 44, 48)).numpy() * ramp, (1.0, 1.0, 1.0))
-    pool = SlicePool([volume], (1.0, 1.0), crop=32, size=2)
-    slices, voxel_mm = pool.batch(0, 24)
+    pool = SlicePool([volume], (1.0, 1.0), crop=32, size=6)
+    slices, voxel_mm = pool.batch(0, 60)
     turned = torch.view_as_complex(slices.permute(0, 2, 3, 1).contiguous())
     step = lambda axis: (turned.narrow(axis, 1, 31) * turned.narrow(axis, 0, 31).conj()).sum((1, 2)).angle().abs()  # noqa: E731
     fastest = torch.maximum(step(1), step(2))
@@ -311,7 +311,7 @@ def test_a_damaged_volume_fails_at_the_step_that_needs_it(volumes):
     damaged = Volume("damaged", np.full((20, 20, 20), np.nan, np.float32), (1.0, 1.0, 1.0))
     delivered = []
     for workers in (0, 2):
-        pool, made = SlicePool([*volumes, damaged], crop=16, size=2, refresh=2, seed=4), []
+        pool, made = SlicePool([*volumes, damaged], crop=16, size=2, refresh=2, seed=7), []
         with pytest.raises(ValueError, match="no finite signal"), pool.ahead(lambda step: pool.batch(step, 2), range(100), workers) as batches:
             for batch in batches:
                 made.append(batch)
@@ -398,3 +398,10 @@ def test_learning_from_own_states_mends_them(volumes, tmp_path, short_scans):
             lessons = itertools.islice(Rehearsal(SlicePool(volumes, (1.0, 1.5), seed=9), 8192, 9).lessons(prior), 8)
             left.append(np.mean([float(lesson_loss(prior, lesson).mean()) for lesson in lessons]))
     assert left[1] < 0.95 * left[0]
+
+
+@pytest.mark.parametrize("share,expected", [(0.0, 0), (0.3, 12), (1.0, 40)])
+def test_phantoms_are_drawn_beside_the_volumes(share, expected):
+    small = Volume("small", phantom((20, 22, 24)).numpy(), (1.0, 1.0, 1.0))
+    sides = [max(SlicePool([small], (0.9, 4.0), seed=1, vary_sharpness=False, phantoms=share).draw_volume(n)[0].shape) for n in range(40)]
+    assert sum(side > 24 for side in sides) == pytest.approx(expected, abs=0.2 * expected)
