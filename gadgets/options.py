@@ -31,7 +31,7 @@ class Options(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto (a GPU if there is one), cpu or cuda")
     preview: bool = Field(True, description="send the CG-SENSE image first, as a series of its own")
     coils: int = Field(12, ge=1, le=128, description="at most this many virtual coils after compression")
-    sweeps: int = Field(24, ge=1, le=1000, description="passes over the volume; more is better and slower")
+    sweeps: int = Field(12, ge=1, le=1000, description="passes over the volume; more is better and slower")
     sigma_max: float = Field(0.3, gt=0, le=2, description="first noise level of the prior, in tissue brightness")
     sigma_min: float = Field(0.02, gt=0, le=2, description="last noise level of the prior")
     prior_weight: float = Field(0.7, gt=0, le=100, description="pull of the prior against the data; needs no tuning per protocol")

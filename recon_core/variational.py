@@ -30,18 +30,20 @@ class VariationalConfig:
     times a factor found by experiment (tests/benchmarks/robustness.py), the same for every protocol; the more
     of k-space was sampled (R = 1: all), the better the image bears a strong prior. Data noisier than `noisy` (SNR below
     16) bear more of one in proportion, where noise lines tell so: an estimate may be twice too high, with one coil most.
-    sigma never falls below n / 2. `dual` is the share given back: 0 is half-quadratic splitting, whose pull
+    sigma falls to n / 2, not lower, and stays there for `held` of the sweeps, so that slices of all orientations have
+    their turn at the end: 12 sweeps are then as good as 24 that fall all the way. `dual` is the share given back: 0 is half-quadratic splitting, whose pull
     x - D(x) falls short of the prior's gradient, 1 is ADMM, which trusts the denoiser to be the prior's own. Where
-    slices of one orientation alone are of use it is 0: on measured single planes and thin slabs it did harm.
+    slices of one orientation alone are of use it is 0, and so is `held`: on measured single planes and thin slabs both did harm.
     """
 
-    sweeps: int = 24
+    sweeps: int = 12
     sigma_max: float = 0.3
     sigma_min: float = 0.02
     prior_weight: float = 0.7
     noisy: float = 0.0625
-    momentum: float = 0.8
+    momentum: float = 0.7
     dual: float = 0.3
+    held: float = 0.25
     cg_iterations: int = 3
     slice_fraction: float = 1.0
 
@@ -69,9 +71,9 @@ def reconstruct_variational(
     across = lambda volume, axis: volume[box].movedim(axis, 0)  # noqa: E731
     usable = usable_axes(tuple(s.stop - s.start for s in box))
     weight = prior_weight(measurement, noise, config)
-    share = config.dual if len(usable) > 1 else 0.0
+    share, held = (config.dual, config.held) if len(usable) > 1 else (0.0, 0.0)
     previous, denoised, returned, last_sigma, axes, evaluations = x, x.clone(), torch.zeros_like(x), config.sigma_max, [], 0
-    for sweep, sigma in enumerate(annealed(config, noise), start=1):
+    for sweep, sigma in enumerate(annealed(config, noise, held), start=1):
         axes = axes or [a for a in torch.randperm(3, generator=random).tolist() if a in usable]
         rho = weight * (noise / sigma) ** 2
         noisy = x + config.momentum * (x - previous) + returned * (sigma / last_sigma) ** 2  # rho returned stays
@@ -94,8 +96,8 @@ def prior_weight(measurement: Measurement, noise: float, config: VariationalConf
     return config.prior_weight * sampled**0.5 * noisier
 
 
-def annealed(config: VariationalConfig, noise: float) -> list[float]:
-    """Noise level of each sweep, falling geometrically, not below half the noise of the data."""
-    steps = max(1, config.sweeps - 1)
+def annealed(config: VariationalConfig, noise: float, held: float) -> list[float]:
+    """Noise level of each sweep, falling geometrically, not below half the noise of the data; the last of a share `held` of them stay."""
+    steps = max(1, config.sweeps - 1 - int(held * config.sweeps))
     lowest = min(config.sigma_max, max(config.sigma_min, noise / 2))
-    return [config.sigma_max * (lowest / config.sigma_max) ** (i / steps) for i in range(config.sweeps)]
+    return [config.sigma_max * (lowest / config.sigma_max) ** min(1, i / steps) for i in range(config.sweeps)]

@@ -112,7 +112,7 @@ def test_half_of_the_slices_per_sweep_cost_little():
     kspace, mask, noise, reference = problem((48, 56, 40), 8, acceleration=3.0, snr=20.0, acs=20)
     measurement = measure(kspace, mask, VOXEL, noise)
     start, prior, inside = cg_sense(measurement), load_prior("small"), object_mask(reference)
-    whole, half = (last(reconstruct_variational(measurement, prior, start, VariationalConfig(slice_fraction=f))) for f in (1.0, 0.5))
+    whole, half = (last(reconstruct_variational(measurement, prior, start, VariationalConfig(sweeps=24, slice_fraction=f))) for f in (1.0, 0.5))
     assert half.network_evaluations == pytest.approx(whole.network_evaluations / 2, rel=0.05)
     assert psnr(half.volume, reference, inside) > psnr(whole.volume, reference, inside) - 1
 
@@ -133,8 +133,25 @@ def test_every_sweep_is_a_state_that_counts_its_evaluations(prior):
     assert [s.sweep for s in states] == [1, 2, 3, 4]
     assert states[0].network_evaluations > 0
     noise = measurement.sigma / intensity_scale(cg_sense(measurement), VOXEL)
-    assert [s.sigma for s in states] == pytest.approx(annealed(VariationalConfig(sweeps=4), noise))
+    assert [s.sigma for s in states] == pytest.approx(annealed(VariationalConfig(sweeps=4), noise, 0.25))
     assert states[-1].sigma == pytest.approx(max(0.02, noise / 2))
+
+
+def test_noise_levels_fall_by_a_factor_and_stay_at_the_lowest_for_every_orientation():
+    config = VariationalConfig(sweeps=12, sigma_max=0.32, sigma_min=0.02)
+    levels = annealed(config, 0.1, 0.25)
+    assert levels[8:] == pytest.approx([0.05] * 4) and levels[4] == pytest.approx((0.32 * 0.05) ** 0.5)
+    assert [b / a for a, b in zip(levels[:8], levels[1:9])] == pytest.approx([(0.05 / 0.32) ** (1 / 8)] * 8)
+    assert annealed(config, 0.01, 0.0)[-2:] == pytest.approx([0.02 * 16 ** (1 / 11), 0.02])
+    assert annealed(VariationalConfig(sweeps=1), 0.1, 0.25) == [0.3] and annealed(VariationalConfig(sweeps=2), 0.1, 0.25) == pytest.approx([0.3, 0.05])
+
+
+@pytest.mark.parametrize("shape,held", [((30, 32, 34), 2), ((30, 32, 1), 0)])
+def test_where_one_orientation_is_of_use_the_noise_level_falls_to_the_last_sweep(prior, shape, held):
+    kspace, mask, noise, _ = problem(shape)
+    measurement = measure(kspace, mask, VOXEL, noise)
+    levels = [s.sigma for s in reconstruct_variational(measurement, prior, cg_sense(measurement), VariationalConfig(sweeps=8))]
+    assert sum(level == levels[-1] for level in levels) == 1 + held
 
 
 def test_thin_slabs_are_not_cut_across_their_thin_side():

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/solve_speed.py [--sizes 64 96 128 192] [--coils 8] [--beside-bart 96] [--device cpu]
 
-A phantom in a cube, Poisson disc R = 4, noise lines. Stages: gathered k-space to coil maps and A^H y, CG-SENSE, 24 sweeps.
+A phantom in a cube, Poisson disc R = 4, noise lines. Stages: gathered k-space to coil maps and A^H y, CG-SENSE, 12 sweeps.
 BART: ecalib and `pics -R W:7:0:0.01 -i 50` on the same data. One run each after a small one that warms up.
 `peak_over_kspace` is the memory beside the k-space of all coils, in units of it (on a GPU, of its own memory).
 """
