@@ -34,7 +34,7 @@ def phantom(shape: tuple[int, int, int] = (64, 80, 64)) -> Tensor:
 def random_phantom(rng: np.random.Generator, shape: tuple[int, int, int] = (128, 144, 120)) -> Tensor:
     """Object as phantoms are, [z y x]: a filled body with inserts of even brightness, rods in rows and empty chambers."""
     z, y, x = torch.meshgrid(*(torch.arange(n) - n / 2 for n in shape), indexing="ij")
-    blunt = rng.uniform(1.0, 3.0) / 2  # voxels from half to 12 % outside
+    blunt = rng.uniform(1.0, 3.0) / 2  # voxels outside the edge at which an eighth of the brightness is left
     out = torch.zeros(shape)
 
     def part(centre, half: np.ndarray, kind: str, value: float) -> None:
@@ -79,7 +79,7 @@ def coil_sensitivity(coil: int, coils: int, shape: tuple[int, int, int]) -> Tens
 
 
 def loop_sensitivities(coils: int, shape: tuple[int, int, int], rng: np.random.Generator) -> Tensor:
-    """Receive fields [coils z y x] of loops somewhere around the object, about 1 together in its middle.
+    """Receive fields [coils z y x] of loops somewhere around the object, 1 to 2 together in its middle.
 
     What a loop receives is Bx - i By of the field it would make, x and y being across B0, here the first axis (Hoult,
     Concepts Magn. Reson. 2000).
