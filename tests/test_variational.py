@@ -103,6 +103,7 @@ def test_noisy_data_take_more_of_the_prior_if_noise_lines_say_so(noise, known, w
     mask[::2, ::2] = 1
     measurement = Measurement(Sense(torch.ones(1, 8, 8, 4, dtype=torch.complex64), mask), torch.zeros(8, 8, 4), 0.0, 64, 1.0, VOXEL, (8, 8), sigma_known=known)
     assert prior_weight(measurement, noise, VariationalConfig()) == pytest.approx(weight)
+    assert prior_weight(measurement, noise, VariationalConfig(), least=0.36) == pytest.approx(1.2 * weight)
 
 
 def test_half_of_the_slices_per_sweep_cost_little():
@@ -152,6 +153,14 @@ def test_where_one_orientation_is_of_use_the_noise_level_falls_to_the_last_sweep
     measurement = measure(kspace, mask, VOXEL, noise)
     levels = [s.sigma for s in reconstruct_variational(measurement, prior, cg_sense(measurement), VariationalConfig(sweeps=8))]
     assert sum(level == levels[-1] for level in levels) == 1 + held
+
+
+@pytest.mark.parametrize("shape,same", [((30, 32, 34), True), ((30, 32, 1), False)])
+def test_high_acceleration_weakens_the_prior_less_where_one_orientation_is_of_use(prior, shape, same):
+    kspace, mask, noise, _ = problem(shape, acceleration=5.0)
+    measurement = measure(kspace, mask, VOXEL, noise)
+    images = [last(reconstruct_variational(measurement, prior, cg_sense(measurement), VariationalConfig(sweeps=3, alone=alone))).volume for alone in (0.36, 0.0)]
+    assert torch.equal(*images) == same
 
 
 def test_thin_slabs_are_not_cut_across_their_thin_side():
