@@ -5,7 +5,7 @@
 Volumes are seen by simulated coils (k-space crops of each coil's own image, correlated noise, maps estimated from the
 calibration lines); --raw adds the measured scans. PSNR and 3D SSIM of the magnitude inside the object after the
 least-squares factor, complex NRMSE after the least-squares complex factor; of measured scans `unseen`, the relative error
-of the lines left out as our coil maps predict them (complex images only). `bart` is BART's `pics -R W:7:0:lambda`
+of the lines left out as our coil maps predict them (complex images only), and `floor`, that of the best fit to all lines. `bart` is BART's `pics -R W:7:0:lambda`
 with maps of its own ecalib, `sigpy` its L1WaveletRecon with our maps; their lambda comes from --tune VOLUME (best of
 --lambdas there, per voxel size and R). `bart-oracle` takes the best of --lambdas on the tested scan itself.
 --set METHOD.FIELD=VALUE changes a setting of one of our methods.
@@ -154,9 +154,9 @@ def quality(image: Tensor, problem: Problem) -> dict[str, float | str]:
     window = dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False, full=True) if min(truth.shape) >= 11 else dict(win_size=3, full=True)
     data = [v.squeeze().numpy() for v in (magnitude, truth)]
     _, similarity = structural_similarity(*data, data_range=float(truth[inside].max()), **window)
-    out = {"psnr": round(psnr(image, truth, inside), 2), "ssim": round(float(similarity[inside.squeeze().numpy()].mean()), 4), "nrmse": "", "unseen": ""}
+    out = {"psnr": round(psnr(image, truth, inside), 2), "ssim": round(float(similarity[inside.squeeze().numpy()].mean()), 4), "nrmse": "", "unseen": "", "floor": ""}
     if image.is_complex() and problem.left_out is not None:
-        out["unseen"] = round(problem.unseen(image), 4)
+        out |= {"unseen": round(problem.unseen(image), 4), "floor": round(problem.floor(), 4)}
     if image.is_complex() and problem.phased is not None:
         image, phased = image[inside], problem.phased.cpu()[inside]
         factor = torch.vdot(image, phased) / torch.vdot(image, image)

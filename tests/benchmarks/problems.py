@@ -17,6 +17,7 @@ from recon_core.fft import fft, ifft
 from recon_core.measurement import Measurement, measure
 from recon_core.metrics import object_mask
 from recon_core.scale import intensity_scale
+from recon_core.sense import Sense
 from recon_core.simulate import sampling_mask
 
 
@@ -48,6 +49,16 @@ class Problem:
         rest = self.left_out.abs().sum(dim=(0, 3))[..., None] > 0
         predicted = fft(operator.coil_maps() * image.to(operator.device), (1, 2)).cpu() * rest
         return float((predicted - self.left_out).norm() / self.left_out.norm())
+
+    def floor(self) -> float:
+        """`unseen` of the image that fits all lines best: their noise, and what the coil maps cannot explain.
+
+        It fits a little of that noise, so that sqrt(unseen^2 - floor^2), the error of an image itself, comes out too
+        large rather than too small.
+        """
+        maps, every = self.measurement.operator.coil_maps(), self.kspace + self.left_out
+        operator = Sense(maps, (every.abs().sum(dim=(0, 3)) > 0).float())
+        return self.unseen(operator.solve(operator.adjoint(every), 1e-6, iterations=60))
 
 
 def simulated(path: Path, voxel_mm: float, coils: int, acceleration: float, snr: float, acs: int, seed: int = 0, readout: int | None = None, device: str = "cpu") -> Problem:
