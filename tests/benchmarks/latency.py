@@ -1,6 +1,6 @@
 """How long after a scan's last line its images come: warm server, <execute>-like start, offline command.
 
-    python tests/benchmarks/latency.py [--repeats 3] [--sweeps 24] [--voxel-mm 2]
+    python tests/benchmarks/latency.py [--repeats 3] [--sweeps 12] [--voxel-mm 2]
 
 The example head, 8 coils, R = 8, is sent as fast as the socket takes it. Rows go to results/latency.csv. The ways take
 turns within a repeat, so that a busy machine is busy for all of them; what is written is the median.
@@ -111,7 +111,7 @@ def main() -> None:
     """Run all ways in turn and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--sweeps", type=int, default=24)
+    parser.add_argument("--sweeps", type=int, default=12)
     parser.add_argument("--voxel-mm", type=float, default=2.0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, Server(("127.0.0.1", 0), {"sweeps": arguments.sweeps}) as server:
