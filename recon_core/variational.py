@@ -36,7 +36,7 @@ class VariationalConfig:
     x - D(x) falls short of the prior's gradient, 1 is ADMM, which trusts the denoiser to be the prior's own. Where
     slices of one orientation alone are of use it is 0, and so is `held`: on measured single planes and thin slabs both did harm.
     There 1 / R counts as at least `alone`: planes and thin slabs of held-out heads want no weaker prior above R = 3
-    (0.04 to 0.85 dB at R = 4 and 8, results/bench_planes.csv; slabs at 4 mm lose 0.3 at most).
+    (0.04 to 0.85 dB at R = 4 and 8, -0.07 to 0.21 dB for slabs at 4 mm; results/bench_planes.csv).
     """
 
     sweeps: int = 12

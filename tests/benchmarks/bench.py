@@ -156,7 +156,7 @@ def quality(image: Tensor, problem: Problem) -> dict[str, float | str]:
     _, similarity = structural_similarity(*data, data_range=float(truth[inside].max()), **window)
     out = {"psnr": round(psnr(image, truth, inside), 2), "ssim": round(float(similarity[inside.squeeze().numpy()].mean()), 4), "nrmse": "", "unseen": "", "floor": ""}
     if image.is_complex() and problem.left_out is not None:
-        out |= {"unseen": round(problem.unseen(image), 4), "floor": round(problem.floor(), 4)}
+        out |= {"unseen": round(problem.unseen(image), 4), "floor": round(problem.floor, 4)}
     if image.is_complex() and problem.phased is not None:
         image, phased = image[inside], problem.phased.cpu()[inside]
         factor = torch.vdot(image, phased) / torch.vdot(image, image)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,7 @@ class Problem:
         predicted = fft(operator.coil_maps() * image.to(operator.device), (1, 2)).cpu() * rest
         return float((predicted - self.left_out).norm() / self.left_out.norm())
 
+    @cached_property
     def floor(self) -> float:
         """`unseen` of the image that fits all lines best: their noise, and what the coil maps cannot explain.
 
