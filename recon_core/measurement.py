@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,10 @@ class Measurement:
     sigma_known: bool = True
     sigma_shown: float = 0.0
     warnings: list[str] = field(default_factory=list)
+
+    def to(self, device: str | torch.device) -> Measurement:
+        """The same on `device`."""
+        return replace(self, operator=self.operator.to(device), adjoint=self.adjoint.to(device))
 
     def misfit(self, volume: Tensor) -> float:
         """Root of ||A x - y||^2 / samples over sigma sqrt(2): 1 when x explains y to the noise."""

@@ -8,6 +8,7 @@ got wrong) look different from noise, and depend on the prior itself.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from .cg_sense import cg_sense
 from .fft import fft
@@ -56,12 +58,17 @@ class Rehearsal:
     def __init__(self, pool: SlicePool, pixels: int, seed: int = 0):
         self.pool, self.pixels, self.seed = pool, pixels, seed
 
-    def lessons(self, prior: Callable, first: int = 0, device: torch.device | str = "cpu") -> Iterator[Lesson]:
-        """A lesson of every sweep of each scan from number `first` on, without end; `prior` may change between them."""
-        number = first
-        while True:
-            rng = np.random.default_rng([self.seed, 4, number])
-            measurement, truth = self._scan(number, rng, device)
+    def lessons(self, prior: Callable, first: int = 0, device: torch.device | str = "cpu", workers: int = 0) -> Iterator[Lesson]:
+        """A lesson of every sweep of each scan from number `first` on, without end; `prior` may change between them.
+
+        Args:
+            prior: what is to learn, on `device`.
+            workers: processes that simulate scans ahead, coil maps included, in one thread each, but for which the
+                scans are the same; with none it is done when it is asked for.
+        """
+        for number, (measurement, truth) in enumerate(self._scans(first, workers), start=first):
+            rng = np.random.default_rng([self.seed, 6, number])
+            measurement, truth = measurement.to(device), truth.to(device)
             start = cg_sense(measurement)
             truth, box = truth / intensity_scale(start, measurement.voxel_mm), object_box(measurement.operator.maps)
             told: list = []
@@ -70,21 +77,41 @@ class Rehearsal:
                 given, right = (v[box].movedim(axis, 0) for v in (volume, truth))
                 some = torch.from_numpy(rng.permutation(len(given))[: max(1, self.pixels // given[0].numel())]).to(given.device)
                 yield Lesson(_channels(given[some]), _channels(right[some]), sigma, pose)
-            number += 1
 
-    def _scan(self, number: int, rng: np.random.Generator, device: torch.device | str) -> tuple[Measurement, Tensor]:
+    def _scans(self, first: int, workers: int) -> Iterator[tuple[Measurement, Tensor]]:
+        ahead = dict(prefetch_factor=2, multiprocessing_context="spawn") if workers else {}  # a fork would break CUDA
+        for scan in DataLoader(_Scans(self), batch_size=None, sampler=itertools.count(first), num_workers=workers, **ahead):
+            if isinstance(scan, ValueError):
+                raise scan
+            yield scan
+
+    def scan(self, number: int) -> tuple[Measurement, Tensor]:
         """A scan and the volume [z y x] as its coil maps combine it; drawn anew where there is nothing to see or no room for lines.
 
         Raises:
             ValueError: if nothing that can be scanned is found.
         """
+        rng = np.random.default_rng([self.seed, 4, number])
         for draw in range(DRAWS):
             volume, voxel_mm = self.pool.draw_volume(number * DRAWS + draw, stream=5)
             tile = _tile(volume.permute(*rng.permutation(3).tolist()), self.voxels, rng)
             mask = None if tile is None else _mask(tile.shape[:2], rng)
             if mask is not None:
-                return _measured(tile, voxel_mm, mask, rng, device)
+                return _measured(tile, voxel_mm, mask, rng)
         raise ValueError(f"no scan could be made of {DRAWS} draws from the training volumes: own_states needs objects of {SMALLEST} voxels and more, along two sides at least")
+
+
+class _Scans(Dataset):
+    """Scans by number, for processes that make them; a ValueError is handed on instead of raised, or its sentence would drown in a traceback."""
+
+    def __init__(self, rehearsal: Rehearsal):
+        self.rehearsal = rehearsal
+
+    def __getitem__(self, number: int) -> tuple[Measurement, Tensor] | ValueError:
+        try:
+            return self.rehearsal.scan(number)
+        except ValueError as error:
+            return error
 
 
 def lesson_loss(prior: Callable[[Tensor, Tensor], Tensor], lesson: Lesson) -> Tensor:
@@ -138,13 +165,13 @@ def _coils(coils: int, shape: tuple[int, int, int], rng: np.random.Generator) ->
     return torch.stack([coil_sensitivity(c, coils, shape) for c in range(coils)]).flip(sides)
 
 
-def _measured(volume: Tensor, voxel_mm: float, mask: Tensor, rng: np.random.Generator, device: torch.device | str) -> tuple[Measurement, Tensor]:
+def _measured(volume: Tensor, voxel_mm: float, mask: Tensor, rng: np.random.Generator) -> tuple[Measurement, Tensor]:
     """A volume [z y x] seen by 1 to 12 coils at an SNR of 8 to 60, with or without noise lines."""
     coils, snr, random = int(rng.choice([1, 2, 4, 6, 8, 12])), math.exp(rng.uniform(math.log(8), math.log(60))), torch.Generator().manual_seed(int(rng.integers(1 << 31)))
     images = volume * _coils(coils, tuple(volume.shape), rng)
     noise = lambda *shape: level * torch.view_as_complex(torch.randn((coils, *shape, 2), generator=random))  # noqa: E731
     level = intensity_scale(images.abs().square().sum(0).sqrt(), (voxel_mm,) * 3) / snr
     kspace = (fft(images, (1, 2)) + noise(*volume.shape)) * mask[..., None]
-    measurement = measure(kspace, mask.float(), (voxel_mm,) * 3, noise(4096) if rng.random() < 0.65 else None, device=device)
-    mixed = torch.einsum("vc,czyx->vzyx", measurement.mixing.cpu(), images).to(measurement.operator.device)
+    measurement = measure(kspace, mask.float(), (voxel_mm,) * 3, noise(4096) if rng.random() < 0.65 else None)
+    mixed = torch.einsum("vc,czyx->vzyx", measurement.mixing, images)
     return measurement, torch.linalg.vecdot(measurement.operator.coil_maps(), mixed, dim=0)

@@ -42,13 +42,19 @@ class Sense:
         for coil, field in enumerate(coil_maps):  # one by one, to need no third copy of the largest array
             self.maps[:, coil] = torch.fft.ifftshift(field.permute(2, 0, 1), (1, 2))
         self.weights = torch.fft.ifftshift(mask.to(self.maps.real.dtype), (0, 1)).to(device or coil_maps.device)
-        plane = self.maps[0].numel() * self.maps.element_size()
-        self.chunk = max(1, (WORKING_SET_BYTES * (64 if self.device.type == "cuda" else 1)) // plane)
+        self.chunk = self._planes_at_once()
 
     @property
     def device(self) -> torch.device:
         """Where the operator computes."""
         return self.weights.device
+
+    def to(self, device: str | torch.device) -> Sense:
+        """The same operator with its maps on `device`, computing there."""
+        there = object.__new__(Sense)
+        there.shape, there.maps, there.weights = self.shape, self.maps.to(device), self.weights.to(device)
+        there.chunk = there._planes_at_once()
+        return there
 
     def coil_maps(self) -> Tensor:
         """[coils z y x], as they were given."""
@@ -101,6 +107,10 @@ class Sense:
             iterations,
         )
         return self.from_frame(frame)
+
+    def _planes_at_once(self) -> int:
+        plane = self.maps[0].numel() * self.maps.element_size()
+        return max(1, (WORKING_SET_BYTES * (64 if self.device.type == "cuda" else 1)) // plane)
 
     def _maps(self, part: slice) -> Tensor:
         return self.maps[part].to(self.device)

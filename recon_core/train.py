@@ -34,7 +34,7 @@ from .volumes import SlicePool, Volume
 
 SIGMA_BINS = (0.008, 0.03, 0.1, 0.3, 1.0, 2.0)
 VOXEL_BINS_MM = (0.5, 1.0, 1.5, 2.5, 4.0)
-MAY_CHANGE = {"steps", "save_every_s", "validate_every", "device", "start_share", "workers"}  # options, when a run is resumed
+MAY_CHANGE = {"steps", "save_every_s", "validate_every", "device", "start_share", "workers", "scan_workers"}  # options, when a run is resumed
 
 
 class TrainOptions(BaseModel):
@@ -62,6 +62,7 @@ class TrainOptions(BaseModel):
     precision: str = Field("auto", pattern="^(auto|fp32|bf16)$", description="of the network: auto (bf16 where the device has it), fp32 or bf16")
     device: str = Field("auto", pattern="^(auto|cpu|cuda)$", description="auto (a GPU per process if there is one), cpu or cuda")
     workers: int | None = Field(None, ge=0, description="threads that draw volumes ahead of the network, 0 for none; by default up to 4 beside a GPU, none on CPUs, which the network fills; no weight depends on it")
+    scan_workers: int | None = Field(None, ge=0, description="processes that simulate scans for own_states ahead of the network, 0 for none; by default up to 10 beside a GPU, none on CPUs")
 
 
 def train(
@@ -86,7 +87,8 @@ def train(
             checkpoint is of another run, or a loss is not finite.
     """
     check_out(out)
-    with Team.join(options.device) as team, fastest_convolutions(), ExitStack() as threads:
+    shapes_recur = not options.own_states  # every scan has slices of other sizes
+    with Team.join(options.device) as team, fastest_convolutions(shapes_recur), ExitStack() as threads:
         return _train(team, threads, volumes, out, options, log, validation, show)
 
 
@@ -113,7 +115,7 @@ def _train(team: Team, threads: ExitStack, volumes, out: Path, options: TrainOpt
     held_out = Validation(validation, options.seed) if validation and team.leads else None
     shared, curve = team.wrap(prior), Curve(out.with_suffix(".csv") if team.leads else None, start, means)
     workers = default_workers(team) if options.workers is None else options.workers
-    lessons = rehearse(pool, prior, start, options, team.device) if options.own_states else None
+    lessons = rehearse(pool, prior, start, options, team) if options.own_states else None
     steps = range(start, options.steps)
     batches = threads.enter_context(pool.ahead(lambda step: draw_batch(pool, step, options), steps, workers))
     began = saved = time.monotonic()
@@ -158,9 +160,11 @@ def _train(team: Team, threads: ExitStack, volumes, out: Path, options: TrainOpt
     return mixture(average, origin, share)
 
 
-def rehearse(pool: SlicePool, prior: Prior, start: int, options: TrainOptions, device: torch.device) -> Iterator[Lesson]:
+def rehearse(pool: SlicePool, prior: Prior, start: int, options: TrainOptions, team: Team) -> Iterator[Lesson]:
     """Lessons from the solver's own states, as many pixels each as the batch has; a resumed run goes on with the scan after the last whole one."""
-    return Rehearsal(pool, options.batch * options.crop**2, options.seed).lessons(prior, -(-start // Rehearsal.config.sweeps), device)
+    workers = default_workers(team, 10) if options.scan_workers is None else options.scan_workers
+    rehearsal = Rehearsal(copy.copy(pool), options.batch * options.crop**2, options.seed)
+    return rehearsal.lessons(prior, -(-start // Rehearsal.config.sweeps), team.device, workers)
 
 
 def mixture(average: Prior, origin: Prior, share: float) -> Prior:
@@ -185,16 +189,16 @@ def first_prior(options: TrainOptions) -> Prior:
     return prior.train().requires_grad_(True)
 
 
-def default_workers(team: Team) -> int:
-    """None on CPUs, which the network fills; beside a GPU up to 4, less where there are few CPUs for each process."""
+def default_workers(team: Team, most: int = 4) -> int:
+    """None on CPUs, which the network fills; beside a GPU up to `most`, less where there are few CPUs for each process."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(4, cpus // team.size - 1)) if team.device.type == "cuda" else 0
+    return max(1, min(most, cpus // team.size - 1)) if team.device.type == "cuda" else 0
 
 
 @contextmanager
-def fastest_convolutions() -> Iterator[None]:
-    """Lets cuDNN time its algorithms once per shape, of which training has few; the choice, and with it the rounding, may differ between runs."""
-    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+def fastest_convolutions(shapes_recur: bool) -> Iterator[None]:
+    """Lets cuDNN time its algorithms once per shape, if there are few of them; the choice, and with it the rounding, may differ between runs."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, shapes_recur
     try:
         yield
     finally:
@@ -230,7 +234,7 @@ def schedule(step: int, steps: int) -> float:
 
 def model_card(volumes: Sequence[Volume], options: TrainOptions, steps: int) -> dict:
     """What a user should know of these weights; completed with hash and size by save_prior."""
-    training = {**options.model_dump(exclude={"device", "workers"}), "steps_done": steps, "volumes": sorted(v.name for v in volumes)}
+    training = {**options.model_dump(exclude={"device", "workers", "scan_workers"}), "steps_done": steps, "volumes": sorted(v.name for v in volumes)}
     if options.start_from:
         training["start_from"] = Path(options.start_from).name
         training["earlier"] = read_card(find_weights(options.start_from))["training"]

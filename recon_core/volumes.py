@@ -123,7 +123,7 @@ class SlicePool:
         self.vary_sharpness, self.vary_contrast, self.phantoms = vary_sharpness, vary_contrast, phantoms
         self.pool: dict[int, tuple[Tensor, float]] = {}
         self.scales: dict[int, float] = {}
-        self.next_volume = self.draw_volume
+        self.next_volume: Callable[[int], tuple[Tensor, float]] | None = None  # where threads draw them
 
     def batch(self, step: int, slices: int) -> tuple[Tensor, Tensor]:
         """[slices 2 crop crop] float32 clean slices for this step, and the voxel size in mm of each (the finest of its axes)."""
@@ -131,7 +131,7 @@ class SlicePool:
         newest = step // self.refresh + self.size - 1
         for index in range(newest - self.size + 1, newest + 1):
             if index not in self.pool:
-                self.pool[index] = self.next_volume(index)
+                self.pool[index] = (self.next_volume or self.draw_volume)(index)
         self.pool = {i: v for i, v in self.pool.items() if i > newest - self.size}
         keys = sorted(self.pool)
         crops, sizes = [], []
@@ -166,7 +166,7 @@ class SlicePool:
                 thread.closed.set()
             for thread in (*drawn, made):  # who makes a batch may wait for a volume, which its end lets go on
                 thread.close()
-            self.pool, self.next_volume = {}, self.draw_volume
+            self.pool, self.next_volume = {}, None
 
     def draw_volume(self, index: int, stream: int = 2) -> tuple[Tensor, float]:
         """Volume [z y x] number `index` of a random stream, and the finest of its voxel sizes in mm."""

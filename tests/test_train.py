@@ -183,6 +183,15 @@ def test_starting_from_other_weights_keeps_them_and_their_history(volumes, tmp_p
         first_prior(TrainOptions(architecture="base", start_from=str(tmp_path / "first.safetensors")))
 
 
+@pytest.fixture
+def one_thread():
+    """As many as other processes compute with: sums, and with them the coil maps where little signal is, depend on it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def test_two_processes_do_what_one_does(volumes, tmp_path, short_scans):
     """Started as torchrun starts them; the same losses and the same weights."""
     one = train(volumes, tmp_path / "one.safetensors", QUICK.model_copy(update={"own_states": 1.0}), log=lambda s: None)
@@ -375,17 +384,27 @@ def test_rehearsed_scans_are_volumes_planes_and_slices_with_one_two_or_many_coil
     rehearsal, shapes = Rehearsal(SlicePool(volumes, (1.0, 1.5)), 4096), []
     monkeypatch.setattr(Rehearsal, "voxels", (20_000, 30_000))
     for number in range(14):
-        measurement, truth = rehearsal._scan(number, np.random.default_rng(number), "cpu")
+        measurement, truth = rehearsal.scan(number)
         operator = measurement.operator
         assert truth.shape == measurement.adjoint.shape and 0.05 < float((operator.weights > 0).float().mean()) < 0.8
         shapes.append((len(usable_axes(tuple(truth.shape))) > 1, truth.shape[0] < MIN_SIDE, operator.maps.shape[1], measurement.sigma_known))
     assert {s[0] for s in shapes} == {True, False} and {s[1] for s in shapes} == {True, False} and len({s[2] for s in shapes}) >= 4 and {s[3] for s in shapes} == {True, False}
 
 
-def test_volumes_too_small_to_be_scanned_are_a_sentence(tmp_path):
+def test_scans_made_ahead_by_processes_are_the_same(volumes, one_thread):
+    rehearsal = Rehearsal(SlicePool(volumes, (1.0, 1.5)), 4096)
+    rehearsal.voxels = (20_000, 30_000)  # of the object: other processes know nothing of the class's
+    for ahead, number in zip(rehearsal._scans(3, 2), (3, 4, 5)):
+        for one, other in zip(ahead, rehearsal.scan(number)):
+            one, other = (m if torch.is_tensor(m) else m.adjoint for m in (one, other))
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("scan_workers", [0, 1])
+def test_volumes_too_small_to_be_scanned_are_a_sentence(scan_workers, tmp_path):
     tiny = Volume("tiny", phantom((12, 14, 12)).numpy(), (1.0, 1.0, 1.0))
-    with pytest.raises(ValueError, match="own_states needs objects of 24 voxels and more"):
-        train([tiny], tmp_path / "p.safetensors", QUICK.model_copy(update={"own_states": 1.0}), log=lambda s: None)
+    with pytest.raises(ValueError, match="^no scan could be made.*own_states needs objects of 24 voxels and more"):
+        train([tiny], tmp_path / "p.safetensors", QUICK.model_copy(update={"own_states": 1.0, "scan_workers": scan_workers}), log=lambda s: None)
 
 
 def test_learning_from_own_states_mends_them(volumes, tmp_path, short_scans):
