@@ -1,9 +1,9 @@
 """The whole chain at the size of a scan, stage by stage, beside what the hardware would allow; made for a GPU.
 
-    python tests/benchmarks/chain_speed.py [--matrix 320 320 256] [--coils 12] [--acceleration 8] [--device cuda] [--methods diffusion faithful]
+    python tests/benchmarks/chain_speed.py [--matrix 320 320 256] [--coils 12] [--acceleration 8] [--device cuda] [--methods diffusion faithful diffusion:base]
 
 A phantom's acquisitions (x y z matrix, twofold readout oversampling, Poisson disc, noise lines) are gathered on the host,
-then coil maps and A^H y, CG-SENSE, and each of --methods with its default settings. `after_last_line_s` runs from the last
+then coil maps and A^H y, CG-SENSE, and each of --methods with its default settings, with --prior or the one named after a colon. `after_last_line_s` runs from the last
 line to the end of the stage, for the first method. `floor_s` is the roofline: the larger of bytes that must move over the
 bandwidth, and operations over the rate, both measured here first (copy of a large array; matrix product in the precision of the
 network). Bytes: gathering writes each sample once (host bandwidth); a normal operator reads the maps once and its volume, and writes one;
@@ -32,7 +32,7 @@ from gadgets.protocol import SimulateOptions, make_header
 from recon_core.cg_sense import cg_sense
 from recon_core.fft import fft
 from recon_core.measurement import measure
-from recon_core.methods import METHODS
+from recon_core.methods import METHODS, Method
 from recon_core.prior import Prior, load_prior
 from recon_core.simulate import coil_sensitivity, phantom, sampling_mask
 
@@ -45,16 +45,16 @@ def main() -> None:
     parser.add_argument("--matrix", type=int, nargs=3, default=(320, 320, 256), metavar=("X", "Y", "Z"))
     parser.add_argument("--coils", type=int, default=12)
     parser.add_argument("--acceleration", type=float, default=8.0)
-    parser.add_argument("--methods", nargs="+", default=["diffusion"], choices=[name for name, method in METHODS.items() if method.iterative])
+    parser.add_argument("--methods", nargs="+", default=["diffusion"], metavar="METHOD[:PRIOR]")
     parser.add_argument("--prior", default="small")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
-    prior = load_prior(arguments.prior, arguments.device)
-    machine = Machine.measured(arguments.device, torch.bfloat16 if prior.half else torch.float32)
+    methods = [(title, METHODS[title.partition(":")[0]], load_prior(title.partition(":")[2] or arguments.prior, arguments.device)) for title in arguments.methods]
+    machine = Machine.measured(arguments.device, torch.bfloat16 if methods[0][2].half else torch.float32)
     print(machine, flush=True)
-    run(Scan((48, 48, 40), arguments.coils, 2.0), prior, machine, arguments.methods, lambda row: None)
+    run(Scan((48, 48, 40), arguments.coils, 2.0), machine, methods, lambda row: None)
     rows = []
-    run(Scan(tuple(arguments.matrix), arguments.coils, arguments.acceleration), prior, machine, arguments.methods, lambda row: (rows.append(row), print(row, flush=True)))
+    run(Scan(tuple(arguments.matrix), arguments.coils, arguments.acceleration), machine, methods, lambda row: (rows.append(row), print(row, flush=True)))
     print(save_table(f"chain_speed_{torch.device(arguments.device).type}", rows, show=False))
 
 
@@ -122,8 +122,8 @@ class Scan:
             yield line
 
 
-def run(scan: Scan, prior: Prior, machine: Machine, methods: list[str], report: Callable[[dict], object]) -> None:
-    """Every stage once; `report` is given a row as each ends."""
+def run(scan: Scan, machine: Machine, methods: list[tuple[str, Method, Prior]], report: Callable[[dict], object]) -> None:
+    """Every stage once, of methods (title, method, prior); `report` is given a row as each ends."""
     device, (x, y, z) = machine.device, scan.matrix
     volume, last_line = 8 * x * y * z, None
 
@@ -145,15 +145,14 @@ def run(scan: Scan, prior: Prior, machine: Machine, methods: list[str], report: 
     measurement = stage("coil maps", lambda: measure(*inputs), lambda _: 3 * scan.coils * volume / machine.bandwidth)
     normal = (measurement.operator.maps.shape[1] + 2) * volume / machine.bandwidth
     preview = stage("preview", lambda: cg_sense(measurement, PREVIEW_ITERATIONS), lambda _: PREVIEW_ITERATIONS * normal)
-    for name in methods:
-        method = METHODS[name]
+    for name, method, prior in methods:
 
-        def last_state(method=method):
+        def last_state(method=method, prior=prior):
             for state in method.run(measurement, prior if method.uses_prior else None, preview, method.config, 0):
                 pass
             return state
 
-        def floor(state, method=method) -> float:
+        def floor(state, method=method, prior=prior) -> float:
             pixels = state.network_evaluations * (x * y * z) ** (2 / 3)  # a slice has as many on the average
             solves = state.sweeps * getattr(method.config, "cg_iterations", 1)
             return pixels * operations_per_pixel(prior, device) / machine.rate + solves * normal
