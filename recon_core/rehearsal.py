@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import multiprocessing.context
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -79,7 +80,7 @@ class Rehearsal:
                 yield Lesson(_channels(given[some]), _channels(right[some]), sigma, pose)
 
     def _scans(self, first: int, workers: int) -> Iterator[tuple[Measurement, Tensor]]:
-        ahead = dict(prefetch_factor=2, multiprocessing_context="spawn") if workers else {}  # a fork would break CUDA
+        ahead = dict(prefetch_factor=2, multiprocessing_context=_server_of_processes()) if workers else {}
         for scan in DataLoader(_Scans(self), batch_size=None, sampler=itertools.count(first), num_workers=workers, **ahead):
             if isinstance(scan, ValueError):
                 raise scan
@@ -99,6 +100,13 @@ class Rehearsal:
             if mask is not None:
                 return _measured(tile, voxel_mm, mask, rng)
         raise ValueError(f"no scan could be made of {DRAWS} draws from the training volumes: own_states needs objects of {SMALLEST} voxels and more, along two sides at least")
+
+
+def _server_of_processes() -> multiprocessing.context.BaseContext:
+    """Forks of a process that never saw CUDA, which would break, and that has imported all this once for all of them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 class _Scans(Dataset):

@@ -101,6 +101,7 @@ def check_out(out: Path) -> None:
 def _train(team: Team, threads: ExitStack, volumes, out: Path, options: TrainOptions, log, validation, show) -> Prior:
     if options.batch % team.size:
         raise ValueError(f"a batch of {options.batch} cannot be shared by {team.size} processes; choose a multiple")
+    threads.enter_context(one_cpu_each(team.device))
     torch.manual_seed(options.seed)
     prior = first_prior(options).to(team.device, memory_format=torch.channels_last)
     prior.half = half_is_faster(team.device) if options.precision == "auto" else options.precision == "bf16"
@@ -117,7 +118,7 @@ def _train(team: Team, threads: ExitStack, volumes, out: Path, options: TrainOpt
     workers = default_workers(team) if options.workers is None else options.workers
     lessons = rehearse(pool, prior, start, options, team) if options.own_states else None
     steps = range(start, options.steps)
-    batches = threads.enter_context(pool.ahead(lambda step: draw_batch(pool, step, options), steps, workers))
+    batches = threads.enter_context(pool.ahead(lambda step: draw_batch(pool, step, options, team.device), steps, workers))
     began = saved = time.monotonic()
     for step, (clean, voxel_mm, sigma, noise) in zip(steps, batches, strict=True):
         loss = denoising_loss(shared, *(team.share(t) for t in (clean, sigma, noise)), prior.sigma_data)
@@ -205,17 +206,30 @@ def fastest_convolutions(shapes_recur: bool) -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
-def draw_batch(pool: SlicePool, step: int, options: TrainOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Clean slices of this step, their voxel sizes, noise levels and unit noise."""
-    clean, voxel_mm = pool.batch(step, options.batch)
-    return clean, voxel_mm, *draw_noise(clean, step, options)
+@contextmanager
+def one_cpu_each(device: torch.device) -> Iterator[None]:
+    """Beside a GPU, keeps each thread that works ahead from starting as many again as there are CPUs."""
+    before = torch.get_num_threads()
+    if device.type == "cuda":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def draw_batch(pool: SlicePool, step: int, options: TrainOptions, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Clean slices of this step and unit noise on `device`, and on the CPU their voxel sizes and noise levels."""
+    clean, voxel_mm = pool.batch(step, options.batch, device)
+    sigma, noise = draw_noise(clean, step, options)
+    return clean, voxel_mm, sigma, noise.to(device)
 
 
 def draw_noise(clean: Tensor, step: int, options: TrainOptions) -> tuple[Tensor, Tensor]:
     """Noise level [slices] (log-normal, truncated) and unit noise like `clean` for this step."""
     rng = np.random.default_rng([options.seed, 3, step])
     low, high = options.sigma_range
-    sigma = np.exp(rng.normal(math.log(0.1), 1.2, clean.shape[0])).clip(low, high)
+    sigma = np.exp(rng.normal(math.log(0.1), 1.2, len(clean))).clip(low, high)
     noise = rng.standard_normal(clean.shape, dtype=np.float32)
     return torch.from_numpy(sigma).float(), torch.from_numpy(noise)
 

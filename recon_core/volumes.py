@@ -125,8 +125,8 @@ class SlicePool:
         self.scales: dict[int, float] = {}
         self.next_volume: Callable[[int], tuple[Tensor, float]] | None = None  # where threads draw them
 
-    def batch(self, step: int, slices: int) -> tuple[Tensor, Tensor]:
-        """[slices 2 crop crop] float32 clean slices for this step, and the voxel size in mm of each (the finest of its axes)."""
+    def batch(self, step: int, slices: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """[slices 2 crop crop] float32 clean slices for this step on `device`, and the voxel size in mm of each (the finest of its axes)."""
         rng = np.random.default_rng([self.seed, 1, step])
         newest = step // self.refresh + self.size - 1
         for index in range(newest - self.size + 1, newest + 1):
@@ -139,7 +139,7 @@ class SlicePool:
             volume, voxel_mm = self.pool[keys[rng.integers(len(keys))]]
             crops.append(_draw_crop(volume, self.crop, rng))
             sizes.append(voxel_mm)
-        return _add_phase_and_shading(torch.stack([c.to(torch.complex64) for c in crops]), rng), torch.tensor(sizes)
+        return _add_phase_and_shading(torch.stack([c.to(torch.complex64) for c in crops]).to(device), rng), torch.tensor(sizes)
 
     @contextmanager
     def ahead(self, make: Callable[[int], Any], steps: range, workers: int) -> Iterator[Iterator]:
@@ -273,21 +273,14 @@ def _draw_crop(volume: Tensor, crop: int, rng) -> Tensor:
 
 def _add_phase_and_shading(crops: Tensor, rng) -> Tensor:
     """Smooth random phase of several scales and a mild receive shading: [n h w] to [n 2 h w]."""
-    n, size = crops.shape[0], crops.shape[-1]
-    grid = torch.linspace(-1, 1, size)
-    phase = _normal(rng, n, 1, 1) * 3 + _normal(rng, n, 1, 1) * grid[:, None] + _normal(rng, n, 1, 1) * grid
+    n, size, device = crops.shape[0], crops.shape[-1], crops.device
+    grid = torch.linspace(-1, 1, size, device=device)
+    normal = lambda *shape: torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)).to(device)  # noqa: E731
+    smooth = lambda cells: F.interpolate(normal(n, 1, cells + 1, cells + 1), (size, size), mode="bicubic", align_corners=True)[:, 0]  # noqa: E731
+    phase = normal(n, 1, 1) * 3 + normal(n, 1, 1) * grid[:, None] + normal(n, 1, 1) * grid
     for cells, amount in ((3, 1.0), (6, 0.4), (12, 0.15)):
-        amplitude = torch.from_numpy(rng.uniform(0, amount, (n, 1, 1))).float()
-        phase = phase + amplitude * _smooth(rng, n, cells, size)
-    shading = torch.exp(0.15 * _smooth(rng, n, 3, size) + 0.15 * _normal(rng, n, 1, 1))
+        amplitude = torch.from_numpy(rng.uniform(0, amount, (n, 1, 1))).float().to(device)
+        phase = phase + amplitude * smooth(cells)
+    shading = torch.exp(0.15 * smooth(3) + 0.15 * normal(n, 1, 1))
     turned = crops * shading * torch.polar(torch.ones_like(phase), phase)
     return torch.view_as_real(turned).permute(0, 3, 1, 2).contiguous()
-
-
-def _normal(rng, *shape: int) -> Tensor:
-    return torch.from_numpy(rng.standard_normal(shape)).float()
-
-
-def _smooth(rng, n: int, cells: int, size: int) -> Tensor:
-    coarse = _normal(rng, n, 1, cells + 1, cells + 1)
-    return F.interpolate(coarse, (size, size), mode="bicubic", align_corners=True)[:, 0]
