@@ -27,7 +27,7 @@ class Options(BaseModel):
     method: Literal["diffusion", "faithful", "dds", "tpdm", "mbir", "pnp", "wavelet", "tv", "cg", "zero-filled"] = Field(
         "diffusion", description="the image wanted: diffusion, wavelet, tv, cg or zero-filled; to compare with: faithful, dds, tpdm, mbir, pnp"
     )
-    prior: str = Field("auto", description="name of a prior (see `slicediff priors`), or path of a .safetensors file; auto is the one that suits the method")
+    prior: str = Field("auto", description="name of a prior (see `slicediff priors`), or path of a .safetensors file; auto is the one that suits method and device")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto (a GPU if there is one), cpu or cuda")
     preview: bool = Field(True, description="send the CG-SENSE image first, as a series of its own")
     coils: int = Field(12, ge=1, le=128, description="at most this many virtual coils after compression")

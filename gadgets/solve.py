@@ -140,8 +140,8 @@ def load_prior_for(options: Options) -> Prior | None:
 
 
 def prior_of(options: Options) -> str:
-    """Name or path of the prior; `auto` is the one that suits the method."""
-    return METHODS[options.method].weights if options.prior == "auto" else options.prior
+    """Name or path of the prior, "" if the method has none; `auto` is the one that suits method and device."""
+    return METHODS[options.method].suitable_prior(device_of(options)) if options.prior == "auto" else options.prior
 
 
 def device_of(options: Options) -> torch.device:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .faithful import FaithfulConfig, reconstruct_faithful
@@ -24,19 +25,25 @@ class Method:
     """`title` for people; `run` yields States from the measurement, the prior (None without one) and the CG-SENSE image.
 
     `weights` names the prior that suits the method, "" if it has none: `small` has learned from the states of
-    `diffusion` too, `small-white`, of white noise alone, is the one to sample with.
+    `diffusion` too, `small-white`, of white noise alone, is the one to sample with. `larger` names the one to take
+    instead on a GPU, where the larger network costs seconds.
     """
 
     title: str
     run: Callable[[Measurement, Denoiser | None, Tensor, Any, int], Iterator[State]]
     config: Any = None
     weights: str = ""
+    larger: str = ""
     iterative: bool = True
 
     @property
     def uses_prior(self) -> bool:
         """Whether it needs one."""
         return bool(self.weights)
+
+    def suitable_prior(self, device: str | torch.device) -> str:
+        """Name of the prior that suits the method on this device."""
+        return self.larger if self.larger and torch.device(device).type == "cuda" else self.weights
 
 
 def _zero_filled(measurement: Measurement, prior: None, start: Tensor, config: None, seed: int) -> Iterator[State]:
@@ -48,7 +55,7 @@ def _cg_sense(measurement: Measurement, prior: None, start: Tensor, config: None
 
 
 METHODS = {
-    "diffusion": Method("slice diffusion", reconstruct_variational, VariationalConfig(), "small"),
+    "diffusion": Method("slice diffusion", reconstruct_variational, VariationalConfig(), "small", larger="base"),
     "faithful": Method("slice diffusion as published", reconstruct_faithful, FaithfulConfig(), "small-white"),
     "dds": Method("posterior sampling DDS", reconstruct_posterior, PosteriorConfig(axis=0), "small-white"),
     "tpdm": Method("posterior sampling TPDM", reconstruct_posterior, PosteriorConfig(), "small-white"),

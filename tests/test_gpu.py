@@ -5,6 +5,8 @@ import pytest
 import torch
 from conftest import run_chain
 
+from gadgets.options import make_options
+from gadgets.solve import load_prior_for, prior_of
 from recon_core.prior import load_prior
 from recon_core.train import TrainOptions, train
 from recon_core.volumes import Volume
@@ -24,9 +26,17 @@ def test_the_gpu_gives_the_cpus_image(scan_path, method):
     assert error < 5e-3, "TF32 convolutions may differ by this much"
 
 
-def test_training_on_the_gpu(tmp_path):
-    volume = Volume("box", np.pad(np.ones((20, 24, 22), np.float32), 8), (1.0, 1.0, 1.0))
+def test_the_larger_prior_is_taken_there():
+    options = make_options({})
+    prior = load_prior_for(options)
+    assert prior_of(options) == "base" == prior.architecture and next(prior.parameters()).is_cuda
+
+
+@pytest.mark.parametrize("own_states", [0.0, 1.0])
+def test_training_on_the_gpu(own_states, tmp_path):
+    volume = Volume("box", np.pad(np.ones((40, 44, 42), np.float32), 8), (1.0, 1.0, 1.0))
     lines = []
-    prior = train([volume], tmp_path / "p.safetensors", TrainOptions(steps=3, batch=4, crop=32, device="cuda"), lines.append)
+    options = TrainOptions(steps=3, batch=4, crop=32, device="cuda", own_states=own_states, scan_workers=2)
+    prior = train([volume], tmp_path / "p.safetensors", options, lines.append)
     assert next(prior.parameters()).is_cuda and lines
     assert all(bool(torch.isfinite(p).all()) for p in prior.parameters())

@@ -150,7 +150,13 @@ def test_compared_methods_with_the_shipped_prior_beat_cg_sense(name, fewer, scan
 
 def test_each_method_has_the_prior_that_suits_it():
     """Samplers need one of white noise alone; a prior that is named is taken for all."""
-    names = {method: prior_of(make_options({"method": method})) for method in METHODS}
+    names = {method: prior_of(make_options({"method": method, "device": "cpu"})) for method in METHODS}
     assert names == {"diffusion": "small", "pnp": "small", **dict.fromkeys(("faithful", "dds", "tpdm", "mbir"), "small-white"), **dict.fromkeys(("wavelet", "tv", "cg", "zero-filled"), "")}
     assert {name for name in names.values() if name} <= {card["name"] for card in list_priors()}
     assert prior_of(make_options({"method": "dds", "prior": "/mine.safetensors"})) == "/mine.safetensors"
+
+
+def test_on_a_gpu_the_method_diffusion_takes_the_larger_prior():
+    found = {name: method.suitable_prior("cuda") for name, method in METHODS.items()}
+    assert found == {name: method.suitable_prior("cpu") for name, method in METHODS.items()} | {"diffusion": "base"}
+    assert {card["name"]: card["architecture"] for card in list_priors()}["base"] == "base"

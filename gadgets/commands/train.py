@@ -13,7 +13,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--validate", type=Path, nargs="+", default=[], metavar="VOLUME", help="volumes to measure on; they are not trained on")
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of training options; the options below win over it")
     parser.add_argument("--start-from", metavar="NAME|PATH", help="go on from these weights, for example to add a site's own volumes")
-    for name in ("architecture", "steps", "batch", "seed", "device", "workers", "own-states"):
+    for name in ("architecture", "steps", "batch", "seed", "device", "workers", "scan-workers", "own-states"):
         parser.add_argument(f"--{name}")
     parser.set_defaults(run=run)
 
@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..training import find_volumes, load_volumes, make_train_options
 
     check_out(arguments.out)  # before volumes are read, which may take minutes
-    names = ("start_from", "architecture", "steps", "batch", "seed", "device", "workers", "own_states")
+    names = ("start_from", "architecture", "steps", "batch", "seed", "device", "workers", "scan_workers", "own_states")
     options = make_train_options(arguments.config, {n: v for n in names if (v := getattr(arguments, n)) is not None})
     held_out = find_volumes(arguments.validate)
     volumes = load_volumes(v for v in find_volumes(arguments.volumes) if v not in held_out)

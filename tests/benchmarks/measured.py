@@ -44,7 +44,7 @@ def cases(raw: Path):
     z, y = np.indices(vfa.shape[2:4])
     vfa = vfa * np.where((z + y) % 2, -1, 1)[..., None].astype(np.float32)  # its image centre lies at the corner
     for name, planes in (("brain_8ch_plane", plane), ("brain_13ch_vfa_planes", vfa)):
-        for acceleration in (4, 6):
+        for acceleration in (4, 6, 8):
             mask = sampling_mask(planes.shape[2:4], acceleration, "poisson", 24)
             yield name, planes, mask, (1.0, 1.0, 1.0), acceleration, 0, True
     for path in sorted(raw.glob("ulf_*.npy")):

@@ -3,7 +3,7 @@
     python tests/benchmarks/tables.py
 
 PSNR of every method at one acceleration per voxel size, then slice diffusion less the best of our classical methods and
-less tuned BART at all accelerations; and of the measured scans the error of each image itself on the lines it was not given.
+less tuned BART at all accelerations; the seconds of each stage on a GPU; and of the measured scans the error of each image itself on the lines it was not given.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ VOLUMES = {
     "IXI002-Guys-0828-T2": "IXI 002, T2-weighted",
     "IXI002-Guys-0828-PD": "IXI 002, proton density",
 }
+BASE = "diffusion:base"  # as on a GPU: bench.py --methods diffusion --prior base
 METHODS = {
     "zero-filled": "zero-filled",
     "cg": "CG-SENSE",
@@ -30,6 +31,7 @@ METHODS = {
     "sigpy": "sigpy l1-wavelet",
     "bart": "BART l1-wavelet (at best)",
     "diffusion": "slice diffusion",
+    BASE: "with `base`",
 }
 CLASSICAL = ("cg", "tv", "wavelet")
 MEASURED = {
@@ -39,14 +41,26 @@ MEASURED = {
 }  # one coil fits any lines: no error can be told from noise there
 FILES = {(4, 4): "bench_4mm_R4", (2, 8): "bench_2mm_R8", (1, 8): "bench_1mm_R8"}
 WHOLE = "bench_1mm_whole_R8"  # the others at 1 mm are slabs along the readout
+STAGES = {
+    "gather": "gathering, while lines arrive",
+    "coil maps": "coil maps and A^H y",
+    "preview": "CG-SENSE, the preview",
+    "diffusion": "slice diffusion, `small`",
+    BASE: "slice diffusion, `base` (the default there)",
+    "faithful": "slice diffusion as published, `small`",
+}
 GRID = [(4, 4), (4, 8), (4, 12), (2, 4), (2, 8), (2, 12), (1, 4), (1, 8), (1, 12)]
 
 
 def main() -> None:
     """Print all tables."""
+    base = read("bench_base")
     for (voxel_mm, acceleration), name in FILES.items():
         print(f"\n{name}\n")
-        print(side_by_side(read(name)[voxel_mm, acceleration], f"{voxel_mm} mm, R = {acceleration}"))
+        rows = read(name)[voxel_mm, acceleration]
+        for volume in set(rows) & set(base.get((voxel_mm, acceleration), {})):
+            rows[volume][BASE] = base[voxel_mm, acceleration][volume]["diffusion"]
+        print(side_by_side(rows, f"{voxel_mm} mm, R = {acceleration}"))
     print(f"\n{WHOLE}\n")
     print(side_by_side(read(WHOLE)[1, 8], "1 mm, R = 8, whole volumes"))
     found: dict[tuple, dict] = {}
@@ -54,7 +68,8 @@ def main() -> None:
         for protocol, volumes in read(name).items():
             found.setdefault(protocol, {}).update(volumes)
     print(f"\naccelerations\n\n{margins(found)}")
-    print(f"\nmeasured, noise of the lines taken out\n\n{measured('bench_measured')}")
+    print(f"\non a GPU\n\n{stages('chain_speed_cuda')}")
+    print(f"\nmeasured, noise of the lines taken out\n\n{measured('bench_measured', 'bench_base')}")
 
 
 def read(name: str) -> dict[tuple[int, int], dict[str, dict[str, float]]]:
@@ -76,8 +91,9 @@ def side_by_side(rows: dict[str, dict[str, float]], title: str) -> str:
         cells = [f"{row[m]:.2f}" if m in row else "" for m in shown]
         if "bart-oracle" in row:
             cells[shown.index("bart")] += f" ({row['bart-oracle']:.2f})"
-        if "diffusion" in row:
-            cells[shown.index("diffusion")] = f"**{row['diffusion']:.2f}**"
+        for m in ("diffusion", BASE):
+            if m in row and m in shown:
+                cells[shown.index(m)] = f"**{row[m]:.2f}**"
         lines.append(line([VOLUMES[volume], *(c.strip() for c in cells)]))
     return "\n".join(lines)
 
@@ -98,20 +114,35 @@ def margin(row: dict[str, float], others: tuple[str, ...]) -> str:
     return f"{row['diffusion'] - max(known):+.2f}" if known else "?"
 
 
-def measured(name: str) -> str:
-    """sqrt(unseen^2 - floor^2) of CLASSICAL and slice diffusion, and what the latter gains over the best of them, dB."""
+def measured(name: str, base: str) -> str:
+    """sqrt(unseen^2 - floor^2) of CLASSICAL and slice diffusion with both priors, and what these gain over the best of those, dB."""
     scans: dict[tuple, dict] = {}
-    with (RESULTS / f"{name}.csv").open(newline="") as file:
-        for row in csv.DictReader(file):
-            if row["volume"] in MEASURED and row["floor"]:
-                error = max(0.0, float(row["unseen"]) ** 2 - float(row["floor"]) ** 2) ** 0.5
-                scans.setdefault((row["volume"], row["R"]), {})[row["method"]] = error
-    shown = (*CLASSICAL, "diffusion")
-    lines = [line(["error of the image itself", "R", *(METHODS[m] for m in shown), "gain, dB"]), rule(3 + len(shown))]
+    for table in (name, base):
+        with (RESULTS / f"{table}.csv").open(newline="") as file:
+            for row in csv.DictReader(file):
+                if row["volume"] in MEASURED and row["floor"]:
+                    error = max(0.0, float(row["unseen"]) ** 2 - float(row["floor"]) ** 2) ** 0.5
+                    scans.setdefault((row["volume"], row["R"]), {})[BASE if table == base else row["method"]] = error
+    ours = ("diffusion", BASE)
+    lines = [line(["error of the image itself", "R", *(METHODS[m] for m in (*CLASSICAL, *ours)), "gain, dB"]), rule(5 + len(CLASSICAL))]
     for scan, acceleration in sorted(scans, key=lambda s: (list(MEASURED).index(s[0]), s[1])):
         row = scans[scan, acceleration]
-        gain = 20 * math.log10(min(row[m] for m in CLASSICAL) / row["diffusion"])
-        lines.append(line([MEASURED[scan], acceleration, *(f"{row[m]:.3f}" for m in CLASSICAL), f"**{row['diffusion']:.3f}**", f"{gain:.2f}"]))
+        gains = (20 * math.log10(min(row[m] for m in CLASSICAL) / row[m]) for m in ours)
+        lines.append(line([MEASURED[scan], acceleration, *(f"{row[m]:.3f}" for m in CLASSICAL), *(f"**{row[m]:.3f}**" for m in ours), " / ".join(f"{g:.2f}" for g in gains)]))
+    return "\n".join(lines)
+
+
+def stages(name: str) -> str:
+    """The whole chain stage by stage; each method follows the preview."""
+    lines, preview_s = [line(["stage", "seconds", "after the last line", "bound", "evaluations", "GPU memory, GiB"]), rule(6)], 0.0
+    with (RESULTS / f"{name}.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            seconds, after = float(row["seconds"]), row["after_last_line_s"]
+            preview_s = float(after) if row["stage"] == "preview" else preview_s
+            if row["evaluations"]:
+                after = preview_s + seconds
+            cells = (f"{seconds:.2f}", f"{float(after):.2f}" if after else "", f"{float(row['floor_s']):.3f}", f"{int(row['evaluations'] or 0):,}" if row["evaluations"] else "")
+            lines.append(line([STAGES[row["stage"]], *cells, f"{float(row['peak_gib']):.1f}"]))
     return "\n".join(lines)
 
 
