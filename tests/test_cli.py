@@ -341,4 +341,4 @@ def test_bench_puts_methods_side_by_side(tmp_path, monkeypatch):
 def test_the_module_is_the_command():
     """torchrun starts `-m gadgets.cli`."""
     answer = subprocess.run([sys.executable, "-W", "ignore", "-m", "gadgets.cli", "priors"], capture_output=True, text=True, check=True)
-    assert answer.stdout.startswith("small:")
+    assert answer.stdout.startswith("base:")
