@@ -15,6 +15,7 @@ from .fft import centre_crop_or_pad, ifft
 from .noise import whiten
 from .scale import intensity_scale
 from .sense import Sense
+from .slices import usable_axes
 
 QUIET = 1.5  # noise of the scan over that of its noise lines from which they are not believed
 WORK_ARRAYS = 3  # data, maps and a copy of them on the way
@@ -26,7 +27,7 @@ class Measurement:
 
     `adjoint` is A^H y [z y x]; `energy` is ||y||^2, for the data misfit without keeping y;
     sigma is the noise of y per real part, `sigma_shown` what the scan's own outer lines show of it at most (0: unknown);
-    `mixing` [virtual coils coils] made y from the coils.
+    `mixing` [virtual coils coils] made y from the coils. `lines` is y [virtual coils z y x] itself, where the prior may learn from it (adaptation.py).
     """
 
     operator: Sense
@@ -40,10 +41,20 @@ class Measurement:
     sigma_known: bool = True
     sigma_shown: float = 0.0
     warnings: list[str] = field(default_factory=list)
+    lines: Tensor | None = None
 
     def to(self, device: str | torch.device) -> Measurement:
         """The same on `device`."""
-        return replace(self, operator=self.operator.to(device), adjoint=self.adjoint.to(device))
+        lines = None if self.lines is None else self.lines.to(device)
+        return replace(self, operator=self.operator.to(device), adjoint=self.adjoint.to(device), lines=lines)
+
+    def part(self, chosen: Tensor, there: slice) -> Measurement:
+        """The scan of the `chosen` lines [z y] alone, at the readout positions `there`; of one that keeps its lines."""
+        weights = torch.fft.fftshift(self.operator.weights) * chosen.to(self.operator.device)
+        lines = self.lines[..., there] * chosen[..., None].to(self.lines.device)
+        operator = Sense(self.operator.coil_maps()[..., there], weights, self.operator.device)
+        samples = int((weights > 0).sum()) * len(lines) * lines.shape[-1]
+        return replace(self, operator=operator, adjoint=operator.adjoint(lines), energy=float(lines.abs().double().square().sum()), samples=samples, lines=lines)
 
     def misfit(self, volume: Tensor) -> float:
         """Root of ||A x - y||^2 / samples over sigma sqrt(2): 1 when x explains y to the noise."""
@@ -132,7 +143,8 @@ def measure(
     samples = int((mask > 0).sum()) * data.shape[0] * data.shape[-1]
     energy = sum(torch.stack([torch.view_as_real(plane).double().square().sum() for plane in data.unbind(1)]).tolist())
     sigma, shown = (level / most**0.5 for level in (whitened.sigma, whitened.shown))
-    return Measurement(operator, operator.adjoint(data), energy, samples, sigma, voxel_mm, acs_size, mixing, whitened.known, shown, warnings)
+    kept = data if len(usable_axes(operator.shape)) == 1 else None
+    return Measurement(operator, operator.adjoint(data), energy, samples, sigma, voxel_mm, acs_size, mixing, whitened.known, shown, warnings, kept)
 
 
 def _calibration_block(reference: Tensor, lines: Tensor, factor: Tensor, mixing: Tensor) -> tuple[Tensor, tuple[int, int], float]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .adaptation import reconstruct_adapted
 from .faithful import FaithfulConfig, reconstruct_faithful
 from .measurement import Measurement
 from .plug_and_play import PlugAndPlayConfig, reconstruct_plug_and_play
@@ -16,7 +17,7 @@ from .posterior import PosteriorConfig, reconstruct_posterior
 from .slices import Denoiser
 from .state import State
 from .total_variation import TotalVariationConfig, reconstruct_total_variation
-from .variational import VariationalConfig, reconstruct_variational
+from .variational import VariationalConfig
 from .wavelet import WaveletConfig, reconstruct_wavelet
 
 
@@ -55,7 +56,7 @@ def _cg_sense(measurement: Measurement, prior: None, start: Tensor, config: None
 
 
 METHODS = {
-    "diffusion": Method("slice diffusion", reconstruct_variational, VariationalConfig(), "small", larger="base"),
+    "diffusion": Method("slice diffusion", reconstruct_adapted, VariationalConfig(), "small", larger="base"),
     "faithful": Method("slice diffusion as published", reconstruct_faithful, FaithfulConfig(), "small-white"),
     "dds": Method("posterior sampling DDS", reconstruct_posterior, PosteriorConfig(axis=0), "small-white"),
     "tpdm": Method("posterior sampling TPDM", reconstruct_posterior, PosteriorConfig(), "small-white"),

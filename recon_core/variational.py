@@ -37,6 +37,7 @@ class VariationalConfig:
     slices of one orientation alone are of use it is 0, and so is `held`: on measured single planes and thin slabs both did harm.
     There 1 / R counts as at least `alone`: planes and thin slabs of held-out heads want no weaker prior above R = 3
     (0.04 to 0.85 dB at R = 4 and 8, -0.07 to 0.21 dB for slabs at 4 mm; results/bench_planes.csv).
+    `adapt` is not of this file: rounds of learning from the scan itself (adaptation.py).
     """
 
     sweeps: int = 12
@@ -50,6 +51,7 @@ class VariationalConfig:
     alone: float = 0.36
     cg_iterations: int = 3
     slice_fraction: float = 1.0
+    adapt: int = 20
 
 
 def reconstruct_variational(

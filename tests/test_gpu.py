@@ -4,11 +4,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_chain
+from test_adaptation import plane
 
 from gadgets.options import make_options
 from gadgets.solve import load_prior_for, prior_of
+from recon_core.adaptation import reconstruct_adapted
+from recon_core.cg_sense import cg_sense
 from recon_core.prior import load_prior
 from recon_core.train import TrainOptions, train
+from recon_core.variational import VariationalConfig
 from recon_core.volumes import Volume
 
 pytestmark = pytest.mark.gpu
@@ -40,3 +44,11 @@ def test_training_on_the_gpu(own_states, tmp_path):
     prior = train([volume], tmp_path / "p.safetensors", options, lines.append)
     assert next(prior.parameters()).is_cuda and lines
     assert all(bool(torch.isfinite(p).all()) for p in prior.parameters())
+
+
+def test_a_prior_learns_from_a_scan_there():
+    measurement = plane()[0].to("cuda")
+    prior = load_prior("small", "cuda")
+    states = list(reconstruct_adapted(measurement, prior, cg_sense(measurement), VariationalConfig(sweeps=3, adapt=5)))
+    assert states[-1].volume.is_cuda and bool(torch.isfinite(states[-1].volume.abs()).all())
+    assert not torch.equal(states[-1].volume, states[2].volume)

@@ -134,16 +134,19 @@ def peer_images(name: str, problem: Problem, strengths: list[float]) -> dict:
 
 
 def peer_strength(name: str, problem: Problem, arguments, tuned: dict) -> float:
-    """The lambda that is best on the volume for tuning at this voxel size and acceleration; the middle one without."""
+    """The lambda that is best on the volume for tuning at this voxel size and acceleration; the middle one without.
+
+    For a measured scan that volume is seen with its number of coils; --snr, --acs and --readout should be like the scan's.
+    """
     voxel_mm, acceleration = problem.facts["voxel_mm"], float(round(problem.facts["R"]))
-    if arguments.tune is None or problem.phased is None:
+    if arguments.tune is None:
         return arguments.lambdas[len(arguments.lambdas) // 2]
-    if (name, voxel_mm, acceleration) not in tuned:
-        trial = simulated(arguments.tune, voxel_mm, arguments.coils, acceleration, arguments.snr, arguments.acs, readout=arguments.readout)
+    if (name, voxel_mm, acceleration, problem.facts["coils"]) not in tuned:
+        trial = simulated(arguments.tune, voxel_mm, problem.facts["coils"], acceleration, arguments.snr, arguments.acs, readout=arguments.readout)
         scores = {s: psnr(image, trial.truth, trial.inside) for s, (image, _) in peer_images(name, trial, arguments.lambdas).items()}
         print(name, "tuned on", arguments.tune.name, voxel_mm, acceleration, {s: round(v, 2) for s, v in scores.items()}, flush=True)
-        tuned[name, voxel_mm, acceleration] = max(scores, key=scores.get)
-    return tuned[name, voxel_mm, acceleration]
+        tuned[name, voxel_mm, acceleration, problem.facts["coils"]] = max(scores, key=scores.get)
+    return tuned[name, voxel_mm, acceleration, problem.facts["coils"]]
 
 
 def quality(image: Tensor, problem: Problem) -> dict[str, float | str]:

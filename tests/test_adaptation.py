@@ -1,0 +1,155 @@
+"""Learning from the scan itself: what is learned from, what judges, and that it helps where there is something to learn."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import random_complex
+from test_variational import VOXEL, last, problem
+
+from recon_core import adaptation
+from recon_core.adaptation import PASSES, Pupil, reconstruct_adapted, unexplained
+from recon_core.cg_sense import cg_sense
+from recon_core.measurement import measure
+from recon_core.metrics import object_mask, psnr
+from recon_core.prior import Prior, load_prior
+from recon_core.variational import VariationalConfig, reconstruct_variational
+
+QUICK = VariationalConfig(sweeps=3, adapt=5)
+
+
+def plane(shape=(72, 80, 1), **changes):
+    """Some readout positions in the middle of a phantom: the measurement and the image that is to be found."""
+    z, y, x = shape
+    kspace, mask, noise, reference = problem(shape=(z, y, x + 24), coils=8, snr=20.0, **{"acs": 16, **changes})
+    return measure(kspace[..., 12 : 12 + x], mask, VOXEL, noise), reference[..., 12 : 12 + x]
+
+
+@pytest.fixture
+def untrained():
+    return Prior("small").eval().requires_grad_(False)
+
+
+def test_volumes_keep_no_lines_and_are_reconstructed_as_ever(untrained):
+    measurement = measure(*problem()[:2], VOXEL)
+    assert measurement.lines is None
+    start = cg_sense(measurement)
+    plain, adapted = (last(run(measurement, untrained, start, QUICK, 1)) for run in (reconstruct_variational, reconstruct_adapted))
+    assert torch.equal(plain.volume, adapted.volume) and plain.sweep == adapted.sweep == adapted.sweeps == 3
+
+
+def test_parts_of_a_scan_add_up_to_it():
+    measurement, _ = plane((40, 44, 5), acs=12)
+    chosen = torch.rand(40, 44, generator=torch.Generator().manual_seed(0)) < 0.5
+    part, rest = (measurement.part(lines, slice(1, 4)) for lines in (chosen, ~chosen))
+    torch.testing.assert_close(part.adjoint + rest.adjoint, measurement.adjoint[..., 1:4])
+    torch.testing.assert_close(part.lines + rest.lines, measurement.lines[..., 1:4])
+    assert part.samples + rest.samples == measurement.samples * 3 // 5
+    assert part.energy + rest.energy == pytest.approx(float(measurement.lines[..., 1:4].abs().square().sum()))
+    volume = random_complex(40, 44, 3)
+    torch.testing.assert_close(part.operator.normal(volume) + rest.operator.normal(volume), measurement.operator.normal(torch.nn.functional.pad(volume, (1, 1)))[..., 1:4])
+
+
+def test_what_is_unexplained_and_its_gradient():
+    measurement, _ = plane((20, 24, 2), acs=8)
+    operator, volume = measurement.operator, random_complex(20, 24, 2)
+    assert float(unexplained(operator, volume, operator.forward(volume))) < 1e-10
+    assert float(unexplained(operator, torch.zeros_like(volume), measurement.lines)) == pytest.approx(1)
+    volume.requires_grad_(True)
+    unexplained(operator, volume, measurement.lines).backward()
+    residual = operator.normal(volume.detach()) - measurement.adjoint
+    torch.testing.assert_close(volume.grad, 2 * residual / measurement.lines.abs().square().sum())
+
+
+def test_the_shipped_prior_learns_a_phantom_and_stays_as_it_was():
+    """Flat ellipses are not the anatomy that it was trained on."""
+    measurement, reference = plane()
+    prior = load_prior("small")
+    before = {name: weight.clone() for name, weight in prior.state_dict().items()}
+    states = list(reconstruct_adapted(measurement, prior, cg_sense(measurement), replace(QUICK, sweeps=6, adapt=8), 0))
+    first, final = (psnr(s.volume, reference, object_mask(reference)) for s in (states[5], states[-1]))
+    assert final > first + 0.7
+    assert all(torch.equal(weight, before[name]) for name, weight in prior.state_dict().items())
+    assert not any(p.requires_grad for p in prior.parameters())
+
+
+def test_the_first_image_stands_until_the_last_sweep(untrained):
+    measurement, _ = plane()
+    states = list(reconstruct_adapted(measurement, untrained, cg_sense(measurement), QUICK, 0))
+    assert [s.sweep for s in states] == list(range(1, 3 * (1 + PASSES) + 5 + 1))
+    assert {s.sweeps for s in states} == {len(states)}
+    assert all(torch.equal(s.volume, states[2].volume) for s in states[2:-1])
+    assert not torch.equal(states[-1].volume, states[2].volume)
+    evaluations = [s.network_evaluations for s in states]
+    learning, judging = 5 * 2 * 3, 3 * 3  # forward and backward; the prior, and twice what it became
+    assert evaluations == sorted(evaluations) and evaluations[-1] == 3 * (1 + PASSES) + learning + judging
+
+
+def test_same_seed_same_image(untrained):
+    measurement, _ = plane()
+    images = [last(reconstruct_adapted(measurement, untrained, cg_sense(measurement), QUICK, seed)).volume for seed in (3, 3, 4)]
+    assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
+
+
+def test_judging_lines_and_the_calibration_square_are_never_learned_from(untrained, monkeypatch):
+    measurement, _ = plane()
+    pupil, seen = Pupil(measurement, untrained, QUICK, 0), []
+    part = type(measurement).part
+    monkeypatch.setattr(type(measurement), "part", lambda self, lines, there: seen.append(lines) or part(self, lines, there))
+    for _ in range(2):
+        pupil.learn()
+    taken = measurement.lines.abs().sum(dim=(0, 3)) > 0
+    (given, answer), (other, _) = zip(seen[::2], seen[1::2])
+    for lines in (given, answer):
+        assert not bool((lines & pupil.judging).any())
+    assert torch.equal(given | answer | pupil.judging, taken)
+    assert not bool((given & answer).any()) and not torch.equal(given, other)
+    z, y = measurement.acs
+    centre = (slice(36 - z // 2, 36 - z // 2 + z), slice(40 - y // 2, 40 - y // 2 + y))
+    assert bool(given[centre].all())
+    assert 0.05 < float(pupil.judging.sum() / taken.sum()) < 0.1
+
+
+def test_what_makes_it_worse_is_not_taken(untrained, monkeypatch):
+    monkeypatch.setattr(adaptation, "RATE", 10.0)
+    measurement, _ = plane()
+    pupil = Pupil(measurement, untrained, QUICK, 0)
+    pupil.learn()
+    pupil.judge()
+    assert pupil.best is untrained
+    assert all(torch.equal(a, b) for a, b in zip(pupil.network.parameters(), untrained.parameters()))
+
+
+def test_memory_that_does_not_suffice_for_learning_leaves_the_first_image(untrained, monkeypatch):
+    def full(self):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Pupil, "learn", full)
+    measurement, _ = plane()
+    states = list(reconstruct_adapted(measurement, untrained, cg_sense(measurement), QUICK, 0))
+    assert torch.equal(states[-1].volume, states[2].volume) and states[-1].sweep == states[-1].sweeps
+
+
+def test_too_few_lines_to_judge_by_teach_nothing(untrained):
+    measurement, _ = plane((32, 36, 1), acs=12)
+    assert not Pupil(measurement, untrained, QUICK, 0).can_be_judged
+    assert last(reconstruct_adapted(measurement, untrained, cg_sense(measurement), QUICK, 0)).sweeps == 3
+
+
+def test_denoisers_that_are_no_networks_are_used_as_they_are():
+    measurement, _ = plane()
+    assert last(reconstruct_adapted(measurement, lambda x, s: x * 0.9, cg_sense(measurement), QUICK, 0)).sweeps == 3
+
+
+@pytest.mark.parametrize("shape, width", [((64, 72, 12), 2), ((8, 72, 80), 64), ((64, 72, 1), 1)])
+def test_thick_slabs_are_learned_from_in_part(untrained, monkeypatch, shape, width):
+    """Readout positions are scans of their own; slices along the readout need some of its length."""
+    monkeypatch.setattr(adaptation, "PIXELS", 10_000)
+    measurement, _ = plane(shape)
+    pupil = Pupil(measurement, untrained, QUICK, 0)
+    windows = [pupil._window() for _ in range(20)]
+    assert {w.stop - w.start for w in windows} == {width}
+    assert all(0 <= w.start and w.stop <= shape[2] for w in windows)
+    assert len({w.start for w in windows}) > 1 or width == shape[2]
+    middle = pupil._window(middle=True)
+    assert middle.start == shape[2] // 2 - width // 2
