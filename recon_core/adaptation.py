@@ -27,7 +27,7 @@ RATE = 1e-4  # of Adam
 DECAY = 0.98  # of the mean of the weights over the steps
 LEFT_OUT = 0.2  # of the lines outside the calibration square, to learn from
 JUDGING = 0.1  # of them, never learned from
-LEAST_SAMPLES = 1000  # that judge
+LEAST_LINES, LEAST_SAMPLES = 5, 1000  # that judge
 EVERY = 4  # rounds from one judgement to the next
 PASSES = 4  # with what was learned: its answers hang more on slices' poses than those of the prior, the mean of several less
 HOPELESS = 10.0  # times the energy of the lines left out; an empty image leaves once
@@ -90,8 +90,8 @@ class Pupil:
     @property
     def can_be_judged(self) -> bool:
         """Whether enough was measured to tell better from worse."""
-        coils, _, _, x = self.measurement.lines.shape
-        return int(self.judging.sum()) * coils * x >= LEAST_SAMPLES
+        lines, (coils, _, _, x) = int(self.judging.sum()), self.measurement.lines.shape
+        return lines >= LEAST_LINES and lines * coils * x >= LEAST_SAMPLES
 
     def evaluations(self) -> int:
         """Of slices by the network since this was asked last."""

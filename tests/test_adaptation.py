@@ -130,8 +130,9 @@ def test_memory_that_does_not_suffice_for_learning_leaves_the_first_image(untrai
     assert torch.equal(states[-1].volume, states[2].volume) and states[-1].sweep == states[-1].sweeps
 
 
-def test_too_few_lines_to_judge_by_teach_nothing(untrained):
-    measurement, _ = plane((32, 36, 1), acs=12)
+@pytest.mark.parametrize("shape, acs", [((32, 36, 1), 12), ((1, 60, 64), 10)])
+def test_too_few_samples_or_lines_to_judge_by_teach_nothing(untrained, shape, acs):
+    measurement, _ = plane(shape, acs=acs)
     assert not Pupil(measurement, untrained, QUICK, 0).can_be_judged
     assert last(reconstruct_adapted(measurement, untrained, cg_sense(measurement), QUICK, 0)).sweeps == 3
 

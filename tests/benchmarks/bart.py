@@ -22,13 +22,20 @@ def available() -> bool:
     return shutil.which("bart") is not None
 
 
-def wavelet(kspace: Tensor, strengths: Sequence[float], iterations: int = 50, acs: int = 24) -> dict[float, tuple[Tensor, dict[str, float]]]:
-    """strength -> (|image| [z y x], {"seconds", "cpu_s", "peak_gib"} of maps and image) of kspace [coils z y x], x in image space."""
+def wavelet(kspace: Tensor, strengths: Sequence[float], left_out: Tensor | None = None, iterations: int = 50, acs: int = 24) -> dict[float, tuple[Tensor, dict[str, float]]]:
+    """strength -> (|image| [z y x], {"seconds", "cpu_s", "peak_gib"} of maps and image) of kspace [coils z y x], x in image space.
+
+    With the lines `left_out` [coils z y x] also "unseen", their relative error as image and maps predict them.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         write_cfl(path / "kspace", fft(kspace, (3,)).permute(3, 2, 1, 0).numpy())
         calibrate = make_maps(path, kspace, acs)
-        return {s: _wavelet(path, s, iterations, tuple(kspace.shape[1:]), calibrate) for s in strengths}
+        found = {}
+        for strength in strengths:
+            image, costs = _wavelet(path, strength, iterations, tuple(kspace.shape[1:]), calibrate)
+            found[strength] = image, costs if left_out is None else {**costs, "unseen": _unseen(path, kspace, left_out)}
+        return found
 
 
 def make_maps(path: Path, kspace: Tensor, acs: int) -> tuple[float, float, float]:
@@ -46,6 +53,17 @@ def _wavelet(path: Path, strength: float, iterations: int, shape: tuple[int, ...
     odd = [axis for axis, n in enumerate(image.shape) if n % 2 and n > 1]
     image = torch.roll(image, [-1] * len(odd), odd) if odd else image  # BART's image centre on odd axes is one voxel further
     return image, {"seconds": calibrate[0] + solve[0], "cpu_s": calibrate[1] + solve[1], "peak_gib": max(calibrate[2], solve[2])}
+
+
+def _unseen(path: Path, kspace: Tensor, left_out: Tensor) -> float:
+    """Relative error of the lines left out as the last image and the maps predict them, after the complex factor that fits the others best."""
+    run(["fmac", path / "maps", path / "image", path / "coils"])
+    run(["fft", "-u", "6", path / "coils", path / "predicted"])
+    predicted = torch.from_numpy(read_cfl(path / "predicted").reshape(tuple(reversed(kspace.shape)))).permute(3, 2, 1, 0)
+    given, rest = (lines.abs().sum(dim=(0, 3)) > 0 for lines in (kspace, left_out))
+    fitted, measured = predicted[:, given].flatten(), kspace[:, given].flatten()
+    factor = torch.vdot(fitted, measured) / torch.vdot(fitted, fitted)
+    return float((factor * predicted[:, rest] - left_out[:, rest]).norm() / left_out.norm())
 
 
 def run(arguments: list) -> tuple[float, float, float]:

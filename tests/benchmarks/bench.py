@@ -5,7 +5,7 @@
 Volumes are seen by simulated coils (k-space crops of each coil's own image, correlated noise, maps estimated from the
 calibration lines); --raw adds the measured scans. PSNR and 3D SSIM of the magnitude inside the object after the
 least-squares factor, complex NRMSE after the least-squares complex factor; of measured scans `unseen`, the relative error
-of the lines left out as our coil maps predict them (complex images only), and `floor`, that of the best fit to all lines. `bart` is BART's `pics -R W:7:0:lambda`
+of the lines left out as our coil maps predict them (complex images; BART's with its own maps), and `floor`, that of the best fit to all lines. `bart` is BART's `pics -R W:7:0:lambda`
 with maps of its own ecalib, `sigpy` its L1WaveletRecon with our maps; their lambda comes from --tune VOLUME (best of
 --lambdas there, per voxel size and R). `bart-oracle` takes the best of --lambdas on the tested scan itself.
 --set METHOD.FIELD=VALUE changes a setting of one of our methods.
@@ -77,7 +77,8 @@ def main() -> None:
         images = {}
         for method in arguments.methods:
             images[method], costs = run_peer(method, problem, arguments, tuned) if method in PEERS else run(method, problem, priors.get(method), configs[method])
-            row = {**problem.facts, "method": method, **costs, **quality(images[method], problem)}
+            unseen = costs.pop("unseen", None)
+            row = {**problem.facts, "method": method, **costs, **quality(images[method], problem, unseen)}
             rows.append(row)
             print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
         save(arguments.out / "bench.csv", rows, earlier)
@@ -123,14 +124,14 @@ def run_peer(name: str, problem: Problem, arguments, tuned: dict) -> tuple[Tenso
     found = peer_images(name, problem, arguments.lambdas if name == "bart-oracle" else [peer_strength(name, problem, arguments, tuned)])
     best = max(found, key=lambda s: psnr(found[s][0], problem.truth, problem.inside))
     image, costs = found[best]
-    return image, {**{k: round(v, 2) for k, v in costs.items()}, "evaluations": 0, "misfit": "", "lambda": best}
+    return image, {**{k: round(v, 4 if k == "unseen" else 2) for k, v in costs.items()}, "evaluations": 0, "misfit": "", "lambda": best}
 
 
 def peer_images(name: str, problem: Problem, strengths: list[float]) -> dict:
     """strength -> (image, costs)."""
     if name == "sigpy":
         return sigpy_peer.wavelet(problem.kspace, problem.measurement.operator.coil_maps(), strengths)
-    return bart.wavelet(problem.kspace, strengths)
+    return bart.wavelet(problem.kspace, strengths, problem.left_out)
 
 
 def peer_strength(name: str, problem: Problem, arguments, tuned: dict) -> float:
@@ -149,8 +150,8 @@ def peer_strength(name: str, problem: Problem, arguments, tuned: dict) -> float:
     return tuned[name, voxel_mm, acceleration, problem.facts["coils"]]
 
 
-def quality(image: Tensor, problem: Problem) -> dict[str, float | str]:
-    """PSNR and SSIM of the magnitude inside the object; of complex volumes NRMSE there, or the error of lines left out, as far as known."""
+def quality(image: Tensor, problem: Problem, unseen: float | None = None) -> dict[str, float | str]:
+    """PSNR and SSIM of the magnitude inside the object; of complex volumes NRMSE there, or the error of lines left out (a peer's is `unseen`), as far as known."""
     truth, inside = problem.truth, problem.inside
     magnitude = image.abs()
     magnitude = magnitude * (magnitude * truth)[inside].sum() / magnitude[inside].square().sum()
@@ -158,8 +159,8 @@ def quality(image: Tensor, problem: Problem) -> dict[str, float | str]:
     data = [v.squeeze().numpy() for v in (magnitude, truth)]
     _, similarity = structural_similarity(*data, data_range=float(truth[inside].max()), **window)
     out = {"psnr": round(psnr(image, truth, inside), 2), "ssim": round(float(similarity[inside.squeeze().numpy()].mean()), 4), "nrmse": "", "unseen": "", "floor": ""}
-    if image.is_complex() and problem.left_out is not None:
-        out |= {"unseen": round(problem.unseen(image), 4), "floor": round(problem.floor, 4)}
+    if problem.left_out is not None and (image.is_complex() or unseen is not None):
+        out |= {"unseen": round(problem.unseen(image), 4) if unseen is None else unseen, "floor": round(problem.floor, 4)}
     if image.is_complex() and problem.phased is not None:
         image, phased = image[inside], problem.phased.cpu()[inside]
         factor = torch.vdot(image, phased) / torch.vdot(image, image)
