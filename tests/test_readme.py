@@ -37,5 +37,5 @@ def test_tables_are_those_of_the_result_files():
     script = Path(__file__).parent / "benchmarks" / "tables.py"
     printed = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stdout
     rows = [line for line in printed.splitlines() if re.match(r"\| [^|]+ \| ([-+*(]|\d)", line)]
-    assert len(rows) == 5 + 7 + 5 + 2 + 5 + 6 + 9
+    assert len(rows) == 5 + 7 + 5 + 2 + 5 + 6 + 9 + 15
     assert [row for row in rows if row not in README] == []
