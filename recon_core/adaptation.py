@@ -157,7 +157,7 @@ class Pupil:
     def _window(self, middle: bool = False) -> slice:
         """Readout positions to work on, a scan of their own: all, or as many as a round can bear, drawn where there is signal."""
         z, y, x = self.measurement.operator.shape
-        least = 1 if min(z, y) >= MIN_SIDE else 4 * MIN_SIDE
+        least = 1 if min(z, y) >= MIN_SIDE else 2 * MIN_SIDE
         width = min(x, max(least, PIXELS // (z * y)))
         if width == x or middle:
             return slice(x // 2 - width // 2, x // 2 - width // 2 + width)
