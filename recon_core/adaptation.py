@@ -1,4 +1,4 @@
-"""The prior learns from the scan at hand, where slices of one orientation alone are of use and it has most to add.
+"""The prior learns from the scan at hand, where slices of one orientation alone are of use and it has most to learn.
 
 Zero-shot self-supervision (Yaman et al., arXiv 2102.07737): a part of the measured lines is left out, the rest is
 reconstructed, and at every sweep a copy of the prior learns to predict the lines left out from what the sweep hands
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from .cg_sense import cg_sense
 from .device_failure import ran_out_of_memory
 from .measurement import Measurement
+from .prior import move_weights
 from .sense import Sense
-from .slices import MIN_SIDE, Denoiser, object_box
+from .slices import MIN_SIDE, Denoiser, apply_prior, object_box
 from .state import State
 from .variational import VariationalConfig, reconstruct_variational
 
@@ -54,13 +55,13 @@ def reconstruct_adapted(measurement: Measurement, prior: Denoiser, start: Tensor
     for done in range(1, rounds + 1):
         try:
             pupil.learn()
+            if done % EVERY == 0 or done == rounds:
+                pupil.judge()
         except RuntimeError as error:
             if not ran_out_of_memory(error):
                 raise
             yield replace(state, sweep=sweeps)  # what there is needs no learning
             return
-        if done % EVERY == 0 or done == rounds:
-            pupil.judge()
         state = replace(state, sweep=state.sweep + 1, network_evaluations=state.network_evaluations + pupil.evaluations())
         yield state
     mean = torch.zeros_like(start)
@@ -108,11 +109,9 @@ class Pupil:
         seed = int(torch.randint(1 << 31, (), generator=self.random))
         for state in reconstruct_variational(part, self.network, start, self.config, seed, watch=lambda *what: told.append(what)):
             volume, sigma, axis, pose = told.pop()
-            given = torch.view_as_real(volume[box].movedim(axis, 0).contiguous()).permute(0, 3, 1, 2)
             with torch.enable_grad():
-                planes = pose.seen_by(self.network)(given, sigma).permute(0, 2, 3, 1).contiguous()
                 whole = torch.zeros_like(volume)
-                whole[box] = torch.view_as_complex(planes).movedim(0, axis)
+                whole[box] = apply_prior(volume[box].movedim(axis, 0), pose.seen_by(self.network), sigma).movedim(0, axis)
                 loss = unexplained(answer.operator, whole * scale, answer.lines)
             if not bool(loss < HOPELESS):
                 self._forget()
@@ -121,8 +120,7 @@ class Pupil:
             nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
             self.optimiser.step()
             self.optimiser.zero_grad(set_to_none=True)
-            for mean, new in zip(self.average.parameters(), self.network.parameters()):
-                mean.lerp_(new.detach(), 1 - DECAY)
+            move_weights(self.average, self.network, 1 - DECAY)
         self.spent += 2 * state.network_evaluations
 
     def _forget(self) -> None:

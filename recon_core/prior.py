@@ -61,6 +61,12 @@ class Prior(nn.Module):
         return x * (self.sigma_data / total) ** 2 + out.float() * (s * self.sigma_data / total)
 
 
+def move_weights(network: nn.Module, towards: nn.Module, share: float) -> None:
+    """Move the weights of `network`, in place, by `share` of the way to those of another one alike."""
+    with torch.no_grad():
+        torch._foreach_lerp_(list(network.parameters()), list(towards.parameters()), share)
+
+
 def half_is_faster(device: str | torch.device) -> bool:
     """Whether the device multiplies bf16 natively: GPUs from Ampere on, CPUs with AVX512-BF16 or AMX."""
     device = torch.device(device)

@@ -55,9 +55,14 @@ def denoise_slices(volume: Tensor, prior: Denoiser, sigma: float, axis: int, cho
 
 def denoise_planes(planes: Tensor, prior: Denoiser, sigma: float | Tensor) -> Tensor:
     """D of complex `planes` [slices h w], sigma a number or [slices]."""
-    slices = torch.view_as_real(planes).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
-        return torch.view_as_complex(prior(slices, sigma).float().permute(0, 2, 3, 1).contiguous())
+        return apply_prior(planes, prior, sigma)
+
+
+def apply_prior(planes: Tensor, prior: Denoiser, sigma: float | Tensor) -> Tensor:
+    """The same, to be differentiated by the prior's weights where gradients are on."""
+    slices = torch.view_as_real(planes).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+    return torch.view_as_complex(prior(slices, sigma).float().permute(0, 2, 3, 1).contiguous())
 
 
 def some_slices(count: int, fraction: float, random: torch.Generator) -> Tensor:

@@ -27,7 +27,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from .prior import Prior, find_weights, half_is_faster, load_prior, read_card, save_prior
+from .prior import Prior, find_weights, half_is_faster, load_prior, move_weights, read_card, save_prior
 from .rehearsal import Lesson, Rehearsal, lesson_loss
 from .team import Team
 from .volumes import SlicePool, Volume
@@ -133,7 +133,7 @@ def _train(team: Team, threads: ExitStack, volumes, out: Path, options: TrainOpt
         total.backward()
         torch.nn.utils.clip_grad_norm_(prior.parameters(), 1.0)
         optimiser.step()
-        _update_average(average, prior, min(options.ema_decay, (1 + step) / (10 + step)))
+        move_weights(average, prior, 1 - min(options.ema_decay, (1 + step) / (10 + step)))
         losses = team.gather(loss.detach()).cpu()
         if not bool(torch.isfinite(losses).all()):
             raise ValueError(f"the loss became {losses.mean().item()} at step {step}; lower the learning rate")
@@ -171,7 +171,7 @@ def rehearse(pool: SlicePool, prior: Prior, start: int, options: TrainOptions, t
 def mixture(average: Prior, origin: Prior, share: float) -> Prior:
     """(1 - share) * average + share * origin, weight by weight."""
     mixed = copy.deepcopy(average)
-    _update_average(mixed, origin, 1 - share)
+    move_weights(mixed, origin, share)
     return mixed
 
 
@@ -339,11 +339,6 @@ class Validation:
         noisy = clean + sigma * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             return noisy, prior(noisy.to(next(prior.parameters()).device), sigma).float().cpu()
-
-
-def _update_average(average: Prior, prior: Prior, decay: float) -> None:
-    with torch.no_grad():
-        torch._foreach_lerp_(list(average.parameters()), list(prior.parameters()), 1 - decay)
 
 
 def made_of(volumes: Sequence[Volume], options: TrainOptions) -> dict:
