@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .fft import centre_crop_or_pad, fft, ifft
+from .interpolation import interpolate
 
 MAX_ACS = 32  # more sharpens nothing and costs time
 ACS_READOUT = 24
@@ -114,10 +115,10 @@ def estimate_coil_maps(acs: Tensor, shape: tuple[int, int, int], sigma: float = 
     fine = torch.empty((coils, *shape), dtype=maps.dtype, device=maps.device)
     energy = torch.zeros(shape, device=maps.device)
     for coil in range(coils):  # one by one: the maps are the largest array there is
-        fine[coil] = _interpolate(maps[coil], shape, whole)
+        fine[coil] = interpolate(maps[coil], shape, whole)
         energy += torch.view_as_real(fine[coil]).square().sum(-1)
     fine /= energy.sqrt().clamp_min(1e-6)
-    return fine, _interpolate(values, shape, whole)
+    return fine, interpolate(values, shape, whole)
 
 
 def dominant_eigenvectors(matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,16 +163,3 @@ def _signal_patches(acs: Tensor, sides: list[int], sigma: float) -> Tensor:
     keep = values > max(noise_edge, 1e-4 * float(values[-1]))
     keep[-1] = True
     return vectors[:, keep]
-
-
-def _interpolate(coarse: Tensor, shape: tuple[int, int, int], whole: tuple[int, int, int]) -> Tensor:
-    """Periodic linear interpolation of [z y x], of a field of view of `whole` voxels, to `shape` in its middle; centres at n//2."""
-    out = coarse
-    for axis, (n, span) in enumerate(zip(shape, whole)):
-        g = out.shape[axis]
-        position = (torch.arange(n, device=out.device) - n // 2) * (g / span) + g // 2
-        low = position.floor()
-        t = (position - low).to(out.dtype).reshape(-1, *[1] * (out.ndim - 1 - axis))
-        low = low.long()
-        out = torch.lerp(out.index_select(axis, low % g), out.index_select(axis, (low + 1) % g), t)
-    return out

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from .adaptation import reconstruct_adapted
 from .faithful import FaithfulConfig, reconstruct_faithful
+from .gaussians import Gaussians
 from .measurement import Measurement
+from .neural_field import NeuralField
 from .plug_and_play import PlugAndPlayConfig, reconstruct_plug_and_play
 from .posterior import PosteriorConfig, reconstruct_posterior
 from .slices import Denoiser
@@ -58,6 +60,9 @@ def _cg_sense(measurement: Measurement, prior: None, start: Tensor, config: None
 METHODS = {
     "diffusion": Method("slice diffusion", reconstruct_adapted, VariationalConfig(), "small", larger="base"),
     "faithful": Method("slice diffusion as published", reconstruct_faithful, FaithfulConfig(), "small-white"),
+    "interpolated": Method("slice diffusion as published, prior on 2 mm", reconstruct_faithful, FaithfulConfig(prior_voxel_mm=2.0), "small-white"),
+    "field": Method("slice diffusion as published, neural field", reconstruct_faithful, FaithfulConfig(iterations=400, slabs=5, patience=100, representation=NeuralField), "small-white"),
+    "gaussians": Method("slice diffusion as published, Gaussians", reconstruct_faithful, FaithfulConfig(representation=Gaussians), "small-white"),
     "dds": Method("posterior sampling DDS", reconstruct_posterior, PosteriorConfig(axis=0), "small-white"),
     "tpdm": Method("posterior sampling TPDM", reconstruct_posterior, PosteriorConfig(), "small-white"),
     "mbir": Method("posterior sampling DiffusionMBIR", reconstruct_posterior, PosteriorConfig(axis=0, tv=0.02), "small-white"),

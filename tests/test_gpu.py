@@ -10,7 +10,11 @@ from gadgets.options import make_options
 from gadgets.solve import load_prior_for, prior_of
 from recon_core.adaptation import reconstruct_adapted
 from recon_core.cg_sense import cg_sense
+from recon_core.gaussians import Gaussians
+from recon_core.neural_field import NeuralField
 from recon_core.prior import load_prior
+from recon_core.representation import Grid
+from recon_core.simulate import phantom
 from recon_core.train import TrainOptions, train
 from recon_core.variational import VariationalConfig
 from recon_core.volumes import Volume
@@ -52,3 +56,20 @@ def test_a_prior_learns_from_a_scan_there():
     states = list(reconstruct_adapted(measurement, prior, cg_sense(measurement), VariationalConfig(sweeps=3, adapt=5)))
     assert states[-1].volume.is_cuda and bool(torch.isfinite(states[-1].volume.abs()).all())
     assert not torch.equal(states[-1].volume, states[2].volume)
+
+
+@pytest.mark.parametrize("kind", [Grid, NeuralField, Gaussians])
+def test_representations_and_their_derivatives_are_the_cpus(kind):
+    image, found = phantom((18, 20, 17)).to(torch.complex64), {}
+    for device in ("cpu", "cuda"):
+        x = kind(image.to(device), (36, 40, 34))
+        x.warm_up(0.1)
+        assert next(x.parameters()).device.type == device
+        if device == "cuda":
+            x.load_state_dict(weights)  # many steps of Adam may part
+        weights = {name: value.clone() for name, value in x.state_dict().items()}
+        volume = x((18, 20, 17))
+        volume.abs().square().sum().backward()
+        found[device] = [volume.detach(), *(p.grad for p in x.parameters())]
+    for cpu, cuda in zip(found["cpu"], found["cuda"]):
+        assert float((cuda.cpu() - cpu).norm() / cpu.norm()) < 1e-2

@@ -1,0 +1,126 @@
+"""Gaussian splatting for volumes: many Gaussians of complex amplitude, each with a place, widths and directions.
+
+Volumes are made of them as in Kerbl et al. (arXiv 2308.04079), with sums over voxels in place of rays: every Gaussian
+adds to the voxels of a cube around it, so that the cost grows with their number, not with the volume.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .representation import Representation, Shape, fit
+
+SHARE = 0.5  # Gaussians per voxel of the object
+WIDTH = 0.6  # of each at first, in units of their spacing
+REACH = 2.5  # standard deviations to the side of the cube
+WIDEST = 4  # voxels of the scan's mesh from the middle of a cube to its side, at most
+PLACE_RATE, WIDTH_RATE = 0.05, 0.02  # of Adam, for places in voxels and for the logarithm of widths
+FIT_STEPS = 20
+AT_ONCE = 1 << 20  # voxels of cubes in memory
+EMPTY = 0.05  # of tissue brightness, where there is no object
+
+
+class Gaussians(Representation):
+    """Places and widths are in voxels of `start`; `factor` [gaussians 3 3], lower triangular, is the root of the inverse covariance."""
+
+    def __init__(self, start: Tensor, finest: Shape, seed: int = 0):
+        super().__init__()
+        self.shape, self.start = tuple(start.shape), start
+        random = torch.Generator().manual_seed(seed)
+        weight = start.abs().clamp_max(1).flatten().cpu()
+        count = max(1, math.ceil(SHARE * int((weight > EMPTY).sum())))
+        chosen = torch.multinomial(weight + 1e-6, min(count, weight.numel()), generator=random)
+        places = torch.stack(torch.unravel_index(chosen, self.shape), -1).float()
+        spacing = SHARE ** (-1 / 3)
+        width = WIDTH * spacing
+        amplitude = start.flatten()[chosen.to(start.device)] * (spacing / width / (2 * math.pi) ** 0.5) ** 3
+        self.places = torch.nn.Parameter(places + 0.5 * torch.rand(places.shape, generator=random) - 0.25)
+        self.logarithms = torch.nn.Parameter(torch.full((len(places), 3), -math.log(width)))
+        self.shears = torch.nn.Parameter(torch.zeros(len(places), 3))
+        self.amplitudes = torch.nn.Parameter(torch.view_as_real(amplitude.cpu()).clone())
+        self.to(start.device)
+
+    def groups(self, rate: float) -> list[dict]:
+        """Brightness at `rate`, places and widths at their own."""
+        return [
+            {"params": [self.amplitudes], "lr": rate},
+            {"params": [self.places], "lr": PLACE_RATE},
+            {"params": [self.logarithms, self.shears], "lr": WIDTH_RATE},
+        ]
+
+    def warm_up(self, rate: float) -> None:
+        """Fit to the image to begin with."""
+        fit(self, self.start, rate, FIT_STEPS)
+
+    @property
+    def factor(self) -> Tensor:
+        """[gaussians 3 3], positive on the diagonal."""
+        out = torch.diag_embed(self.logarithms.exp())
+        row, column = torch.tril_indices(3, 3, -1)
+        return out.index_put((torch.arange(len(out), device=out.device)[:, None], row.to(out.device), column.to(out.device)), self.shears)
+
+    def forward(self, shape: Shape) -> Tensor:
+        finer = torch.tensor([n / own for n, own in zip(shape, self.shape)], device=self.places.device)
+        middle = torch.tensor([own // 2 for own in self.shape], device=self.places.device)
+        places = (self.places - middle) * finer + torch.tensor([n // 2 for n in shape], device=finer.device)
+        factor = self.factor / finer[:, None]
+        return Splat.apply(places, factor, torch.view_as_complex(self.amplitudes), shape, cubes(factor.detach(), WIDEST * float(finer.max())))
+
+
+class Splat(torch.autograd.Function):
+    """sum_i a_i exp(-|F_i^T (r - p_i)|^2 / 2) at all voxels r [z y x], each Gaussian cut off at the side of its cube.
+
+    Places p [gaussians 3] in voxels, factors F [gaussians 3 3] in 1 / voxels, complex amplitudes a [gaussians], and `cubes`.
+    Nothing is kept for the way back but these.
+    """
+
+    @staticmethod
+    def forward(ctx, places: Tensor, factor: Tensor, amplitude: Tensor, shape: Shape, cubes: list[tuple[Tensor, Tensor]]) -> Tensor:
+        ctx.save_for_backward(places, factor, amplitude)
+        ctx.shape, ctx.cubes = shape, cubes
+        out = amplitude.new_zeros(math.prod(shape))
+        for some, offsets in cubes:
+            index, _, _, bell = bells(places[some], factor[some], offsets, shape)
+            out.index_add_(0, index.flatten(), (amplitude[some, None] * bell).flatten())
+        return out.reshape(shape)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        places, factor, amplitude = ctx.saved_tensors
+        to_places, to_factor, to_amplitude = torch.zeros_like(places), torch.zeros_like(factor), torch.zeros_like(amplitude)
+        flat = gradient.flatten()
+        for some, offsets in ctx.cubes:
+            index, away, scaled, bell = bells(places[some], factor[some], offsets, ctx.shape)
+            here = flat[index]
+            to_amplitude[some] = (here * bell).sum(1)
+            to_scaled = (-(here * amplitude[some, None].conj()).real * bell)[..., None] * scaled
+            to_factor[some] = away.mT @ to_scaled
+            to_places[some] = -(factor[some] @ to_scaled.sum(1)[..., None])[..., 0]
+        return to_places, to_factor, to_amplitude, None, None
+
+
+def bells(places: Tensor, factor: Tensor, offsets: Tensor, shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Voxel numbers, r - p, F^T (r - p) and the Gaussians' values, [gaussians voxels ...]; outside of the mesh values are 0."""
+    nearest = places.round()
+    at = nearest.long()[:, None] + offsets
+    limit = torch.tensor(shape, device=at.device)
+    inside = ((at >= 0) & (at < limit)).all(-1)
+    at = at.clamp_min(0).minimum(limit - 1)
+    index = (at[..., 0] * shape[1] + at[..., 1]) * shape[2] + at[..., 2]
+    away = offsets + (nearest - places)[:, None]
+    scaled = away @ factor
+    return index, away, scaled, torch.exp(-0.5 * scaled.square().sum(-1)) * inside
+
+
+def cubes(factor: Tensor, most: float) -> list[tuple[Tensor, Tensor]]:
+    """Numbers of Gaussians and the offsets [voxels 3] of their cubes, of REACH standard deviations but `most` voxels from the middle, AT_ONCE at a time."""
+    widest = torch.linalg.inv(factor).square().sum(1).sqrt().amax(1)  # of each, over the axes
+    sides, out = (REACH * widest).ceil().clamp(1, math.ceil(most)).int(), []
+    for side in sides.unique().tolist():
+        line = torch.arange(-side, side + 1, device=factor.device)
+        offsets = torch.cartesian_prod(line, line, line)
+        out += [(some, offsets) for some in (sides == side).nonzero()[:, 0].split(max(1, AT_ONCE // len(offsets)))]
+    return out

@@ -1,0 +1,50 @@
+"""A neural representation: features on grids of several resolutions, and a small network from them to brightness.
+
+As in Müller et al. (arXiv 2201.05989), with grids that are stored whole where theirs are hashed: a volume has room
+for them. It knows no matrix; that neighbours share features and network is what regularises.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .interpolation import interpolate
+from .representation import Representation, Shape, fit
+
+FINEST, FACTOR, LEVELS = 1.5, 2.0, 4  # voxels of the finest mesh between points of the finest grid, from grid to grid, how many
+FEATURES, WIDTH = 8, 64
+RATE = 1e-2  # of Adam
+FIT_STEPS = 200
+
+
+class NeuralField(Representation):
+    """The field of view as one function; its cost is that of a pass of the network over all voxels."""
+
+    def __init__(self, start: Tensor, finest: Shape, seed: int = 0):
+        super().__init__()
+        random = torch.Generator().manual_seed(seed)
+        steps = [FINEST * FACTOR**level for level in range(LEVELS)]
+        grids = [[max(1, round(n / step)) for n in finest] for step in steps]
+        self.grids = nn.ParameterList(nn.Parameter(0.1 * torch.randn(*grid, FEATURES, generator=random)) for grid in grids)
+        sizes = [FEATURES * LEVELS, WIDTH, WIDTH, 2]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:]))
+        for layer in self.layers:
+            nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu", generator=random)
+            nn.init.zeros_(layer.bias)
+        self.start = start
+        self.to(start.device)
+
+    def groups(self, rate: float) -> list[dict]:
+        """A rate of its own, whatever brightness is."""
+        return [{"params": list(self.parameters()), "lr": RATE}]
+
+    def warm_up(self, rate: float) -> None:
+        """Fit to the image to begin with."""
+        fit(self, self.start, rate, FIT_STEPS)
+
+    def forward(self, shape: Shape) -> Tensor:
+        out = torch.cat([interpolate(grid, shape) for grid in self.grids], -1)
+        for layer in self.layers[:-1]:
+            out = torch.relu(layer(out))
+        return torch.view_as_complex(self.layers[-1](out))

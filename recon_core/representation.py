@@ -1,0 +1,59 @@
+"""What a variational reconstruction optimises: voxels, or something that a volume on any mesh can be made of.
+
+A representation lives on a field of view, not on a matrix: the data see it on the matrix of the scan, the prior on
+that of its own voxel size. Beside the two here there are `neural_field.py` and `gaussians.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .fft import kspace_crop
+
+Shape = tuple[int, int, int]
+
+
+class Representation(nn.Module):
+    """`forward(shape)` is the complex volume [z y x] on a mesh of `shape` over the field of view, differentiable.
+
+    Every class is made from (start, finest): the image to begin with [z y x], in tissue brightness, and the shape of the
+    finest mesh that it will be asked for.
+    """
+
+    def groups(self, rate: float) -> list[dict]:
+        """Parameters and step lengths for Adam; `rate` is that of brightness."""
+        return [{"params": list(self.parameters()), "lr": rate}]
+
+    def warm_up(self, rate: float) -> None:
+        """Come close to the image to begin with, where making does not do it."""
+
+    def image(self, shape: Shape) -> Tensor:
+        """The same volume, to look at."""
+        with torch.no_grad():
+            return self(shape).detach()
+
+
+class Grid(Representation):
+    """A volume on the finest mesh, seen on others by cropping its k-space: interpolation without loss.
+
+    On one mesh it is the volume itself.
+    """
+
+    def __init__(self, start: Tensor, finest: Shape):
+        super().__init__()
+        self.values = nn.Parameter(torch.view_as_real(kspace_crop(start, finest).clone()))
+
+    def forward(self, shape: Shape) -> Tensor:
+        return kspace_crop(torch.view_as_complex(self.values), shape)
+
+
+def fit(representation: Representation, start: Tensor, rate: float, steps: int) -> None:
+    """`steps` of Adam towards `start` [z y x] in the least-squares sense."""
+    optimiser = torch.optim.Adam(representation.groups(rate), betas=(0.9, 0.99))
+    with torch.enable_grad():
+        for _ in range(steps):
+            optimiser.zero_grad()
+            (representation(tuple(start.shape)) - start).abs().square().sum().mul(0.5).backward()
+            optimiser.step()
+

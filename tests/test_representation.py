@@ -1,0 +1,138 @@
+"""What the method as published optimises: volumes of known Gaussians, meshes of one field of view, gradients."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import random_complex
+from test_variational import VOXEL, last, problem
+
+from recon_core import gaussians
+from recon_core.cg_sense import cg_sense
+from recon_core.faithful import FaithfulConfig, prior_mesh, reconstruct_faithful
+from recon_core.fft import fft, kspace_crop
+from recon_core.gaussians import Gaussians, Splat, cubes
+from recon_core.interpolation import interpolate
+from recon_core.measurement import Measurement, measure
+from recon_core.methods import METHODS
+from recon_core.metrics import object_mask, psnr
+from recon_core.neural_field import NeuralField
+from recon_core.prior import load_prior
+from recon_core.representation import Grid
+from recon_core.sense import Sense
+from recon_core.simulate import phantom
+
+SHAPE = (18, 20, 17)
+
+
+def some_gaussians(count=7, shape=(8, 9, 7)):
+    random = torch.Generator().manual_seed(0)
+    places = torch.rand(count, 3, generator=random, dtype=torch.float64) * torch.tensor(shape)
+    factor = torch.eye(3, dtype=torch.float64) + 0.3 * torch.rand(count, 3, 3, generator=random, dtype=torch.float64).tril()
+    return places, factor, torch.randn(count, generator=random, dtype=torch.complex128)
+
+
+def test_gaussians_are_summed_as_their_formula_says(monkeypatch):
+    """Each with the covariance (F F^T)^-1, here written with it; cut off where e^-18 is left."""
+    monkeypatch.setattr(gaussians, "REACH", 6.0)
+    shape = (8, 9, 7)
+    places, factor, amplitude = some_gaussians(shape=shape)
+    got = Splat.apply(places, factor, amplitude, shape, cubes(factor, 20))
+    grid = torch.stack(torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in shape), indexing="ij"), -1)
+    expected = torch.zeros(shape, dtype=torch.complex128)
+    for p, f, a in zip(places, factor, amplitude):
+        covariance = torch.linalg.inv(f @ f.T)
+        away = grid - p
+        expected += a * torch.exp(-0.5 * (away @ torch.linalg.inv(covariance) * away).sum(-1))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+
+
+def test_gaussians_know_their_derivatives():
+    places, factor, amplitude = (value.requires_grad_() for value in some_gaussians(3))
+    boxes = cubes(factor.detach(), 3)
+    assert torch.autograd.gradcheck(lambda *them: Splat.apply(*them, (8, 9, 7), boxes), (places, factor, amplitude))
+
+
+def test_every_gaussian_has_one_cube_of_its_own_size():
+    factor = torch.eye(3).repeat(50, 1, 1) / torch.linspace(0.3, 3, 50)[:, None, None]
+    boxes = cubes(factor, 4)
+    assert sorted(torch.cat([some for some, _ in boxes]).tolist()) == list(range(50))
+    sides = {int(number): round(len(offsets) ** (1 / 3)) // 2 for some, offsets in boxes for number in some}
+    assert sides[0] == 1 and sides[49] == 4 and all(sides[i] <= sides[i + 1] for i in range(49))
+
+
+@pytest.mark.parametrize("kind", [Gaussians, NeuralField, Grid])
+def test_one_field_of_view_on_two_meshes(kind):
+    """On a mesh twice as fine every second voxel, counted from n//2, lies on one of the coarse mesh."""
+    fine = (36, 40, 34)
+    x = kind(phantom(SHAPE).to(torch.complex64), fine)
+    coarse, double = x.image(SHAPE), x.image(fine)
+    there = double[tuple(slice(f // 2 % 2, None, 2) for f in fine)]
+    first = [(n // 2) - (f // 2) // 2 for n, f in zip(SHAPE, fine)]
+    there = there[tuple(slice(-min(0, k), None) for k in first)][tuple(slice(0, n) for n in SHAPE)]
+    coarse = coarse[tuple(slice(max(0, k), None) for k in first)][tuple(slice(0, n) for n in there.shape)]
+    inner = (slice(2, -2),) * 3  # what reaches over the edge may differ
+    assert float((there - coarse)[inner].norm() / coarse[inner].norm()) < (0.35 if kind is Grid else 0.06)
+
+
+def test_a_grid_of_one_mesh_is_the_volume_and_of_two_crops_kspace():
+    start = random_complex(*SHAPE)
+    assert torch.equal(Grid(start, SHAPE).image(SHAPE), start)
+    finer = Grid(start, (36, 40, 34))
+    torch.testing.assert_close(finer.image((36, 40, 34)), kspace_crop(start, (36, 40, 34)))
+
+
+def test_linear_interpolation_keeps_a_plane_and_its_centre():
+    ramp = torch.arange(12.0)[:, None, None].expand(12, 6, 6)
+    fine = interpolate(ramp, (24, 6, 6))
+    torch.testing.assert_close(fine[:22, 0, 0], torch.arange(22.0) / 2)  # the last wraps around
+
+
+def noiseless(shape=SHAPE):
+    """Fully sampled, one coil: the data are the volume."""
+    volume = phantom(shape).to(torch.complex64)
+    operator = Sense(torch.ones(1, *shape, dtype=torch.complex64), torch.ones(shape[:2]))
+    energy = float(fft(volume, (0, 1)).abs().square().sum())
+    return Measurement(operator, volume, energy, volume.numel(), 1e-3, VOXEL, (8, 8)), volume
+
+
+@pytest.mark.parametrize("name, db", [("faithful", 50), ("interpolated", 30), ("gaussians", 30), ("field", 25)])
+def test_without_a_prior_every_representation_comes_to_the_data(name, db):
+    measurement, volume = noiseless()
+    config = replace(METHODS[name].config, weight=0.0, iterations=60, slabs=1, learning_rate=0.1)
+    state = last(reconstruct_faithful(measurement, lambda x, s: x, 0.8 * volume, config))
+    error = (state.volume - volume)[object_mask(volume.abs())]
+    assert 20 * math.log10(float(volume.abs().max() / error.abs().square().mean().sqrt())) > db
+
+
+def test_the_prior_sees_voxels_of_its_own_size():
+    """Its slices are those of a mesh of that size over the same field of view."""
+    measurement, volume = noiseless()
+    seen = set()
+
+    def prior(slices, sigma):
+        seen.add(tuple(slices.shape[2:]))
+        return slices
+
+    config = FaithfulConfig(iterations=1, prior_voxel_mm=1.0)
+    last(reconstruct_faithful(measurement, prior, volume, config))
+    assert prior_mesh(measurement, config) == (36, 40, 34)
+    assert seen == {(40, 34), (36, 34), (36, 40)}
+
+
+def test_a_neural_field_with_the_shipped_prior_beats_cg_sense():
+    kspace, mask, noise, reference = problem(shape=(32, 36, 30), snr=15.0)
+    measurement = measure(kspace, mask, VOXEL, noise)
+    preview, inside = cg_sense(measurement), object_mask(reference)
+    state = last(reconstruct_faithful(measurement, load_prior("small-white"), preview, replace(METHODS["field"].config, iterations=40, slabs=2)))
+    assert psnr(state.volume, reference, inside) > psnr(preview, reference, inside) + 1
+
+
+def test_gaussians_begin_near_the_image():
+    image = phantom((24, 28, 22)).to(torch.complex64)
+    x = Gaussians(image, tuple(image.shape))
+    assert len(x.places) == math.ceil(gaussians.SHARE * int((image.abs() > gaussians.EMPTY).sum()))
+    before = float((x.image(tuple(image.shape)) - image).norm() / image.norm())
+    x.warm_up(0.2)
+    assert before < 0.7 and float((x.image(tuple(image.shape)) - image).norm() / image.norm()) < 0.5 * before
