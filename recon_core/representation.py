@@ -1,7 +1,7 @@
 """What a variational reconstruction optimises: voxels, or something that a volume on any mesh can be made of.
 
 A representation lives on a field of view, not on a matrix: the data see it on the matrix of the scan, the prior on
-that of its own voxel size. Beside the two here there are `neural_field.py` and `gaussians.py`.
+that of its own voxel size. Beside the grid here there are `neural_field.py` and `gaussians.py`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
 
 The two priors are trained alike but for the voxel sizes (`slicediff train` with `voxel_mm` in a --config file). Slice
 diffusion, and the method as published on voxels, with each; then, with the prior of one size, the published method on
-representations that let the prior see the volume in voxels of its own size. PSNR of the magnitude inside the object.
+representations that let the prior see the volume in voxels of its own size. Slabs in the middle of the volume, so that a
+CPU can do it; PSNR of the magnitude inside the object.
 Rows are kept as they come; a run goes on with the table of its --name.
 """
 
@@ -30,7 +31,7 @@ WAYS = {  # method, whether the prior sees voxels of the size it knows
     "neural field": ("field", True),
     "Gaussians": ("gaussians", True),
 }
-PROTOCOLS = {4.0: (4.0, 12), 2.0: (8.0, 20), 1.0: (8.0, 24)}  # voxel size: acceleration, calibration lines
+PROTOCOLS = {4.0: (4.0, 12, 24), 2.0: (8.0, 20, 48), 1.0: (8.0, 24, 32)}  # voxel size: acceleration, calibration lines, readout positions
 
 
 def main() -> None:
@@ -42,15 +43,14 @@ def main() -> None:
     parser.add_argument("--one-mm", type=float, default=2.0, help="the one voxel size")
     parser.add_argument("--voxel-mm", type=float, nargs="+", default=[4.0, 2.0, 1.0], choices=list(PROTOCOLS))
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
-    parser.add_argument("--readout", type=int, default=64, help="at 1 mm only so many readout positions")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--name", default="resolution")
     arguments = parser.parse_args()
     table = {(row["volume"], float(row["voxel_mm"]), row["way"], row["prior"]): row for row in read_table(arguments.name)}
     priors = {"one": load_prior(arguments.one, arguments.device), "all": load_prior(arguments.all, arguments.device)}
     for voxel_mm in arguments.voxel_mm:
-        acceleration, acs = PROTOCOLS[voxel_mm]
-        problem = simulated(arguments.volume, voxel_mm, 8, acceleration, 30.0, acs, readout=arguments.readout if voxel_mm == 1 else None, device=arguments.device)
+        acceleration, acs, readout = PROTOCOLS[voxel_mm]
+        problem = simulated(arguments.volume, voxel_mm, 8, acceleration, 30.0, acs, readout=readout, device=arguments.device)
         for way in arguments.ways:
             resamples = WAYS[way][1]
             for name in ("one",) if resamples else ("one", "all"):
