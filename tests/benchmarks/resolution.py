@@ -6,7 +6,7 @@ The two priors are trained alike but for the voxel sizes (`slicediff train` with
 diffusion, and the method as published on voxels, with each; then, with the prior of one size, the published method on
 representations that let the prior see the volume in voxels of its own size. Slabs in the middle of the volume, so that a
 CPU can do it; PSNR of the magnitude inside the object.
-Rows are kept as they come; a run goes on with the table of its --name.
+Rows are kept as they come; a run goes on with the table of its --name, and one with another --one and --one-mm adds to it.
 """
 
 from __future__ import annotations
@@ -47,13 +47,14 @@ def main() -> None:
     parser.add_argument("--name", default="resolution")
     arguments = parser.parse_args()
     table = {(row["volume"], float(row["voxel_mm"]), row["way"], row["prior"]): row for row in read_table(arguments.name)}
-    priors = {"one": load_prior(arguments.one, arguments.device), "all": load_prior(arguments.all, arguments.device)}
+    one = f"{arguments.one_mm:g} mm"
+    priors = {one: load_prior(arguments.one, arguments.device), "all": load_prior(arguments.all, arguments.device)}
     for voxel_mm in arguments.voxel_mm:
         acceleration, acs, readout = PROTOCOLS[voxel_mm]
         problem = simulated(arguments.volume, voxel_mm, 8, acceleration, 30.0, acs, readout=readout, device=arguments.device)
         for way in arguments.ways:
             resamples = WAYS[way][1]
-            for name in ("one",) if resamples else ("one", "all"):
+            for name in (one,) if resamples else priors:
                 key = (problem.facts["volume"], voxel_mm, way, name)
                 if key in table or (resamples and way == "interpolated" and voxel_mm == arguments.one_mm):
                     continue
