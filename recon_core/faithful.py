@@ -57,7 +57,8 @@ def reconstruct_faithful(
     random = torch.Generator().manual_seed(seed)
     scale, _, image, target = measurement.in_tissue_units(start)
     here, mesh = tuple(target.shape), prior_mesh(measurement, config)
-    x = config.representation(target if config.representation is Grid else image, tuple(max(pair) for pair in zip(here, mesh)))
+    first = target if config.representation is Grid else image  # zero-filled, as published; others are fitted to the better one
+    x = config.representation(first, tuple(max(pair) for pair in zip(here, mesh)))
     rate, energy, evaluations = config.learning_rate * RMS, measurement.energy / scale**2, 0
     x.warm_up(rate)
     optimiser = torch.optim.Adam(x.groups(rate), betas=config.betas)
