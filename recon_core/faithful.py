@@ -1,8 +1,8 @@
 """The variational method as it was published: the reference that the fast one is measured against.
 
-Adam on the voxels, or on another representation of the volume (arXiv 2412.18584): each iteration adds to the gradient of the data term that of a truncated
-diffusion objective on random slabs of all three orientations, every slice noised at a random level of its own.
-The network's Jacobian is replaced by the identity ("stabilised"), which leaves x - D(x + s n) as the direction;
+Adam on the voxels, or on another representation of the volume (arXiv 2412.18584): each iteration adds to the
+gradient of the data term that of a truncated diffusion objective on random slabs of all three orientations, every
+slice noised at a random level of its own. The network's Jacobian is replaced by the identity ("stabilised"), which leaves x - D(x + s n) as the direction;
 the weight of a slice is its own, s (Mardani et al., arXiv 2305.04391), so that a slice at s pulls with
 1 / sqrt(1 + s^2).
 """
@@ -46,7 +46,9 @@ class FaithfulConfig:
 def reconstruct_faithful(
     measurement: Measurement, prior: Denoiser, start: Tensor, config: FaithfulConfig = FaithfulConfig(), seed: int = 0
 ) -> Iterator[State]:
-    """Yield a State after every iteration; voxels begin with the zero-filled image, other representations with `start`. Ends with the last iterate.
+    """Yield a State after every iteration; ends with the last iterate.
+
+    Voxels begin with the zero-filled image, other representations with `start`.
 
     Args:
         measurement: the inverse problem.
@@ -59,10 +61,11 @@ def reconstruct_faithful(
     here, mesh = tuple(target.shape), prior_mesh(measurement, config)
     first = target if config.representation is Grid else image  # zero-filled, as published; others are fitted to the better one
     x = config.representation(first, tuple(max(pair) for pair in zip(here, mesh)))
-    rate, energy, evaluations = config.learning_rate * RMS, measurement.energy / scale**2, 0
-    x.warm_up(rate)
+    rate, energy = config.learning_rate * RMS, measurement.energy / scale**2
+    x.fit(first, rate)
     optimiser = torch.optim.Adam(x.groups(rate), betas=config.betas)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimiser, factor=0.5, patience=config.patience)
+    highest, evaluations = float(noise_levels(config).max()), 0
     for iteration in range(1, config.iterations + 1):
         with torch.enable_grad():
             volume = x(here)
@@ -75,11 +78,11 @@ def reconstruct_faithful(
         optimiser.step()
         plateau.step(misfit + share * penalty)
         evaluations += spent
-        yield State(iteration, config.iterations, float(noise_levels(config).max()), x.image(here) * scale, evaluations)
+        yield State(iteration, config.iterations, highest, x.image(here) * scale, evaluations)
 
 
 def prior_mesh(measurement: Measurement, config: FaithfulConfig) -> tuple[int, int, int]:
-    """The matrix that the prior sees the field of view on."""
+    """The matrix (z, y, x) that the prior sees the field of view on."""
     if not config.prior_voxel_mm:
         return tuple(measurement.adjoint.shape)
     return tuple(max(1, round(n * mm / config.prior_voxel_mm)) for n, mm in zip(measurement.adjoint.shape, measurement.voxel_mm))

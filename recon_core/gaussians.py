@@ -11,14 +11,13 @@ import math
 import torch
 from torch import Tensor
 
-from .representation import Representation, Shape, fit
+from .representation import Representation, Shape
 
 SHARE = 0.5  # Gaussians per voxel of the object
 WIDTH = 0.6  # of each at first, in units of their spacing
 REACH = 2.5  # standard deviations to the side of the cube
 WIDEST = 4  # voxels of the scan's mesh from the middle of a cube to its side, at most
 PLACE_RATE, WIDTH_RATE = 0.05, 0.02  # of Adam, for places in voxels and for the logarithm of widths
-FIT_STEPS = 20
 AT_ONCE = 1 << 20  # voxels of cubes in memory
 EMPTY = 0.05  # of tissue brightness, where there is no object
 
@@ -26,9 +25,11 @@ EMPTY = 0.05  # of tissue brightness, where there is no object
 class Gaussians(Representation):
     """Places and widths are in voxels of `start`; `factor` [gaussians 3 3], lower triangular, is the root of the inverse covariance."""
 
+    fit_steps = 20
+
     def __init__(self, start: Tensor, finest: Shape, seed: int = 0):
         super().__init__()
-        self.shape, self.start = tuple(start.shape), start
+        self.shape = tuple(start.shape)
         random = torch.Generator().manual_seed(seed)
         weight = start.abs().clamp_max(1).flatten().cpu()
         count = max(1, math.ceil(SHARE * int((weight > EMPTY).sum())))
@@ -50,10 +51,6 @@ class Gaussians(Representation):
             {"params": [self.places], "lr": PLACE_RATE},
             {"params": [self.logarithms, self.shears], "lr": WIDTH_RATE},
         ]
-
-    def warm_up(self, rate: float) -> None:
-        """Fit to the image to begin with."""
-        fit(self, self.start, rate, FIT_STEPS)
 
     @property
     def factor(self) -> Tensor:

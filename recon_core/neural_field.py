@@ -10,16 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from .interpolation import interpolate
-from .representation import Representation, Shape, fit
+from .representation import Representation, Shape
 
 FINEST, FACTOR, LEVELS = 1.5, 2.0, 4  # voxels of the finest mesh between points of the finest grid, from grid to grid, how many
 FEATURES, WIDTH = 8, 64
 RATE = 1e-2  # of Adam
-FIT_STEPS = 200
 
 
 class NeuralField(Representation):
     """The field of view as one function; its cost is that of a pass of the network over all voxels."""
+
+    fit_steps = 200
 
     def __init__(self, start: Tensor, finest: Shape, seed: int = 0):
         super().__init__()
@@ -32,16 +33,11 @@ class NeuralField(Representation):
         for layer in self.layers:
             nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu", generator=random)
             nn.init.zeros_(layer.bias)
-        self.start = start
         self.to(start.device)
 
     def groups(self, rate: float) -> list[dict]:
         """A rate of its own, whatever brightness is."""
         return [{"params": list(self.parameters()), "lr": RATE}]
-
-    def warm_up(self, rate: float) -> None:
-        """Fit to the image to begin with."""
-        fit(self, self.start, rate, FIT_STEPS)
 
     def forward(self, shape: Shape) -> Tensor:
         out = torch.cat([interpolate(grid, shape) for grid in self.grids], -1)

@@ -18,15 +18,23 @@ class Representation(nn.Module):
     """`forward(shape)` is the complex volume [z y x] on a mesh of `shape` over the field of view, differentiable.
 
     Every class is made from (start, finest): the image to begin with [z y x], in tissue brightness, and the shape of the
-    finest mesh that it will be asked for.
+    finest mesh that it will be asked for. One that does not have that image by then comes close to it in `fit_steps`.
     """
+
+    fit_steps = 0
 
     def groups(self, rate: float) -> list[dict]:
         """Parameters and step lengths for Adam; `rate` is that of brightness."""
         return [{"params": list(self.parameters()), "lr": rate}]
 
-    def warm_up(self, rate: float) -> None:
-        """Come close to the image to begin with, where making does not do it."""
+    def fit(self, start: Tensor, rate: float) -> None:
+        """`fit_steps` of Adam towards `start` [z y x] in the least-squares sense."""
+        optimiser = torch.optim.Adam(self.groups(rate), betas=(0.9, 0.99))
+        with torch.enable_grad():
+            for _ in range(self.fit_steps):
+                optimiser.zero_grad()
+                (self(tuple(start.shape)) - start).abs().square().sum().mul(0.5).backward()
+                optimiser.step()
 
     def image(self, shape: Shape) -> Tensor:
         """The same volume, to look at."""
@@ -46,14 +54,3 @@ class Grid(Representation):
 
     def forward(self, shape: Shape) -> Tensor:
         return kspace_crop(torch.view_as_complex(self.values), shape)
-
-
-def fit(representation: Representation, start: Tensor, rate: float, steps: int) -> None:
-    """`steps` of Adam towards `start` [z y x] in the least-squares sense."""
-    optimiser = torch.optim.Adam(representation.groups(rate), betas=(0.9, 0.99))
-    with torch.enable_grad():
-        for _ in range(steps):
-            optimiser.zero_grad()
-            (representation(tuple(start.shape)) - start).abs().square().sum().mul(0.5).backward()
-            optimiser.step()
-

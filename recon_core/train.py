@@ -103,8 +103,7 @@ def _train(team: Team, threads: ExitStack, volumes, out: Path, options: TrainOpt
         raise ValueError(f"a batch of {options.batch} cannot be shared by {team.size} processes; choose a multiple")
     threads.enter_context(one_cpu_each(team.device))
     torch.manual_seed(options.seed)
-    prior = first_prior(options).to(team.device, memory_format=torch.channels_last)
-    prior.half = half_is_faster(team.device) if options.precision == "auto" else options.precision == "bf16"
+    prior = first_prior(options, team.device)
     average, origin = (copy.deepcopy(prior).requires_grad_(False) for _ in range(2))
     share = options.start_share if options.start_from else 0.0
     optimiser = torch.optim.AdamW(prior.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
@@ -127,13 +126,7 @@ def _train(team: Team, threads: ExitStack, volumes, out: Path, options: TrainOpt
             lesson = lesson_loss(shared, next(lessons)).mean()  # every process works through the same scans
             total = total + options.own_states * lesson
             curve.add_lesson(lesson.detach())
-        for group in optimiser.param_groups:
-            group["lr"] = options.learning_rate * schedule(step, options.steps)
-        optimiser.zero_grad(set_to_none=True)
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(prior.parameters(), 1.0)
-        optimiser.step()
-        move_weights(average, prior, 1 - min(options.ema_decay, (1 + step) / (10 + step)))
+        improve(prior, average, optimiser, total, step, options)
         losses = team.gather(loss.detach()).cpu()
         if not bool(torch.isfinite(losses).all()):
             raise ValueError(f"the loss became {losses.mean().item()} at step {step}; lower the learning rate")
@@ -175,19 +168,29 @@ def mixture(average: Prior, origin: Prior, share: float) -> Prior:
     return mixed
 
 
-def first_prior(options: TrainOptions) -> Prior:
-    """The network a new run begins with: untrained, or the weights it is told to start from.
+def improve(prior: Prior, average: Prior, optimiser: torch.optim.Optimizer, loss: Tensor, step: int, options: TrainOptions) -> None:
+    """One step down `loss`, and of the running mean of the weights, which is short at first."""
+    for group in optimiser.param_groups:
+        group["lr"] = options.learning_rate * schedule(step, options.steps)
+    optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(prior.parameters(), 1.0)
+    optimiser.step()
+    move_weights(average, prior, 1 - min(options.ema_decay, (1 + step) / (10 + step)))
+
+
+def first_prior(options: TrainOptions, device: torch.device | str = "cpu") -> Prior:
+    """The network a new run begins with, on its device and in the precision asked for: untrained, or the weights it is told to start from.
 
     Raises:
         PriorError: if those weights cannot be loaded.
         ValueError: if they are of another architecture.
     """
-    if options.start_from is None:
-        return Prior(options.architecture)
-    prior = load_prior(options.start_from, half=False)
+    prior = Prior(options.architecture) if options.start_from is None else load_prior(options.start_from, half=False)
     if prior.architecture != options.architecture:
         raise ValueError(f"{options.start_from} is of architecture {prior.architecture!r}, asked for {options.architecture!r}; name one of them")
-    return prior.train().requires_grad_(True)
+    prior.half = half_is_faster(device) if options.precision == "auto" else options.precision == "bf16"
+    return prior.train().requires_grad_(True).to(device, memory_format=torch.channels_last)
 
 
 def default_workers(team: Team, most: int = 4) -> int:

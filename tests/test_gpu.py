@@ -62,7 +62,7 @@ def test_a_prior_learns_from_a_scan_there():
 def test_representations_and_their_derivatives_are_the_cpus(kind):
     image, found = phantom((18, 20, 17)).to(torch.complex64), {}
     fitted = kind(image, (36, 40, 34))
-    fitted.warm_up(0.1)
+    fitted.fit(image, 0.1)
     for device in ("cpu", "cuda"):
         x = kind(image.to(device), (36, 40, 34))
         assert next(x.parameters()).device.type == device

@@ -56,7 +56,7 @@ def main() -> None:
             resamples = WAYS[way][1]
             for name in (one,) if resamples else priors:
                 key = (problem.facts["volume"], voxel_mm, way, name)
-                if key in table or (resamples and way == "interpolated" and voxel_mm == arguments.one_mm):
+                if key in table or (way == "interpolated" and voxel_mm == arguments.one_mm):
                     continue
                 table[key] = run(problem, way, priors[name], arguments.one_mm if resamples else 0.0) | {"prior": name}
                 print("  ".join(f"{k} {v}" for k, v in table[key].items()), flush=True)
