@@ -24,8 +24,8 @@ class Options(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    method: Literal["diffusion", "faithful", "interpolated", "field", "gaussians", "dds", "tpdm", "mbir", "pnp", "wavelet", "tv", "cg", "zero-filled"] = Field(
-        "diffusion", description="the image wanted: diffusion, wavelet, tv, cg or zero-filled; to compare with: faithful, interpolated, field, gaussians, dds, tpdm, mbir, pnp"
+    method: Literal["diffusion", "faithful", "interpolated", "field", "gaussians", "operator", "dds", "tpdm", "mbir", "pnp", "wavelet", "tv", "cg", "zero-filled"] = Field(
+        "diffusion", description="the image wanted: diffusion, wavelet, tv, cg or zero-filled; to compare with: faithful, interpolated, field, gaussians, operator, dds, tpdm, mbir, pnp"
     )
     prior: str = Field("auto", description="name of a prior (see `slicediff priors`), or path of a .safetensors file; auto is the one that suits method and device")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto (a GPU if there is one), cpu or cuda")

@@ -132,11 +132,14 @@ def load_prior_for(options: Options) -> Prior | None:
     """The prior that the options ask for, on their device; None if the method has none.
 
     Raises:
-        PriorError: if the weights cannot be loaded, or CUDA was asked for and is not there.
+        PriorError: if the weights cannot be loaded or do not fit the method, or CUDA was asked for and is not there.
     """
-    if not METHODS[options.method].uses_prior:
+    method = METHODS[options.method]
+    if not method.uses_prior:
         return None
-    return load_prior(prior_of(options), device_of(options))
+    prior = load_prior(prior_of(options), device_of(options))
+    method.check(prior)
+    return prior
 
 
 def prior_of(options: Options) -> str:

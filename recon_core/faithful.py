@@ -4,18 +4,20 @@ Adam on the voxels, or on another representation of the volume (arXiv 2412.18584
 gradient of the data term that of a truncated diffusion objective on random slabs of all three orientations, every
 slice noised at a random level of its own. The network's Jacobian is replaced by the identity ("stabilised"), which leaves x - D(x + s n) as the direction;
 the weight of a slice is its own, s (Mardani et al., arXiv 2305.04391), so that a slice at s pulls with
-1 / sqrt(1 + s^2).
+1 / sqrt(1 + s^2). A prior in function space (neural_operator.py) is told the voxels and given smooth noise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .measurement import Measurement
+from .prior import Prior
 from .representation import Grid, Representation
 from .slices import Denoiser, complex_noise, denoise_planes, usable_axes
 from .state import State
@@ -59,6 +61,7 @@ def reconstruct_faithful(
     random = torch.Generator().manual_seed(seed)
     scale, _, image, target = measurement.in_tissue_units(start)
     here, mesh = tuple(target.shape), prior_mesh(measurement, config)
+    mesh_mm = tuple(mm * n / seen for mm, n, seen in zip(measurement.voxel_mm, here, mesh))
     first = target if config.representation is Grid else image  # zero-filled, as published; others are fitted to the better one
     x = config.representation(first, tuple(max(pair) for pair in zip(here, mesh)))
     rate, energy = config.learning_rate * RMS, measurement.energy / scale**2
@@ -71,7 +74,7 @@ def reconstruct_faithful(
             volume = x(here)
             seen = volume if mesh == here else x(mesh)
         misfit, data_pull = data_gradient(measurement, volume.detach(), target, energy)
-        penalty, prior_pull, spent = prior_gradient(seen.detach(), prior, config, random)
+        penalty, prior_pull, spent = prior_gradient(seen.detach(), mesh_mm, prior, config, random)
         share = config.weight * volume.numel() / seen.numel()
         optimiser.zero_grad()
         torch.autograd.backward([volume, seen], [data_pull, share * prior_pull])
@@ -94,24 +97,32 @@ def data_gradient(measurement: Measurement, volume: Tensor, target: Tensor, ener
     return 0.5 * energy + float((volume.conj() * (0.5 * mapped - target)).real.double().sum()), mapped - target
 
 
-def prior_gradient(volume: Tensor, prior: Denoiser, config: FaithfulConfig, random: torch.Generator) -> tuple[float, Tensor, int]:
+def prior_gradient(volume: Tensor, voxel_mm: Sequence[float], prior: Denoiser, config: FaithfulConfig, random: torch.Generator) -> tuple[float, Tensor, int]:
     """The diffusion objective of random slabs of [z y x] in all orientations, its gradient, scaled to all slices, and how many were denoised."""
     axes, levels = usable_axes(tuple(volume.shape)), noise_levels(config)
     penalty, gradient, spent = 0.0, torch.zeros_like(volume), 0
     for axis in axes:
         chosen = random_slabs(volume.shape[axis], config, random)
         sigma = levels[torch.randint(len(levels), (len(chosen),), generator=random)]
-        pull, loss = slice_gradient(volume.movedim(axis, 0)[chosen], prior, sigma, random)
+        in_plane = tuple(mm for other, mm in enumerate(voxel_mm) if other != axis)
+        pull, loss = slice_gradient(volume.movedim(axis, 0)[chosen], *on_voxels(prior, in_plane), sigma, random)
         share = volume.shape[axis] / len(chosen) / len(axes)
         gradient.movedim(axis, 0).index_add_(0, chosen.to(pull.device), share * pull)
         penalty, spent = penalty + share * loss, spent + len(chosen)
     return penalty, gradient, spent
 
 
-def slice_gradient(planes: Tensor, prior: Denoiser, sigma: Tensor, random: torch.Generator) -> tuple[Tensor, float]:
-    """(x - D(x + s n)) / sqrt(1 + s^2) for complex planes [slices h w] with s [slices], and the objective's value."""
+def on_voxels(prior: Denoiser, voxel_mm: tuple[float, float]) -> tuple[Denoiser, Callable[[Tensor], Tensor]]:
+    """`prior` for slices with voxels of (h, w) mm, and what makes the noise that it knows of white noise."""
+    if isinstance(prior, Prior):
+        return partial(prior, voxel_mm=voxel_mm), partial(prior.unit_noise, voxel_mm=voxel_mm)
+    return prior, lambda white: white
+
+
+def slice_gradient(planes: Tensor, prior: Denoiser, noise: Callable[[Tensor], Tensor], sigma: Tensor, random: torch.Generator) -> tuple[Tensor, float]:
+    """(x - D(x + s n)) / sqrt(1 + s^2) for complex planes [slices h w] with s [slices], and the objective's value; n is `noise` of white noise."""
     s = sigma.to(planes.device)[:, None, None]
-    difference = planes - denoise_planes(planes + s * complex_noise(planes, random), prior, s[:, 0, 0])
+    difference = planes - denoise_planes(planes + s * noise(complex_noise(planes, random)), prior, s[:, 0, 0])
     return difference / torch.sqrt(1 + s**2), float(0.5 * (difference.abs().square() / s).double().sum())
 
 

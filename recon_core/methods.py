@@ -16,6 +16,7 @@ from .measurement import Measurement
 from .neural_field import NeuralField
 from .plug_and_play import PlugAndPlayConfig, reconstruct_plug_and_play
 from .posterior import PosteriorConfig, reconstruct_posterior
+from .prior import Prior, PriorError
 from .slices import Denoiser
 from .state import State
 from .total_variation import TotalVariationConfig, reconstruct_total_variation
@@ -48,6 +49,11 @@ class Method:
         """Name of the prior that suits the method on this device."""
         return self.larger if self.larger and torch.device(device).type == "cuda" else self.weights
 
+    def check(self, prior: Prior) -> None:
+        """PriorError for one in function space, of which only the method as published knows how to ask."""
+        if prior.in_function_space and self.run is not reconstruct_faithful:
+            raise PriorError(f"a prior in function space does not fit {self.title}; use it with the method operator, or take another prior")
+
 
 def _zero_filled(measurement: Measurement, prior: None, start: Tensor, config: None, seed: int) -> Iterator[State]:
     yield State(1, 1, 0.0, measurement.adjoint, 0)
@@ -63,6 +69,7 @@ METHODS = {
     "interpolated": Method("slice diffusion as published, prior on 2 mm", reconstruct_faithful, FaithfulConfig(prior_voxel_mm=2.0), "small-white"),
     "field": Method("slice diffusion as published, neural field", reconstruct_faithful, FaithfulConfig(iterations=400, slabs=5, patience=100, representation=NeuralField), "small-white"),
     "gaussians": Method("slice diffusion as published, Gaussians", reconstruct_faithful, FaithfulConfig(representation=Gaussians), "small-white"),
+    "operator": Method("slice diffusion as published, prior in function space", reconstruct_faithful, FaithfulConfig(), "operator"),
     "dds": Method("posterior sampling DDS", reconstruct_posterior, PosteriorConfig(axis=0), "small-white"),
     "tpdm": Method("posterior sampling TPDM", reconstruct_posterior, PosteriorConfig(), "small-white"),
     "mbir": Method("posterior sampling DiffusionMBIR", reconstruct_posterior, PosteriorConfig(axis=0, tv=0.02), "small-white"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,13 +18,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from .unet import UNet
+from .neural_operator import TAP_MM, NeuralOperator, Voxel, smooth_noise
+from .unet import UNet, round_weights
 
 FORMAT = 1
 WEIGHTS_DIR = Path(__file__).parent / "weights"
+TRAINED_MM = (TAP_MM, TAP_MM)  # of priors in function space
 ARCHITECTURES = {
-    "small": dict(channels=(48, 96, 160), blocks=2, unshuffle=2),
-    "base": dict(channels=(48, 96, 192, 192), blocks=3, unshuffle=1),
+    "small": partial(UNet, channels=(48, 96, 160), blocks=2, unshuffle=2),
+    "base": partial(UNet, channels=(48, 96, 192, 192), blocks=3, unshuffle=1),
+    "operator": NeuralOperator,
 }
 
 
@@ -43,10 +47,22 @@ class Prior(nn.Module):
         if architecture not in ARCHITECTURES:
             raise PriorError(f"unknown architecture {architecture!r}; expected one of {sorted(ARCHITECTURES)}")
         self.architecture, self.sigma_data, self.card, self.half = architecture, float(sigma_data), card or {}, False
-        self.net = UNet(**ARCHITECTURES[architecture])
+        self.net = ARCHITECTURES[architecture]()
 
-    def forward(self, x: Tensor, sigma: Tensor | float) -> Tensor:
+    @property
+    def in_function_space(self) -> bool:
+        """Whether it is told the size of the voxels, and knows smooth noise alone (neural_operator.py)."""
+        return isinstance(self.net, NeuralOperator)
+
+    def unit_noise(self, white: Tensor, voxel_mm: Voxel = TRAINED_MM) -> Tensor:
+        """The noise that it removes, of white noise [... h w] with voxels of `voxel_mm` (h, w): the same but in function space."""
+        return smooth_noise(white, voxel_mm) if self.in_function_space else white
+
+    def forward(self, x: Tensor, sigma: Tensor | float, voxel_mm: Voxel = TRAINED_MM) -> Tensor:
         """Denoise x [slices 2 h w] at noise level sigma, a number or [slices]; returns the same shape.
+
+        Args:
+            voxel_mm: size along h and w, in function space; of no effect otherwise.
 
         Raises:
             ValueError: if x is not finite.
@@ -57,7 +73,7 @@ class Prior(nn.Module):
         s = sigma[:, None, None, None]
         total = torch.sqrt(s**2 + self.sigma_data**2)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.half):
-            out = self.net(x / total, torch.log(sigma) / 4)
+            out = self.net(x / total, torch.log(sigma) / 4, *[voxel_mm] * self.in_function_space)
         return x * (self.sigma_data / total) ** 2 + out.float() * (s * self.sigma_data / total)
 
 
@@ -115,7 +131,7 @@ def load_prior(name_or_path: str | Path = "small", device: str | torch.device = 
     prior.half = half_is_faster(device) if half is None else half
     prior = prior.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
     if prior.half:
-        prior.net.round_weights()
+        round_weights(prior.net)
     return prior
 
 

@@ -27,7 +27,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from .prior import Prior, find_weights, half_is_faster, load_prior, move_weights, read_card, save_prior
+from .prior import TRAINED_MM, Prior, find_weights, half_is_faster, load_prior, move_weights, read_card, save_prior
 from .rehearsal import Lesson, Rehearsal, lesson_loss
 from .team import Team
 from .volumes import SlicePool, Volume
@@ -42,7 +42,7 @@ class TrainOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    architecture: str = Field("small", description="small (for CPUs too) or base")
+    architecture: str = Field("small", description="small (for CPUs too), base, or operator (in function space; it learns on voxels of 2 mm)")
     steps: int = Field(12000, ge=1, description="may be changed when a run is resumed")
     batch: int = Field(16, ge=1, description="slices per step, of all processes together")
     crop: int = Field(64, ge=8, description="side of the square training crops")
@@ -120,7 +120,7 @@ def _train(team: Team, threads: ExitStack, volumes, out: Path, options: TrainOpt
     batches = threads.enter_context(pool.ahead(lambda step: draw_batch(pool, step, options, team.device), steps, workers))
     began = saved = time.monotonic()
     for step, (clean, voxel_mm, sigma, noise) in zip(steps, batches, strict=True):
-        loss = denoising_loss(shared, *(team.share(t) for t in (clean, sigma, noise)), prior.sigma_data)
+        loss = denoising_loss(shared, *(team.share(t) for t in (clean, sigma, prior.unit_noise(noise))), prior.sigma_data)
         total = loss.mean()
         if lessons:
             lesson = lesson_loss(shared, next(lessons)).mean()  # every process works through the same scans
@@ -184,11 +184,13 @@ def first_prior(options: TrainOptions, device: torch.device | str = "cpu") -> Pr
 
     Raises:
         PriorError: if those weights cannot be loaded.
-        ValueError: if they are of another architecture.
+        ValueError: if they are of another architecture, or a prior in function space should learn what it cannot.
     """
     prior = Prior(options.architecture) if options.start_from is None else load_prior(options.start_from, half=False)
     if prior.architecture != options.architecture:
         raise ValueError(f"{options.start_from} is of architecture {prior.architecture!r}, asked for {options.architecture!r}; name one of them")
+    if prior.in_function_space and (options.voxel_mm != TRAINED_MM or options.own_states):
+        raise ValueError(f"a prior in function space learns smooth noise on voxels of {TRAINED_MM[0]:g} mm; give voxel_mm: {list(TRAINED_MM)} and own_states: 0")
     prior.half = half_is_faster(device) if options.precision == "auto" else options.precision == "bf16"
     return prior.train().requires_grad_(True).to(device, memory_format=torch.channels_last)
 
@@ -324,7 +326,7 @@ class Validation:
         out = {}
         for mm, clean in self.slices.items():
             for sigma in self.SIGMAS:
-                error = (self._denoise(prior, clean, sigma)[1] - clean).square().sum(1).mean().sqrt()
+                error = (self._denoise(prior, clean, sigma, mm)[1] - clean).square().sum(1).mean().sqrt()
                 out[f"psnr {mm:g} mm sigma {sigma:g}"] = -20 * math.log10(float(error))
         return out
 
@@ -334,14 +336,14 @@ class Validation:
 
     def images(self, prior: Prior) -> Tensor:
         """Magnitudes [noisy|denoised|clean slices h w] of two slices per voxel size at the larger noise level."""
-        clean = torch.cat([slices[:2] for slices in self.slices.values()])
-        return torch.stack([image.norm(dim=1) for image in (*self._denoise(prior, clean, self.SIGMAS[-1]), clean)])
+        rows = [(*self._denoise(prior, slices[:2], self.SIGMAS[-1], mm), slices[:2]) for mm, slices in self.slices.items()]
+        return torch.stack([torch.cat(column).norm(dim=1) for column in zip(*rows)])
 
     @staticmethod
-    def _denoise(prior: Prior, clean: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-        noisy = clean + sigma * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    def _denoise(prior: Prior, clean: Tensor, sigma: float, mm: float) -> tuple[Tensor, Tensor]:
+        noisy = clean + sigma * prior.unit_noise(torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)), (mm, mm))
         with torch.no_grad():
-            return noisy, prior(noisy.to(next(prior.parameters()).device), sigma).float().cpu()
+            return noisy, prior(noisy.to(next(prior.parameters()).device), sigma, (mm, mm)).float().cpu()
 
 
 def made_of(volumes: Sequence[Volume], options: TrainOptions) -> dict:

@@ -13,6 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class NoiseLevel(nn.Sequential):
+    """Features of a noise level [slices]: to [slices features], in fp32 whatever is around it."""
+
+    def __init__(self, features: int):
+        super().__init__(nn.Linear(features, features), nn.SiLU(), nn.Linear(features, features), nn.SiLU())
+        self.features = features
+
+    def forward(self, noise_level: Tensor) -> Tensor:
+        with torch.autocast(noise_level.device.type, enabled=False):
+            freqs = torch.exp(torch.linspace(math.log(0.5), math.log(50.0), self.features // 2, device=noise_level.device))
+            phase = noise_level[:, None].float() * freqs
+            return super().forward(torch.cat([phase.cos(), phase.sin()], dim=1))
+
+
 class Block(nn.Module):
     """Residual block whose inner features are scaled and shifted by the noise-level embedding."""
 
@@ -57,11 +71,11 @@ class UNet(nn.Module):
 
     def __init__(self, channels=(48, 96, 160), blocks=2, unshuffle=2, io_channels=2, embedding=128):
         super().__init__()
-        self.unshuffle, self.embedding = unshuffle, embedding
+        self.unshuffle = unshuffle
         self.multiple = unshuffle * 2 ** (len(channels) - 1)
         folded = io_channels * unshuffle**2
         pairs = list(zip(channels[:-1], channels[1:]))
-        self.embed = nn.Sequential(nn.Linear(embedding, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU())
+        self.embed = NoiseLevel(embedding)
         self.head = nn.Conv2d(folded, channels[0], 3, padding=1)
         self.down = nn.ModuleList(Level(blocks, c, embedding) for c in channels[:-1])
         self.shrink = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in pairs)
@@ -78,8 +92,7 @@ class UNet(nn.Module):
         pad = (0, -width % self.multiple, 0, -height % self.multiple)
         if any(pad):
             x = F.pad(x, pad, mode="replicate")
-        with torch.autocast(x.device.type, enabled=False):
-            emb = self.embed(self._fourier(noise_level))
+        emb = self.embed(noise_level)
         h = self.head(F.pixel_unshuffle(x, self.unshuffle))
         skips = []
         for level, shrink in zip(self.down, self.shrink):
@@ -91,13 +104,9 @@ class UNet(nn.Module):
             h = level(grow(h) + skip, emb)
         return F.pixel_shuffle(self.tail(F.silu(h)), self.unshuffle)[..., :height, :width]
 
-    def round_weights(self) -> None:
-        """Keep the weights in bf16 that autocast rounds to it anyway, and anew for each batch where no gradient is asked for."""
-        for name, layer in self.named_modules():
-            if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) or name.endswith("film"):
-                layer.to(torch.bfloat16)
 
-    def _fourier(self, noise_level: Tensor) -> Tensor:
-        freqs = torch.exp(torch.linspace(math.log(0.5), math.log(50.0), self.embedding // 2, device=noise_level.device))
-        phase = noise_level[:, None].float() * freqs
-        return torch.cat([phase.cos(), phase.sin()], dim=1)
+def round_weights(network: nn.Module) -> None:
+    """Keep the weights in bf16 that autocast rounds to it anyway, and anew for each batch where no gradient is asked for."""
+    for name, layer in network.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) or name.endswith("film"):
+            layer.to(torch.bfloat16)

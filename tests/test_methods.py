@@ -95,7 +95,7 @@ def test_faithful_prior_gradient_is_the_denoising_residual_with_a_weight_of_each
     """With D = 0 the direction is x / sqrt(1 + s^2), slice by slice, whatever the noise."""
     planes = random_complex(3, 8, 9)
     sigma = torch.tensor([0.1, 1.0, 2.0])
-    pull, _ = slice_gradient(planes, lambda x, s: 0 * x, sigma, torch.Generator().manual_seed(0))
+    pull, _ = slice_gradient(planes, lambda x, s: 0 * x, lambda white: white, sigma, torch.Generator().manual_seed(0))
     torch.testing.assert_close(pull, planes / torch.sqrt(1 + sigma[:, None, None] ** 2))
 
 
@@ -151,7 +151,7 @@ def test_compared_methods_with_the_shipped_prior_beat_cg_sense(name, fewer, scan
 def test_each_method_has_the_prior_that_suits_it():
     """Samplers need one of white noise alone; a prior that is named is taken for all."""
     names = {method: prior_of(make_options({"method": method, "device": "cpu"})) for method in METHODS}
-    assert names == {"diffusion": "small", "pnp": "small", **dict.fromkeys(("faithful", "interpolated", "field", "gaussians", "dds", "tpdm", "mbir"), "small-white"), **dict.fromkeys(("wavelet", "tv", "cg", "zero-filled"), "")}
+    assert names == {"diffusion": "small", "pnp": "small", **dict.fromkeys(("faithful", "interpolated", "field", "gaussians", "dds", "tpdm", "mbir"), "small-white"), "operator": "operator", **dict.fromkeys(("wavelet", "tv", "cg", "zero-filled"), "")}
     assert {name for name in names.values() if name} <= {card["name"] for card in list_priors()}
     assert prior_of(make_options({"method": "dds", "prior": "/mine.safetensors"})) == "/mine.safetensors"
 

@@ -11,7 +11,7 @@ from recon_core.scale import intensity_scale
 from recon_core.simulate import phantom
 
 
-@pytest.mark.parametrize("architecture", ["small", "base"])
+@pytest.mark.parametrize("architecture", ["small", "base", "operator"])
 def test_untrained_network_is_the_gaussian_denoiser(architecture):
     prior = Prior(architecture, sigma_data=0.7)
     x = torch.randn(2, 2, 24, 20)
@@ -103,7 +103,7 @@ def test_a_sites_own_weights_drop_in(tmp_path, monkeypatch):
     save_prior(Prior("small", sigma_data=0.6), tmp_path / "ours.safetensors", {"good_for": "knees"})
     monkeypatch.setenv("SLICEDIFF_PRIORS", f"/nowhere:{tmp_path}")
     assert load_prior("ours").sigma_data == 0.6
-    assert [c["name"] for c in list_priors()] == ["base", "ours", "small", "small-white"]
+    assert [c["name"] for c in list_priors()] == ["base", "operator", "ours", "small", "small-white"]
     save_prior(Prior("small", sigma_data=0.7), tmp_path / "small.safetensors", {})
     assert load_prior("small").sigma_data == 0.7 and {c["name"]: c["sigma_data"] for c in list_priors()}["small"] == 0.7
 

@@ -71,6 +71,8 @@ def main() -> None:
     configs = configured(arguments.set)
     arguments.out.mkdir(parents=True, exist_ok=True)
     priors = {m: load_prior(METHODS[m].suitable_prior(arguments.device) if arguments.prior == "auto" else arguments.prior, arguments.device) for m in arguments.methods if m in METHODS and METHODS[m].uses_prior}
+    for method, prior in priors.items():
+        METHODS[method].check(prior)
     tuned: dict[tuple, float] = {}
     rows, earlier = [], read(arguments.out / "bench.csv")
     for problem in problems(arguments):

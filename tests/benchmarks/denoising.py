@@ -43,6 +43,8 @@ def main() -> None:
     parser.add_argument("--name", default="denoising", help="of the table under results/")
     arguments = parser.parse_args()
     priors, rows = {Path(name).stem: load_prior(name) for name in arguments.priors}, []
+    if any(prior.in_function_space for prior in priors.values()):
+        parser.error("a prior in function space does not know white noise; leave it out of --priors")
     for path in arguments.volumes:
         for voxel_mm in arguments.voxel_mm:
             volume, size = complex_volume(path, voxel_mm)

@@ -19,6 +19,7 @@ import torch
 from scans import save_table
 
 from recon_core.prior import ARCHITECTURES, Prior
+from recon_core.unet import round_weights
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -51,7 +52,7 @@ def measure(architecture: str, precision: str, mode: str, side: int, slices: int
     prior = Prior(architecture).eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
     prior.half = precision == "bf16"
     if prior.half:
-        prior.net.round_weights()  # as load_prior does
+        round_weights(prior.net)  # as load_prior does
     run = torch.compile(prior) if mode == "compiled" else prior
     x = torch.randn(slices, 2, side, side, device=device).contiguous(memory_format=torch.channels_last)
     before, seconds = peak_mib(device), []

@@ -1,10 +1,11 @@
-"""A prior of one voxel size, a prior of all, and what is tried in place of the latter: interpolation, neural fields, Gaussians.
+"""A prior of one voxel size, a prior of all, and what is tried in place of the latter: interpolation, neural fields, Gaussians, function space.
 
     python tests/benchmarks/resolution.py VOLUME --one ONE.safetensors --all ALL.safetensors [--voxel-mm 1 2 4] [--one-mm 2]
 
 The two priors are trained alike but for the voxel sizes (`slicediff train` with `voxel_mm` in a --config file). Slice
 diffusion, and the method as published on voxels, with each; then, with the prior of one size, the published method on
-representations that let the prior see the volume in voxels of its own size. Slabs in the middle of the volume, so that a
+representations that let the prior see the volume in voxels of its own size, and with the shipped prior in function space,
+which was trained on voxels of 2 mm and is told those of the scan. Slabs in the middle of the volume, so that a
 CPU can do it; PSNR of the magnitude inside the object.
 Rows are kept as they come; a run goes on with the table of its --name, and one with another --one and --one-mm adds to it.
 """
@@ -20,16 +21,17 @@ from problems import Problem, simulated
 from scans import read_table, save_table
 
 from recon_core.cg_sense import cg_sense
-from recon_core.methods import METHODS
+from recon_core.methods import METHODS, Method
 from recon_core.metrics import psnr
 from recon_core.prior import load_prior
 
-WAYS = {  # method, whether the prior sees voxels of the size it knows
-    "slice diffusion": ("diffusion", False),
-    "as published": ("faithful", False),
-    "interpolated": ("faithful", True),
-    "neural field": ("field", True),
-    "Gaussians": ("gaussians", True),
+WAYS = {  # method, its priors, whether they see voxels of the size they know
+    "slice diffusion": ("diffusion", ("one", "all"), False),
+    "as published": ("faithful", ("one", "all"), False),
+    "interpolated": ("faithful", ("one",), True),
+    "neural field": ("field", ("one",), True),
+    "Gaussians": ("gaussians", ("one",), True),
+    "function space": ("operator", ("operator",), False),
 }
 PROTOCOLS = {4.0: (4.0, 12, 24), 2.0: (8.0, 20, 48), 1.0: (8.0, 24, 32)}  # voxel size: acceleration, calibration lines, readout positions
 
@@ -47,30 +49,30 @@ def main() -> None:
     parser.add_argument("--name", default="resolution")
     arguments = parser.parse_args()
     table = {(row["volume"], float(row["voxel_mm"]), row["way"], row["prior"]): row for row in read_table(arguments.name)}
-    one = f"{arguments.one_mm:g} mm"
-    priors = {one: load_prior(arguments.one, arguments.device), "all": load_prior(arguments.all, arguments.device)}
+    priors = {name: load_prior(path, arguments.device) for name, path in (("one", arguments.one), ("all", arguments.all), ("operator", "operator"))}
     for voxel_mm in arguments.voxel_mm:
         acceleration, acs, readout = PROTOCOLS[voxel_mm]
         problem = simulated(arguments.volume, voxel_mm, 8, acceleration, 30.0, acs, readout=readout, device=arguments.device)
         for way in arguments.ways:
-            resamples = WAYS[way][1]
-            for name in (one,) if resamples else priors:
-                key = (problem.facts["volume"], voxel_mm, way, name)
+            method, known, resamples = WAYS[way]
+            for name in known:
+                label = f"{arguments.one_mm:g} mm" if name == "one" else name
+                key = (problem.facts["volume"], voxel_mm, way, label)
                 if key in table or (way == "interpolated" and voxel_mm == arguments.one_mm):
                     continue
-                table[key] = run(problem, way, priors[name], arguments.one_mm if resamples else 0.0) | {"prior": name}
+                found = run(problem, METHODS[method], priors[name], arguments.one_mm if resamples else 0.0)
+                table[key] = {"way": way, **found, "prior": label}
                 print("  ".join(f"{k} {v}" for k, v in table[key].items()), flush=True)
                 save_table(arguments.name, list(table.values()), show=False)
 
 
-def run(problem: Problem, way: str, prior, prior_voxel_mm: float) -> dict:
+def run(problem: Problem, method: Method, prior, prior_voxel_mm: float) -> dict:
     """One reconstruction."""
-    method = METHODS[WAYS[way][0]]
     config = replace(method.config, prior_voxel_mm=prior_voxel_mm) if prior_voxel_mm else method.config
     start, began = cg_sense(problem.measurement), time.monotonic()
     for state in method.run(problem.measurement, prior, start, config, 0):
         pass
-    found = {"way": way, "cg": round(psnr(start.cpu(), problem.truth, problem.inside), 2), "psnr": round(psnr(state.volume.cpu(), problem.truth, problem.inside), 2)}
+    found = {"cg": round(psnr(start.cpu(), problem.truth, problem.inside), 2), "psnr": round(psnr(state.volume.cpu(), problem.truth, problem.inside), 2)}
     return {**problem.facts, **found, "evaluations": state.network_evaluations, "seconds": round(time.monotonic() - began, 1)}
 
 

@@ -30,6 +30,8 @@ def main() -> None:
     parser.add_argument("--sigmas", type=float, nargs="+", default=[0.3, 0.6, 1.0, 2.0])
     arguments = parser.parse_args()
     prior = load_prior(arguments.prior)
+    if prior.in_function_space:
+        parser.error("a prior in function space does not know white noise; take another --prior")
     volume, size = complex_volume(arguments.volume, arguments.voxel_mm)
     figure = Figure(figsize=(2.2 * (1 + 2 * len(arguments.sigmas)), 7))
     axes = figure.subplots(3, 1 + 2 * len(arguments.sigmas))
