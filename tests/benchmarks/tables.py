@@ -1,8 +1,8 @@
-"""The README's tables of simulated scans, as Markdown, from the CSV files in results/.
+"""The tables of README.md here, and the one of the main README, as Markdown, from the CSV files in results/.
 
     python tests/benchmarks/tables.py
 
-PSNR of every method at one acceleration per voxel size, then slice diffusion less the best of our classical methods and
+The main README's first: what slice diffusion gains. Then PSNR of every method at one acceleration per voxel size, then slice diffusion less the best of our classical methods and
 less tuned BART at all accelerations; the seconds of each stage on a GPU; and of the measured scans the error of
 each image itself on the lines it was not given, and its PSNR against the image of all lines.
 """
@@ -56,6 +56,8 @@ GRID = [(4, 4), (4, 8), (4, 12), (2, 4), (2, 8), (2, 12), (1, 4), (1, 8), (1, 12
 
 def main() -> None:
     """Print all tables."""
+    scans = scans_of("bench_measured", "bench_base")
+    print(f"in short\n\n{in_short(scans)}")
     base = read("bench_base")
     for (voxel_mm, acceleration), name in FILES.items():
         print(f"\n{name}\n")
@@ -74,8 +76,22 @@ def main() -> None:
             found.setdefault(protocol, {}).update(volumes)
     print(f"\naccelerations\n\n{margins(found)}")
     print(f"\non a GPU\n\n{stages('chain_speed_cuda')}")
-    scans = scans_of("bench_measured", "bench_base")
     print(f"\nmeasured\n\n{errors(scans)}\n\n{against_all_lines(scans)}")
+
+
+def in_short(scans: dict[tuple, dict]) -> str:
+    """Least and largest gain of slice diffusion, dB, over CG-SENSE, over the best of CLASSICAL and over tuned BART (at its best at 0.055 T)."""
+    groups = {f"{mm} mm, R = {r}: {len(read(name)[mm, r])} simulated scans, 8 coils": list(read(name)[mm, r].values()) for (mm, r), name in FILES.items()}
+    psnr = {key: {m: float(row["psnr"]) for m, row in rows.items()} for key, rows in scans.items()}
+    planes = [values for (scan, r), values in psnr.items() if "plane" in scan and r == "8"]
+    groups["1 mm, R = 8: three measured planes, 8 and 13 coils"] = planes
+    groups["the same, with `base`"] = [{**values, "diffusion": values[BASE]} for values in planes]
+    groups["0.055 T, R = 2: six measured scans, one coil"] = [{**values, "bart": values["bart-oracle"]} for (scan, _), values in psnr.items() if scan.startswith("ulf")]
+    lines = [line(["slice diffusion's PSNR, dB", "over CG-SENSE", "over the best of it, total variation and l1-wavelet", "over BART's l1-wavelet"]), rule(4)]
+    for title, rows in groups.items():
+        gains = [[row["diffusion"] - max(row[m] for m in others) for row in rows if others[0] in row] for others in (("cg",), CLASSICAL, ("bart",))]
+        lines.append(line([title, *(f"{min(some):+.2f} to {max(some):+.2f}" for some in gains)]))
+    return "\n".join(lines)
 
 
 def read(name: str) -> dict[tuple[int, int], dict[str, dict[str, float]]]:
