@@ -20,7 +20,7 @@ from .options import Options
 from .orientation import Frame, orient, parse_orientation
 from .volume import Scan
 
-SERIES = {"preview": 1, "final": 2}
+SERIES = {"preview": 1, "final": 2, "error": 3}
 FULL_SCALE = 4095
 SAMPLED = 1_000_000  # voxels, for percentiles: sorting all of a large volume takes longer than making pixels of it
 BETWEEN_NOTES = "; "

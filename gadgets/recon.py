@@ -21,7 +21,7 @@ from .flags import volume_name
 from .gather import Scan, gather
 from .images import SERIES, make_images
 from .options import Options
-from .solve import PREVIEW, Hurry, Report, device_of, patient, solve
+from .solve import PREVIEW, Hurry, Report, device_of, estimate_error, patient, solve
 
 Turn = Callable[[], AbstractContextManager[Hurry]]
 
@@ -34,7 +34,7 @@ def alone() -> AbstractContextManager[Hurry]:
 
 
 def reconstruct(header, items: Iterable, prior, options: Options, report: Report = lambda stage, facts: None, turn: Turn = alone, ahead: Callable = iter) -> Iterator[ismrmrd.Image]:
-    """Yield the images of a 3D Cartesian scan, the CG-SENSE preview before the diffusion volume.
+    """Yield the images of a 3D Cartesian scan, the CG-SENSE preview before the diffusion volume, and its error map, if wanted, after it.
 
     A volume that fails does not take the others, nor its own preview, with it.
 
@@ -65,6 +65,9 @@ def reconstruct(header, items: Iterable, prior, options: Options, report: Report
                 yield from make_images(outcome.volume, scan, options, header, SERIES["final"], number, outcome.name, notes + outcome.remarks)
             for text in outcome.failure:
                 failures.setdefault(text, []).append(volume)
+            if options.error_map and not outcome.failure:
+                doubt = estimate_error(measurement, preview, prior, options, report, hurry)
+                yield from make_images(doubt.volume, scan, options, header, SERIES["error"], number, doubt.name, notes + doubt.remarks)
     raise_if_any(failures, number + 1)
 
 
@@ -85,7 +88,7 @@ def look(scan: Scan, options: Options, report: Report) -> tuple[Measurement, tor
 
 def _look(scan: Scan, options: Options, device: torch.device, report: Report, louder: float = 1.0) -> tuple[Measurement, torch.Tensor]:
     reference = scan.phase_reference.get(len(scan.kspace))
-    measurement = measure(scan.kspace, scan.counts, scan.geometry.voxel_mm, scan.noise, scan.calibration, options.coils, device, reference, louder)
+    measurement = measure(scan.kspace, scan.counts, scan.geometry.voxel_mm, scan.noise, scan.calibration, options.coils, device, reference, louder, options.error_map)
     scan.phase_reference.setdefault(len(scan.kspace), measurement.mixing[0].cpu())
     report("measured", {"coils": measurement.operator.maps.shape[1], "acs": list(measurement.acs), "warnings": scan.warnings + measurement.warnings})
     preview = cg_sense(measurement)

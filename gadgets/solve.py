@@ -13,9 +13,12 @@ import torch
 from recon_core.ahead import Ahead
 from recon_core.cg_sense import cg_sense
 from recon_core.device_failure import ran_out_of_memory
+from recon_core.jackknife import estimated_error
 from recon_core.measurement import Measurement, measure
 from recon_core.methods import METHODS
+from recon_core.metrics import object_mask
 from recon_core.prior import Prior, PriorError, load_prior
+from recon_core.scale import intensity_scale
 from recon_core.state import State
 from recon_core.trust import Trust, judge
 from recon_core.variational import VariationalConfig
@@ -67,6 +70,25 @@ def solve(measurement: Measurement, preview: torch.Tensor, prior, options: Optio
         reason = f"{name} failed and the {PREVIEW} stands: {sentence(error)}"
         return Outcome(preview, PREVIEW, [reason], [reason])
     return Outcome(volume, name, [*remarks, f"CAUTION: {why}: compare with the preview"] if why else remarks)
+
+
+def estimate_error(measurement: Measurement, preview: torch.Tensor, prior, options: Options, report: Report, hurry: Hurry = patient) -> Outcome:
+    """What the image of the method asked for may be wrong by, as an image; it is made anew with half the sweeps and without learning.
+
+    Raises:
+        ReconError: if it could not be made, or not in time.
+    """
+    quick = options.model_copy(update={"sweeps": max(1, options.sweeps // 2), "adapt": 0})
+    image_of = lambda part: states(part, cg_sense(part), prior, quick)  # noqa: E731
+    try:
+        volume, stopped = iterate(lambda: estimated_error(measurement, image_of, options.seed), options, report, hurry)
+    except Exception as error:  # the boundary: the image itself was sent
+        raise ReconError(f"the error map was not made: {sentence(error)}") from error
+    if stopped:
+        raise ReconError(f"the error map was not made: {stopped[0]}")
+    scale, inside = intensity_scale(preview, measurement.voxel_mm), object_mask(preview)
+    percent = 100 * float(volume[inside].abs().square().mean().sqrt()) / scale
+    return Outcome(volume, f"estimated error of {METHODS[options.method].title}", [f"{percent:.2g} % of tissue brightness, root mean square inside the object"])
 
 
 def iterate(start: Callable[[], Iterator[State]], options: Options, report: Report, hurry: Hurry) -> tuple[torch.Tensor, list[str]]:

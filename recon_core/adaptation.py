@@ -20,7 +20,7 @@ from .device_failure import ran_out_of_memory
 from .measurement import Measurement
 from .prior import move_weights
 from .sense import Sense
-from .slices import MIN_SIDE, Denoiser, apply_prior, object_box
+from .slices import MIN_SIDE, Denoiser, apply_prior, object_box, usable_axes
 from .state import State
 from .variational import VariationalConfig, reconstruct_variational
 
@@ -36,7 +36,7 @@ PIXELS = 1 << 16  # of a round's sweep: a few seconds of two CPU cores
 
 
 def reconstruct_adapted(measurement: Measurement, prior: Denoiser, start: Tensor, config: VariationalConfig = VariationalConfig(), seed: int = 0) -> Iterator[State]:
-    """The states of reconstruct_variational; then, of scans that keep their lines, `config.adapt` rounds of learning and PASSES more.
+    """The states of reconstruct_variational; then, of single planes and thin slabs that keep their lines, `config.adapt` rounds of learning and PASSES more.
 
     The volume stays that of the first pass until the others have ended, whose mean it is then. `prior` is not changed.
 
@@ -46,7 +46,8 @@ def reconstruct_adapted(measurement: Measurement, prior: Denoiser, start: Tensor
         start: volume [z y x], the CG-SENSE image.
         seed: of the slices, poses and lines.
     """
-    pupil = Pupil(measurement, prior, config, seed) if config.adapt and isinstance(prior, nn.Module) and measurement.lines is not None else None
+    to_be_gained = measurement.lines is not None and len(usable_axes(measurement.operator.shape)) == 1
+    pupil = Pupil(measurement, prior, config, seed) if config.adapt and isinstance(prior, nn.Module) and to_be_gained else None
     rounds = config.adapt if pupil and pupil.can_be_judged else 0
     sweeps = (1 + PASSES) * config.sweeps + rounds if rounds else config.sweeps
     for state in reconstruct_variational(measurement, prior, start, config, seed):

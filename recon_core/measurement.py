@@ -27,7 +27,7 @@ class Measurement:
 
     `adjoint` is A^H y [z y x]; `energy` is ||y||^2, for the data misfit without keeping y;
     sigma is the noise of y per real part, `sigma_shown` what the scan's own outer lines show of it at most (0: unknown);
-    `mixing` [virtual coils coils] made y from the coils. `lines` is y [virtual coils z y x] itself, where the prior may learn from it (adaptation.py).
+    `mixing` [virtual coils coils] made y from the coils. `lines` is y [virtual coils z y x] itself, where the prior may learn from it (adaptation.py) or the error is to be estimated (jackknife.py).
     """
 
     operator: Sense
@@ -48,11 +48,11 @@ class Measurement:
         lines = None if self.lines is None else self.lines.to(device)
         return replace(self, operator=self.operator.to(device), adjoint=self.adjoint.to(device), lines=lines)
 
-    def part(self, chosen: Tensor, there: slice) -> Measurement:
-        """The scan of the `chosen` lines [z y] alone, at the readout positions `there`; of one that keeps its lines."""
+    def part(self, chosen: Tensor, there: slice | None = None) -> Measurement:
+        """The scan of the `chosen` lines [z y] alone, at the readout positions `there` (all by default); of one that keeps its lines."""
         weights = torch.fft.fftshift(self.operator.weights) * chosen.to(self.operator.device)
-        lines = self.lines[..., there] * chosen[..., None].to(self.lines.device)
-        operator = Sense(self.operator.coil_maps()[..., there], weights, self.operator.device)
+        lines = (self.lines if there is None else self.lines[..., there]) * chosen[..., None].to(self.lines.device)
+        operator = self.operator.with_mask(weights) if there is None else Sense(self.operator.coil_maps()[..., there], weights, self.operator.device)
         samples = int((weights > 0).sum()) * len(lines) * lines.shape[-1]
         return replace(self, operator=operator, adjoint=operator.adjoint(lines), energy=float(lines.abs().double().square().sum()), samples=samples, lines=lines)
 
@@ -101,6 +101,7 @@ def measure(
     device: str | torch.device = "cpu",
     phase_reference: Tensor | None = None,
     louder: float = 1.0,
+    keep_lines: bool = False,
 ) -> Measurement:
     """Whiten, average, compress coils, estimate maps.
 
@@ -115,6 +116,7 @@ def measure(
         phase_reference: [coils] the combination of coils whose maps are to be real: the first row of another volume's
             `mixing`, for phases that can be compared with that volume's; otherwise that of this one.
         louder: how many times as noisy as its noise lines the scan is (Measurement.excess_noise).
+        keep_lines: keep `lines` of volumes too, for an estimate of the error (jackknife.py).
 
     Raises:
         ValueError: if nothing was acquired, the k-space centre is missing, or samples are not finite.
@@ -143,7 +145,7 @@ def measure(
     samples = int((mask > 0).sum()) * data.shape[0] * data.shape[-1]
     energy = sum(torch.stack([torch.view_as_real(plane).double().square().sum() for plane in data.unbind(1)]).tolist())
     sigma, shown = (level / most**0.5 for level in (whitened.sigma, whitened.shown))
-    kept = data if len(usable_axes(operator.shape)) == 1 else None
+    kept = data if keep_lines or len(usable_axes(operator.shape)) == 1 else None
     return Measurement(operator, operator.adjoint(data), energy, samples, sigma, voxel_mm, acs_size, mixing, whitened.known, shown, warnings, kept)
 
 

@@ -7,6 +7,8 @@ and k-space centres rolled to index 0: no shift and no readout FFT is left in an
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -55,6 +57,14 @@ class Sense:
         there.shape, there.maps, there.weights = self.shape, self.maps.to(device), self.weights.to(device)
         there.chunk = there._planes_at_once()
         return there
+
+    def with_mask(self, mask: Tensor) -> Sense:
+        """The same coil maps, not copied, with another mask [z y]; ValueError if it is empty."""
+        if not bool(mask.any()):
+            raise ValueError("the sampling mask is empty: no line of k-space was acquired")
+        other = copy.copy(self)
+        other.weights = torch.fft.ifftshift(mask.to(self.weights), (0, 1))
+        return other
 
     def coil_maps(self) -> Tensor:
         """[coils z y x], as they were given."""

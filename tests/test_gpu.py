@@ -40,11 +40,11 @@ def test_the_larger_prior_is_taken_there():
     assert prior_of(options) == "base" == prior.architecture and next(prior.parameters()).is_cuda
 
 
-@pytest.mark.parametrize("own_states", [0.0, 1.0])
-def test_training_on_the_gpu(own_states, tmp_path):
+@pytest.mark.parametrize("given", [{}, {"own_states": 1.0}, {"architecture": "operator", "voxel_mm": (2.0, 2.0)}])
+def test_training_on_the_gpu(given, tmp_path):
     volume = Volume("box", np.pad(np.ones((40, 44, 42), np.float32), 8), (1.0, 1.0, 1.0))
     lines = []
-    options = TrainOptions(steps=3, batch=4, crop=32, device="cuda", own_states=own_states, scan_workers=2)
+    options = TrainOptions(steps=3, batch=4, crop=32, device="cuda", scan_workers=2, **given)
     prior = train([volume], tmp_path / "p.safetensors", options, lines.append)
     assert next(prior.parameters()).is_cuda and lines
     assert all(bool(torch.isfinite(p).all()) for p in prior.parameters())
@@ -72,3 +72,12 @@ def test_representations_and_their_derivatives_are_the_cpus(kind):
         found[device] = [volume.detach(), *(p.grad for p in x.parameters())]
     for cpu, cuda in zip(found["cpu"], found["cuda"]):
         assert float((cuda.cpu() - cpu).norm() / cpu.norm()) < 1e-2
+
+
+def test_the_prior_in_function_space_is_the_cpus():
+    white, found = torch.randn(2, 2, 40, 36, generator=torch.Generator().manual_seed(0)), {}
+    for device in ("cpu", "cuda"):
+        prior = load_prior("operator", device, half=False)
+        noisy = 0.2 * prior.unit_noise(white.to(device), (1.0, 3.0))
+        found[device] = prior(noisy, 0.2, (1.0, 3.0)).cpu()
+    assert float((found["cuda"] - found["cpu"]).norm() / found["cpu"].norm()) < 5e-3

@@ -86,6 +86,7 @@ def _reconstruct(arguments: argparse.Namespace, options: Options, display: Displ
 def _write_copies(arguments: argparse.Namespace, images: list[ismrmrd.Image]) -> None:
     """NIfTI and PNG, where they were asked for."""
     from ..files import join_partitions, write_nifti, write_png
+    from ..images import SERIES
 
     volumes = join_partitions(images) if arguments.nifti or arguments.png else []
     if arguments.nifti:
@@ -93,7 +94,7 @@ def _write_copies(arguments: argparse.Namespace, images: list[ismrmrd.Image]) ->
         for image in volumes:
             write_nifti(image, arguments.nifti / f"series{image.image_series_index}_{image.image_index:03d}.nii.gz")
     if arguments.png:
-        write_png(volumes[-1], arguments.png)
+        write_png([v for v in volumes if v.image_series_index != SERIES["error"]][-1], arguments.png)
 
 
 def _tell(arguments: argparse.Namespace, display: Display, count: int) -> None:

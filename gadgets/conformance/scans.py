@@ -143,6 +143,17 @@ def missing_weights(bench: Bench) -> str:
     return refused(bench.scan(prior="nonesuch", gadgetron=True), "no prior 'nonesuch'")
 
 
+# what is asked for beside the image
+
+
+@case("an error map, asked for, comes after the image, which stays the same to the bit")
+def error_map(bench: Bench) -> str:
+    answer = bench.scan(error_map=True)
+    expect(answer.series == [1, 2, 3] and not answer.complaint, answer.complaint or f"series {answer.series}")
+    expect(answer.images[:2] == bench.expected and "estimated error" in answer.comment(), "the image is another one, or the map does not say what it is")
+    return "3 images; " + re.search(r"[0-9.]+ % of tissue brightness[^;<]*", answer.comment()).group()
+
+
 # solvers, memory, processes and disks that fail
 
 

@@ -63,7 +63,7 @@ class Problem:
         return self.unseen(operator.solve(operator.adjoint(every), 1e-6, iterations=60))
 
 
-def simulated(path: Path, voxel_mm: float, coils: int, acceleration: float, snr: float, acs: int, seed: int = 0, readout: int | None = None, device: str = "cpu") -> Problem:
+def simulated(path: Path, voxel_mm: float, coils: int, acceleration: float, snr: float, acs: int, seed: int = 0, readout: int | None = None, device: str = "cpu", keep_lines: bool = False) -> Problem:
     """A volume with phase, seen by each coil at its own resolution, cropped in k-space to `voxel_mm`, with correlated noise.
 
     With `readout` only so many positions along x are kept, in the middle: the readout is fully sampled, so they are a scan of their own.
@@ -78,7 +78,7 @@ def simulated(path: Path, voxel_mm: float, coils: int, acceleration: float, snr:
     kspace[:, ~mask] = 0
     kspace[:, mask] += torch.from_numpy(noise.draw(int(mask.sum()) * truth.shape[2]).reshape(coils, -1, truth.shape[2]))
     lines = torch.from_numpy(noise.draw(4096))
-    measurement = measure(kspace, mask.float(), size, lines, device=device)
+    measurement = measure(kspace, mask.float(), size, lines, device=device, keep_lines=keep_lines)
     phased = torch.linalg.vecdot(measurement.operator.coil_maps(), _mix(measurement.mixing.cpu(), images).to(device), dim=0)
     facts = {"volume": path.name.split(".")[0], "voxel_mm": voxel_mm, "matrix": "x".join(map(str, reversed(truth.shape))), "coils": coils, "R": round(mask.numel() / int(mask.sum()), 1), "snr": snr, "acs": acs}
     return Problem(facts, measurement, truth, phased, object_mask(truth), _mix(measurement.mixing.cpu(), kspace))
