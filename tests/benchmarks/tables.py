@@ -3,8 +3,9 @@
     python tests/benchmarks/tables.py
 
 The main README's first: what slice diffusion gains. Then PSNR of every method at one acceleration per voxel size, then slice diffusion less the best of our classical methods and
-less tuned BART at all accelerations; the seconds of each stage on a GPU; and of the measured scans the error of
-each image itself on the lines it was not given, and its PSNR against the image of all lines.
+less tuned BART at all accelerations; the seconds of each stage on a GPU; of the measured scans the error of
+each image itself on the lines it was not given, and its PSNR against the image of all lines; and the estimated error
+beside the true one.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ def main() -> None:
     print(f"\naccelerations\n\n{margins(found)}")
     print(f"\non a GPU\n\n{stages('chain_speed_cuda')}")
     print(f"\nmeasured\n\n{errors(scans)}\n\n{against_all_lines(scans)}")
+    print(f"\nestimated error\n\n{estimated_errors('error_map')}")
 
 
 def in_short(scans: dict[tuple, dict]) -> str:
@@ -170,6 +172,21 @@ def against_all_lines(scans: dict[tuple, dict]) -> str:
         gains = [" / ".join(f"{value[m] - than:.2f}" for m in ours) for than in (max(value[m] for m in CLASSICAL), value.get("bart", value["bart-oracle"]))]
         peer = f"{value['bart']:.2f} ({value['bart-oracle']:.2f})" if "bart" in value else f"({value['bart-oracle']:.2f})"
         lines.append(line([MEASURED[scan], acceleration, *(f"{value[m]:.2f}" for m in ("zero-filled", *CLASSICAL)), peer, *(f"**{value[m]:.2f}**" if m in value else "" for m in ("diffusion", BASE)), *gains]))
+    return "\n".join(lines)
+
+
+def estimated_errors(name: str) -> str:
+    """Of slice diffusion as it is: true / estimated error (rank correlation, share of voxels below twice the estimate)."""
+    columns = [(4, 30), (2, 30), (1, 30), (4, 10)]
+    lines = [line(["true / estimated error, %", *(f"SNR {snr}, {mm} mm" for mm, snr in columns)]), rule(1 + len(columns))]
+    found = {}
+    with (RESULTS / f"{name}.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            if row["method"] == "diffusion":
+                cell = f"{float(row['error']):.1f} / {float(row['estimate']):.1f} ({float(row['rank']):.2f}, {100 * float(row['within_2']):.0f} %)"
+                found[row["volume"], round(float(row["voxel_mm"])), round(float(row["snr"]))] = cell
+    for volume in (v for v in VOLUMES if any(v in key for key in found)):
+        lines.append(line([VOLUMES[volume], *(found.get((volume, *column), "") for column in columns)]))
     return "\n".join(lines)
 
 
