@@ -88,7 +88,7 @@ def estimate_error(measurement: Measurement, preview: torch.Tensor, prior, optio
         raise ReconError(f"the error map was not made: {stopped[0]}")
     scale, inside = intensity_scale(preview, measurement.voxel_mm), object_mask(preview)
     percent = 100 * float(volume[inside].abs().square().mean().sqrt()) / scale
-    return Outcome(volume, f"estimated error of {METHODS[options.method].title}", [f"{percent:.2g} % of tissue brightness, root mean square inside the object"])
+    return Outcome(volume, f"estimated error of {METHODS[options.method].title}", [f"the error is estimated at {percent:.2g} % of tissue brightness, root mean square inside the object"])
 
 
 def iterate(start: Callable[[], Iterator[State]], options: Options, report: Report, hurry: Hurry) -> tuple[torch.Tensor, list[str]]:

@@ -37,8 +37,8 @@ def estimated_error(measurement: Measurement, image_of: Callable[[Measurement], 
     """
     whole, mean, variance = None, torch.zeros_like(measurement.adjoint), torch.zeros_like(measurement.adjoint.real)
     evaluations, images = 0, 1 + GROUPS
-    for number, part in enumerate((measurement, *without_groups(measurement, seed))):
-        for state in image_of(part):
+    for number, kept in enumerate((None, *without_groups(measurement, seed))):
+        for state in image_of(measurement if kept is None else measurement.part(kept)):
             last = number == GROUPS and state.sweep == state.sweeps
             counted = replace(state, sweep=number * state.sweeps + state.sweep, sweeps=images * state.sweeps, network_evaluations=evaluations + state.network_evaluations)
             if not last:
@@ -54,8 +54,8 @@ def estimated_error(measurement: Measurement, image_of: Callable[[Measurement], 
     yield replace(counted, volume=smoothed(squared, measurement.adjoint != 0).sqrt().to(whole.dtype))
 
 
-def without_groups(measurement: Measurement, seed: int) -> Iterator[Measurement]:
-    """The measurement without each of GROUPS groups of lines in turn."""
+def without_groups(measurement: Measurement, seed: int) -> list[Tensor]:
+    """The lines [z y] that are kept when each of GROUPS groups is left out; ValueError if there are too few."""
     taken = torch.fft.fftshift(measurement.operator.weights > 0).cpu()
     outer = taken.clone()
     z, y = (slice(n // 2 - size // 2, n // 2 - size // 2 + size) for n, size in zip(taken.shape, (max(CENTRE, side) for side in measurement.acs)))
@@ -63,11 +63,11 @@ def without_groups(measurement: Measurement, seed: int) -> Iterator[Measurement]
     there = outer.nonzero()
     if len(there) < 2 * GROUPS:
         raise ValueError(f"an error cannot be estimated of {len(there)} lines outside of the k-space centre; at least {2 * GROUPS} are needed")
-    order = torch.randperm(len(there), generator=torch.Generator().manual_seed(seed))
+    order, kept = torch.randperm(len(there), generator=torch.Generator().manual_seed(seed)), []
     for group in range(GROUPS):
-        chosen = taken.clone()
-        chosen[tuple(there[order[group::GROUPS]].T)] = False
-        yield measurement.part(chosen)
+        kept.append(taken.clone())
+        kept[-1][tuple(there[order[group::GROUPS]].T)] = False
+    return kept
 
 
 def smoothed(squared: Tensor, inside: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from .slices import usable_axes
 
 QUIET = 1.5  # noise of the scan over that of its noise lines from which they are not believed
 WORK_ARRAYS = 3  # data, maps and a copy of them on the way
+KEPT_ARRAYS = 2  # data that stay, and a part of them
 
 
 @dataclass
@@ -135,7 +136,7 @@ def measure(
     if acs.numel() and len(mixing) > 1:
         compression = compression_matrix(acs, min(coils, len(mixing)))
         mixing, acs = compression @ mixing, _mix(compression, acs)
-    home = _home(mixing.shape[0], kspace.shape[1:], torch.device(device), warnings)
+    home = _home(mixing.shape[0], kspace.shape[1:], torch.device(device), warnings, WORK_ARRAYS + KEPT_ARRAYS * keep_lines)
     data = _mix_lines(mixing, kspace, factor, home)
     wide = lambda: data if calibration is None else _mix_lines(mixing, reference, reference_factor * (lines > 0), home)  # noqa: E731
     maps, support = _maps(acs.to(device), whitened.sigma * averaged, acs_size, (len(mixing), *kspace.shape[1:]), wide, lines.to(home), home, warnings)
@@ -181,12 +182,12 @@ def _acquired(kspace: Tensor, counts: Tensor) -> Iterator[tuple[int, Tensor, Ten
             yield z, there, kspace[:, z, there]
 
 
-def _home(coils: int, shape: tuple[int, int, int], device: torch.device, warnings: list[str]) -> torch.device:
+def _home(coils: int, shape: tuple[int, int, int], device: torch.device, warnings: list[str], arrays: int = WORK_ARRAYS) -> torch.device:
     """Where the arrays of all coils live: on the device if they fit, else on the host, read by it in parts."""
     if device.type != "cuda":
         return device
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # of earlier volumes, free for this one
-    needed, free = WORK_ARRAYS * 8 * (coils + 3) * math.prod(shape), torch.cuda.mem_get_info(device)[0] + cached
+    needed, free = arrays * 8 * (coils + 3) * math.prod(shape), torch.cuda.mem_get_info(device)[0] + cached
     if needed <= free:
         return device
     warnings.append(f"the GPU has {free / 2**30:.1f} GiB free, {coils} coils need {needed / 2**30:.1f} GiB: coil maps stay in the host's memory")
