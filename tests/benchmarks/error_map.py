@@ -5,18 +5,19 @@
 Complex images: `error` and `estimate` are root mean squares inside the object in % of tissue brightness; `rank` is Spearman's
 correlation over its voxels of the estimate and the true error, both over the neighbourhood that the estimate is smoothed over;
 `within_1` and `within_2` the share of voxels whose own error is below once and twice the estimate (complex Gaussian errors of
-that size: 63 % and 98 %). Made as the chain makes it: half the sweeps, nothing learned from the scan. A picture of each scan
+that size: 63 % and 98 %). Of measured planes (--raw) magnitudes, against the image of all lines, whose noise is in `error`. Made as the chain makes it: half the sweeps, nothing learned from the scan. A picture of each scan
 in OUT, the table in results/.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from problems import Problem, simulated
+from problems import Problem, measured, simulated
 from scans import read_table, save_table
 from scipy.stats import spearmanr
 from torch import Tensor
@@ -33,7 +34,8 @@ PROTOCOLS = {4.0: (4.0, 12, None), 2.0: (8.0, 20, 48), 1.0: (8.0, 24, 24)}  # vo
 def main() -> None:
     """Run what the table does not have yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("volumes", type=Path, nargs="+")
+    parser.add_argument("volumes", type=Path, nargs="*")
+    parser.add_argument("--raw", type=Path, help="folder of measured k-space")
     parser.add_argument("--voxel-mm", type=float, nargs="+", default=[4.0, 2.0], choices=list(PROTOCOLS))
     parser.add_argument("--methods", nargs="+", default=["diffusion"], choices=list(METHODS))
     parser.add_argument("--snr", type=float, default=30.0)
@@ -42,22 +44,29 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench"))
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    table = {tuple(row[k] for k in ("volume", "voxel_mm", "snr", "method")): row for row in read_table("error_map")}
+    table = {tuple(row[k] for k in ("volume", "voxel_mm", "R", "snr", "method")): row for row in read_table("error_map")}
+    for problem in problems(arguments):
+        for name in arguments.methods:
+            label = f"{name}, prior_weight {arguments.prior_weight:g}" if arguments.prior_weight else name
+            key = (*(str(problem.facts[k]) for k in ("volume", "voxel_mm", "R", "snr")), label)
+            if key in table:
+                continue
+            maps = images(problem, name, arguments.prior_weight)
+            table[key] = {**problem.facts, "method": label, **compare(problem, *maps)}
+            print("  ".join(f"{k} {v}" for k, v in table[key].items()), flush=True)
+            save_table("error_map", list(table.values()), show=False)
+            if problem.phased is not None:
+                draw(problem, *maps, arguments.out / f"{'_'.join(key)}.png")
+
+
+def problems(arguments) -> Iterator[Problem]:
+    """Simulated scans, and the measured planes of several coils (of one, error and noise cannot be told apart)."""
     for path in arguments.volumes:
         for voxel_mm in arguments.voxel_mm:
             acceleration, acs, readout = PROTOCOLS[voxel_mm]
-            problem = None
-            for name in arguments.methods:
-                label = f"{name}, prior_weight {arguments.prior_weight:g}" if arguments.prior_weight else name
-                key = (path.name.split(".")[0], str(voxel_mm), str(arguments.snr), label)
-                if key in table:
-                    continue
-                problem = problem or simulated(path, voxel_mm, 8, acceleration, arguments.snr, acs, readout=readout, device=arguments.device, keep_lines=True)
-                maps = images(problem, name, arguments.prior_weight)
-                table[key] = {**problem.facts, "method": label, **compare(problem, *maps)}
-                print("  ".join(f"{k} {v}" for k, v in table[key].items()), flush=True)
-                save_table("error_map", list(table.values()), show=False)
-                draw(problem, *maps, arguments.out / f"{'_'.join(key)}.png")
+            yield simulated(path, voxel_mm, 8, acceleration, arguments.snr, acs, readout=readout, device=arguments.device, keep_lines=True)
+    if arguments.raw:
+        yield from (problem for problem in measured(arguments.raw) if problem.facts["coils"] > 1)
 
 
 def images(problem: Problem, name: str, prior_weight: float | None) -> tuple[Tensor, Tensor]:
@@ -75,7 +84,10 @@ def images(problem: Problem, name: str, prior_weight: float | None) -> tuple[Ten
 
 def compare(problem: Problem, image: Tensor, estimate: Tensor) -> dict[str, float]:
     """What the docstring above says."""
-    inside, truth = problem.inside, problem.phased.cpu()
+    inside, truth = problem.inside, problem.truth if problem.phased is None else problem.phased.cpu()
+    if problem.phased is None:  # magnitudes, of which half the variance is an error
+        factor = (image.abs() * truth)[inside].sum() / image[inside].abs().square().sum()
+        image, estimate = factor * image.abs(), factor * estimate / 2**0.5
     error = (image - truth).abs()
     local, percent = smoothed(error.square(), inside).sqrt(), 100 / intensity_scale(truth, problem.measurement.voxel_mm)
     size = lambda values: round(percent * float(values[inside].square().mean().sqrt()), 2)  # noqa: E731

@@ -182,7 +182,7 @@ def estimated_errors(name: str) -> str:
     found = {}
     with (RESULTS / f"{name}.csv").open(newline="") as file:
         for row in csv.DictReader(file):
-            if row["method"] == "diffusion":
+            if row["method"] == "diffusion" and row["snr"]:  # simulated
                 cell = f"{float(row['error']):.1f} / {float(row['estimate']):.1f} ({float(row['rank']):.2f}, {100 * float(row['within_2']):.0f} %)"
                 found[row["volume"], round(float(row["voxel_mm"])), round(float(row["snr"]))] = cell
     for volume in (v for v in VOLUMES if any(v in key for key in found)):
