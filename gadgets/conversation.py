@@ -149,10 +149,10 @@ class Progress:
         self.notify, self.last = notify, time.monotonic()
 
     def __call__(self, stage: str, facts: dict) -> None:
-        if stage == "sweep":
+        if "sweep" in facts:
             if time.monotonic() - self.last < PROGRESS_EVERY_S and facts["sweep"] < facts["sweeps"]:
                 return
-            text = f"sweep {facts['sweep']}/{facts['sweeps']}"
+            text = f"{stage} {facts['sweep']}/{facts['sweeps']}"
         elif stage == "gathered":
             text = "k-space gathered, {} coils, matrix {} x {} x {} (z y x)".format(*facts["shape"])
         elif stage == "measured":

@@ -6,6 +6,9 @@ import time
 from collections.abc import Iterable
 
 
+BARS = ("sweep", "error map")  # stages that tell how far they are
+
+
 class Display:
     """Progress on stderr: one live line on a terminal, plain lines elsewhere; also keeps facts and stage times."""
 
@@ -29,10 +32,10 @@ class Display:
         self.bars.stop()
 
     def say(self, text: str) -> None:
-        """Show a line; "sweep 3/30" moves the bar instead."""
-        words = text.split()
-        if len(words) == 2 and words[0] == "sweep" and "/" in words[1]:
-            self.count("sweep", *map(int, words[1].split("/")))
+        """Show a line; "sweep 3/30" or "error map 3/30" moves its bar instead."""
+        name, _, count = text.rpartition(" ")
+        if name in BARS and "/" in count:
+            self.count(name, *map(int, count.split("/")))
         else:
             self.bars.console.print(text, style="dim", highlight=False)
 
@@ -48,9 +51,9 @@ class Display:
         name = "sweeps" if stage == "sweep" else stage
         self.seconds[name] = round(self.seconds.get(name, 0) + now - self.last, 3)
         self.last = now
-        if stage == "sweep":
-            self.facts["sweeps"] = facts["sweep"]
-            self.count("sweep", facts["sweep"], facts["sweeps"])
+        if stage in BARS:
+            self.facts["sweeps"] = facts["sweep"] if stage == "sweep" else self.facts["sweeps"]
+            self.count(stage, facts["sweep"], facts["sweeps"])
         self.note(facts.get("warnings", []))
         self.facts.update({k: v for k, v in facts.items() if k not in ("sweep", "sweeps", "warnings")})
 

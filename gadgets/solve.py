@@ -80,8 +80,9 @@ def estimate_error(measurement: Measurement, preview: torch.Tensor, prior, optio
     """
     quick = options.model_copy(update={"sweeps": max(1, options.sweeps // 2), "adapt": 0})
     image_of = lambda part: states(part, cg_sense(part), prior, quick)  # noqa: E731
+    progress = lambda _, facts: report("error map", facts)  # noqa: E731
     try:
-        volume, stopped = iterate(lambda: estimated_error(measurement, image_of, options.seed), options, report, hurry)
+        volume, stopped = iterate(lambda: estimated_error(measurement, image_of, options.seed), options, progress, hurry)
     except Exception as error:  # the boundary: the image itself was sent
         raise ReconError(f"the error map was not made: {sentence(error)}") from error
     if stopped:

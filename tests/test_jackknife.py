@@ -8,6 +8,7 @@ import torch
 from conftest import run_chain
 from test_variational import VOXEL, last, problem
 
+from gadgets.display import Display
 from gadgets.failure import ReconError
 from gadgets.files import ScanFile
 from gadgets.header import parse_header
@@ -128,6 +129,16 @@ def test_the_chain_sends_it_last(scan_path, prior):
     assert "% of tissue brightness, root mean square inside the object" in error.meta["ImageComment"]
     assert final.data.shape == error.data.shape and 0 < float(error.data.max()) < float(final.data.max())
     assert [list(getattr(image.getHead(), "position")) for image in (final, error)][0] == list(error.getHead().position)
+
+
+def test_its_progress_is_its_own(scan_path, prior):
+    display = Display()
+    with ScanFile(scan_path) as scan:
+        options = make_options({"device": "cpu", "error_map": True, "sweeps": 4})
+        assert len(list(reconstruct(parse_header(scan.header_xml), scan.acquisitions(), prior, options, display.stage))) == 3
+    assert display.facts["sweeps"] == 4 and {"sweeps", "error map"} <= set(display.seconds)
+    display.say("error map 3/30")
+    assert {display.bars.tasks[n].description: (display.bars.tasks[n].completed, display.bars.tasks[n].total) for n in display.tasks.values()} == {"sweep": (4, 4), "error map": (3, 10)}
 
 
 def images_until_the_error(path, prior, images, turn=alone, **options):

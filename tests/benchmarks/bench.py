@@ -39,7 +39,7 @@ from gadgets.figure import draw_comparison
 from recon_core.cg_sense import cg_sense
 from recon_core.methods import METHODS
 from recon_core.metrics import psnr
-from recon_core.prior import load_prior
+from recon_core.prior import PriorError, load_prior
 
 PEERS = {"bart": bart, "bart-oracle": bart, "sigpy": sigpy_peer}
 KEY = ("volume", "voxel_mm", "coils", "R", "snr", "acs", "matrix", "method")
@@ -71,8 +71,11 @@ def main() -> None:
     configs = configured(arguments.set)
     arguments.out.mkdir(parents=True, exist_ok=True)
     priors = {m: load_prior(METHODS[m].suitable_prior(arguments.device) if arguments.prior == "auto" else arguments.prior, arguments.device) for m in arguments.methods if m in METHODS and METHODS[m].uses_prior}
-    for method, prior in priors.items():
-        METHODS[method].check(prior)
+    try:
+        for method, prior in priors.items():
+            METHODS[method].check(prior)
+    except PriorError as error:
+        parser.error(str(error))
     tuned: dict[tuple, float] = {}
     rows, earlier = [], read(arguments.out / "bench.csv")
     for problem in problems(arguments):
