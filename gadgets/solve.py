@@ -64,9 +64,7 @@ def solve(measurement: Measurement, preview: torch.Tensor, prior, options: Optio
             raise ReconError(why)
     except Exception as error:  # the boundary: an image anyway
         log_failure(f"{name} failed, the preview stands", error)
-        if ran_out_of_memory(error):
-            error.__traceback__ = None  # whose frames hold the solver's tensors
-            free_gpu_memory()
+        _let_go(error)
         reason = f"{name} failed and the {PREVIEW} stands: {sentence(error)}"
         return Outcome(preview, PREVIEW, [reason], [reason])
     return Outcome(volume, name, [*remarks, f"CAUTION: {why}: compare with the preview"] if why else remarks)
@@ -84,12 +82,20 @@ def estimate_error(measurement: Measurement, preview: torch.Tensor, prior, optio
     try:
         volume, stopped = iterate(lambda: estimated_error(measurement, image_of, options.seed), options, progress, hurry)
     except Exception as error:  # the boundary: the image itself was sent
+        _let_go(error)
         raise ReconError(f"the error map was not made: {sentence(error)}") from error
     if stopped:
         raise ReconError(f"the error map was not made: {stopped[0]}")
     scale, inside = intensity_scale(preview, measurement.voxel_mm), object_mask(preview)
     percent = 100 * float(volume[inside].abs().square().mean().sqrt()) / scale
     return Outcome(volume, f"estimated error of {METHODS[options.method].title}", [f"the error is estimated at {percent:.2g} % of tissue brightness, root mean square inside the object"])
+
+
+def _let_go(error: Exception) -> None:
+    """After one that ran out of memory: of what its traceback's frames hold, the solver's tensors."""
+    if ran_out_of_memory(error):
+        error.__traceback__ = None
+        free_gpu_memory()
 
 
 def iterate(start: Callable[[], Iterator[State]], options: Options, report: Report, hurry: Hurry) -> tuple[torch.Tensor, list[str]]:

@@ -159,6 +159,19 @@ def test_where_it_cannot_be_made_the_image_stands(scan_path, prior, monkeypatch)
     assert [image.image_series_index for image in images] == [1, 2]
 
 
+def test_memory_that_ran_out_is_let_go(scan_path, prior, monkeypatch):
+    def too_large(*_):
+        raise torch.OutOfMemoryError("no room for four images")
+        yield
+
+    let_go, images = [], []
+    monkeypatch.setattr("gadgets.solve.estimated_error", too_large)
+    monkeypatch.setattr("gadgets.solve.free_gpu_memory", lambda: let_go.append(True))
+    with pytest.raises(ReconError, match="the error map was not made: out of memory: no room for four images"):
+        images_until_the_error(scan_path, prior, images, sweeps=2)
+    assert let_go and [image.image_series_index for image in images] == [1, 2]
+
+
 def test_out_of_time_it_is_not_sent_and_told(scan_path, prior):
     images = []
     shuts_down = lambda: nullcontext(lambda: "because the server is shutting down" if len(images) == 2 else "")  # noqa: E731

@@ -69,13 +69,13 @@ def main() -> None:
     if missing:
         parser.error(f"{', '.join(missing)} is not installed; leave it out of --methods")
     configs = configured(arguments.set)
-    arguments.out.mkdir(parents=True, exist_ok=True)
     priors = {m: load_prior(METHODS[m].suitable_prior(arguments.device) if arguments.prior == "auto" else arguments.prior, arguments.device) for m in arguments.methods if m in METHODS and METHODS[m].uses_prior}
     try:
         for method, prior in priors.items():
             METHODS[method].check(prior)
     except PriorError as error:
         parser.error(str(error))
+    arguments.out.mkdir(parents=True, exist_ok=True)
     tuned: dict[tuple, float] = {}
     rows, earlier = [], read(arguments.out / "bench.csv")
     for problem in problems(arguments):
