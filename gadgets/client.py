@@ -17,6 +17,7 @@ from .files import ScanFile
 from .flags import NOISE_BIT, SKIP_BITS, is_calibration_only, volume_key
 
 TICK_S = 0.0025  # of time stamps
+LEAP_S = 600.0  # from one line to the next no scanner pauses as long
 ERROR_TEXT = re.compile(r"^(\[[^]]*\] )?ERROR: ")  # ours, and Gadgetron's, which names its node first
 
 
@@ -168,12 +169,18 @@ class _Sender(threading.Thread):
 
 
 class _Pace:
-    """When a line is due, by its time stamp; lines without one, or out of order, are due at once."""
+    """When a line is due, by its time stamp; lines without one, or out of order, are due at once; a leap is none of the scanner's."""
 
     def __init__(self):
-        self.first, self.began = 0, 0.0
+        self.first = self.last = 0
+        self.began = 0.0
 
     def seconds_until(self, stamp: int) -> float:
-        if not self.first and stamp:
-            self.first, self.began = stamp, time.monotonic()
-        return max(0.0, (stamp - self.first) * TICK_S - (time.monotonic() - self.began)) if stamp else 0.0
+        if not stamp:
+            return 0.0
+        if not self.first:
+            self.first, self.last, self.began = stamp, stamp, time.monotonic()
+        if abs(stamp - self.last) * TICK_S > LEAP_S:
+            self.first += stamp - self.last
+        self.last = stamp
+        return max(0.0, (stamp - self.first) * TICK_S - (time.monotonic() - self.began))

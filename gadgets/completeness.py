@@ -27,6 +27,8 @@ def missing_volumes(promised: dict[str, int], seen: dict[str, set[int]]) -> list
 def missing_lines(geometry: Geometry, counts: np.ndarray) -> list[str]:
     """What k-space [z y] lacks: an announced end never approached, or too few lines for the announced acceleration."""
     filled = counts > 0
+    if not filled.any():
+        return []
     for axis, name in ((0, "E1"), (1, "E2")):
         low, high = geometry.limits[axis]
         steps = np.flatnonzero(filled.any(axis=axis)) + geometry.centre[axis] - filled.shape[1 - axis] // 2

@@ -12,7 +12,7 @@ from typing import Any
 from recon_core.ahead import Ahead
 
 from .failure import sentence as sentence
-from .wire import IMAGE, SCAN_ITEMS, Wire, WireError
+from .wire import ERROR, HEADER, IMAGE, QUERY, SCAN_ITEMS, Wire, WireError
 
 log = logging.getLogger("slicediff")
 PROGRESS_EVERY_S = 2.0
@@ -30,6 +30,10 @@ class Host:
     def take_in(self, header, header_xml: bytes, items: Iterable) -> Iterable:
         """The items of a scan on their way in; may refuse the scan with a ScanError."""
         return items
+
+    def answer(self, question: str) -> str:
+        """Reply to a query in the middle of a scan; nothing if nobody is there to reply."""
+        return ""
 
     def hurry(self) -> str:
         """Why to end the scan soon, or nothing."""
@@ -94,12 +98,19 @@ class Intake:
         self.images = 0
 
     def __iter__(self) -> Iterator:
+        begun = False
         try:
             for kind, item in itertools.chain([self.first] if self.first else [], self.wire.messages()):
                 self.first = None  # or it would live as long as the scan
                 self.images += kind == IMAGE
                 if kind in SCAN_ITEMS:
+                    begun = True
                     yield item
+                elif kind == ERROR or (kind == HEADER and begun):
+                    self.cut = f"the peer told of an error: {item}" if kind == ERROR else "a second header came before the scan was closed: what followed it was left out"
+                    return
+                elif kind == QUERY and (answer := self.host.answer(item[1])):
+                    self.wire.send_response(item[0], answer)
         except WireError as error:
             self.cut = f"the scan was cut off {self.host.hurry()}" if self.host.hurry() else str(error)
 

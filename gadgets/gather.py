@@ -6,6 +6,7 @@ readout oversampling is removed, so that the array has the size of the image fro
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
@@ -13,14 +14,17 @@ import ismrmrd
 import numpy as np
 import torch
 
+from .calibration import Calibrations
 from .completeness import missing_ends, missing_volumes
 from .flags import BOTH_BIT, CALIBRATION_BIT, KEY, LAST_BIT, NOISE_BIT, SKIP_BITS, is_calibration_only, volume_key
-from .geometry import Geometry, ScanError, announced, noise_bandwidth, read_geometry
+from .geometry import ScanError, announced, noise_bandwidth, read_geometry
 from .readout import Readout
 from .recon_data import ReconBit, ReconData, ReconDataError, take_lines
-from .volume import Grid, Scan, Volume
+from .volume import Scan, Volume
 
-SETTLED = 128  # an earlier repetition without its last flag is complete when half as many lines of a later one came in a row, or half of its own
+SETTLED = 128  # lines, the least size of a repetition in the rules below
+IN_A_ROW = 0.5  # of its size as lines of a later one: a repetition that lacks nothing the header announces, but its last flag, is over
+SINCE = 2  # of its size as lines since its last one: any other is over
 MAX_NOISE_SAMPLES = 1 << 24  # more make the covariance no better
 INTEGRATED = ("embedded", "interleaved")
 
@@ -44,8 +48,7 @@ def gather(header: ismrmrd.xsd.ismrmrdHeader, items: Iterable) -> Iterator[Scan]
         found += 1
         yield scan
     if not found:
-        others = "".join(f"{count} lines of encoding space {number} were left out, " for number, count in sorted(gatherer.others.items()))
-        raise ScanError(f"the scan holds no imaging line ({others}{gatherer.skipped} other lines came): nothing to reconstruct")
+        raise ScanError(f"the scan holds no imaging line ({gatherer.what_came()}): nothing to reconstruct")
 
 
 class Gatherer:
@@ -54,16 +57,16 @@ class Gatherer:
     def __init__(self, header: ismrmrd.xsd.ismrmrdHeader):
         self.geometry = read_geometry(header)
         self.header, self.promised = header, announced(header)
-        self.readouts: dict[int, tuple[Geometry, Readout] | None] = {0: (self.geometry, Readout(self.geometry))}
+        self.readout = Readout(self.geometry)
         self.volumes: dict[tuple[int, ...], Volume] = {}
-        self.calibrations: dict[tuple[int, ...], tuple[int, Grid]] = {}
-        self.unsure: list[tuple[ismrmrd.Acquisition, tuple[int, ...]]] = []  # calibration lines before the image's first
+        self.calibrations = Calibrations(header, self.geometry, self.readout)
         self.noise: list[np.ndarray] = []
-        self.noise_dwell_us = 0.0
+        self.noise_dwell_us = self.noise_power = 0.0  # of the first noise line, and of noise in the first volume over that of its lines
         self.bandwidth_ratio = noise_bandwidth(header)
         self.others: Counter[int] = Counter()  # lines of each encoding space that is not the image's
-        self.skipped = self.foreign = self.late = self.streak = 0
+        self.skipped = self.foreign = self.late = self.channelless = self.lines = self.streak = 0
         self.repetition, self.flags = -1, {}  # of each repetition: the flags of all its lines together
+        self.newest: dict[int, int] = {}  # of each repetition: how many lines had come with its last one
         self.ended: set[int] = set()  # repetitions whose last line was flagged, with no volume begun since
         self.seen: dict[str, set[int]] = {name: set() for name in self.promised}
         self.notes: list[str] = []
@@ -124,12 +127,15 @@ class Gatherer:
         if flags & SKIP_BITS:
             self.skipped += 1
             return
+        if line.active_channels < 1:
+            self.channelless += 1
+            return
         key = volume_key(idx)
         if line.encoding_space_ref:
             self.others[line.encoding_space_ref] += 1
         yield from self._settled(idx.repetition)
         if is_calibration_only(flags) and self.geometry.calibration not in INTEGRATED:
-            self._calibrate(line, key)
+            self.calibrations.add(line, key)
         elif line.encoding_space_ref:
             self.foreign += 1
         elif key in self.given:
@@ -141,10 +147,17 @@ class Gatherer:
         """Keep a noise line, scaled to the dwell time of the first one that tells its own: its power goes with 1/dwell."""
         if sum(n.size for n in self.noise) >= MAX_NOISE_SAMPLES:
             return
-        dwell_us = line.sample_time_us if line.sample_time_us > 0 else self.noise_dwell_us  # not told: as before
+        dwell_us = _dwell_us(line) or self.noise_dwell_us  # not told: as before
         self.noise_dwell_us = self.noise_dwell_us or dwell_us
         scale = (dwell_us / self.noise_dwell_us) ** 0.5 if dwell_us else 1.0
-        self.noise.append(np.array(line.data) if scale == 1.0 else line.data * np.float32(scale))
+        there, _, _ = self.readout.echo(line)
+        self.noise.append(np.array(line.data[:, there]) if scale == 1.0 else line.data[:, there] * np.float32(scale))
+
+    def what_came(self) -> str:
+        """Which lines came that make no image."""
+        found = [(count, f"lines of encoding space {number} were left out") for number, count in sorted(self.others.items())]
+        found += [(self.channelless, "lines without channels"), (len(self.noise), "noise lines"), (self.skipped, "other lines")]
+        return ", ".join(f"{count} {what}" for count, what in found if count) + " came" if any(count for count, _ in found) else "no line came"
 
     def finish(self, before: int | None = None) -> Iterator[Scan]:
         """Hand out and forget all volumes, or those of repetitions below `before`."""
@@ -152,17 +165,16 @@ class Gatherer:
         for key in sorted(key for key in self.volumes if before is None or key[2] < before):
             volume = self.volumes.pop(key)
             self.given.add(key)
-            if volume.head is not None:
-                yield self._scan(volume, key, [*missing_ends(self.flags[key[2]]), *notes])
+            yield self._scan(volume, key, [*missing_ends(self.flags[key[2]]), *notes])
+        self.calibrations.forget(before or 0)
 
     def _image(self, line: ismrmrd.Acquisition, key: tuple[int, ...]) -> None:
         volume = self.volumes.get(key) or self._volume(key, line.active_channels)
         if "average" in self.seen:
             self.seen["average"].add(line.idx.average)
-        volume.add(line, self.readouts[0][1])
-        waiting, self.unsure = self.unsure, []
-        for calibration, its_key in waiting:
-            self._calibrate(calibration, its_key)
+        volume.add(line, self.readout)
+        if volume.oversampling is not None:
+            self.calibrations.image_has(key[1], volume.oversampling)
 
     def _volume(self, key: tuple[int, ...], coils: int, kspace: np.ndarray | None = None) -> Volume:
         volume = self.volumes[key] = Volume(self.geometry, coils, kspace)
@@ -172,69 +184,49 @@ class Gatherer:
         return volume
 
     def _settled(self, repetition: int) -> Iterator[Scan]:
-        """Volumes of repetitions before this line's, once no line of them can follow.
-
-        Either their last lines were flagged, or the newest repetition is half through: repetitions may be interleaved.
-        """
+        """Volumes of repetitions before this line's, in order, once no line of them can follow: repetitions may be interleaved."""
+        self.lines += 1
+        self.newest[repetition] = self.lines
         self.streak = self.streak + 1 if repetition == self.repetition else 0
         self.repetition = max(self.repetition, repetition)
-        earlier = {key[2]: volume.grid.lines for key, volume in self.volumes.items() if key[2] < repetition}
-        if earlier and (earlier.keys() <= self.ended or self.streak > max(SETTLED, *earlier.values()) // 2):
-            yield from self.finish(repetition)
+        earlier = sorted({key[2] for key in self.volumes if key[2] < repetition})
+        still_open = next((number for number in earlier if not self._over(number)), repetition)
+        if earlier and earlier[0] < still_open:
+            yield from self.finish(still_open)
 
-    def _calibrate(self, line: ismrmrd.Acquisition, key: tuple[int, ...]) -> None:
-        """Add a calibration line; those of a later repetition replace earlier ones.
+    def _over(self, repetition: int) -> bool:
+        """Whether a repetition has all its lines: its last one was flagged, or enough of later ones came instead.
 
-        A short one waits for the image's first line, which shows whether the lines of its encoding are oversampled.
+        One that lacks something is waited for: with as many lines in a row, segments of interleaved repetitions look like whole ones.
         """
-        own = self._encoding(line.encoding_space_ref)
-        if own is None:
-            self.foreign += 1
-            return
-        samples = line.number_of_samples - line.discard_pre - line.discard_post
-        if own[0] is self.geometry and not self.volumes and own[1].unsure(samples, line.center_sample - line.discard_pre):
-            self.unsure.append((line, key))
-            return
-        place = (key[0], key[1], key[3], key[4])
-        repetition, grid = self.calibrations.get(place, (-1, None))
-        if grid is None or key[2] > repetition:
-            grid = Grid(self.geometry, line.active_channels)
-            self.calibrations[place] = (key[2], grid)
-        where = grid.place(line, own[0], self.geometry)
-        if where is not None:
-            grid.add(line, where, own[1])
-
-    def _encoding(self, number: int) -> tuple[Geometry, Readout] | None:
-        """Geometry and readout of an encoding whose phase encodes fit the image's, else None."""
-        if number not in self.readouts:
-            try:
-                own = read_geometry(self.header, number)
-                fits = all(abs(a / b - 1) < 0.01 for a, b in zip(own.encoded_fov_mm[1:], self.geometry.encoded_fov_mm[1:]))
-                self.readouts[number] = (own, Readout(self.geometry, own)) if fits else None
-            except (ScanError, IndexError):
-                self.readouts[number] = None
-        return self.readouts[number]
+        if repetition in self.ended:
+            return True
+        volumes = [volume for key, volume in self.volumes.items() if key[2] == repetition]
+        size = max(SETTLED, *(volume.grid.lines for volume in volumes))
+        if self.lines - self.newest[repetition] > SINCE * size:
+            return True
+        return self.streak > IN_A_ROW * size and all(volume.lacks_nothing(self.promised.get("average", 1)) for volume in volumes)
 
     def _scan(self, volume: Volume, key: tuple[int, ...], notes: list[str]) -> Scan:
-        noise, remarks = self._noise(volume)
-        scan = volume.scan(noise, self._calibration(volume, key))
-        if self.foreign:
-            remarks.append(f"{self.foreign} lines of another encoding space were left out")
+        noise, brightness, remarks = self._noise(volume)
+        calibration, more = self.calibrations.of(key, len(volume.grid.kspace))
+        scan = volume.scan(noise, calibration)
+        remarks += more
+        if volume.oversampling == 0 and self.readout.oversampled:
+            remarks.append("the lines are as long as without readout oversampling, which other lines of the scan have: it was taken for removed")
+        foreign = self.foreign + self.calibrations.foreign
+        if foreign:
+            remarks.append(f"{foreign} lines of another encoding space were left out")
+        if self.channelless:
+            remarks.append(f"{self.channelless} lines without channels were left out")
         if self.late:
             remarks.append(f"{self.late} lines of volumes that were handed out already were left out")
         scan.warnings += [*self.notes, *remarks, *notes]
-        scan.series, scan.phase_reference = self.series, self.phase_reference
+        scan.series, scan.phase_reference, scan.brightness = self.series, self.phase_reference, brightness
         return scan
 
-    def _calibration(self, volume: Volume, key: tuple[int, ...]) -> Grid | None:
-        """Calibration lines of this volume, else of another contrast, set or phase of its slice."""
-        coils = len(volume.grid.kspace)
-        own = (key[0], key[1], key[3], key[4])
-        found = [place for place, (_, grid) in self.calibrations.items() if place[0] == key[0] and len(grid.kspace) == coils and grid.counts.any()]
-        return self.calibrations[min(found, key=lambda place: (place != own, place))][1] if found else None
-
-    def _noise(self, volume: Volume) -> tuple[torch.Tensor | None, list[str]]:
-        """[coils samples] scaled to the noise of one gathered sample, and what the user should know.
+    def _noise(self, volume: Volume) -> tuple[torch.Tensor | None, float, list[str]]:
+        """[coils samples] scaled to the noise of one gathered sample, the brightness of images in its units, and what the user should know.
 
         Noise power per sample goes with 1/dwell; a noise scan sees only the receiver's noise bandwidth of it,
         the middle of the readout sees all (Kellman and McVeigh, MRM 2005).
@@ -242,10 +234,16 @@ class Gatherer:
         coils = len(volume.grid.kspace)
         usable = [n for n in self.noise if n.shape[0] == coils]
         if not usable:
-            return None, [f"the noise lines have {self.noise[0].shape[0]} channels, the scan {coils}: they were not used"] if self.noise else []
+            return None, 1.0, [f"the noise lines have {self.noise[0].shape[0]} channels, the scan {coils}: they were not used"] if self.noise else []
         samples = sum(n.shape[1] for n in usable)
         if samples < 4 * coils:
-            return None, [f"the noise lines have {samples} samples for {coils} channels, too few: they were not used"]
-        dwell_us = volume.head.sample_time_us
+            return None, 1.0, [f"the noise lines have {samples} samples for {coils} channels, too few: they were not used"]
+        dwell_us = _dwell_us(volume.head or volume.first)
         power = (self.noise_dwell_us / dwell_us if self.noise_dwell_us and dwell_us else 1.0) / self.bandwidth_ratio
-        return torch.from_numpy(np.concatenate(usable, axis=1)) * power**0.5, []
+        self.noise_power = self.noise_power or power
+        return torch.from_numpy(np.concatenate(usable, axis=1)) * power**0.5, (power / self.noise_power) ** 0.5, []
+
+
+def _dwell_us(head: ismrmrd.AcquisitionHeader | ismrmrd.Acquisition) -> float:
+    """Time of a sample, 0 if it is not told or makes no sense."""
+    return head.sample_time_us if 0 < head.sample_time_us < math.inf else 0.0

@@ -51,7 +51,7 @@ def make_images(volume: torch.Tensor, scan: Scan, options: Options, header, seri
     Raises:
         ValueError: if the volume is not finite.
     """
-    volume = to_recon_matrix(volume, scan.geometry)
+    volume = to_recon_matrix(volume, scan.geometry) * scan.brightness
     if not bool(torch.isfinite(torch.view_as_real(volume)).all()):
         raise ValueError(f"the {name} image holds NaN or infinity and was not sent")
     alike = (series, scan.head.idx.contrast, scan.head.idx.set)
@@ -141,10 +141,11 @@ def _about_the_scan(scan: Scan, header) -> dict:
         value = getattr(information, ours, None)
         if value:
             out[theirs] = _ascii(str(getattr(value, "value", value)))
-    for ours, names in (("TE", ("GADGETRON_TE", "EchoTime")), ("TI", ("GADGETRON_TI", "InversionTime"))):
+    idx = scan.head.idx
+    for ours, names, number in (("TE", ("GADGETRON_TE", "EchoTime"), idx.contrast), ("TI", ("GADGETRON_TI", "InversionTime"), idx.contrast or idx.set)):
         times = list(getattr(sequence, ours, None) or [])
         if times:
-            out |= dict.fromkeys(names, f"{times[min(scan.head.idx.contrast, len(times) - 1)]:g}")
+            out |= dict.fromkeys(names, f"{times[min(number, len(times) - 1)]:g}")
     return out
 
 
@@ -156,7 +157,11 @@ def frame_of(scan: Scan) -> tuple[Frame, list[str]]:
         what = "contradicting" if directions.any() else "no"
         notes.append(f"the lines have {what} directions: read, phase and slice along the patient's left, posterior and superior assumed")
         directions = np.eye(3)
-    return Frame(directions, scan.geometry.recon_fov_mm, np.array(head.position, float)), notes
+    position = np.array(head.position, float)
+    if not np.isfinite(position).all():
+        notes.append("the lines have no finite position: the centre of the magnet assumed")
+        position = np.zeros(3)
+    return Frame(directions, scan.geometry.recon_fov_mm, position), notes
 
 
 def _image(pixels: np.ndarray, head, frame: Frame, z: int, partitions: int, series: int, index: int, meta: dict) -> ismrmrd.Image:

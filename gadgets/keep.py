@@ -6,6 +6,7 @@ the scan); only a scan that failed is turned into ISMRMRD HDF5.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import ismrmrd
 
-from .recon_data import ReconData, lines_of
+from .recon_data import ReconData, ReconDataError, lines_of
 
 log = logging.getLogger("slicediff")
 SPOOL = ".spool"
@@ -79,9 +80,11 @@ class Recording:
         if isinstance(item, ismrmrd.Acquisition):
             self._add_line(item)
         elif isinstance(item, ReconData) and self.file is not None:
-            for block in (block for buffer in item.buffers() for block in buffer.blocks()):
-                for _, line in lines_of(*block):
-                    self._add_line(line)
+            for buffer in item.buffers():
+                with contextlib.suppress(ReconDataError):  # no lines can be told apart; whoever reconstructs the scan says so
+                    for block in buffer.blocks():
+                        for _, line in lines_of(*block):
+                            self._add_line(line)
 
     def _add_line(self, line: ismrmrd.Acquisition) -> None:
         if self.file is not None:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import ismrmrd
 import numpy as np
 
 from .geometry import Geometry
 
-
+SHARE = 2  # so many lines without a sign of oversampling, for each that shows it, are short ones of an oversampled scan
 OVERSAMPLED = 1.5  # times the header's matrix: more samples than this are readout oversampling that it does not tell of
 
 
 class Readout:
     """Transforms lines of one encoding to the voxel grid of the image along x; the transform is unitary.
 
-    A short line of a scan whose lines are `oversampled` has less resolution; in any other, its oversampling was removed
-    before us.
+    A line's oversampling is 0 where it was removed before us, 1 as the header tells of it, n where the samples fill the
+    header's matrix n times.
 
     Args:
         image: geometry of the image.
@@ -26,32 +27,41 @@ class Readout:
         self.full, self.cut = own.encoded_matrix[0], own.readout
         self.full_length = round(own.encoded_fov_mm[0] / voxel_mm)
         self.cut_length = max(1, min(self.full_length, round(own.recon_fov_mm[0] / voxel_mm)))
-        self.oversampled, self.times = False, 1
         self.work = np.zeros((0, 0), np.complex64)
+        self.long = self.bare = 0
 
-    def excess(self, samples: int) -> int:
-        """How many times the header's matrix the samples fill: 1, or the oversampling that the header does not tell of."""
-        return max(2, round(samples / self.full)) if samples >= OVERSAMPLED * self.full else 1
+    def saw(self, oversampling: int) -> None:
+        """Remember what a line of the image shows."""
+        self.long, self.bare = self.long + (oversampling > 0), self.bare + (oversampling == 0)
 
-    def unsure(self, samples: int, centre: int) -> bool:
-        """Whether it takes other lines to tell if a line's oversampling was removed."""
-        return not self.oversampled and self._length(samples, centre) != self.full_length
+    @property
+    def oversampled(self) -> bool:
+        """Whether enough of the scan's lines show oversampling for the others to be short: nobody removes it from some lines only."""
+        return SHARE * self.long >= self.bare and self.long > 0
 
-    def add(self, data: np.ndarray, centre: int, row: np.ndarray) -> None:
+    def echo(self, line: ismrmrd.Acquisition) -> tuple[slice, int, bool]:
+        """Which samples count, where the echo lies among them, and whether that had to be assumed."""
+        first, last = line.discard_pre, max(line.discard_pre, line.number_of_samples - line.discard_post)
+        middle = not line.center_sample and last - first > self.full - self.full // 2  # it would reach beyond k-space: nobody wrote the place
+        return slice(first, last), (last - first) // 2 if middle else line.center_sample - first, middle
+
+    def oversampling(self, line: ismrmrd.Acquisition) -> int:
+        """What the line alone shows of its oversampling: none where its samples reach no further than they would without."""
+        there, centre, _ = self.echo(line)
+        samples = there.stop - there.start
+        if samples >= OVERSAMPLED * self.full:
+            return max(2, round(samples / self.full))
+        reach = max(centre, samples - centre)
+        shown = line.number_of_samples > self.cut or 4 * reach > self.full + self.cut
+        return int(shown or self.full_length == self.cut_length)
+
+    def add(self, data: np.ndarray, centre: int, row: np.ndarray, oversampling: int = 1) -> None:
         """Add samples [coils samples], echo at `centre`, to `row` [coils x]; an asymmetric echo is zero-filled."""
-        self.oversampled, self.times = self.oversampled or data.shape[1] > self.cut, max(self.times, self.excess(data.shape[1]))
-        length, half = self._length(data.shape[1], centre), row.shape[1] // 2
+        length, half = self.full_length * oversampling or self.cut_length, row.shape[1] // 2
         image = np.fft.ifft(self._wrapped(data, centre, length), axis=1, norm="ortho")
         right, left = min(row.shape[1] - half, (length + 1) // 2), min(half, length // 2)
         row[:, half : half + right] += image[:, :right]
         row[:, half - left : half] += image[:, length - left :]
-
-    def _length(self, samples: int, centre: int) -> int:
-        """Length of the transform: oversampling was removed before us if the samples reach no further than without it."""
-        reach = max(centre, samples - centre)
-        if self.oversampled or 4 * reach > self.full + self.cut:
-            return self.full_length * self.times
-        return self.cut_length
 
     def _wrapped(self, data: np.ndarray, centre: int, length: int) -> np.ndarray:
         """Samples at k modulo `length`, as the transform wants them; samples beyond it are cut."""

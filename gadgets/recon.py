@@ -18,7 +18,7 @@ from recon_core.trust import doubts
 
 from .failure import Failures, free_gpu_memory, noted, raise_if_any, sentence
 from .flags import volume_name
-from .gather import Scan, gather
+from .gather import Scan, ScanError, gather
 from .images import SERIES, make_images
 from .options import Options
 from .solve import PREVIEW, Hurry, Report, device_of, estimate_error, patient, solve
@@ -73,6 +73,8 @@ def reconstruct(header, items: Iterable, prior, options: Options, report: Report
 
 def look(scan: Scan, options: Options, report: Report) -> tuple[Measurement, torch.Tensor]:
     """The inverse problem and its CG-SENSE image [z y x]; on the CPU, with a note, if the GPU cannot take the scan."""
+    if not scan.counts.any():
+        raise ScanError("; ".join(["none of its lines could be used", *scan.warnings]))
     try:
         return _look(scan, options, device_of(options), report)
     except RuntimeError as error:

@@ -151,7 +151,7 @@ class Handler(socketserver.BaseRequestHandler):
         try:
             for kind, item in self.wire.messages():
                 if kind == w.QUERY:
-                    self.wire.send_response(item[0], self._answer(item[1]))
+                    self.wire.send_response(item[0], self.answer(item[1]))
                 elif kind in (w.CONFIG_FILE, w.CONFIG_TEXT):
                     config = (kind, item)
                     self.gadgetron = kind == w.CONFIG_TEXT and is_gadgetron_peer(item)
@@ -190,7 +190,7 @@ class Handler(socketserver.BaseRequestHandler):
             self.wire.send_text(f"ERROR: {sentence(error)}")
             self.wire.drain()
 
-    def _answer(self, question: str) -> str:
+    def answer(self, question: str) -> str:
         """Reply to a query message."""
         from . import version
 
@@ -230,6 +230,10 @@ class ServerHost(Host):
         if server.keep is not None:
             self.handler.recording = server.keep.record(header_xml)
         return budget.watch(self._recorded(items))
+
+    def answer(self, question: str) -> str:
+        """The server's reply, as without a scan."""
+        return self.handler.answer(question)
 
     def hurry(self) -> str:
         """Why to end soon."""

@@ -20,9 +20,10 @@ MAX_VOLUME_BYTES = 64 << 30
 class Scan:
     """One volume: sums of lines [coils z y x] (x in image space), line counts [z y], and its headers.
 
-    `head` is the header of the acquired line nearest the k-space centre; `series` (scales, by series, contrast
+    `head` is the header of the acquired line nearest the k-space centre, or of the first one if none could be used; `series` (scales, by series, contrast
     and set) and `phase_reference` (by number of coils) are shared by all volumes of a scan, for what must be the same
-    in all of their images.
+    in all of their images. `brightness` brings an image in units of the noise to those of the scan's first volume,
+    whose lines may have another dwell time.
     """
 
     geometry: Geometry
@@ -34,6 +35,7 @@ class Scan:
     warnings: list[str] = field(default_factory=list)
     series: dict[tuple[int, ...], float] = field(default_factory=dict)
     phase_reference: dict[int, torch.Tensor] = field(default_factory=dict)
+    brightness: float = 1.0
 
 
 class Grid:
@@ -43,15 +45,13 @@ class Grid:
     """
 
     def __init__(self, geometry: Geometry, coils: int, kspace: np.ndarray | None = None):
-        if coils < 1:
-            raise ScanError("an imaging line has no coil channels")
         nbytes = 8 * coils * int(np.prod(geometry.shape))
         if nbytes > MAX_VOLUME_BYTES:
             raise ScanError(f"the header asks for {nbytes / 2**30:.0f} GiB of k-space ({coils} coils, matrix {geometry.shape}); the limit is {MAX_VOLUME_BYTES >> 30} GiB")
         self.kspace = np.zeros((coils, *geometry.shape), np.complex64) if kspace is None else kspace
         self.counts = np.zeros(geometry.shape[:2], np.float32)
-        self.lines = self.outside = self.unfit = self.uncentred = 0
-        self.longer: dict[str, int] = {}  # what was done with lines that have more samples than the header's matrix
+        self.lines = self.filled = self.outside = self.unfit = self.uncentred = 0
+        self.lengths: dict[str, int] = {}  # what was assumed of lines that are longer or shorter than the header says
         self.foreign = False
 
     def place(self, line: ismrmrd.Acquisition, own: Geometry, image: Geometry) -> tuple[int, int] | None:
@@ -66,27 +66,30 @@ class Grid:
         self.outside += 1
         return None
 
-    def add(self, line: ismrmrd.Acquisition, place: tuple[int, int], readout: Readout) -> bool:
+    def add(self, line: ismrmrd.Acquisition, place: tuple[int, int], readout: Readout, oversampling: int) -> bool:
         """Add a line at its place, turned if it was read backwards; False, and counted, if it does not fit."""
-        before, samples = line.discard_pre, line.number_of_samples
-        data, centre = line.data[:, before : max(0, samples - line.discard_post)], line.center_sample - before
-        if not line.center_sample and data.shape[1] > readout.full - readout.full // 2:
-            centre = data.shape[1] // 2  # at 0 such a line would reach beyond k-space: nobody wrote the echo's place
-            self.uncentred += 1
-        if len(data) != len(self.kspace) or not 0 <= centre < data.shape[1]:
+        there, centre, assumed = readout.echo(line)
+        data = line.data[:, there]
+        samples = data.shape[1]
+        if len(data) != len(self.kspace) or not 0 <= centre < samples:
             self.unfit += 1
             return False
+        self.uncentred += assumed
         if line.flags & REVERSE_BIT:
-            data, centre = data[:, ::-1], data.shape[1] - 1 - centre
-        if data.shape[1] > readout.full:
-            times = readout.excess(data.shape[1])
-            done = f"{times}-fold readout oversampling was assumed" if times > 1 else "the outer ones were cut"
-            text = f"have {data.shape[1]} samples, the matrix of the header {readout.full}: {done}"
-            self.longer[text] = self.longer.get(text, 0) + 1
-        readout.add(data, centre, self.kspace[(slice(None), *place)])
+            data, centre = data[:, ::-1], samples - 1 - centre
+        if samples > readout.full:
+            done = f"{oversampling}-fold readout oversampling was assumed" if oversampling > 1 else "the outer ones were cut"
+            self._of_another_length(f"have {samples} samples, the matrix of the header {readout.full}: {done}")
+        elif not oversampling and samples < readout.cut:
+            self._of_another_length(f"have {samples} samples, the matrix of the header {readout.full}: their oversampling was taken for removed")
+        readout.add(data, centre, self.kspace[(slice(None), *place)], oversampling)
+        self.filled += not self.counts[place]
         self.counts[place] += 1
         self.lines += 1
         return True
+
+    def _of_another_length(self, text: str) -> None:
+        self.lengths[text] = self.lengths.get(text, 0) + 1
 
     def warnings(self, kind: str) -> list[str]:
         """What was left out, for the user."""
@@ -94,8 +97,8 @@ class Grid:
         if self.outside:
             out.append(f"{self.outside} {kind}lines lay outside the encoded matrix and were left out")
         if self.unfit:
-            out.append(f"{self.unfit} {kind}lines had another number of channels, no samples or no echo and were left out")
-        out += [f"{count} {kind}lines {text}" for text, count in self.longer.items()]
+            out.append(f"{self.unfit} {kind}lines had another number of channels or samples than most, no samples or no echo and were left out")
+        out += [f"{count} {kind}lines {text}" for text, count in self.lengths.items()]
         if self.uncentred:
             out.append(f"{self.uncentred} {kind}lines had centre sample 0 and more than half a readout: their middle was assumed")
         return out
@@ -106,35 +109,54 @@ class Volume:
 
     def __init__(self, geometry: Geometry, coils: int, kspace: np.ndarray | None = None):
         self.geometry = geometry
+        self.first: ismrmrd.AcquisitionHeader | None = None
         self._begin(Grid(geometry, coils, kspace))
 
-    def _begin(self, grid: Grid) -> None:
-        self.grid = grid
+    def _begin(self, grid: Grid, oversampling: int | None = None) -> None:
+        self.grid, self.oversampling = grid, oversampling
         self.averages_at = np.zeros(self.geometry.shape[:2], np.uint64)
         self.calibrating = np.zeros(self.geometry.shape[:2], bool)
         self.head: ismrmrd.AcquisitionHeader | None = None
-        self.nearest = np.inf
-        self.duplicates = self.strangers = 0
+        self.nearest, self.judged = np.inf, (0, False)
+        self.averages = self.duplicates = self.strangers = 0
 
     def add(self, line: ismrmrd.Acquisition, readout: Readout) -> None:
         """Add one imaging line at its place; a line that does not fit is counted."""
-        if line.active_channels != len(self.grid.kspace):
-            self.strangers += 1
-            if self.strangers > self.grid.lines:
-                self._begin_again(line.active_channels)
+        if self.first is None:
+            self.first = line.getHead()
         place = self.grid.place(line, self.geometry, self.geometry)
-        if place is not None and self.grid.add(line, place, readout):
+        if place is None:
+            return
+        oversampling = readout.oversampling(line)
+        readout.saw(oversampling)
+        if self.oversampling is None:
+            self.oversampling = oversampling or int(readout.oversampled)
+        if not self._is_one_of_us(line.active_channels, oversampling, readout.oversampled):
+            self.grid.unfit += 1
+        elif self.grid.add(line, place, readout, self.oversampling):
             self.note(line.idx.average, line.flags, place, line.getHead)
 
-    def _begin_again(self, coils: int) -> None:
-        """Once most lines have another number of channels, the first ones were the odd ones out."""
+    def _is_one_of_us(self, coils: int, oversampling: int, may_be_short: bool) -> bool:
+        """Whether a line has the channels and the oversampling of the others; the first ones may have been the odd ones out.
+
+        A short line of an oversampled scan has less resolution. Places count, not lines: noise lines without a flag share one.
+        """
+        ours = coils == len(self.grid.kspace)
+        short = ours and oversampling == 0 and self.oversampling == 1
+        if (ours and oversampling == self.oversampling) or (short and may_be_short):
+            return True
+        self.strangers += 1
+        if not short and self.strangers <= self.grid.filled:
+            return False
         grid = Grid(self.geometry, coils)
         grid.outside, grid.unfit = self.grid.outside, self.grid.unfit + self.grid.lines
-        self._begin(grid)
+        self._begin(grid, oversampling)
+        return True
 
     def note(self, average: int, flags: int, place: tuple[int, int], head) -> None:
         """Remember a line that was added; `head()` gives its header if it is the nearest to the centre."""
         bit = np.uint64(1 << average if average < 64 else 0)  # of the later ones nobody asks whether they came twice
+        self.averages = max(self.averages, average + 1)
         if self.averages_at[place] & bit:
             self.duplicates += 1
         self.averages_at[place] |= bit
@@ -144,9 +166,15 @@ class Volume:
         if distance < self.nearest:
             self.nearest, self.head = distance, head()
 
+    def lacks_nothing(self, averages: int) -> bool:
+        """Whether as many lines and averages came as the header announces; the answer is kept until another line comes."""
+        if self.judged[0] != self.grid.lines:
+            self.judged = self.grid.lines, self.averages >= averages and not missing_lines(self.geometry, self.grid.counts)
+        return self.judged[1]
+
     def scan(self, noise: torch.Tensor | None, calibration: Grid | None) -> Scan:
         """The finished volume with what the user should know of it."""
-        scan = Scan(self.geometry, torch.from_numpy(self.grid.kspace), torch.from_numpy(self.grid.counts), self.head, noise)
+        scan = Scan(self.geometry, torch.from_numpy(self.grid.kspace), torch.from_numpy(self.grid.counts), self.head or self.first, noise)
         scan.warnings += [*self.geometry.warnings, *self.grid.warnings("")]
         if self.duplicates:
             scan.warnings.append(f"{self.duplicates} lines came more than once and were averaged")
@@ -161,7 +189,7 @@ class Volume:
         """Take calibration lines for the image too if the header does not say whose they are and the image has none of them."""
         there = calibration.counts > 0
         known = self.geometry.calibration not in ("", "other") or calibration.foreign or self.calibrating.any()
-        if known or (self.grid.counts[there] > 0).any():
+        if known or not self.grid.lines or (self.grid.counts[there] > 0).any():
             return []
         self.grid.kspace[:, there], self.grid.counts[there] = calibration.kspace[:, there], calibration.counts[there]
         return ["the calibration lines serve the image too: it has none of its own there, and the header names no calibration mode"]

@@ -20,6 +20,7 @@ from .slices import usable_axes
 QUIET = 1.5  # noise of the scan over that of its noise lines from which they are not believed
 WORK_ARRAYS = 3  # data, maps and a copy of them on the way
 KEPT_ARRAYS = 2  # data that stay, and a part of them
+TRUSTED = 2.0  # times the middle count: what more averages of some lines gain, errors of the maps there take from all others
 
 
 @dataclass
@@ -124,14 +125,16 @@ def measure(
     """
     if not bool(counts.any()):
         raise ValueError("no imaging line was acquired: nothing to reconstruct")
-    if not all(bool(torch.isfinite(lines.sum(dim=0).abs().sum())) for _, _, lines in _acquired(kspace, counts)):
-        raise ValueError("the k-space holds NaN or infinity; the scan cannot be reconstructed")
-    most = float(counts.max())
-    mask = (counts / most).sqrt()
+    if not _finite(kspace, counts):
+        raise ValueError("the k-space holds NaN, infinity or numbers too large to square; the scan cannot be reconstructed")
+    calibration, of_no_use = _usable(calibration)
+    trusted = counts.clamp_max(TRUSTED * float(counts[counts > 0].median()))
+    most = float(trusted.max())
+    mask = (trusted / most).sqrt()
     factor = mask / counts.clamp_min(1)
     reference, lines, reference_factor = (kspace, counts, factor) if calibration is None else (*calibration, 1 / calibration[1].clamp_min(1))
     whitened = whiten(kspace, mask, factor, most, noise, louder)
-    mixing, warnings = whitened.matrix, whitened.warnings
+    mixing, warnings = whitened.matrix, [*of_no_use, *whitened.warnings]
     acs, acs_size, averaged = _calibration_block(reference, lines, reference_factor, mixing)
     if acs.numel() and len(mixing) > 1:
         compression = compression_matrix(acs, min(coils, len(mixing)))
@@ -148,6 +151,22 @@ def measure(
     sigma, shown = (level / most**0.5 for level in (whitened.sigma, whitened.shown))
     kept = data if keep_lines or len(usable_axes(operator.shape)) == 1 else None
     return Measurement(operator, operator.adjoint(data), energy, samples, sigma, voxel_mm, acs_size, mixing, whitened.known, shown, warnings, kept)
+
+
+def _finite(kspace: Tensor, counts: Tensor) -> bool:
+    """Whether all samples of the lines that were acquired can be squared; coils together, one plane at a time."""
+    return all(bool(torch.isfinite(lines.sum(dim=0).abs().square().sum())) for _, _, lines in _acquired(kspace, counts))
+
+
+def _usable(calibration: tuple[Tensor, Tensor] | None) -> tuple[tuple[Tensor, Tensor] | None, list[str]]:
+    """Separate calibration that maps can be made of, else None, and why not."""
+    if calibration is None:
+        return None, []
+    if not _finite(*calibration):
+        return None, ["the calibration lines hold NaN, infinity or numbers too large to square and were left out"]
+    if not any(bool(lines.any()) for _, _, lines in _acquired(*calibration)):
+        return None, ["the calibration lines hold nothing but zeros and were left out"]
+    return calibration, []
 
 
 def _calibration_block(reference: Tensor, lines: Tensor, factor: Tensor, mixing: Tensor) -> tuple[Tensor, tuple[int, int], float]:

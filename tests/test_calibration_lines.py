@@ -8,6 +8,8 @@ import torch
 from conftest import gathered, line_like
 
 from gadgets.gather import gather
+from gadgets.options import make_options
+from gadgets.recon import reconstruct
 
 ONLY, BOTH = ismrmrd.ACQ_IS_PARALLEL_CALIBRATION, ismrmrd.ACQ_IS_PARALLEL_CALIBRATION_AND_IMAGING
 
@@ -108,3 +110,64 @@ def test_one_calibration_serves_all_repetitions_and_contrasts(scan_with):
     other = [line_like(line, contrast=1) for line in lines.values()]
     scans = list(gather(header, [*calibration, *lines.values(), *other, *later]))
     assert len(scans) == 3 and all(int(scan.calibration[1].sum()) == 25 for scan in scans)
+
+
+@pytest.mark.parametrize("calibrated_first", [True, False])
+def test_each_repetition_keeps_its_own_calibration(scan_with, calibrated_first):
+    """The next repetition's calibration comes before the last one was handed out, which no flag told."""
+    header, lines = scan_with("separate")
+    scan = []
+    for repetition in range(3):
+        calibration = [flagged(line, ONLY, data=(1 + repetition) * line.data, repetition=repetition) for place, line in lines.items() if in_centre(place)]
+        image = [line_like(line, repetition=repetition) for line in lines.values()]
+        scan += [*calibration, *image] if calibrated_first else [*image, *calibration]
+    volumes = list(gather(header, scan))
+    assert len(volumes) == 3
+    where = volumes[0].calibration[1] > 0
+    for repetition, volume in enumerate(volumes):
+        assert bool((volume.calibration[1][where] == 1).all()) and volume.warnings == []
+        torch.testing.assert_close(volume.calibration[0][:, where], (1 + repetition) * volume.kspace[:, where])
+
+
+def test_calibration_lines_that_complete_the_image_are_of_its_own_repetition(scan_with):
+    header, lines = scan_with("other")
+    scan = []
+    for repetition in range(2):
+        scan += [line_like(line, (1 + repetition) * line.data, repetition=repetition, flags=1 << (ONLY - 1) if in_centre(place) else 0) for place, line in lines.items()]
+    first, second = gather(header, scan)
+    assert bool((first.counts == 1).all()) and bool((second.counts == 1).all())
+    torch.testing.assert_close(second.kspace, 2 * first.kspace)
+
+
+def test_calibration_of_another_slab_or_of_other_coils_is_told(scan_with):
+    header, lines = scan_with("separate")
+    elsewhere = [flagged(line, ONLY, slice=1) for place, line in lines.items() if in_centre(place)]
+    assert "the calibration lines are of other slabs: none is of use here" in gathered(header, [*elsewhere, *lines.values()]).warnings
+    one_coil = [flagged(line, ONLY, data=line.data[:1]) for place, line in lines.items() if in_centre(place)]
+    assert "25 calibration lines have 1 channels, the scan 2: they were not used" in gathered(header, [*one_coil, *lines.values()]).warnings
+
+
+def test_the_first_calibration_line_of_other_coils_does_not_decide(scan_with):
+    header, lines = scan_with("separate")
+    calibration = [flagged(line, ONLY) for place, line in lines.items() if in_centre(place)]
+    scan = gathered(header, [flagged(calibration[0], ONLY, data=calibration[0].data[:1]), *calibration, *lines.values()])
+    assert int(scan.calibration[1].sum()) >= 24 and scan.warnings[0].startswith("2 calibration lines had another number of channels")
+
+
+def test_what_was_assumed_of_an_external_encoding_is_told(scan_with):
+    header, lines = scan_with("external")
+    other = copy.deepcopy(header.encoding[0])
+    other.encodingLimits.kspace_encoding_step_1.center = 900
+    header.encoding.append(other)
+    scan = gathered(header, [*(flagged(line, ONLY, encoding_space_ref=1) for line in lines.values()), *lines.values()])
+    assert scan.warnings == ["of the calibration, the header's centre 900 of kspace_encoding_step_1 lies outside 0 to 12: 6 assumed"]
+
+
+@pytest.mark.parametrize("value,said", [(float("nan"), "hold NaN, infinity or numbers too large to square"), (0.0, "hold nothing but zeros")])
+def test_calibration_of_no_use_leaves_the_image_its_own_centre(scan_with, value, said):
+    header, lines = scan_with("separate")
+    calibration = [flagged(line, ONLY, data=line.data * value) for place, line in lines.items() if in_centre(place)]
+    options = make_options({"method": "cg", "device": "cpu", "output": "float32"})
+    (image,) = reconstruct(header, [*calibration, *lines.values()], None, options)
+    (expected,) = reconstruct(header, list(lines.values()), None, options)
+    assert (image.data == expected.data).all() and f"the calibration lines {said} and were left out" in image.meta["ImageComment"]

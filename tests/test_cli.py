@@ -78,7 +78,7 @@ def test_recon_writes_what_there_is_and_names_what_failed(tmp_path, capsys):
     code, out, err = run(capsys, *arguments)
     first, last = read_images(tmp_path / "i.h5")
     assert code == 1 and (first.repetition, last.repetition) == (0, 2) and json.loads(out.splitlines()[-1])["images"] == 2
-    assert err == "slicediff: volume 2 (repetition 1): the k-space holds NaN or infinity; the scan cannot be reconstructed (2 images were written)\n"
+    assert err == "slicediff: volume 2 (repetition 1): the k-space holds NaN, infinity or numbers too large to square; the scan cannot be reconstructed (2 images were written)\n"
     assert sorted(path.name for path in (tmp_path / "nii").iterdir()) == ["series2_001.nii.gz", "series2_003.nii.gz"] and (tmp_path / "x.png").stat().st_size > 1000
     np.testing.assert_array_equal(np.asarray(nibabel.load(tmp_path / "nii" / "series2_003.nii.gz").dataobj).T, last.data[0])
 

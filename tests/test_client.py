@@ -14,7 +14,7 @@ from conftest import line_like, load_small_scan
 from peers import GadgetronPeer
 
 from gadgets.cli import main
-from gadgets.client import SendError, send_scan
+from gadgets.client import SendError, send_scan, _Pace
 from gadgets.files import ScanFile, ScanWriter
 from gadgets.protocol import SimulateOptions
 
@@ -90,6 +90,12 @@ def test_realtime_keeps_the_scanners_pace(scan_path):
     wanted = 0.0075 * np.arange(len(times))
     assert abs((times[-1] - times[0]) - wanted[-1]) < 0.15
     assert counts[:3] == [1, 2, 3] and counts[-1] == 106
+
+
+def test_a_time_stamp_of_another_day_holds_nothing_up():
+    pace = _Pace()
+    waits = [pace.seconds_until(stamp) for stamp in (1000, 1400, 4_000_000_000, 1800, 0, 2200)]
+    assert waits[:3] == pytest.approx([0, 1, 1], abs=0.1) and waits[3:] == pytest.approx([1, 0, 2], abs=0.1)
 
 
 @pytest.mark.parametrize("answers,expect,message", [

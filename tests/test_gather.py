@@ -8,9 +8,13 @@ import pytest
 import torch
 from conftest import gathered, line_like, load_small_scan, run_chain
 
+from gadgets.failure import ReconError
+from gadgets.flags import NOISE_BIT
 from gadgets.gather import gather
 from gadgets.geometry import ScanError, read_geometry
+from gadgets.options import make_options
 from gadgets.protocol import SimulateOptions
+from gadgets.recon import reconstruct
 
 
 def test_full_scan_is_complete_and_clean(full):
@@ -128,7 +132,7 @@ def test_a_line_without_its_echo_is_counted_and_told(full):
     header, lines, _ = full
     scan = gathered(header, [line_like(lines[0], center_sample=999), line_like(lines[1], discard_post=90), *lines[2:]])
     assert int(scan.counts.sum()) == len(lines) - 2
-    assert any(w.startswith("2 lines had another number of channels, no samples or no echo") for w in scan.warnings)
+    assert any(w.startswith("2 lines had another number of channels or samples than most, no samples or no echo") for w in scan.warnings)
 
 
 @pytest.mark.parametrize("matrix,samples", [(11, 22), (13, 13), (12, 15), (9, 24)])
@@ -163,9 +167,10 @@ def test_volumes_are_kept_apart(full, counter):
     assert getattr(second.head.idx, counter) == 1
 
 
-@pytest.mark.parametrize("block", [1, 13, 60])
-def test_interleaved_repetitions_give_one_volume_each(full, block):
-    header, lines, _ = full
+@pytest.mark.parametrize("times,block", [(1, 1), (1, 13), (1, 60), (4, 130), (4, 260)])
+def test_interleaved_repetitions_give_one_volume_each(tmp_path, times, block):
+    """Blocks of any size: a segment of a repetition that is not complete looks like a whole one."""
+    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=2, pattern="full", snr=1e5, noise_lines=0), (10 * times, 13, 12))
     plain = [line_like(line, flags=0) for line in lines]
     others = [line_like(line, 2 * line.data, repetition=1) for line in plain]
     first, second = gather(header, [line for n in range(0, len(lines), block) for line in plain[n : n + block] + others[n : n + block]])
@@ -193,6 +198,14 @@ def test_repetitions_inside_of_another_counter_are_whole(full, counter):
         torch.testing.assert_close(scan.kspace, (1 + idx.repetition + 3 * getattr(idx, counter)) * gathered(header, lines).kspace)
     assert sorted(key for key, _ in whole) == volumes
     assert all(when < 2.1 for key, when in whole if key == (0, 0)) and all(when < 5.1 for key, when in whole if key == (1, 0))
+
+
+def test_averages_outside_of_repetitions_are_waited_for_where_the_header_announces_them(tmp_path):
+    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=1, pattern="full", snr=1e5, noise_lines=0), (20, 13, 12))
+    header.encoding[0].encodingLimits.average = ismrmrd.xsd.limitType(minimum=0, maximum=1, center=0)
+    loops = [(average, repetition) for average in (0, 1) for repetition in (0, 1)]
+    scans = list(gather(header, [line_like(line, flags=0, average=average, repetition=repetition) for average, repetition in loops for line in lines]))
+    assert [scan.head.idx.repetition for scan in scans] == [0, 1] and all(bool((scan.counts == 2).all()) for scan in scans)
 
 
 def test_a_line_that_comes_after_its_volume_was_handed_out_is_told(full):
@@ -238,7 +251,63 @@ def test_lines_that_do_not_fit_are_counted_and_told(full):
     scan = gathered(header, [*lines, lost, odd])
     assert bool((scan.counts == 1).all())
     assert any(w.startswith("1 lines lay outside") for w in scan.warnings)
-    assert any(w.startswith("1 lines had another number of channels") for w in scan.warnings)
+    assert any(w.startswith("1 lines had another number of channels or samples") for w in scan.warnings)
+
+
+def removed(line):
+    """A line whose 2-fold oversampling was removed."""
+    image = np.fft.fftshift(np.fft.ifft(np.fft.ifftshift(line.data, axes=1), axis=1), axes=1)[:, 6:18]
+    return line_like(line, np.fft.fftshift(np.fft.fft(np.fft.ifftshift(image, axes=1), axis=1), axes=1) * 2**0.5, center_sample=6)
+
+
+@pytest.mark.parametrize("upstream,samples", [(False, 48), (True, 24), (True, 14)])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_line_of_another_length_does_not_decide_for_the_others(full, upstream, samples, first):
+    """Oversampled lines and one of twice their samples; lines without oversampling and one that has it."""
+    header, lines, _ = full
+    lines = [removed(line) for line in lines] if upstream else lines
+    odd = line_like(lines[20], 1e3 * np.ones((2, samples)), center_sample=samples // 2)
+    expected, scan = gathered(header, lines), gathered(header, [odd, *lines] if first else [*lines[:40], odd, *lines[40:]])
+    came = scan.counts > 0
+    assert bool((scan.counts <= 1).all()) and int(scan.counts.sum()) >= len(lines) - 2 * first
+    torch.testing.assert_close(scan.kspace[:, came], expected.kspace[:, came])
+    assert f"{1 + len(lines) - int(scan.counts.sum())} lines had another number of channels or samples than most" in scan.warnings[0]
+
+
+def test_contrasts_have_readouts_of_their_own(full):
+    """Twice the samples in one contrast change nothing in the other; half of them are a lower resolution, also where they come first."""
+    header, lines, _ = full
+    long = [line_like(line, np.repeat(line.data, 2, axis=1), contrast=1, center_sample=24) for line in lines]
+    scans = list(gather(header, [line for pair in zip(long, lines) for line in pair]))
+    torch.testing.assert_close(scans[0].kspace, gathered(header, lines).kspace)
+    assert scans[0].warnings == [] and "2-fold readout oversampling was assumed" in scans[1].warnings[0]
+    short = [line_like(line, line.data[:, 6:18], contrast=1, center_sample=6) for line in lines]
+    padded = [line_like(line, np.pad(line.data[:, 6:18], ((0, 0), (6, 6)))) for line in lines]
+    for scans in (list(gather(header, [*lines, *short])), list(gather(header, [line for pair in zip(lines, short) for line in pair]))):
+        torch.testing.assert_close(scans[1].kspace, gathered(header, padded).kspace)
+    early = list(gather(header, [*short, *lines]))
+    assert "taken for removed" in early[1].warnings[0] and early[0].warnings == []
+
+
+def test_lines_shorter_than_without_oversampling_are_told(full):
+    header, lines, _ = full
+    scan = gathered(header, [line_like(line, line.data[:, 8:16], center_sample=4) for line in lines])
+    assert scan.warnings == [f"{len(lines)} lines have 8 samples, the matrix of the header 24: their oversampling was taken for removed"]
+
+
+def test_discarded_samples_show_that_the_oversampling_is_there(full):
+    """Half of each line is discarded: what is left is as long as a line without oversampling."""
+    header, lines, _ = full
+    cut = [line_like(line, discard_pre=6, discard_post=6) for line in lines]
+    zeroed = [line_like(line, np.pad(line.data[:, 6:18], ((0, 0), (6, 6)))) for line in lines]
+    torch.testing.assert_close(gathered(header, cut).kspace, gathered(header, zeroed).kspace)
+
+
+def test_noise_lines_without_a_flag_do_not_decide(full):
+    header, lines, _ = full
+    noise = [line_like(lines[0], 1e3 * np.ones((2, 100)), center_sample=50) for _ in range(16)]
+    scan = gathered(header, [*noise, *lines])
+    assert int(scan.counts.sum()) >= len(lines) - 1 and scan.warnings[0].startswith("17 lines had another number of channels or samples")
 
 
 def test_first_lines_of_other_coils_do_not_decide(full):
@@ -246,7 +315,7 @@ def test_first_lines_of_other_coils_do_not_decide(full):
     header, lines, _ = full
     scan = gathered(header, [line_like(lines[0], lines[0].data[:1]), *lines])
     assert scan.kspace.shape[0] == 2 and int(scan.counts.sum()) == len(lines) - 1
-    assert any(w.startswith("2 lines had another number of channels") for w in scan.warnings)
+    assert any(w.startswith("2 lines had another number of channels or samples") for w in scan.warnings)
     odd = gathered(header, [*lines[:40], *(line_like(line, line.data[:1]) for line in lines[:39]), *lines[40:]])
     assert odd.kspace.shape[0] == 2 and int(odd.counts.sum()) == len(lines)
 
@@ -404,6 +473,55 @@ def test_memory_is_one_array(tmp_path):
     peak = tracemalloc.get_traced_memory()[1] - before
     tracemalloc.stop()
     assert peak <= 1.3 * scan.kspace.numel() * 8
+
+
+@pytest.mark.parametrize("changes,said", [
+    ({"center_sample": 500}, "130 lines had another number of channels or samples than most, no samples or no echo"),
+    ({"kspace_encode_step_2": 900}, "130 lines lay outside the encoded matrix"),
+    ({"discard_pre": 500}, "130 lines had another number"),
+])  # fmt: skip
+def test_a_volume_none_of_whose_lines_can_be_used_is_told(full, changes, said):
+    header, lines, _ = full
+    images, lost = [], [line_like(line, contrast=1, **changes) for line in lines]
+    with pytest.raises(ReconError, match=rf"volume 2 \(contrast 1\): none of its lines could be used; {said}"):
+        for image in reconstruct(header, [*lines, *lost], None, make_options({"method": "cg", "device": "cpu"})):
+            images.append(image.contrast)
+    assert images == [0]
+    with pytest.raises(ReconError, match=f"^none of its lines could be used; {said}"):
+        list(reconstruct(header, lost, None, make_options({"method": "cg", "device": "cpu"})))
+
+
+@pytest.mark.parametrize("counter", ["contrast", "repetition", "average"])
+def test_a_line_without_channels_takes_no_volume_with_it(full, counter):
+    header, lines, _ = full
+    empty = line_like(lines[0], np.zeros((0, 24)), **{counter: 1})
+    scan = gathered(header, [*lines, empty])
+    assert bool((scan.counts == 1).all()) and "1 lines without channels were left out" in scan.warnings
+    with pytest.raises(ScanError, match=r"no imaging line \(3 lines without channels came\)"):
+        list(gather(header, [empty] * 3))
+
+
+def test_what_noise_lines_discard_is_no_noise(tmp_path):
+    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=2, pattern="full", noise_lines=4))
+    plain = gathered(header, lines).noise
+    padded = [line_like(line, np.pad(line.data, ((0, 0), (7, 5)), constant_values=1e6), discard_pre=7, discard_post=5) if line.flags & NOISE_BIT else line for line in lines]
+    torch.testing.assert_close(gathered(header, padded).noise, plain)
+
+
+@pytest.mark.parametrize("dwell", [0.0, float("nan"), float("inf")])
+def test_a_dwell_time_that_makes_no_sense_is_no_dwell_time(tmp_path, dwell):
+    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=2, pattern="full", noise_lines=4))
+    plain, scan = gathered(header, lines), gathered(header, [line_like(line, sample_time_us=dwell) for line in lines])
+    assert torch.isfinite(torch.view_as_real(scan.noise)).all() and scan.brightness == plain.brightness == 1
+
+
+def test_contrasts_of_another_dwell_time_keep_their_brightness(tmp_path):
+    """The same samples, said to be read twice as slowly, are less noisy, not brighter."""
+    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=2, pattern="full", snr=50, noise_lines=8))
+    slow = [line_like(line, contrast=1, sample_time_us=2 * line.sample_time_us) for line in lines if not line.flags & NOISE_BIT]
+    first, second = reconstruct(header, [*lines, *slow], None, make_options({"method": "cg", "device": "cpu", "output": "float32"}))
+    bright = first.data > 0.5 * first.data.max()
+    assert second.data[bright].mean() == pytest.approx(first.data[bright].mean(), rel=0.02)
 
 
 def test_nothing_to_reconstruct_is_an_error(full):

@@ -208,6 +208,21 @@ def test_timing_and_protocol_reach_the_attributes(scan_path):
     assert meta["SeriesDescription"] == "t1 ? name"
 
 
+def test_the_inversion_times_of_sets_are_told(full):
+    """MP2RAGE: two inversions are two sets of one contrast."""
+    header, lines, _ = full
+    header.sequenceParameters = ismrmrd.xsd.sequenceParametersType(TI=[700.0, 2500.0])
+    images = reconstruct(header, [*lines, *(line_like(line, set=1) for line in lines)], None, make_options({"method": "zero-filled", "device": "cpu"}))
+    assert [image.meta["InversionTime"] for image in images] == ["700", "2500"]
+
+
+def test_lines_without_a_finite_position_are_told(full):
+    header, lines, _ = full
+    (image,) = reconstruct(header, [line_like(line, position=(float("nan"), 0.0, 1.0)) for line in lines], None, make_options({"method": "zero-filled", "device": "cpu"}))
+    assert "no finite position: the centre of the magnet assumed" in image.meta["ImageComment"]
+    assert tuple(image.position) == (0.0, 0.0, 0.0)
+
+
 def test_partitions_of_slabs_have_slice_numbers_of_their_own():
     scan = a_scan()
     scan.head.idx.slice = 2

@@ -6,6 +6,7 @@ import socket
 import struct
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import run_chain
@@ -13,11 +14,12 @@ from peers import ClientPeer, GadgetronPeer, run_execute, same_images
 
 from gadgets.cli import main
 from gadgets.client import SendError, send_scan
+from gadgets.conversation import Host, Intake
 from gadgets.external import answer_gadgetron
 from gadgets.files import ScanFile, read_images
 from gadgets.server import Server
 from gadgets.solve import load_prior_for
-from gadgets.wire import IMAGE, Wire
+from gadgets.wire import ACQUISITION, ERROR, HEADER, IMAGE, QUERY, TEXT, Wire
 from recon_core.prior import PriorError, save_prior
 
 FAST = {"sweeps": 2, "device": "cpu"}
@@ -72,6 +74,30 @@ def test_client_gets_the_same_images(server, scan_path, expected):
     images, texts = client(server, scan_path)
     assert same_images(images, expected)
     assert any("k-space gathered" in t for t in texts)
+
+
+class Listed(Host):
+    """A host with an answer."""
+
+    def answer(self, question):
+        return f"answer to {question}"
+
+
+def test_what_comes_in_the_middle_of_a_scan(full):
+    """A question is answered; an error or another header ends the scan, which is told."""
+    header, lines, _ = full
+    sent = []
+
+    def intake(*messages):
+        wire = SimpleNamespace(messages=lambda: iter(messages), send_response=lambda *reply: sent.append(reply))
+        return Intake(wire, Listed(), None)
+
+    line = (ACQUISITION, lines[0])
+    asked = intake((HEADER, "again"), line, (QUERY, (7, "who?")), (TEXT, "hello"), line)
+    assert len(list(asked)) == 2 and sent == [(7, "answer to who?")] and asked.cut == ""
+    for message, said in (((ERROR, "no more gradients"), "the peer told of an error: no more gradients"), ((HEADER, "next"), "a second header came before the scan was closed")):
+        broken = intake(line, line, message, line)
+        assert len(list(broken)) == 2 and broken.cut.startswith(said)
 
 
 def test_our_own_client_gets_the_same_images(server, scan_path, expected):

@@ -18,7 +18,7 @@ from gadgets.files import ScanFile
 from gadgets.gather import gather
 from gadgets.keep import FailedScans
 from gadgets.protocol import SimulateOptions
-from gadgets.recon_data import ReconData, ReconDataError, ReconDataReader
+from gadgets.recon_data import ReconBuffer, ReconData, ReconDataError, ReconDataReader
 from gadgets.server import Server
 from gadgets.wire import RECON_DATA, Wire, WireError
 
@@ -117,6 +117,18 @@ def test_reference_lines(full, mode):
     assert (found.calibration is None) == (mode == "embedded")
     if found.calibration is not None:
         assert torch.equal(found.calibration[0], expected.calibration[0])
+
+
+def test_a_buffer_that_contradicts_itself_cannot_be_recorded_and_harms_nobody(full, tmp_path):
+    header, lines, _ = full
+    message = parsed(recon_data(header, lines))
+    message.bits[0].reference = ReconBuffer(*vars(message.bits[0].data).values())
+    message.bits[0].reference.headers = message.bits[0].reference.headers[..., :3]
+    recording = FailedScans(tmp_path).record(b"<header/>")
+    recording.add(message)
+    assert recording.lines == len(lines)
+    recording.drop()
+    assert any(note.startswith("reference lines were left out") for note in gathered(header, [message]).warnings)
 
 
 @pytest.mark.parametrize("payload,message", [

@@ -75,7 +75,7 @@ def nan_samples(bench: Bench) -> str:
 @case("lines without coils: no image, a sentence")
 def zero_coils(bench: Bench) -> str:
     line = ismrmrd.Acquisition.from_array(np.zeros((0, 44), np.complex64))
-    return refused(bench.scan([p.acquisition(line)] * 3), "no coil")
+    return refused(bench.scan([p.acquisition(line)] * 3), "without channels")
 
 
 @case("a scan of one line: no image or one with a warning, and no crash")

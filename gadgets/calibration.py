@@ -1,0 +1,110 @@
+"""Lines for coil maps alone: which volumes they serve."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import ismrmrd
+
+from .geometry import Geometry, ScanError, read_geometry
+from .readout import Readout
+from .volume import Grid
+
+Place = tuple[int, int, int, int]  # slice, contrast, set, phase
+
+
+class Calibrations:
+    """Calibration lines by slice (slab), contrast, set and phase; each repetition keeps its own until its volumes were handed out.
+
+    Args:
+        header: with the encodings that calibration may have of its own.
+        image: geometry of the image.
+        readout: of the image's lines.
+    """
+
+    def __init__(self, header: ismrmrd.xsd.ismrmrdHeader, image: Geometry, readout: Readout):
+        self.header, self.image = header, image
+        self.encodings: dict[int, tuple[Geometry, Readout] | None] = {0: (image, readout)}
+        self.grids: dict[Place, dict[int, Grid]] = {}
+        self.unsure: list[tuple[ismrmrd.Acquisition, tuple[int, ...]]] = []  # before the image's first line
+        self.oversampling: dict[int, int] = {}  # of the image's lines, by contrast
+        self.notes: list[str] = []
+        self.foreign = 0
+
+    def add(self, line: ismrmrd.Acquisition, key: tuple[int, ...]) -> None:
+        """Add a line of volume `key`; a short one waits for the image's first line, which shows whether both are oversampled."""
+        own = self._encoding(line.encoding_space_ref)
+        if own is None:
+            self.foreign += 1
+            return
+        oversampling = own[1].oversampling(line)
+        if own[0] is self.image and oversampling == 0 and not self.oversampling:
+            self.unsure.append((line, key))
+            return
+        grid = self._grid(key, line.active_channels)
+        where = grid.place(line, own[0], self.image)
+        if where is not None:
+            its = max(oversampling, self._of_image(key[1])) if own[0] is self.image else oversampling
+            grid.add(line, where, own[1], its)
+
+    def image_has(self, contrast: int, oversampling: int) -> None:
+        """Be told the oversampling of the image's lines."""
+        self.oversampling[contrast] = oversampling
+        waiting, self.unsure = self.unsure, []
+        for line, key in waiting:
+            self.add(line, key)
+
+    def of(self, key: tuple[int, ...], coils: int) -> tuple[Grid | None, list[str]]:
+        """Calibration lines of volume `key`, and what the user should know.
+
+        They are the newest that came for its repetition or before, of its own contrast, set and phase or else of others of its slice.
+        """
+        here = [(place, repetition, grid) for place, grids in self.grids.items() if place[0] == key[0] for repetition, grid in grids.items() if grid.counts.any()]
+        fitting = [found for found in here if len(found[2].kspace) == coils]
+        remarks = list(self.notes)
+        if fitting:
+            place, repetition, grid = min(fitting, key=lambda found: (found[1] > key[2], found[0] != _place(key), abs(found[1] - key[2]), found[0]))
+            return grid, remarks
+        channels = Counter({len(grid.kspace): 0 for _, _, grid in here})
+        for _, _, grid in here:
+            channels[len(grid.kspace)] += grid.lines
+        remarks += [f"{count} calibration lines have {other} channels, the scan {coils}: they were not used" for other, count in channels.items()]
+        if not here and self.grids:
+            remarks.append("the calibration lines are of other slabs: none is of use here")
+        return None, remarks
+
+    def forget(self, before: int) -> None:
+        """Let go what served repetitions below `before` alone: the newest of them may serve later ones too."""
+        for grids in self.grids.values():
+            for repetition in sorted(repetition for repetition in grids if repetition < before)[:-1]:
+                del grids[repetition]
+
+    def _grid(self, key: tuple[int, ...], coils: int) -> Grid:
+        """Where a line goes; begun again once most lines have another number of channels."""
+        grids = self.grids.setdefault(_place(key), {})
+        grid = grids.get(key[2])
+        if grid is None or (len(grid.kspace) != coils and grid.unfit >= grid.lines):
+            unfit = grid.unfit + grid.lines if grid else 0
+            grid = grids[key[2]] = Grid(self.image, coils)
+            grid.unfit = unfit
+        return grid
+
+    def _of_image(self, contrast: int) -> int:
+        """Oversampling of the image's lines of this contrast, or of any; 0 if none came."""
+        return self.oversampling.get(contrast, next(iter(self.oversampling.values()), 0))
+
+    def _encoding(self, number: int) -> tuple[Geometry, Readout] | None:
+        """Geometry and readout of an encoding whose phase encodes fit the image's, else None."""
+        if number not in self.encodings:
+            try:
+                own = read_geometry(self.header, number)
+                fits = all(abs(a / b - 1) < 0.01 for a, b in zip(own.encoded_fov_mm[1:], self.image.encoded_fov_mm[1:]))
+                self.encodings[number] = (own, Readout(self.image, own)) if fits else None
+                self.notes += [f"of the calibration, {note}" for note in own.warnings] if fits else []
+            except (ScanError, IndexError):
+                self.encodings[number] = None
+        return self.encodings[number]
+
+
+def _place(key: tuple[int, ...]) -> Place:
+    return (key[0], key[1], key[3], key[4])
