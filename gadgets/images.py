@@ -6,7 +6,6 @@ FFT grid, which is also where the acquisition headers put it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import ismrmrd
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 
 from recon_core.fft import resample
+from recon_core.scale import evenly
 
 from .geometry import Geometry
 from .options import Options
@@ -95,22 +95,16 @@ def to_pixels(volume: torch.Tensor, output: str, scale: float | None = None) -> 
     if output == "float32":
         return magnitude.cpu().numpy(), 1.0, 0
     if scale is None:
-        scale = FULL_SCALE * 2 / 3 / (float(np.percentile(_some(magnitude).cpu(), 99.9)) or 1.0)
+        scale = FULL_SCALE * 2 / 3 / (float(np.percentile(evenly(magnitude, SAMPLED).cpu(), 99.9)) or 1.0)
     scaled = magnitude.mul_(scale).round_()
     saturated = int((scaled > FULL_SCALE).sum())
     return scaled.clamp_(max=FULL_SCALE).to(torch.int16).cpu().numpy().view(np.uint16), scale, saturated
 
 
-def _some(values):
-    """At most SAMPLED of the values [any shape] of a tensor or array, evenly spread: for the percentiles of all of them."""
-    step = -(-math.prod(values.shape) // SAMPLED) | 1  # odd: not in step with the rows
-    return values.reshape(-1)[::step]
-
-
 def make_meta(scan: Scan, frame: Frame, pixels: np.ndarray, scale: float, name: str, comment: str, header) -> dict:
     """Meta attributes in Gadgetron's and in FIRE's words, ASCII only."""
     geometry, protocol = scan.geometry, getattr(header.measurementInformation, "protocolName", None) or ""
-    top = float(np.percentile(np.abs(_some(pixels)), 99.5))
+    top = float(np.percentile(np.abs(evenly(pixels, SAMPLED)), 99.5))
     window = {"Center": str(max(1, round(top / 2))), "Width": str(max(1, round(top)))}
     history = ["Gadgetron", "SliceDiffusion", _ascii(name)]
     read, phase, slices = ([f"{v:.18f}" for v in row] for row in frame.directions)

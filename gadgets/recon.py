@@ -96,6 +96,7 @@ def _look(scan: Scan, options: Options, device: torch.device, report: Report, lo
     preview = cg_sense(measurement)
     excess = measurement.excess_noise(preview)
     if excess > 1 and louder == 1:
+        del measurement, preview  # or two of them would be held at a time
         return _look(scan, options, device, report, excess)
     measurement.warnings += doubts(measurement, preview)
     report("preview", {"warnings": measurement.warnings})

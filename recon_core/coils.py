@@ -149,7 +149,7 @@ def low_resolution_maps(kspace: Tensor, mask: Tensor) -> Tensor:
     window = [torch.hann_window(n + 2, periodic=False, device=kspace.device)[1:-1] ** 4 for n in mask.shape]
     smooth = kspace * (window[0][:, None] * window[1] * (mask > 0))[..., None]
     images = ifft(smooth, (1, 2))
-    return images.div_(images.norm(dim=0).clamp_min(1e-12))
+    return images.div_(images.norm(dim=0).clamp_min(torch.finfo(torch.float32).tiny))
 
 
 def _signal_patches(acs: Tensor, sides: list[int], sigma: float) -> Tensor:

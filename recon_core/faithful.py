@@ -4,7 +4,7 @@ Adam on the voxels, or on another representation of the volume (arXiv 2412.18584
 gradient of the data term that of a truncated diffusion objective on random slabs of all three orientations, every
 slice noised at a random level of its own. The network's Jacobian is replaced by the identity ("stabilised"), which leaves x - D(x + s n) as the direction;
 the weight of a slice is its own, s (Mardani et al., arXiv 2305.04391), so that a slice at s pulls with
-1 / sqrt(1 + s^2). A prior in function space (neural_operator.py) is told the voxels and given smooth noise.
+1 / sqrt(1 + s^2), s in the published units. A prior in function space (neural_operator.py) is told the voxels and given smooth noise.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .measurement import Measurement
+from .measurement import Measurement, inner
 from .prior import Prior
 from .representation import Grid, Representation
 from .slices import Denoiser, complex_noise, denoise_planes, usable_axes
@@ -94,7 +94,7 @@ def prior_mesh(measurement: Measurement, config: FaithfulConfig) -> tuple[int, i
 def data_gradient(measurement: Measurement, volume: Tensor, target: Tensor, energy: float) -> tuple[float, Tensor]:
     """||A x - y||^2 / 2 and its gradient A^H A x - A^H y for x [z y x]; target is A^H y, energy ||y||^2."""
     mapped = measurement.operator.normal(volume)
-    return 0.5 * energy + float((volume.conj() * (0.5 * mapped - target)).real.double().sum()), mapped - target
+    return 0.5 * (energy + inner(volume, mapped - 2 * target)), mapped - target
 
 
 def prior_gradient(volume: Tensor, voxel_mm: Sequence[float], prior: Denoiser, config: FaithfulConfig, random: torch.Generator) -> tuple[float, Tensor, int]:
@@ -120,10 +120,10 @@ def on_voxels(prior: Denoiser, voxel_mm: tuple[float, float]) -> tuple[Denoiser,
 
 
 def slice_gradient(planes: Tensor, prior: Denoiser, noise: Callable[[Tensor], Tensor], sigma: Tensor, random: torch.Generator) -> tuple[Tensor, float]:
-    """(x - D(x + s n)) / sqrt(1 + s^2) for complex planes [slices h w] with s [slices], and the objective's value; n is `noise` of white noise."""
+    """(x - D(x + s n)) / sqrt(1 + (s / RMS)^2) for complex planes [slices h w] with s [slices], and the objective's value; n is `noise` of white noise."""
     s = sigma.to(planes.device)[:, None, None]
     difference = planes - denoise_planes(planes + s * noise(complex_noise(planes, random)), prior, s[:, 0, 0])
-    return difference / torch.sqrt(1 + s**2), float(0.5 * (difference.abs().square() / s).double().sum())
+    return difference / torch.sqrt(1 + (s / RMS) ** 2), float(0.5 * (difference.abs().square() / s).double().sum())
 
 
 def random_slabs(length: int, config: FaithfulConfig, random: torch.Generator) -> Tensor:

@@ -33,7 +33,8 @@ class Gaussians(Representation):
         random = torch.Generator().manual_seed(seed)
         weight = start.abs().clamp_max(1).flatten().cpu()
         count = max(1, math.ceil(SHARE * int((weight > EMPTY).sum())))
-        chosen = torch.multinomial(weight + 1e-6, min(count, weight.numel()), generator=random)
+        luck = -torch.log(-torch.log(torch.rand(weight.shape, generator=random).clamp(1e-12, 1 - 1e-7)))
+        chosen = torch.topk(torch.log(weight + 1e-6) + luck, min(count, weight.numel())).indices  # by weight without replacement (Gumbel); multinomial takes no more than 2^24
         places = torch.stack(torch.unravel_index(chosen, self.shape), -1).float()
         spacing = SHARE ** (-1 / 3)
         width = WIDTH * spacing

@@ -13,7 +13,7 @@ from torch import Tensor
 from .coils import MIN_ACS, compression_matrix, cut_acs, estimate_coil_maps, find_acs, in_phase, low_resolution_maps, widened
 from .fft import centre_crop_or_pad, ifft
 from .noise import whiten
-from .scale import intensity_scale
+from .scale import evenly, intensity_scale
 from .sense import Sense
 from .slices import usable_axes
 
@@ -56,14 +56,15 @@ class Measurement:
         lines = (self.lines if there is None else self.lines[..., there]) * chosen[..., None].to(self.lines.device)
         operator = self.operator.with_mask(weights) if there is None else Sense(self.operator.coil_maps()[..., there], weights, self.operator.device)
         samples = int((weights > 0).sum()) * len(lines) * lines.shape[-1]
-        return replace(self, operator=operator, adjoint=operator.adjoint(lines), energy=float(lines.abs().double().square().sum()), samples=samples, lines=lines)
+        return replace(self, operator=operator, adjoint=operator.adjoint(lines), energy=energy_of(lines), samples=samples, lines=lines)
 
     def misfit(self, volume: Tensor) -> float:
         """Root of ||A x - y||^2 / samples over sigma sqrt(2): 1 when x explains y to the noise."""
-        cross = 2 * torch.vdot(self.adjoint.flatten(), volume.flatten()).real
-        model = torch.vdot(volume.flatten(), self.operator.normal(volume).flatten()).real
-        residual = max(0.0, self.energy - float(cross) + float(model))
-        return (residual / (2 * self.samples)) ** 0.5 / self.sigma
+        return (max(0.0, self.residual(volume)) / (2 * self.samples)) ** 0.5 / self.sigma
+
+    def residual(self, volume: Tensor) -> float:
+        """||A x - y||^2 = ||y||^2 + Re x^H (A^H A x - 2 A^H y), of which little is left: summed in double precision."""
+        return self.energy + inner(volume, self.operator.normal(volume) - 2 * self.adjoint)
 
     def noise_level(self, image: Tensor) -> float:
         """Noise of y per real part; where it was estimated, no more than what `image` [z y x] leaves unexplained.
@@ -113,7 +114,7 @@ def measure(
         voxel_mm: voxel size of the encoded grid along z, y, x.
         noise: [coils samples] noise samples, if there were noise lines.
         calibration: separate calibration (kspace, counts) on the same grid, if there was one.
-        coils: at most this many virtual coils.
+        coils: at most this many virtual coils, where lines of the k-space centre tell which.
         device: where to compute.
         phase_reference: [coils] the combination of coils whose maps are to be real: the first row of another volume's
             `mixing`, for phases that can be compared with that volume's; otherwise that of this one.
@@ -121,7 +122,7 @@ def measure(
         keep_lines: keep `lines` of volumes too, for an estimate of the error (jackknife.py).
 
     Raises:
-        ValueError: if nothing was acquired, the k-space centre is missing, or samples are not finite.
+        ValueError: if nothing was acquired, or samples are not finite.
     """
     if not bool(counts.any()):
         raise ValueError("no imaging line was acquired: nothing to reconstruct")
@@ -132,7 +133,8 @@ def measure(
     most = float(trusted.max())
     mask = (trusted / most).sqrt()
     factor = mask / counts.clamp_min(1)
-    reference, lines, reference_factor = (kspace, counts, factor) if calibration is None else (*calibration, 1 / calibration[1].clamp_min(1))
+    reference, lines = (kspace, counts) if calibration is None else calibration
+    reference_factor = 1 / lines.clamp_min(1)  # not `factor`: weights would blur the relations between neighbours that maps are made of
     whitened = whiten(kspace, mask, factor, most, noise, louder)
     mixing, warnings = whitened.matrix, [*of_no_use, *whitened.warnings]
     acs, acs_size, averaged = _calibration_block(reference, lines, reference_factor, mixing)
@@ -141,16 +143,26 @@ def measure(
         mixing, acs = compression @ mixing, _mix(compression, acs)
     home = _home(mixing.shape[0], kspace.shape[1:], torch.device(device), warnings, WORK_ARRAYS + KEPT_ARRAYS * keep_lines)
     data = _mix_lines(mixing, kspace, factor, home)
-    wide = lambda: data if calibration is None else _mix_lines(mixing, reference, reference_factor * (lines > 0), home)  # noqa: E731
+    wide = lambda: _mix_lines(mixing, reference, reference_factor * (lines > 0), home)  # noqa: E731
     maps, support = _maps(acs.to(device), whitened.sigma * averaged, acs_size, (len(mixing), *kspace.shape[1:]), wide, lines.to(home), home, warnings)
     if phase_reference is not None and len(mixing) > 1 and not torch.equal(phase_reference, mixing[0]):
         maps = in_phase(maps, mixing, phase_reference)
     operator = Sense(maps.mul_(support), mask, device)
     samples = int((mask > 0).sum()) * data.shape[0] * data.shape[-1]
-    energy = sum(torch.stack([torch.view_as_real(plane).double().square().sum() for plane in data.unbind(1)]).tolist())
     sigma, shown = (level / most**0.5 for level in (whitened.sigma, whitened.shown))
     kept = data if keep_lines or len(usable_axes(operator.shape)) == 1 else None
-    return Measurement(operator, operator.adjoint(data), energy, samples, sigma, voxel_mm, acs_size, mixing, whitened.known, shown, warnings, kept)
+    return Measurement(operator, operator.adjoint(data), energy_of(data), samples, sigma, voxel_mm, acs_size, mixing, whitened.known, shown, warnings, kept)
+
+
+def inner(a: Tensor, b: Tensor) -> float:
+    """Real part of a^H b for [z y x], plane by plane in double precision: in single precision 10^7 products lose three digits."""
+    planes = zip(torch.view_as_real(a), torch.view_as_real(b))
+    return sum(torch.stack([(p * q).sum(dtype=torch.float64) for p, q in planes]).tolist())
+
+
+def energy_of(lines: Tensor) -> float:
+    """||y||^2 of lines [coils z y x], plane by plane in double precision."""
+    return sum(torch.stack([torch.view_as_real(plane).double().square().sum() for plane in lines.unbind(1)]).tolist())
 
 
 def _finite(kspace: Tensor, counts: Tensor) -> bool:
@@ -242,7 +254,7 @@ def _support(acs: Tensor, shape: tuple[int, int, int]) -> Tensor:
     for coil in acs * _window(acs):  # one by one, to hold one image and not all of them
         energy += centre_crop_or_pad(ifft(centre_crop_or_pad(coil, whole), (0, 1, 2)), shape).abs().square()
     blurred = energy.sqrt()
-    inside = blurred > 0.025 * torch.quantile(blurred.flatten()[:: max(1, blurred.numel() // 100000)], 0.99)
+    inside = blurred > 0.025 * torch.quantile(evenly(blurred, 100_000), 0.99)
     grow = [min(5, n if n % 2 else n - 1) for n in inside.shape]
     grown = F.max_pool3d(inside[None, None].float(), grow, stride=1, padding=[g // 2 for g in grow])
     return grown[0, 0]

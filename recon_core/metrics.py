@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .scale import evenly
+
 
 def object_mask(reference: Tensor, threshold: float = 0.1) -> Tensor:
     """Where the reference [z y x] is brighter than `threshold` of its 99th percentile."""
     magnitude = reference.abs().float()
-    flat = magnitude.flatten()
-    top = torch.quantile(flat[:: max(1, flat.numel() // 1000000)], 0.99)
-    return magnitude > threshold * top
+    return magnitude > threshold * torch.quantile(evenly(magnitude, 1_000_000), 0.99)
 
 
 def psnr(image: Tensor, reference: Tensor, mask: Tensor | None = None) -> float:

@@ -5,11 +5,13 @@ Everywhere sigma is the standard deviation of the real part and of the imaginary
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+FEW_LINES = 16  # of them the median is a poor measure
 ENOUGH_LINES = 1024  # for a median; all the lines of a large scan take seconds
 DEAD = 1e-3  # noise of a coil over that of the middle one below which it is not connected
 LOUD = 2.0  # estimated noise of a coil over that of the middle one above which it is turned down; or noise lines over the scan's own
@@ -104,7 +106,7 @@ def whitening_matrix(noise: Tensor) -> Tensor:
 def estimate_sigma(kspace: Tensor, mask: Tensor, factor: Tensor | None = None, mixing: Tensor | None = None) -> Tensor:
     """Noise level per coil [coils] as the scan itself shows it.
 
-    Median magnitude of the samples far from the k-space centre. It is high where fine detail still stands
+    Median magnitude (the mean, of few lines) of the samples far from the k-space centre. It is high where fine detail still stands
     out there (3 times too high at SNR 100), which costs little; too low would leave noise in the image, and
     air at the ends of the readout is too low a measure where the receiver's noise is not white.
 
@@ -125,5 +127,6 @@ def estimate_sigma(kspace: Tensor, mask: Tensor, factor: Tensor | None = None, m
     magnitude = lines.abs()
     if factor is not None:
         magnitude = magnitude * factor[z, y][:, None]
-    median = magnitude.median(dim=1).values if magnitude.shape[1] > 16 else magnitude.mean(dim=1)
-    return torch.quantile(median, 0.5, dim=1) / (2 * torch.log(torch.tensor(2.0))).sqrt()
+    few = magnitude.shape[1] <= FEW_LINES
+    middle = magnitude.mean(dim=1) / (math.pi / 2) ** 0.5 if few else magnitude.median(dim=1).values / (2 * math.log(2)) ** 0.5  # of Rayleigh's distribution
+    return torch.quantile(middle, 0.5, dim=1)

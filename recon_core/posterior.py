@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .cg import conjugate_gradient
@@ -91,5 +92,4 @@ class Variation:
         return torch.diff(x, dim=self.axis)
 
     def _adjoint(self, d: Tensor) -> Tensor:
-        edge = torch.zeros_like(d.narrow(self.axis, 0, 1))
-        return -torch.diff(torch.cat([edge, d, edge], self.axis), dim=self.axis)
+        return -torch.diff(F.pad(d, [0, 0] * (2 - self.axis) + [1, 1]), dim=self.axis)

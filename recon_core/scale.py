@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from .fft import kspace_crop
 
 SCALE_MM = 8.0
+
+
+def evenly(values, most: int):
+    """At most `most` of the values [any shape] of a tensor or array, evenly spread: for a percentile of all of them.
+
+    The step shares no factor with the shape, so that it never keeps step with the rows: one side of the volume would then stand for all of it.
+    """
+    step = -(-math.prod(values.shape) // most)
+    while math.gcd(step, math.prod(values.shape)) > 1:
+        step += 1
+    return values.reshape(-1)[::step]
 
 
 def intensity_scale(volume: Tensor, voxel_mm: tuple[float, float, float]) -> float:

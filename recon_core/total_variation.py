@@ -17,6 +17,7 @@ from .measurement import Measurement
 from .slices import Denoiser
 from .state import State
 
+TINY = torch.finfo(torch.float32).tiny
 PRIMAL, DUAL = 1.0, 0.5 / 12  # 1 / PRIMAL - 12 * DUAL >= 1 / 2
 
 
@@ -46,7 +47,7 @@ def reconstruct_total_variation(
         previous = x
         x = x - PRIMAL * (measurement.operator.normal(x) - target - divergence(dual))
         dual = dual + DUAL * gradient(2 * x - previous)
-        dual = dual / (dual.abs().square().sum(0).sqrt() / threshold).clamp_min(1)
+        dual = dual * (threshold / dual.abs().square().sum(0).sqrt().clamp_min(TINY)).clamp_max(1)
         yield State(iteration, config.iterations, threshold, x * scale, 0)
 
 

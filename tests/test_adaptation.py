@@ -80,6 +80,7 @@ def test_the_first_image_stands_until_the_last_sweep(untrained):
     assert {s.sweeps for s in states} == {len(states)}
     assert all(torch.equal(s.volume, states[2].volume) for s in states[2:-1])
     assert not torch.equal(states[-1].volume, states[2].volume)
+    assert float(states[-1].volume.norm() / states[2].volume.norm()) == pytest.approx(1, abs=0.1)  # the mean of the passes, not their sum
     evaluations = [s.network_evaluations for s in states]
     learning, judging = 5 * 2 * 3, 3 * 3  # forward and backward; the prior, and twice what it became
     assert evaluations == sorted(evaluations) and evaluations[-1] == 3 * (1 + PASSES) + learning + judging
@@ -108,6 +109,15 @@ def test_judging_lines_and_the_calibration_square_are_never_learned_from(untrain
     centre = (slice(36 - z // 2, 36 - z // 2 + z), slice(40 - y // 2, 40 - y // 2 + y))
     assert bool(given[centre].all())
     assert 0.05 < float(pupil.judging.sum() / taken.sum()) < 0.1
+
+
+def test_what_is_judged_is_the_slow_mean_of_the_steps(untrained):
+    """After three steps it has taken 2, 4 and 6 % of the way at most."""
+    measurement, _ = plane()
+    pupil = Pupil(measurement, untrained, QUICK, 0)
+    pupil.learn()
+    way = lambda network: sum(float((a - b).detach().square().sum()) for a, b in zip(network.parameters(), untrained.parameters())) ** 0.5  # noqa: E731
+    assert 0 < way(pupil.average) < 0.1 * way(pupil.network)
 
 
 def test_what_makes_it_worse_is_not_taken(untrained, monkeypatch):

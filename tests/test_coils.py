@@ -99,6 +99,25 @@ def test_fallback_is_rough_but_usable():
     assert alignment(maps, truth, phantom((40, 44, 20)) > 0.3).mean() > 0.95
 
 
+@pytest.mark.parametrize("unit", [1e-14, 1e-3, 1e9])
+def test_the_fallback_knows_no_unit(unit):
+    """Root sum of squares 1 everywhere, in air too."""
+    images, _ = object_seen((40, 44, 20), 4)
+    mask = torch.zeros(40, 44)
+    mask[18:23, 19:24] = 1
+    maps = low_resolution_maps(unit * fft(images, (1, 2)) * mask[..., None], mask)
+    torch.testing.assert_close(maps.norm(dim=0), torch.ones(40, 44, 20), rtol=1e-3, atol=0)
+
+
+def test_noise_of_the_calibration_is_told_from_signal():
+    images, truth = object_seen((40, 44, 36), 6)
+    kspace, inside = fft(images, (1, 2)), phantom((40, 44, 36)) > 0.3
+    sigma = 0.5 * float(kspace.abs().max()) / 40
+    acs = cut_acs(kspace + sigma * 2**0.5 * random_complex(*kspace.shape), (20, 20))
+    missed = [1 - float(alignment(estimate_coil_maps(acs, (40, 44, 36), level)[0], truth, inside).mean()) for level in (sigma, 10 * sigma, 0.0)]
+    assert missed[0] < 1e-3 and missed[1] > 5 * missed[0] and missed[2] > 100 * missed[0]
+
+
 def test_acs_is_found_also_when_it_is_not_square():
     mask = torch.zeros(30, 41)
     mask[15 - 4 : 15 + 5, 20 - 7 : 20 + 8] = 1

@@ -1,8 +1,10 @@
 """The estimated error: the textbook's jackknife of a mean, every line left out once, and the error of known images."""
 
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import run_chain
@@ -22,6 +24,7 @@ from recon_core.measurement import Measurement, measure
 from recon_core.methods import METHODS
 from recon_core.metrics import object_mask
 from recon_core.prior import load_prior
+from recon_core.scale import intensity_scale
 from recon_core.sense import Sense
 from recon_core.state import State
 from recon_core.variational import VariationalConfig
@@ -126,7 +129,10 @@ def test_the_chain_sends_it_last(scan_path, prior):
     assert [image.image_series_index for image in images] == [1, 2, 3]
     final, error = images[1:]
     assert "estimated error of slice diffusion" in error.meta["SeriesDescription"]
-    assert "% of tissue brightness, root mean square inside the object" in error.meta["ImageComment"]
+    preview = torch.from_numpy(images[0].data[0].copy())
+    percent = 100 * float(np.sqrt((error.data[0][object_mask(preview)] ** 2).mean())) / intensity_scale(preview, (2.0, 2.0, 2.0))
+    told = re.search(r"the error is estimated at ([\d.]+) % of tissue brightness, root mean square inside the object", error.meta["ImageComment"])
+    assert float(told[1]) == pytest.approx(percent, rel=0.1)
     assert final.data.shape == error.data.shape and 0 < float(error.data.max()) < float(final.data.max())
     assert [list(getattr(image.getHead(), "position")) for image in (final, error)][0] == list(error.getHead().position)
 

@@ -10,7 +10,7 @@ from test_variational import VOXEL, last, problem
 from gadgets.options import make_options
 from gadgets.solve import prior_of
 from recon_core.cg_sense import cg_sense
-from recon_core.faithful import FaithfulConfig, diffusion_levels, random_slabs, slice_gradient
+from recon_core.faithful import FaithfulConfig, diffusion_levels, noise_levels, random_slabs, reconstruct_faithful, slice_gradient
 from recon_core.measurement import Measurement, measure
 from recon_core.methods import METHODS
 from recon_core.metrics import object_mask, psnr
@@ -77,7 +77,7 @@ def test_plug_and_play_with_a_gaussian_denoiser_reaches_its_closed_form_optimum(
     operator = Sense(torch.ones(1, *shape, dtype=torch.complex64), mask)
     zero_filled = operator.adjoint(operator.forward(random_complex(*shape) + 3))
     measurement = Measurement(operator, zero_filled, 1.0, 1, 1.0, VOXEL, (5, 5))
-    state = last(reconstruct_plug_and_play(measurement, gaussian, zero_filled, PlugAndPlayConfig(iterations=300, sigma=0.4, cg_iterations=20)))
+    state = last(reconstruct_plug_and_play(measurement, gaussian, zero_filled, PlugAndPlayConfig(iterations=10, sigma=0.4, cg_iterations=20)))
     _, noise, _, _ = measurement.in_tissue_units(zero_filled)
     expected = operator.solve(zero_filled, (noise / 0.5) ** 2, iterations=60)
     assert (state.volume - expected).norm() / expected.norm() < 1e-4
@@ -92,11 +92,40 @@ def test_published_schedule_of_noise_levels():
 
 
 def test_faithful_prior_gradient_is_the_denoising_residual_with_a_weight_of_each_slice():
-    """With D = 0 the direction is x / sqrt(1 + s^2), slice by slice, whatever the noise."""
-    planes = random_complex(3, 8, 9)
-    sigma = torch.tensor([0.1, 1.0, 2.0])
-    pull, _ = slice_gradient(planes, lambda x, s: 0 * x, lambda white: white, sigma, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(pull, planes / torch.sqrt(1 + sigma[:, None, None] ** 2))
+    """With D = 0 the direction is alpha x and the objective |x|^2 / (2 s), slice by slice, whatever the noise.
+
+    alpha = 0.985, 0.810 and 0.442 at the times 50, 200 and 399 of the published schedule.
+    """
+    planes, sigma = random_complex(3, 8, 9), noise_levels(FaithfulConfig())[[49, 199, 398]]
+    assert sigma.tolist() == pytest.approx([0.6 * 0.176, 0.6 * 0.72, 0.6 * 2.03], rel=0.01)
+    pull, objective = slice_gradient(planes, lambda x, s: 0 * x, lambda white: white, sigma, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(pull, planes * torch.tensor([0.985, 0.810, 0.442])[:, None, None], rtol=2e-3, atol=0)
+    assert objective == pytest.approx(float((0.5 * planes.abs().square().sum((1, 2)) / sigma).sum()))
+
+
+@pytest.mark.parametrize("finer", [False, True])
+def test_faithful_balances_the_data_and_all_slices(finer):
+    """With D = 0 at almost no noise, weight 1 and all of k-space, x meets half of the data: on the scan's voxels and on finer ones."""
+    shape = (8, 9, 10)
+    volume = 2 + 0.1 * random_complex(*shape)
+    operator = Sense(torch.ones(1, *shape, dtype=torch.complex64), torch.ones(shape[:2]))
+    measurement = Measurement(operator, volume, float(volume.abs().square().sum()), volume.numel(), 1e-3, VOXEL, (8, 8))
+    config = FaithfulConfig(iterations=250, learning_rate=0.1, last_time=1, weight=1.0, prior_voxel_mm=1.0 if finer else 0.0)
+    states = list(reconstruct_faithful(measurement, lambda x, s: 0 * x, volume, config))
+    mean = float(states[-1].volume.mean().real)
+    assert mean == pytest.approx(1.0, rel=0.1)
+
+
+def test_faithful_begins_with_the_published_step():
+    """Adam's first step is the rate itself: 2 in units of the volume's root mean square, which is RMS of tissue brightness."""
+    shape = (8, 9, 10)
+    volume = 2 + 0.1 * random_complex(*shape)
+    operator = Sense(torch.ones(1, *shape, dtype=torch.complex64), torch.ones(shape[:2]))
+    measurement = Measurement(operator, 3 * volume, 1.0, volume.numel(), 1e-3, VOXEL, (8, 8))
+    state = next(reconstruct_faithful(measurement, lambda x, s: 0 * x, volume, FaithfulConfig()))
+    scale, _, _, target = measurement.in_tissue_units(volume)
+    step = (state.volume / scale - target).real.abs()
+    assert float(step.median()) == pytest.approx(2 * 0.6, rel=1e-3)
 
 
 def test_faithful_slabs_are_contiguous_and_stay_inside():
@@ -138,6 +167,26 @@ def test_data_step_with_variation_across_slices_solves_its_problem():
         change = random_complex(*x.shape, seed=seed)
         assert objective(x + 1e-2 * change) > least - 1e-3 * abs(least)
     assert objective(clean) > least
+
+
+def test_variation_across_slices_moves_a_step_by_the_known_shift():
+    """All of k-space, one coil: each plateau of m slices moves by tv / (1 + pull) / m."""
+    volume = torch.ones(16, 1, 1, dtype=torch.complex64)
+    volume[8:] = 3
+    operator = Sense(torch.ones(1, 16, 1, 1, dtype=torch.complex64), torch.ones(16, 1))
+    config = PosteriorConfig(tv=0.4, pull=1.0, axis=0, cg_iterations=20)
+    variation = Variation(Measurement(operator, volume, 1.0, 1, 0.1, VOXEL, (1, 1)), config)
+    for _ in range(500):
+        x = variation.solve(volume, volume)
+    expected = torch.where(volume.real == 1, 1 + 0.4 / 2 / 8, 3 - 0.4 / 2 / 8)
+    torch.testing.assert_close(x.real, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_variation_across_one_slice_is_none():
+    operator = Sense(torch.ones(1, 1, 6, 5, dtype=torch.complex64), torch.ones(1, 6))
+    volume = random_complex(1, 6, 5)
+    x = Variation(Measurement(operator, volume, 1.0, 1, 0.1, VOXEL, (1, 1)), PosteriorConfig(tv=0.4, pull=1.0, axis=0)).solve(volume, volume)
+    torch.testing.assert_close(x, volume)
 
 
 @pytest.mark.parametrize("name, fewer", [("tpdm", {"steps": 12, "pull": 1.0}), ("pnp", {"iterations": 4})])

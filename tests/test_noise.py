@@ -78,6 +78,13 @@ def test_noise_level_is_estimated_from_the_scan():
     torch.testing.assert_close(estimate_sigma(kspace, mask), torch.full((2,), sigma), rtol=0.1, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(1, 40), (6, 8), (40, 44)])
+def test_the_estimate_is_right_for_few_lines_too(shape):
+    """Of pure noise: of few lines the mean tells, of many the median."""
+    estimates = [float(estimate_sigma(3.0 * 2**0.5 * random_complex(8, *shape, 64, seed=seed), torch.ones(shape)).mean()) for seed in range(8)]
+    assert sum(estimates) / 8 == pytest.approx(3.0, rel=0.02)
+
+
 def test_without_noise_lines_only_a_loud_coil_is_turned_down():
     """An estimate holds fine detail too: coils within LOUD of the middle one keep their units, so that their sum keeps its shading."""
     generator = torch.Generator().manual_seed(0)

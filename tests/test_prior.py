@@ -94,6 +94,8 @@ def test_intensity_scale_follows_the_tissue_only():
     assert intensity_scale(padded, (4.0, 4.0, 4.0)) == pytest.approx(scale, rel=0.03)
     noisy = volume + 0.2 * torch.randn(volume.shape, generator=torch.Generator().manual_seed(0))
     assert intensity_scale(noisy, (4.0, 4.0, 4.0)) == pytest.approx(scale, rel=0.05)
+    wave = torch.cos(2 * torch.pi * torch.arange(48) / 12)[:, None, None]  # of 12 mm: voxels of 8 mm cannot hold it
+    assert intensity_scale((1 + 0.9 * wave).expand(48, 16, 16), (1.0, 1.0, 1.0)) == pytest.approx(1, rel=1e-3)
     with pytest.raises(ValueError, match="no finite signal"):
         intensity_scale(torch.zeros(8, 8, 8), (1.0, 1.0, 1.0))
 

@@ -85,6 +85,16 @@ def test_linear_interpolation_keeps_a_plane_and_its_centre():
     torch.testing.assert_close(fine[:22, 0, 0], torch.arange(22.0) / 2)  # the last wraps around
 
 
+@pytest.mark.parametrize("n, m", [(13, 26), (13, 39), (12, 25), (9, 31)])
+def test_linear_interpolation_keeps_the_centre_of_any_mesh(n, m):
+    """A straight line through the middle stays one: places are counted from n//2 to m//2, also where these are odd."""
+    ramp = (torch.arange(n) - n // 2).float()[:, None, None].expand(n, 6, 6)
+    fine = interpolate(ramp, (m, 6, 6))[:, 0, 0]
+    expected = (torch.arange(m) - m // 2) * n / m
+    inside = (expected >= -(n // 2)) & (expected <= n - 1 - n // 2)
+    torch.testing.assert_close(fine[inside], expected[inside], atol=1e-4, rtol=0)
+
+
 def noiseless(shape=SHAPE):
     """Fully sampled, one coil: the data are the volume."""
     volume = phantom(shape).to(torch.complex64)

@@ -5,7 +5,7 @@ import torch
 from conftest import random_complex
 
 from recon_core.cg import conjugate_gradient
-from recon_core.fft import centre_crop_or_pad, fft, ifft, kspace_crop
+from recon_core.fft import centre_crop_or_pad, fft, ifft, kspace_crop, resample
 from recon_core.sense import Sense
 
 SHAPES = [(3, 12, 15, 7), (1, 9, 8, 5), (4, 1, 16, 6), (2, 10, 11, 1)]
@@ -78,6 +78,16 @@ def test_conjugate_gradients_solve_each_problem_on_its_own():
     torch.testing.assert_close(solved, torch.linalg.solve(matrices, b), atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("tolerance", [1e-1, 1e-2, 1e-3])
+def test_conjugate_gradients_stop_at_their_tolerance(tolerance):
+    """Not before, and not long after."""
+    matrix = torch.diag(torch.linspace(0.01, 1, 200)).to(torch.complex64)
+    b = random_complex(1, 200)
+    solved = conjugate_gradient(lambda v: (matrix @ v[..., None])[..., 0], b, iterations=500, tolerance=tolerance)
+    left = float((matrix @ solved[0] - b[0]).norm() / b.norm())
+    assert 0.1 * tolerance < left < tolerance
+
+
 def test_bad_operators_are_refused_in_a_sentence():
     maps = torch.ones(2, 4, 4, 4, dtype=torch.complex64)
     with pytest.raises(ValueError, match="mask is empty"):
@@ -94,6 +104,22 @@ def test_kspace_crop_keeps_a_slow_wave_in_place(n, m):
     wave = lambda size: 2 + torch.cos(2 * torch.pi * position(size) + 0.3)  # noqa: E731
     out = kspace_crop(wave(n)[None, None], (1, 1, m))
     torch.testing.assert_close(out.real[0, 0], wave(m), atol=1e-5, rtol=1e-5)
+
+
+def test_fewer_places_hold_no_finer_detail():
+    """A wave that the new voxels cannot hold leaves nothing, not an alias; a slow one stays."""
+    place = (torch.arange(40) - 20) / 40
+    fast, slow = (torch.cos(2 * torch.pi * cycles * place)[:, None, None].to(torch.complex64) for cycles in (17, 3))
+    extent = 0.61  # no whole number of voxels
+    assert float(resample(fast, (12, 1, 1), (extent, 1, 1)).abs().max()) < 1e-4
+    new = (torch.arange(12) - 6) / 12 * extent
+    torch.testing.assert_close(resample(slow, (12, 1, 1), (extent, 1, 1)).real[:, 0, 0], torch.cos(2 * torch.pi * 3 * new), atol=1e-4, rtol=0)
+
+
+def test_beyond_the_old_field_of_view_is_nothing():
+    wide = resample(torch.ones(20, 1, 1, dtype=torch.complex64), (30, 1, 1), (1.47, 1, 1))
+    place = (torch.arange(30) - 15) / 30 * 1.47
+    assert float(wide[place.abs() > 0.5].abs().max()) == 0 and float((wide[place.abs() < 0.45] - 1).abs().max()) < 1e-4
 
 
 def test_crop_then_pad_keeps_the_centre():

@@ -1,13 +1,18 @@
 """The solver against optima that are known in closed form."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from conftest import random_complex
 
 from recon_core.cg_sense import cg_sense
+from recon_core.coils import cut_acs
 from recon_core.fft import fft
 from recon_core.measurement import Measurement, measure
+from recon_core.measurement import _support as support
+from recon_core.methods import METHODS
 from recon_core.metrics import object_mask, psnr
 from recon_core.scale import intensity_scale
 from recon_core.sense import Sense
@@ -33,6 +38,41 @@ def last(states):
     for state in states:
         pass
     return state
+
+
+def gaussian_problem(noise=0.05):
+    """One coil, half of the lines: what is measured, and where Tikhonov's image of a weight lies."""
+    shape = (18, 17, 19)
+    mask = (torch.rand(shape[:2], generator=torch.Generator().manual_seed(0)) < 0.5).float()
+    mask[4:9, 4:9] = 1
+    operator = Sense(torch.ones(1, *shape, dtype=torch.complex64), mask)
+    y = fft(random_complex(*shape)[None] + 3, (1, 2)) * mask[..., None]
+    measurement = Measurement(operator, operator.adjoint(y), 1.0, 1, noise, VOXEL, (5, 5))
+    return measurement, lambda rho: operator.solve(measurement.adjoint, rho, iterations=60)
+
+
+def test_momentum_comes_nearer_in_as_many_sweeps():
+    """With D = 0.9 x and little trust in the data every sweep takes a tenth of the way; momentum takes more of it."""
+    measurement, tikhonov = gaussian_problem(noise=3.0)
+    noise = 3.0 / intensity_scale(measurement.adjoint, VOXEL)
+    rho = prior_weight(measurement, noise, VariationalConfig(prior_weight=2.0)) * (noise / 0.2) ** 2
+    expected, left = tikhonov(rho * 0.1), []
+    for momentum in (0.0, 0.5):
+        config = VariationalConfig(sweeps=12, sigma_max=0.2, sigma_min=0.2, prior_weight=2.0, dual=0.0, momentum=momentum, cg_iterations=8)
+        state = last(reconstruct_variational(measurement, lambda x, s: 0.9 * x, measurement.adjoint, config))
+        left.append(float((state.volume - expected).norm() / expected.norm()))
+    assert left[1] < 0.8 * left[0]
+
+
+def test_what_is_given_back_follows_the_noise_level():
+    """Of the exact Gaussian denoiser the fixed point is the same at all levels, if the dual variable is scaled with them."""
+    measurement, tikhonov = gaussian_problem()
+    data = 0.5
+    config = VariationalConfig(sweeps=40, sigma_max=0.6, sigma_min=0.15, prior_weight=2.0, dual=1.0, momentum=0.0, held=0.0, cg_iterations=12)
+    state = last(reconstruct_variational(measurement, lambda x, s: x * data**2 / (data**2 + float(torch.as_tensor(s).flatten()[0]) ** 2), measurement.adjoint, config))
+    noise = 0.05 / intensity_scale(measurement.adjoint, VOXEL)
+    expected = tikhonov(2.0 * float(torch.mean((measurement.operator.weights > 0).float())) ** 0.5 * (noise / data) ** 2)
+    assert (state.volume - expected).norm() / expected.norm() < 1e-5
 
 
 @pytest.mark.parametrize("dual", [0.0, 0.3, 1.0])
@@ -75,12 +115,14 @@ def test_noiseless_full_data_give_the_object_back(prior):
     assert psnr(state.volume, reference, object_mask(reference)) > 40
 
 
-def test_data_without_any_noise_are_no_division_by_zero(prior):
+@pytest.mark.parametrize("name", ["diffusion", "tv", "wavelet", "pnp", "cg"])
+def test_data_without_any_noise_are_no_division_by_zero(prior, name):
     """Where the noise level is estimated and CG-SENSE explains all, it is 0."""
     kspace, mask, noise, _ = problem()
     measurement = measure(kspace, mask, VOXEL, noise)
     start, measurement.sigma = cg_sense(measurement), 0.0
-    state = last(reconstruct_variational(measurement, prior, start, VariationalConfig(sweeps=3)))
+    method = METHODS[name]
+    state = next(itertools.islice(method.run(measurement, prior, start, method.config, 0), 3 if method.iterative else 1, None), None) or last(method.run(measurement, prior, start, method.config, 0))
     assert bool(torch.isfinite(state.volume.abs()).all())
 
 
@@ -195,6 +237,53 @@ def test_misfit_of_the_true_image_is_one():
     exact = measurement.operator.solve(measurement.adjoint, 1e-3, iterations=60)
     assert 0.5 < measurement.misfit(exact) < 1.1
     assert measurement.misfit(0 * exact) > 3
+
+
+def test_misfit_of_a_large_volume_is_exact():
+    """Energy and model are some 10^4 times what is left of them, of 10^7 voxels."""
+    shape, noise = (160, 256, 256), 0.01
+    volume = 1 + random_complex(*shape)
+    operator = Sense(torch.ones(1, *shape, dtype=torch.complex64), torch.ones(shape[:2]))
+    y = operator.adjoint(operator.forward(volume))  # of one coil, whole: the volume itself
+    y += noise * random_complex(*shape, seed=1)
+    energy = float(torch.view_as_real(y).double().square().sum())
+    measurement = Measurement(operator, y, energy, y.numel(), noise / 2**0.5, VOXEL, (8, 8))
+    assert measurement.misfit(volume) == pytest.approx(1, rel=0.02)
+
+
+@pytest.mark.parametrize("centre", [1.0, 4.0])
+def test_unequal_averages_leave_the_coil_maps_as_they_are(centre):
+    """Lines that came more often weigh more in the image; the calibration is made of their means."""
+    kspace, mask, noise, _ = problem((32, 36, 30), coils=6, snr=1e4, acs=16)
+    counts = mask.clone()
+    counts[::2] *= 2
+    counts[12:20, 14:22] *= centre
+    plain, unequal = measure(kspace, mask, VOXEL, noise), measure(kspace * counts[..., None], counts, VOXEL, noise)
+    own, other = plain.operator.coil_maps(), unequal.operator.coil_maps()
+    assert (own - other).norm() / own.norm() < 2e-3
+    separate = measure(kspace, mask, VOXEL, noise, (kspace * counts[..., None], counts)).operator.coil_maps()
+    assert (own - separate).norm() / own.norm() < 2e-3
+
+
+def test_lines_that_came_many_times_do_not_outweigh_the_others():
+    """More than twice the middle count is not believed: errors of the maps there would spoil the rest."""
+    kspace, mask, noise, _ = problem()
+    often, twice = mask.clone(), mask.clone()
+    often[12, 14], twice[12, 14] = 50, 2
+    weights = [measure(kspace * counts[..., None], counts, VOXEL, noise).operator.weights for counts in (often, twice)]
+    torch.testing.assert_close(*weights)
+
+
+@pytest.mark.parametrize("shape, blurred", [((250, 400, 24), 72), ((50, 80, 32), 26), ((100, 102, 41), 28)])
+def test_the_support_is_where_the_blurred_object_is_and_two_voxels_more(shape, blurred):
+    """A box 20 wide, seen by 32 x 32 lines; also where every so many voxels lie in one plane, as 250 x 400 of each side do."""
+    acs = torch.zeros(1, *shape, dtype=torch.complex64)
+    z, y, x = shape
+    acs[0, z // 2 - 10 : z // 2 + 10, y // 2 - 10 : y // 2 + 10, x // 2 - 10 : x // 2 + 10] = 1
+    acs = cut_acs(fft(acs, (1, 2)), (32, 32))
+    inside = support(acs, shape) > 0
+    width = int(inside[z // 2, :, x // 2].sum())
+    assert blurred + 3 <= width <= blurred + 8  # ripples of the blur are grown too
 
 
 def test_averages_weigh_as_their_number():

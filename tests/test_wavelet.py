@@ -6,9 +6,10 @@ from conftest import random_complex, run_chain
 from test_variational import VOXEL, last, problem
 
 from recon_core.cg_sense import cg_sense
-from recon_core.measurement import measure
+from recon_core.measurement import Measurement, measure
 from recon_core.metrics import object_mask, psnr
-from recon_core.wavelet import join, reconstruct_wavelet, shrink, split
+from recon_core.sense import Sense
+from recon_core.wavelet import WaveletConfig, join, reconstruct_wavelet, shrink, split
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -31,6 +32,32 @@ def test_shrinking_keeps_shape_and_what_stands_out(shape):
     volume = random_complex(*shape)
     torch.testing.assert_close(shrink(volume, 0.0, 3, torch.Generator().manual_seed(0)), volume, rtol=1e-4, atol=1e-5)
     assert shrink(volume, 1.0, 3, torch.Generator().manual_seed(0)).norm() <= volume.norm()
+
+
+def test_shrinking_takes_the_known_share_of_noise():
+    """Complex noise of unit power has Rayleigh magnitudes r: E (r - t)+^2 is left of it, and all of the coarsest band, 1/512."""
+    noise, t = random_complex(64, 64, 64), 0.5
+    r = torch.linspace(0, 8, 100_001, dtype=torch.float64)
+    left = torch.trapezoid((r - t).clamp_min(0) ** 2 * 2 * r * torch.exp(-(r**2)), r)
+    left = float(left) * 511 / 512 + 1 / 512
+    noise = noise / noise.abs().square().mean().sqrt()
+    shrunk = shrink(noise, t, 3, torch.Generator().manual_seed(0))
+    assert float(shrunk.abs().square().mean()) == pytest.approx(left, rel=0.02)
+    operator = Sense(torch.ones(1, 64, 64, 64, dtype=torch.complex64), torch.ones(64, 64))
+    state = next(reconstruct_wavelet(Measurement(operator, noise, 1.0, 1, 5.0, VOXEL, (8, 8)), None, noise, WaveletConfig(strength=0.1)))
+    assert float(state.volume.abs().square().mean()) == pytest.approx(left, rel=0.02)  # the threshold is strength times the noise
+
+
+def test_momentum_explains_more_in_as_many_iterations():
+    """Against plain proximal steps with the same shifts; with next to no threshold the data term tells."""
+    kspace, mask, noise, _ = problem(shape=(32, 36, 30), snr=15.0)
+    measurement = measure(kspace, mask, VOXEL, noise)
+    start = torch.zeros_like(measurement.adjoint)
+    config, random, plain = WaveletConfig(iterations=15, strength=1e-3), torch.Generator().manual_seed(0), start
+    for _ in range(15):
+        plain = shrink(plain - measurement.operator.normal(plain) + measurement.adjoint, 1e-3 * measurement.sigma, 3, random)
+    state = last(reconstruct_wavelet(measurement, None, cg_sense(measurement) * 1e-6, config))
+    assert measurement.residual(state.volume) < 0.97 * measurement.residual(plain)
 
 
 def test_better_than_cg_sense_and_explains_the_data():
