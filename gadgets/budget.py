@@ -10,7 +10,8 @@ from pathlib import Path
 
 import ismrmrd
 
-from .gather import NOISE_BIT, SKIP_BITS, Scan, ScanError, read_geometry
+from .flags import LAST_BIT, volume_key
+from .gather import NOISE_BIT, SINCE, SKIP_BITS, Scan, ScanError, read_geometry
 
 CENTRE = 8  # lines along each phase-encode axis
 FEWEST = 0.02  # of all lines; R = 16 cut off after a third
@@ -62,14 +63,17 @@ class Budget:
         return 8 * coils * math.prod(self.geometry.shape)
 
     def watch(self, items: Iterable) -> Iterator:
-        """Pass `items` on, counting the volumes that are being gathered side by side."""
-        repetition, volumes, coils = -1, set(), 0
+        """Pass `items` on, counting the volumes that are being gathered side by side: those of repetitions that did not end too."""
+        repetition, volumes, ended, coils = -1, set(), set(), 0
         for item in items:
             if isinstance(item, ismrmrd.Acquisition) and not item.flags & (NOISE_BIT | SKIP_BITS):
                 idx = item.idx
+                if item.flags & LAST_BIT:
+                    ended.add(idx.repetition)
                 if idx.repetition > repetition:
-                    repetition, volumes = idx.repetition, set()
-                key = (idx.slice, idx.contrast, idx.set, idx.phase, idx.repetition)
+                    repetition = idx.repetition
+                    volumes = {key for key in volumes if key[2] not in ended and key[2] >= repetition - SINCE}
+                key = volume_key(idx)
                 if key not in volumes or item.active_channels > coils:
                     volumes.add(key)
                     coils = max(coils, item.active_channels)

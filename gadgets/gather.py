@@ -202,7 +202,7 @@ class Gatherer:
         if repetition in self.ended:
             return True
         volumes = [volume for key, volume in self.volumes.items() if key[2] == repetition]
-        size = max(SETTLED, *(volume.grid.lines for volume in volumes))
+        size = max(SETTLED, sum(volume.grid.lines for volume in volumes))
         if self.lines - self.newest[repetition] > SINCE * size:
             return True
         return self.streak > IN_A_ROW * size and all(volume.lacks_nothing(self.promised.get("average", 1)) for volume in volumes)

@@ -114,7 +114,7 @@ def measure(
         voxel_mm: voxel size of the encoded grid along z, y, x.
         noise: [coils samples] noise samples, if there were noise lines.
         calibration: separate calibration (kspace, counts) on the same grid, if there was one.
-        coils: at most this many virtual coils, where lines of the k-space centre tell which.
+        coils: at most this many virtual coils.
         device: where to compute.
         phase_reference: [coils] the combination of coils whose maps are to be real: the first row of another volume's
             `mixing`, for phases that can be compared with that volume's; otherwise that of this one.
@@ -138,8 +138,8 @@ def measure(
     whitened = whiten(kspace, mask, factor, most, noise, louder)
     mixing, warnings = whitened.matrix, [*of_no_use, *whitened.warnings]
     acs, acs_size, averaged = _calibration_block(reference, lines, reference_factor, mixing)
-    if acs.numel() and len(mixing) > 1:
-        compression = compression_matrix(acs, min(coils, len(mixing)))
+    if len(mixing) > 1:
+        compression = compression_matrix(acs if acs.numel() else _mix(mixing, _innermost(kspace, counts)), min(coils, len(mixing)))
         mixing, acs = compression @ mixing, _mix(compression, acs)
     home = _home(mixing.shape[0], kspace.shape[1:], torch.device(device), warnings, WORK_ARRAYS + KEPT_ARRAYS * keep_lines)
     data = _mix_lines(mixing, kspace, factor, home)
@@ -189,6 +189,14 @@ def _calibration_block(reference: Tensor, lines: Tensor, factor: Tensor, mixing:
     block = cut_acs(reference, size)
     averaged = centre_crop_or_pad(factor * lines.sqrt(), size).square().mean().sqrt()
     return _mix(mixing, block * centre_crop_or_pad(factor, block.shape[1:3])[..., None]), size, float(averaged)
+
+
+def _innermost(kspace: Tensor, counts: Tensor, lines: int = 64) -> Tensor:
+    """The acquired lines nearest to the k-space centre [coils lines x], where the centre itself is missing."""
+    there = (counts > 0).nonzero()
+    middle = torch.tensor([n // 2 for n in counts.shape], device=there.device)
+    z, y = there[(there - middle).square().sum(1).argsort(stable=True)[:lines]].T
+    return kspace[:, z, y] / counts[z, y, None]
 
 
 def _mix(matrix: Tensor, data: Tensor) -> Tensor:

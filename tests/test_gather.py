@@ -200,6 +200,13 @@ def test_repetitions_inside_of_another_counter_are_whole(full, counter):
     assert all(when < 2.1 for key, when in whole if key == (0, 0)) and all(when < 5.1 for key, when in whole if key == (1, 0))
 
 
+def test_interleaved_repetitions_of_several_contrasts_give_one_volume_each(tmp_path):
+    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=1, pattern="full", snr=1e5, noise_lines=0), (40, 13, 12))
+    blocks = [lines[n : n + 130] for n in range(0, len(lines), 130)]
+    scans = list(gather(header, [line_like(line, flags=0, repetition=r, contrast=c) for block in blocks for r in (0, 1) for c in range(6) for line in block]))
+    assert len(scans) == 12 and all(bool((scan.counts == 1).all()) for scan in scans)
+
+
 def test_averages_outside_of_repetitions_are_waited_for_where_the_header_announces_them(tmp_path):
     header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=1, pattern="full", snr=1e5, noise_lines=0), (20, 13, 12))
     header.encoding[0].encodingLimits.average = ismrmrd.xsd.limitType(minimum=0, maximum=1, center=0)

@@ -9,7 +9,7 @@ import urllib.error
 import urllib.request
 
 import pytest
-from conftest import run_chain
+from conftest import line_like, run_chain
 from peers import ClientPeer, same_images
 from test_mouths import FAST, client, running
 
@@ -18,6 +18,7 @@ from gadgets.budget import Budget, free_memory, worth_an_image
 from gadgets.cli import main
 from gadgets.failure import ReconError
 from gadgets.files import ScanFile
+from gadgets.flags import LAST_BIT, NOISE_BIT
 from gadgets.gather import ScanError, gather
 from gadgets.header import parse_header
 from gadgets.health import HealthPage
@@ -67,6 +68,18 @@ def test_memory_is_refused_from_the_header_and_from_the_lines(scan_path):
         line.idx.contrast = number
     with pytest.raises(ScanError, match="4 volumes at once|3 volumes at once|2 volumes at once"):
         list(Budget(header, exactly * 1.5).watch(lines))
+
+
+@pytest.mark.parametrize("flagged, held", [(True, 1), (False, 3)])
+def test_repetitions_that_did_not_end_are_held(scan_path, flagged, held):
+    with ScanFile(scan_path) as scan:
+        header, lines = parse_header(scan.header_xml), [line for line in scan.acquisitions() if not line.flags & NOISE_BIT][:3]
+    volume = 8 * 4 * 24 * 35 * 26 / 2**30
+    dynamic = [line_like(line, repetition=repetition, flags=LAST_BIT if flagged else 0) for repetition in range(6) for line in lines]
+    assert len(list(Budget(header, volume * (held + 0.1)).watch(dynamic))) == 18
+    if held > 1:
+        with pytest.raises(ScanError, match=f"{held} volumes at once"):
+            list(Budget(header, volume * (held - 0.1)).watch(dynamic))
 
 
 def test_memory_that_others_have_taken_is_told(scan_path, monkeypatch):

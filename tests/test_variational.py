@@ -265,6 +265,15 @@ def test_unequal_averages_leave_the_coil_maps_as_they_are(centre):
     assert (own - separate).norm() / own.norm() < 2e-3
 
 
+def test_coils_are_compressed_without_a_centre_too():
+    kspace, mask, noise, _ = problem(coils=6, acs=0)
+    mask[10:15, 12:17] = 0
+    measurement = measure(kspace * mask[..., None], mask, VOXEL, noise, coils=2)
+    assert measurement.operator.maps.shape[1] == 2 and measurement.acs == (0, 0)
+    whole = measure(kspace * mask[..., None], mask, VOXEL, noise)
+    assert measurement.energy > 0.5 * whole.energy
+
+
 def test_lines_that_came_many_times_do_not_outweigh_the_others():
     """More than twice the middle count is not believed: errors of the maps there would spoil the rest."""
     kspace, mask, noise, _ = problem()
