@@ -10,6 +10,7 @@ from .geometry import Geometry, ScanError, read_geometry
 from .readout import Readout
 from .volume import Grid
 
+ENOUGH = 0.5  # of the lines of the fullest calibration: those with fewer are strays
 Place = tuple[int, int, int, int]  # slice, contrast, set, phase
 
 
@@ -57,10 +58,13 @@ class Calibrations:
     def of(self, key: tuple[int, ...], coils: int) -> tuple[Grid | None, list[str]]:
         """Calibration lines of volume `key`, and what the user should know.
 
-        They are the newest that came for its repetition or before, of its own contrast, set and phase or else of others of its slice.
+        They are the newest that came for its repetition or before, of its own contrast, set and phase or else of others of
+        its slice; a few stray lines are no newer calibration.
         """
-        here = [(place, repetition, grid) for place, grids in self.grids.items() if place[0] == key[0] for repetition, grid in grids.items() if grid.counts.any()]
+        filled = [(place, repetition, grid) for place, grids in self.grids.items() for repetition, grid in grids.items() if grid.filled]
+        here = [found for found in filled if found[0][0] == key[0]]
         fitting = [found for found in here if len(found[2].kspace) == coils]
+        fitting = [found for found in fitting if found[2].filled >= ENOUGH * max(grid.filled for _, _, grid in fitting)]
         remarks = list(self.notes)
         if fitting:
             place, repetition, grid = min(fitting, key=lambda found: (found[1] > key[2], found[0] != _place(key), abs(found[1] - key[2]), found[0]))
@@ -69,14 +73,16 @@ class Calibrations:
         for _, _, grid in here:
             channels[len(grid.kspace)] += grid.lines
         remarks += [f"{count} calibration lines have {other} channels, the scan {coils}: they were not used" for other, count in channels.items()]
-        if not here and self.grids:
+        if filled and not here:
             remarks.append("the calibration lines are of other slabs: none is of use here")
         return None, remarks
 
     def forget(self, before: int) -> None:
-        """Let go what served repetitions below `before` alone: the newest of them may serve later ones too."""
+        """Let go what served repetitions below `before` alone: the newest of them that is worth the name may serve later ones too."""
         for grids in self.grids.values():
-            for repetition in sorted(repetition for repetition in grids if repetition < before)[:-1]:
+            most = max((grid.filled for repetition, grid in grids.items() if repetition < before), default=0)
+            kept = max((repetition for repetition, grid in grids.items() if repetition < before and grid.filled >= ENOUGH * most), default=before)
+            for repetition in [repetition for repetition in grids if repetition < before and repetition != kept]:
                 del grids[repetition]
 
     def _grid(self, key: tuple[int, ...], coils: int) -> Grid:

@@ -107,10 +107,11 @@ class Intake:
                     begun = True
                     yield item
                 elif kind == ERROR or (kind == HEADER and begun):
-                    self.cut = f"the peer told of an error: {item}" if kind == ERROR else "a second header came before the scan was closed: what followed it was left out"
+                    self.cut = f"the peer told of an error: {item.rstrip('. ')}" if kind == ERROR else "a second header came before the scan was closed: what followed it was left out"
                     return
                 elif kind == QUERY and (answer := self.host.answer(item[1])):
-                    self.wire.send_response(item[0], answer)
+                    with contextlib.suppress(OSError):  # a peer that is gone is found out elsewhere
+                        self.wire.send_response(item[0], answer)
         except WireError as error:
             self.cut = f"the scan was cut off {self.host.hurry()}" if self.host.hurry() else str(error)
 

@@ -23,10 +23,11 @@ NOISE_BIT = _bits(ismrmrd.ACQ_IS_NOISE_MEASUREMENT)
 CALIBRATION_BIT = _bits(ismrmrd.ACQ_IS_PARALLEL_CALIBRATION)
 BOTH_BIT = _bits(ismrmrd.ACQ_IS_PARALLEL_CALIBRATION_AND_IMAGING)
 REVERSE_BIT = _bits(ismrmrd.ACQ_IS_REVERSE)
+FIRST_BIT = _bits(ismrmrd.ACQ_FIRST_IN_REPETITION)
 LAST_BIT = _bits(ismrmrd.ACQ_LAST_IN_REPETITION)
 END_BIT = _bits(ismrmrd.ACQ_LAST_IN_MEASUREMENT)
 PAIRS = (  # name, its first line, its last line
-    ("repetition", _bits(ismrmrd.ACQ_FIRST_IN_REPETITION), LAST_BIT),
+    ("repetition", FIRST_BIT, LAST_BIT),
     ("slice", _bits(ismrmrd.ACQ_FIRST_IN_SLICE), _bits(ismrmrd.ACQ_LAST_IN_SLICE)),
 )
 KEY = ("slice", "contrast", "repetition", "set", "phase")  # the counters that tell volumes apart

@@ -16,15 +16,18 @@ import torch
 
 from .calibration import Calibrations
 from .completeness import missing_ends, missing_volumes
-from .flags import BOTH_BIT, CALIBRATION_BIT, KEY, LAST_BIT, NOISE_BIT, SKIP_BITS, is_calibration_only, volume_key
+from .flags import BOTH_BIT, CALIBRATION_BIT, FIRST_BIT, KEY, LAST_BIT, NOISE_BIT, SKIP_BITS, is_calibration_only, volume_key
 from .geometry import ScanError, announced, noise_bandwidth, read_geometry
 from .readout import Readout
 from .recon_data import ReconBit, ReconData, ReconDataError, take_lines
 from .volume import Scan, Volume
 
+STRAYS = 8  # so many lines that come late do not make repetitions interleaved
 SETTLED = 128  # lines, the least size of a repetition in the rules below
-IN_A_ROW = 0.5  # of its size as lines of a later one: a repetition that lacks nothing the header announces, but its last flag, is over
-SINCE = 2  # of its size as lines since its last one: any other is over
+IN_A_ROW = 0.5  # of its size as lines of a later one in a row: one that lacks nothing the header announces, but its last flag, is over
+SINCE = 4  # of its size as lines since its last one: one of which nobody knows whether it lacks something is over
+SINCE_LACKING = 8  # one is over that lacks its last flag, where its first one was flagged, or averages
+AS_LONG = "the lines are as long as without readout oversampling, which other lines of the scan have"
 MAX_NOISE_SAMPLES = 1 << 24  # more make the covariance no better
 INTEGRATED = ("embedded", "interleaved")
 
@@ -64,13 +67,15 @@ class Gatherer:
         self.noise_dwell_us = self.noise_power = 0.0  # of the first noise line, and of noise in the first volume over that of its lines
         self.bandwidth_ratio = noise_bandwidth(header)
         self.others: Counter[int] = Counter()  # lines of each encoding space that is not the image's
-        self.skipped = self.foreign = self.late = self.channelless = self.lines = self.streak = 0
+        self.skipped = self.foreign = self.late = self.channelless = self.calibrating = self.lines = self.streak = 0
+        self.back = 0  # lines of repetitions that went on after a later one had begun
         self.repetition, self.flags = -1, {}  # of each repetition: the flags of all its lines together
         self.newest: dict[int, int] = {}  # of each repetition: how many lines had come with its last one
         self.ended: set[int] = set()  # repetitions whose last line was flagged, with no volume begun since
         self.seen: dict[str, set[int]] = {name: set() for name in self.promised}
         self.notes: list[str] = []
         self.given: set[tuple[int, ...]] = set()
+        self.offered: tuple[tuple[int, ...], np.ndarray] | None = None  # a block of lines that may become its volume's array
         self.series: dict[tuple[int, ...], float] = {}
         self.phase_reference: dict[int, torch.Tensor] = {}
 
@@ -90,6 +95,7 @@ class Gatherer:
                 self._adopt(data, headers)
                 for line in take_lines(data, headers):
                     yield from self.add(line)
+                self.offered = None
 
     def _reference_blocks(self, bit: ReconBit) -> list[tuple[np.ndarray, np.ndarray]]:
         """Blocks of lines for calibration alone; those that serve the image too are in the data."""
@@ -111,8 +117,8 @@ class Gatherer:
             return
         z, y = self.geometry.place(idx["kspace_encode_step_1"].astype(int), idx["kspace_encode_step_2"].astype(int))
         key, stays = tuple(int(n) for n in keys[0]), np.array_equal(np.stack([z, y], axis=-1), np.argwhere(headers["number_of_samples"] > 0))
-        if stays and key not in self.volumes and key not in self.given:
-            self._volume(key, len(data), data)
+        if stays:
+            self.offered = key, data
 
     def add(self, line: ismrmrd.Acquisition) -> Iterator[Scan]:
         """Take one acquisition; yield the volumes of earlier repetitions that are complete."""
@@ -122,7 +128,7 @@ class Gatherer:
             return
         idx = line.idx
         self.flags[idx.repetition] = self.flags.get(idx.repetition, 0) | flags
-        if flags & LAST_BIT:
+        if flags & LAST_BIT and not line.encoding_space_ref:  # other encodings have counters of their own
             self.ended.add(idx.repetition)
         if flags & SKIP_BITS:
             self.skipped += 1
@@ -133,15 +139,17 @@ class Gatherer:
         key = volume_key(idx)
         if line.encoding_space_ref:
             self.others[line.encoding_space_ref] += 1
-        yield from self._settled(idx.repetition)
         if is_calibration_only(flags) and self.geometry.calibration not in INTEGRATED:
+            self.calibrating += 1
             self.calibrations.add(line, key)
         elif line.encoding_space_ref:
             self.foreign += 1
-        elif key in self.given:
-            self.late += 1
         else:
-            self._image(line, key)
+            yield from self._settled(idx.repetition)
+            if key in self.given:
+                self.late += 1
+            else:
+                self._image(line, key)
 
     def _add_noise(self, line: ismrmrd.Acquisition) -> None:
         """Keep a noise line, scaled to the dwell time of the first one that tells its own: its power goes with 1/dwell."""
@@ -155,9 +163,10 @@ class Gatherer:
 
     def what_came(self) -> str:
         """Which lines came that make no image."""
-        found = [(count, f"lines of encoding space {number} were left out") for number, count in sorted(self.others.items())]
-        found += [(self.channelless, "lines without channels"), (len(self.noise), "noise lines"), (self.skipped, "other lines")]
-        return ", ".join(f"{count} {what}" for count, what in found if count) + " came" if any(count for count, _ in found) else "no line came"
+        found = [(count, f"lines of encoding space {number}") for number, count in sorted(self.others.items())]
+        found += [(self.calibrating - sum(self.others.values()), "calibration lines"), (self.channelless, "lines without channels")]
+        found += [(len(self.noise), "noise lines"), (self.skipped, "other lines")]
+        return ", ".join([f"{count} {what}" for count, what in found if count > 0] or ["no line"]) + " came"
 
     def finish(self, before: int | None = None) -> Iterator[Scan]:
         """Hand out and forget all volumes, or those of repetitions below `before`."""
@@ -169,12 +178,16 @@ class Gatherer:
         self.calibrations.forget(before or 0)
 
     def _image(self, line: ismrmrd.Acquisition, key: tuple[int, ...]) -> None:
-        volume = self.volumes.get(key) or self._volume(key, line.active_channels)
+        volume = self.volumes.get(key) or self._volume(key, line.active_channels, self._offer(key, line.active_channels))
         if "average" in self.seen:
             self.seen["average"].add(line.idx.average)
         volume.add(line, self.readout)
         if volume.oversampling is not None:
             self.calibrations.image_has(key[1], volume.oversampling)
+
+    def _offer(self, key: tuple[int, ...], coils: int) -> np.ndarray | None:
+        """The block that volume `key` may be gathered into, if there is one."""
+        return self.offered[1] if self.offered and self.offered[0] == key and len(self.offered[1]) == coils else None
 
     def _volume(self, key: tuple[int, ...], coils: int, kspace: np.ndarray | None = None) -> Volume:
         volume = self.volumes[key] = Volume(self.geometry, coils, kspace)
@@ -188,6 +201,7 @@ class Gatherer:
         self.lines += 1
         self.newest[repetition] = self.lines
         self.streak = self.streak + 1 if repetition == self.repetition else 0
+        self.back += repetition < self.repetition
         self.repetition = max(self.repetition, repetition)
         earlier = sorted({key[2] for key in self.volumes if key[2] < repetition})
         still_open = next((number for number in earlier if not self._over(number)), repetition)
@@ -197,23 +211,29 @@ class Gatherer:
     def _over(self, repetition: int) -> bool:
         """Whether a repetition has all its lines: its last one was flagged, or enough of later ones came instead.
 
-        One that lacks something is waited for: with as many lines in a row, segments of interleaved repetitions look like whole ones.
+        Of interleaved repetitions only the flag tells; until one comes back, a segment of them looks like a whole one.
         """
-        if repetition in self.ended:
-            return True
+        if repetition in self.ended or self.back > STRAYS:
+            return repetition in self.ended
         volumes = [volume for key, volume in self.volumes.items() if key[2] == repetition]
         size = max(SETTLED, sum(volume.grid.lines for volume in volumes))
-        if self.lines - self.newest[repetition] > SINCE * size:
+        if self.streak <= IN_A_ROW * size:
+            return False
+        averages = self.promised.get("average", 1)
+        if all(volume.lacks_nothing(averages) for volume in volumes):
             return True
-        return self.streak > IN_A_ROW * size and all(volume.lacks_nothing(self.promised.get("average", 1)) for volume in volumes)
+        lacking = self.flags[repetition] & FIRST_BIT or any(volume.averages < averages for volume in volumes)
+        return self.lines - self.newest[repetition] > (SINCE_LACKING if lacking else SINCE) * size
 
     def _scan(self, volume: Volume, key: tuple[int, ...], notes: list[str]) -> Scan:
         noise, brightness, remarks = self._noise(volume)
         calibration, more = self.calibrations.of(key, len(volume.grid.kspace))
         scan = volume.scan(noise, calibration)
         remarks += more
-        if volume.oversampling == 0 and self.readout.oversampled:
-            remarks.append("the lines are as long as without readout oversampling, which other lines of the scan have: it was taken for removed")
+        if volume.oversampling == 0 and any(self.calibrations.oversampling.values()):
+            remarks.append(f"{AS_LONG}: it was taken for removed")
+        if volume.oversampling and volume.grid.filled and not volume.certain:
+            remarks.append(f"{AS_LONG}: they were taken for shorter, of less resolution")
         foreign = self.foreign + self.calibrations.foreign
         if foreign:
             remarks.append(f"{foreign} lines of another encoding space were left out")

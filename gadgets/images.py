@@ -51,7 +51,7 @@ def make_images(volume: torch.Tensor, scan: Scan, options: Options, header, seri
     Raises:
         ValueError: if the volume is not finite.
     """
-    volume = to_recon_matrix(volume, scan.geometry) * scan.brightness
+    volume = to_recon_matrix(volume, scan.geometry)
     if not bool(torch.isfinite(torch.view_as_real(volume)).all()):
         raise ValueError(f"the {name} image holds NaN or infinity and was not sent")
     alike = (series, scan.head.idx.contrast, scan.head.idx.set)

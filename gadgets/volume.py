@@ -118,7 +118,8 @@ class Volume:
         self.calibrating = np.zeros(self.geometry.shape[:2], bool)
         self.head: ismrmrd.AcquisitionHeader | None = None
         self.nearest, self.judged = np.inf, (0, False)
-        self.averages = self.duplicates = self.strangers = 0
+        self.averages = self.duplicates = self.certain = 0
+        self.strange: set[tuple[int, int]] = set()  # places of lines unlike the others
 
     def add(self, line: ismrmrd.Acquisition, readout: Readout) -> None:
         """Add one imaging line at its place; a line that does not fit is counted."""
@@ -131,22 +132,26 @@ class Volume:
         readout.saw(oversampling)
         if self.oversampling is None:
             self.oversampling = oversampling or int(readout.oversampled)
-        if not self._is_one_of_us(line.active_channels, oversampling, readout.oversampled):
+        if not self._is_one_of_us(line.active_channels, oversampling, readout.oversampled, place):
             self.grid.unfit += 1
-        elif self.grid.add(line, place, readout, self.oversampling):
+            return
+        new = not self.grid.counts[place]
+        if self.grid.add(line, place, readout, self.oversampling):
+            self.certain += new and oversampling == self.oversampling
             self.note(line.idx.average, line.flags, place, line.getHead)
 
-    def _is_one_of_us(self, coils: int, oversampling: int, may_be_short: bool) -> bool:
+    def _is_one_of_us(self, coils: int, oversampling: int, may_be_short: bool, place: tuple[int, int]) -> bool:
         """Whether a line has the channels and the oversampling of the others; the first ones may have been the odd ones out.
 
         A short line of an oversampled scan has less resolution. Places count, not lines: noise lines without a flag share one.
         """
         ours = coils == len(self.grid.kspace)
-        short = ours and oversampling == 0 and self.oversampling == 1
-        if (ours and oversampling == self.oversampling) or (short and may_be_short):
+        if ours and oversampling == self.oversampling:
             return True
-        self.strangers += 1
-        if not short and self.strangers <= self.grid.filled:
+        self.strange.add(place)
+        if ours and oversampling == 0 and self.oversampling == 1 and may_be_short:
+            return True
+        if len(self.strange) <= self.certain:
             return False
         grid = Grid(self.geometry, coils)
         grid.outside, grid.unfit = self.grid.outside, self.grid.unfit + self.grid.lines

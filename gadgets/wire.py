@@ -54,6 +54,7 @@ class Wire:
         self.sock, self.timeout_s, self.max_bytes, self.max_buffer_bytes = sock, timeout_s, max_bytes, max_buffer_bytes
         self.stream = sock.makefile("rb", buffering=1 << 20)
         self.ended = self.heard = self.lost = False
+        self.sending = threading.Lock()  # who reads the scan answers questions while images are sent
 
     def read(self, nbytes: int) -> bytes:
         """Exactly `nbytes`; WireError when the peer is gone or silent."""
@@ -204,7 +205,8 @@ class Wire:
         self._send(struct.pack("<H", CLOSE))
 
     def _send(self, data: bytes) -> None:
-        self.sock.sendall(data)
+        with self.sending:
+            self.sock.sendall(data)
 
     def _unpack(self, form: str) -> int:
         return struct.unpack(form, self.read(struct.calcsize(form)))[0]

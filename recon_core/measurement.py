@@ -105,6 +105,7 @@ def measure(
     phase_reference: Tensor | None = None,
     louder: float = 1.0,
     keep_lines: bool = False,
+    brightness: float = 1.0,
 ) -> Measurement:
     """Whiten, average, compress coils, estimate maps.
 
@@ -120,6 +121,7 @@ def measure(
             `mixing`, for phases that can be compared with that volume's; otherwise that of this one.
         louder: how many times as noisy as its noise lines the scan is (Measurement.excess_noise).
         keep_lines: keep `lines` of volumes too, for an estimate of the error (jackknife.py).
+        brightness: unit of the image, which noise lines make that of the noise, where volumes of other dwell times are to be compared.
 
     Raises:
         ValueError: if nothing was acquired, or samples are not finite.
@@ -135,7 +137,7 @@ def measure(
     factor = mask / counts.clamp_min(1)
     reference, lines = (kspace, counts) if calibration is None else calibration
     reference_factor = 1 / lines.clamp_min(1)  # not `factor`: weights would blur the relations between neighbours that maps are made of
-    whitened = whiten(kspace, mask, factor, most, noise, louder)
+    whitened = whiten(kspace, mask, factor, most, noise, louder, brightness)
     mixing, warnings = whitened.matrix, [*of_no_use, *whitened.warnings]
     acs, acs_size, averaged = _calibration_block(reference, lines, reference_factor, mixing)
     if len(mixing) > 1:

@@ -31,10 +31,10 @@ class Whitening(NamedTuple):
     warnings: list[str]
 
 
-def whiten(kspace: Tensor, mask: Tensor, factor: Tensor, averages: float, noise: Tensor | None = None, louder: float = 1.0) -> Whitening:
+def whiten(kspace: Tensor, mask: Tensor, factor: Tensor, averages: float, noise: Tensor | None = None, louder: float = 1.0, brightness: float = 1.0) -> Whitening:
     """Whitening by the noise lines, or as well as the scan itself allows.
 
-    With noise lines sigma is 1, or `louder`. An estimate only evens the coils out and keeps the units of the data: what it
+    With noise lines sigma is 1, or `louder`, times `brightness`. An estimate only evens the coils out and keeps the units of the data: what it
     is off by would otherwise show as brightness that changes from one volume of a scan to the next. Noise lines that
     are louder than the scan itself (another receiver gain or bandwidth) tell how coils share noise, but not how much.
 
@@ -45,6 +45,7 @@ def whiten(kspace: Tensor, mask: Tensor, factor: Tensor, averages: float, noise:
         averages: lines summed, at most.
         noise: [coils samples] noise samples, if there were noise lines.
         louder: how many times as noisy as its noise lines the scan is.
+        brightness: unit of what noise lines whiten, for volumes of other dwell times to compare.
     """
     reason = "no noise lines"
     if noise is not None:
@@ -53,7 +54,8 @@ def whiten(kspace: Tensor, mask: Tensor, factor: Tensor, averages: float, noise:
         except ValueError as error:
             reason = f"noise lines of no use ({error})"
         else:
-            return _by_noise_lines(matrix, kspace, mask, factor, averages, louder)
+            found = _by_noise_lines(matrix, kspace, mask, factor, averages, louder)
+            return found._replace(matrix=brightness * found.matrix, sigma=brightness * found.sigma, shown=brightness * found.shown)
     tiny = torch.finfo(torch.float32).tiny
     sigma = estimate_sigma(kspace, mask, factor)
     if not float(sigma.max()) > 0:

@@ -3,6 +3,7 @@
 import copy
 
 import ismrmrd
+import numpy as np
 import pytest
 import torch
 from conftest import gathered, line_like
@@ -127,6 +128,16 @@ def test_each_repetition_keeps_its_own_calibration(scan_with, calibrated_first):
     for repetition, volume in enumerate(volumes):
         assert bool((volume.calibration[1][where] == 1).all()) and volume.warnings == []
         torch.testing.assert_close(volume.calibration[0][:, where], (1 + repetition) * volume.kspace[:, where])
+
+
+@pytest.mark.parametrize("changes", [{}, {"kspace_encode_step_1": 900}, {"data": np.ones((1, 24))}])
+def test_a_stray_line_is_no_newer_calibration(scan_with, changes):
+    header, lines = scan_with("separate")
+    calibration = [flagged(line, ONLY) for place, line in lines.items() if in_centre(place)]
+    stray = flagged(lines[4, 3], ONLY, repetition=1, **changes)
+    series = [line_like(line, repetition=repetition) for repetition in range(4) for line in lines.values()]
+    volumes = list(gather(header, [*calibration, *series[: len(lines)], stray, *series[len(lines) :]]))
+    assert [int(volume.calibration[1].sum()) for volume in volumes] == [25] * 4
 
 
 def test_calibration_lines_that_complete_the_image_are_of_its_own_repetition(scan_with):

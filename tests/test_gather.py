@@ -9,7 +9,7 @@ import torch
 from conftest import gathered, line_like, load_small_scan, run_chain
 
 from gadgets.failure import ReconError
-from gadgets.flags import NOISE_BIT
+from gadgets.flags import FIRST_BIT, NOISE_BIT
 from gadgets.gather import gather
 from gadgets.geometry import ScanError, read_geometry
 from gadgets.options import make_options
@@ -167,15 +167,38 @@ def test_volumes_are_kept_apart(full, counter):
     assert getattr(second.head.idx, counter) == 1
 
 
-@pytest.mark.parametrize("times,block", [(1, 1), (1, 13), (1, 60), (4, 130), (4, 260)])
-def test_interleaved_repetitions_give_one_volume_each(tmp_path, times, block):
-    """Blocks of any size: a segment of a repetition that is not complete looks like a whole one."""
-    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=2, pattern="full", snr=1e5, noise_lines=0), (10 * times, 13, 12))
-    plain = [line_like(line, flags=0) for line in lines]
-    others = [line_like(line, 2 * line.data, repetition=1) for line in plain]
-    first, second = gather(header, [line for n in range(0, len(lines), block) for line in plain[n : n + block] + others[n : n + block]])
-    torch.testing.assert_close(second.kspace, 2 * first.kspace)
-    assert bool((first.counts == 1).all()) and bool((second.counts == 1).all())
+@pytest.mark.parametrize("repetitions,contrasts,block", [
+    (2, 1, 1), (2, 1, 13), (2, 1, 60), (2, 1, 130), (2, 1, 260), (4, 1, 130), (4, 1, 260), (5, 1, 65), (20, 1, 16), (30, 1, 7), (2, 6, 130), (2, 8, 64), (6, 4, 16),
+])  # fmt: skip
+def test_interleaved_repetitions_give_one_volume_each(tmp_path, repetitions, contrasts, block):
+    """Blocks of any size: until one comes back, a segment of a repetition looks like a whole one."""
+    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=1, pattern="full", snr=1e5, noise_lines=0), (40, 13, 12))
+    blocks = [lines[n : n + block] for n in range(0, len(lines), block)]
+    counters = [(repetition, contrast) for repetition in range(repetitions) for contrast in range(contrasts)]
+    scans = list(gather(header, [line_like(line, flags=0, repetition=r, contrast=c) for some in blocks for r, c in counters for line in some]))
+    assert [(scan.head.idx.repetition, scan.head.idx.contrast) for scan in scans] == sorted(counters, key=lambda pair: pair[::-1])
+    assert all(bool((scan.counts == 1).all()) and scan.warnings == [] for scan in scans)
+
+
+@pytest.mark.parametrize("flags", [0, FIRST_BIT])
+def test_a_long_series_without_last_flags_is_not_held_to_its_end(tmp_path, flags):
+    """Undersampled at random, so that nobody knows what lacks; also where late lines, calibration or another encoding interfere."""
+    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=1, acceleration=2, acs=8, noise_lines=0), (40, 13, 12))
+    held, most = 0, 0
+
+    def running():
+        nonlocal held, most
+        for repetition in range(20):
+            held, most = held + 1, max(most, held + 1)
+            for number, line in enumerate(lines):
+                yield line_like(line, flags=flags if not number else 0, repetition=repetition)
+            yield line_like(lines[0], flags=0, encoding_space_ref=1)
+            if repetition == 10:
+                yield line_like(lines[0], flags=0)
+
+    for _ in gather(header, running()):
+        held -= 1
+    assert most <= (10 if flags else 6)
 
 
 @pytest.mark.parametrize("counter", ["contrast", "set", "phase", "slice"])
@@ -200,19 +223,12 @@ def test_repetitions_inside_of_another_counter_are_whole(full, counter):
     assert all(when < 2.1 for key, when in whole if key == (0, 0)) and all(when < 5.1 for key, when in whole if key == (1, 0))
 
 
-def test_interleaved_repetitions_of_several_contrasts_give_one_volume_each(tmp_path):
-    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=1, pattern="full", snr=1e5, noise_lines=0), (40, 13, 12))
-    blocks = [lines[n : n + 130] for n in range(0, len(lines), 130)]
-    scans = list(gather(header, [line_like(line, flags=0, repetition=r, contrast=c) for block in blocks for r in (0, 1) for c in range(6) for line in block]))
-    assert len(scans) == 12 and all(bool((scan.counts == 1).all()) for scan in scans)
-
-
 def test_averages_outside_of_repetitions_are_waited_for_where_the_header_announces_them(tmp_path):
     header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=1, pattern="full", snr=1e5, noise_lines=0), (20, 13, 12))
     header.encoding[0].encodingLimits.average = ismrmrd.xsd.limitType(minimum=0, maximum=1, center=0)
-    loops = [(average, repetition) for average in (0, 1) for repetition in (0, 1)]
+    loops = [(average, repetition) for average in (0, 1) for repetition in range(6)]
     scans = list(gather(header, [line_like(line, flags=0, average=average, repetition=repetition) for average, repetition in loops for line in lines]))
-    assert [scan.head.idx.repetition for scan in scans] == [0, 1] and all(bool((scan.counts == 2).all()) for scan in scans)
+    assert [scan.head.idx.repetition for scan in scans] == list(range(6)) and all(bool((scan.counts == 2).all()) for scan in scans)
 
 
 def test_a_line_that_comes_after_its_volume_was_handed_out_is_told(full):
@@ -281,6 +297,20 @@ def test_a_line_of_another_length_does_not_decide_for_the_others(full, upstream,
     assert f"{1 + len(lines) - int(scan.counts.sum())} lines had another number of channels or samples than most" in scan.warnings[0]
 
 
+def test_odd_lines_among_averages_do_not_outnumber_the_others(full):
+    """Two averages, each good line followed by one of one coil at its place; one short line in a contrast that has none."""
+    header, lines, _ = full
+    good = [line_like(line, average=average) for average in (0, 1) for line in lines]
+    scan = gathered(header, [line for pair in zip(good, (line_like(line, line.data[:1]) for line in good)) for line in pair])
+    assert scan.kspace.shape[0] == 2 and bool((scan.counts == 2).all()) and scan.warnings[0].startswith(f"{len(good)} lines had another number of channels")
+    bare = [removed(line) for line in lines]
+    short = [line_like(lines[n], lines[n].data[:, 6:18], contrast=1, center_sample=6) for n in (10, 20, 30)]
+    long = [line_like(line, contrast=1) for line in lines]
+    _, second = gather(header, [*bare, *bare, *long[:50], *short, *long[50:]])
+    assert int((second.counts > 0).sum()) == len(lines)
+    torch.testing.assert_close(second.kspace, gathered(header, lines).kspace)
+
+
 def test_contrasts_have_readouts_of_their_own(full):
     """Twice the samples in one contrast change nothing in the other; half of them are a lower resolution, also where they come first."""
     header, lines, _ = full
@@ -292,6 +322,7 @@ def test_contrasts_have_readouts_of_their_own(full):
     padded = [line_like(line, np.pad(line.data[:, 6:18], ((0, 0), (6, 6)))) for line in lines]
     for scans in (list(gather(header, [*lines, *short])), list(gather(header, [line for pair in zip(lines, short) for line in pair]))):
         torch.testing.assert_close(scans[1].kspace, gathered(header, padded).kspace)
+        assert "taken for shorter" in scans[1].warnings[0] and scans[0].warnings == []
     early = list(gather(header, [*short, *lines]))
     assert "taken for removed" in early[1].warnings[0] and early[0].warnings == []
 
@@ -522,9 +553,11 @@ def test_a_dwell_time_that_makes_no_sense_is_no_dwell_time(tmp_path, dwell):
     assert torch.isfinite(torch.view_as_real(scan.noise)).all() and scan.brightness == plain.brightness == 1
 
 
-def test_contrasts_of_another_dwell_time_keep_their_brightness(tmp_path):
-    """The same samples, said to be read twice as slowly, are less noisy, not brighter."""
+@pytest.mark.parametrize("useless", [False, True])
+def test_contrasts_of_another_dwell_time_keep_their_brightness(tmp_path, useless):
+    """The same samples, said to be read twice as slowly, are less noisy, not brighter; with noise lines of no use too."""
     header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=2, pattern="full", snr=50, noise_lines=8))
+    lines = [line_like(line, 0 * line.data) if useless and line.flags & NOISE_BIT else line for line in lines]
     slow = [line_like(line, contrast=1, sample_time_us=2 * line.sample_time_us) for line in lines if not line.flags & NOISE_BIT]
     first, second = reconstruct(header, [*lines, *slow], None, make_options({"method": "cg", "device": "cpu", "output": "float32"}))
     bright = first.data > 0.5 * first.data.max()
@@ -545,7 +578,7 @@ def test_lines_of_other_encodings_alone_are_counted_and_named(full):
     with pytest.raises(ScanError) as refused:
         list(gather(header, [navigator, *others]))
     assert str(refused.value) == (
-        "the scan holds no imaging line (70 lines of encoding space 1 were left out, 9 lines of encoding space 2 were left out, 1 other lines came): nothing to reconstruct"
+        "the scan holds no imaging line (70 lines of encoding space 1, 9 lines of encoding space 2, 1 other lines came): nothing to reconstruct"
     )
 
 

@@ -100,6 +100,21 @@ def test_what_comes_in_the_middle_of_a_scan(full):
         assert len(list(broken)) == 2 and broken.cut.startswith(said)
 
 
+def test_answers_do_not_cut_into_what_is_being_sent():
+    """Two threads, one connection: messages come out whole."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        wire, peer = Wire(ours), Wire(theirs, timeout_s=20)
+        threads = [threading.Thread(target=lambda text=text: [wire.send_text(text * 300_000) for _ in range(10)]) for text in "ab"]
+        for thread in threads:
+            thread.start()
+        texts = [text for _, (_, text) in zip(range(20), peer.messages())]
+        for thread in threads:
+            thread.join()
+        wire.release(), peer.release()
+    assert all(set(text) in ({"a"}, {"b"}) and len(text) == 300_000 for text in texts)
+
+
 def test_our_own_client_gets_the_same_images(server, scan_path, expected):
     with ScanFile(scan_path) as scan:
         assert same_images(list(send_scan(scan, *server.server_address[:2], "default")), expected)

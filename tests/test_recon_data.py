@@ -119,6 +119,18 @@ def test_reference_lines(full, mode):
         assert torch.equal(found.calibration[0], expected.calibration[0])
 
 
+@pytest.mark.parametrize("flag", [ismrmrd.ACQ_IS_NAVIGATION_DATA, ismrmrd.ACQ_IS_PARALLEL_CALIBRATION, ismrmrd.ACQ_IS_NOISE_MEASUREMENT])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_buffer_of_lines_that_make_no_image_harms_no_other(full, flag, first):
+    header, lines, _ = full
+    header = copy.deepcopy(header)
+    header.encoding[0].parallelImaging.calibrationMode = ismrmrd.xsd.calibrationModeType("separate")
+    other, image = (parsed(recon_data(header, [line_like(line, flags=0, repetition=n) for line in lines], True)) for n in ((0, 1) if first else (1, 0)))
+    other.bits[0].data.headers["flags"][:] = 1 << (flag - 1)
+    scan = gathered(header, [other, image] if first else [image, other])
+    assert bool((scan.counts == 1).all())
+
+
 def test_a_buffer_that_contradicts_itself_cannot_be_recorded_and_harms_nobody(full, tmp_path):
     header, lines, _ = full
     message = parsed(recon_data(header, lines))

@@ -70,7 +70,7 @@ def test_memory_is_refused_from_the_header_and_from_the_lines(scan_path):
         list(Budget(header, exactly * 1.5).watch(lines))
 
 
-@pytest.mark.parametrize("flagged, held", [(True, 1), (False, 3)])
+@pytest.mark.parametrize("flagged, held", [(True, 1), (False, 5)])
 def test_repetitions_that_did_not_end_are_held(scan_path, flagged, held):
     with ScanFile(scan_path) as scan:
         header, lines = parse_header(scan.header_xml), [line for line in scan.acquisitions() if not line.flags & NOISE_BIT][:3]
