@@ -14,6 +14,7 @@ from .geometry import Geometry, ScanError
 from .readout import Readout
 
 MAX_VOLUME_BYTES = 64 << 30
+DECIDED = 16  # places filled from which a volume of short lines stays one, whatever the rest of the scan shows
 
 
 @dataclass
@@ -149,7 +150,8 @@ class Volume:
         if ours and oversampling == self.oversampling:
             return True
         self.strange.add(place)
-        if ours and oversampling == 0 and self.oversampling == 1 and may_be_short:
+        short = ours and oversampling == 0 and self.oversampling == 1
+        if short and (may_be_short or (not self.certain and self.grid.filled > DECIDED)):
             return True
         if len(self.strange) <= self.certain:
             return False

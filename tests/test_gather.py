@@ -327,6 +327,16 @@ def test_contrasts_have_readouts_of_their_own(full):
     assert "taken for removed" in early[1].warnings[0] and early[0].warnings == []
 
 
+def test_a_volume_taken_for_short_lines_keeps_them(full):
+    """Most contrasts turn out to be as long as without oversampling only once many lines of the first of them came."""
+    header, lines, _ = full
+    short = [[line_like(line, line.data[:, 6:18], contrast=contrast, center_sample=6) for line in lines] for contrast in (1, 2, 3)]
+    scans = list(gather(header, [*lines, *short[0], *(line for pair in zip(*short[1:]) for line in pair)]))
+    assert all(bool((scan.counts == 1).all()) for scan in scans[:2])
+    assert sum(int(scan.counts.sum()) for scan in scans) >= 4 * len(lines) - 2 * 18
+    assert [any("as long as without readout oversampling" in warning for warning in scan.warnings) for scan in scans] == [False, True, True, True]
+
+
 def test_lines_shorter_than_without_oversampling_are_told(full):
     header, lines, _ = full
     scan = gathered(header, [line_like(line, line.data[:, 8:16], center_sample=4) for line in lines])
