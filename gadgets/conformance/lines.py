@@ -10,7 +10,7 @@ import numpy as np
 
 from . import peer as p
 from .buffers import recon_data
-from .case import case, expect, same
+from .case import case, expect, same, told
 from .point import SLABS, error_voxels, point_scan
 from .suite import Bench
 
@@ -106,6 +106,32 @@ def aborted_repetition(bench: Bench) -> str:
     expect([image[2] for image in answer.images[:2]] == [image[2] for image in bench.expected], "the first repetition is not the same")
     expect(len(answer.images) == 4 and "incomplete" in comment(answer), f"{len(answer.images)} images, and no word of what is missing")
     return comment(answer)[:110]
+
+
+@case("lines of another length or without channels change nothing but the comment, which counts them")
+def odd_lines(bench: Bench) -> str:
+    where, odd = len(bench.lines) // 2, imaging(bench)[5]
+    strays = [changed(odd, np.full((len(odd.data), 2 * odd.data.shape[1]), 1e6), center_sample=odd.data.shape[1]), changed(odd, odd.data[:0])]
+    answer = scan(bench, [*bench.lines[:where], *strays, *bench.lines[where:]])
+    same_pixels(answer, bench)
+    expect("1 lines had another number of channels or samples" in comment(answer) and "1 lines without channels" in comment(answer), f"no count of them: {comment(answer)}")
+    return "same pixels, the comment counts both"
+
+
+@case("a contrast none of whose lines can be used: images of the other, and a sentence that names it")
+def lost_contrast(bench: Bench) -> str:
+    answer = scan(bench, [*bench.lines, *(changed(line, contrast=1, kspace_encode_step_2=900) for line in imaging(bench))])
+    expect([image[2] for image in answer.images] == [image[2] for image in bench.expected], "the first contrast is not the same")
+    return told(answer, r"contrast 1.*none of its lines could be used.*outside the encoded matrix")
+
+
+@case("interleaved repetitions in segments of half a volume, without a flag for their last lines: whole ones")
+def segments(bench: Bench) -> str:
+    noise = [line for line in bench.lines if line.flags & NOISE]
+    plain = [changed(line, flags=line.flags & BOTH) for line in imaging(bench)]
+    halves = [plain[: len(plain) // 2], plain[len(plain) // 2 :]]
+    same_pixels(scan(bench, [*noise, *(changed(line, repetition=repetition) for half in halves for repetition in (0, 1) for line in half)]), bench, times=2)
+    return "4 images, the same pixels twice"
 
 
 @case("lines that come twice are averaged, and counted in the comment")

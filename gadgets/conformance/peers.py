@@ -156,6 +156,22 @@ def half_open_late(bench: Bench) -> str:
     return "2 images; " + told(answer, "sent nothing for 2 s")
 
 
+@case("another header late in the scan: images of what came, with a warning, and a sentence")
+def second_header(bench: Bench) -> str:
+    with bench.peer() as peer:
+        answer = peer.send(bench.opening(), *bench.messages[:-20], bench.opening(), *bench.messages, p.close()).answer()
+    expect(answer.series == [1, 2] and "broke off" in answer.comment(), f"series {answer.series}")
+    return "2 images; " + told(answer, "a second header came")
+
+
+@case("an error that the peer tells late in the scan: images of what came, with a warning, and a sentence")
+def error_of_the_peer(bench: Bench) -> str:
+    with bench.peer() as peer:
+        answer = peer.send(bench.opening(), *bench.messages[:-20], struct.pack("<HQ", p.ERROR, 12) + b"no gradients", p.close()).answer()
+    expect(answer.series == [1, 2] and "broke off" in answer.comment(), f"series {answer.series}")
+    return "2 images; " + told(answer, "the peer told of an error: no gradients")
+
+
 @case("a sending side closed early in the scan, without CLOSE: a sentence")
 def cut_early(bench: Bench) -> str:
     with bench.peer() as peer:
