@@ -67,9 +67,9 @@ class Calibrations:
         fitting = [found for found in fitting if found[2].filled >= ENOUGH * max(grid.filled for _, _, grid in fitting)]
         remarks = list(self.notes)
         if fitting:
-            place, repetition, grid = min(fitting, key=lambda found: (found[1] > key[2], found[0] != _place(key), abs(found[1] - key[2]), found[0]))
-            return grid, remarks
-        channels = Counter({len(grid.kspace): 0 for _, _, grid in here})
+            best = min(fitting, key=lambda found: (found[1] > key[2], found[0] != _place(key), abs(found[1] - key[2]), found[0]))
+            return best[2], remarks
+        channels: Counter[int] = Counter()
         for _, _, grid in here:
             channels[len(grid.kspace)] += grid.lines
         remarks += [f"{count} calibration lines have {other} channels, the scan {coils}: they were not used" for other, count in channels.items()]
