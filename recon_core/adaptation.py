@@ -2,8 +2,11 @@
 
 Zero-shot self-supervision (Yaman et al., arXiv 2102.07737): a part of the measured lines is left out, the rest is
 reconstructed, and at every sweep a copy of the prior learns to predict the lines left out from what the sweep hands
-to it (sweep by sweep as in rehearsal.py, never through the solver). Other lines, which it never learns from, judge
-whether it became better; if it did not, the image stays what it was.
+to it (sweep by sweep as in rehearsal.py, never through the solver). Each line stands for the lines around it that
+were not measured, as many as there are (Millard and Chiew, arXiv 2205.10278): the centre is sampled densely, most
+of what is to be predicted is not there. The rounds take turns between the scan's own mesh and a finer one (mesh.py).
+Other lines, which it never learns from, judge whether it became better, and on which mesh; if it did not, the image
+stays what it was.
 """
 
 from __future__ import annotations
@@ -11,13 +14,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from .cg_sense import cg_sense
 from .device_failure import ran_out_of_memory
+from .fft import centre_crop_or_pad, kspace_crop
 from .measurement import Measurement
+from .mesh import on_finer_mesh
 from .prior import move_weights
 from .sense import Sense
 from .slices import MIN_SIDE, Denoiser, apply_prior, object_box, usable_axes
@@ -28,9 +34,11 @@ RATE = 1e-4  # of Adam
 DECAY = 0.98  # of the mean of the weights over the steps
 LEFT_OUT = 0.2  # of the lines outside the calibration square, to learn from
 JUDGING = 0.1  # of them, never learned from
+FINER = 1.5  # times as many voxels along the phase encodes
+NEIGHBOURS = 8.0  # lines, standard deviation of the window in which the share that was measured is counted
 LEAST_LINES, LEAST_SAMPLES = 5, 1000  # that judge
 EVERY = 4  # rounds from one judgement to the next
-PASSES = 4  # with what was learned: its answers hang more on slices' poses than those of the prior, the mean of several less
+PASSES = 4  # with what was learned, in turns on the meshes: its answers hang more on slices' poses than those of the prior, the mean of several less
 HOPELESS = 10.0  # times the energy of the lines left out; an empty image leaves once
 PIXELS = 1 << 16  # of a round's sweep: a few seconds of two CPU cores
 
@@ -38,7 +46,7 @@ PIXELS = 1 << 16  # of a round's sweep: a few seconds of two CPU cores
 def reconstruct_adapted(measurement: Measurement, prior: Denoiser, start: Tensor, config: VariationalConfig = VariationalConfig(), seed: int = 0) -> Iterator[State]:
     """The states of reconstruct_variational; then, of single planes and thin slabs that keep their lines, `config.adapt` rounds of learning and PASSES more.
 
-    The volume stays that of the first pass until the others have ended, whose mean it is then. `prior` is not changed.
+    The volume stays that of the first pass until the others have ended, whose mean it is then, on the scan's own mesh. `prior` is not changed.
 
     Args:
         measurement: with `lines` if there is something to gain.
@@ -47,39 +55,46 @@ def reconstruct_adapted(measurement: Measurement, prior: Denoiser, start: Tensor
         seed: of the slices, poses and lines.
     """
     to_be_gained = measurement.lines is not None and len(usable_axes(measurement.operator.shape)) == 1
-    pupil = Pupil(measurement, prior, config, seed) if config.adapt and isinstance(prior, nn.Module) and to_be_gained else None
+    pupil = Pupil(measurement, prior, start, config, seed) if config.adapt and isinstance(prior, nn.Module) and to_be_gained else None
     rounds = config.adapt if pupil and pupil.can_be_judged else 0
     sweeps = (1 + PASSES) * config.sweeps + rounds if rounds else config.sweeps
     for state in reconstruct_variational(measurement, prior, start, config, seed):
         state = replace(state, sweeps=sweeps)
         yield state
+    if not rounds:
+        return
+    try:
+        yield from _taught(pupil, state, rounds, seed)
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
+        yield replace(state, sweep=sweeps)  # what there is needs no learning
+
+
+def _taught(pupil: Pupil, state: State, rounds: int, seed: int) -> Iterator[State]:
+    """What follows `state`, the last of the prior's own image, while and after the pupil learns."""
     for done in range(1, rounds + 1):
-        try:
-            pupil.learn()
-            if done % EVERY == 0 or done == rounds:
-                pupil.judge()
-        except RuntimeError as error:
-            if not ran_out_of_memory(error):
-                raise
-            yield replace(state, sweep=sweeps)  # what there is needs no learning
-            return
+        pupil.learn()
+        if done % EVERY == 0 or done == rounds:
+            pupil.judge()
         state = replace(state, sweep=state.sweep + 1, network_evaluations=state.network_evaluations + pupil.evaluations())
         yield state
-    mean = torch.zeros_like(start)
-    for again in range(1, PASSES + 1) if rounds else ():
-        spent = state.network_evaluations
-        for fresh in reconstruct_variational(measurement, pupil.best, start, config, seed + again):
-            mean += fresh.volume / PASSES if fresh.sweep == config.sweeps else 0
-            volume = mean if state.sweep + 1 == sweeps else state.volume
-            state = State(state.sweep + 1, sweeps, fresh.sigma, volume, spent + fresh.network_evaluations)
+    mean = torch.zeros_like(state.volume)
+    for again in range(1, PASSES + 1):
+        spent, mesh = state.network_evaluations, pupil.best_meshes[again % len(pupil.best_meshes)]
+        for fresh in reconstruct_variational(mesh, pupil.best, cg_sense(mesh), pupil.config, seed + again):
+            mean += kspace_crop(fresh.volume, mean.shape) / PASSES if fresh.sweep == fresh.sweeps else 0
+            volume = mean if state.sweep + 1 == state.sweeps else state.volume
+            state = State(state.sweep + 1, state.sweeps, fresh.sigma, volume, spent + fresh.network_evaluations)
             yield state
 
 
 class Pupil:
-    """A copy of the prior that learns from a scan; `best` is what the judging lines prefer, the prior itself at first."""
+    """A copy of the prior that learns from a scan; `best` and `best_meshes` are what the judging lines prefer, at first the prior and the scan's own mesh."""
 
-    def __init__(self, measurement: Measurement, prior: nn.Module, config: VariationalConfig, seed: int):
-        self.measurement, self.config, self.best = measurement, config, prior
+    def __init__(self, measurement: Measurement, prior: nn.Module, start: Tensor, config: VariationalConfig, seed: int):
+        self.measurement, self.start, self.config = measurement, start, config
+        self.best, self.best_meshes, self.score = prior, (measurement,), None
         self.random = torch.Generator().manual_seed(seed)
         self.network = copy.deepcopy(prior).float().requires_grad_(True)
         self.average = copy.deepcopy(self.network).requires_grad_(False)
@@ -87,7 +102,13 @@ class Pupil:
         taken = torch.fft.fftshift(measurement.operator.weights > 0)
         self.judging = self._some(taken, JUDGING)
         self.others = taken & ~self.judging
-        self.spent, self.score = 0, None
+        self.importance = importance(taken, measurement.acs)
+        self.rounds = self.spent = 0
+
+    @cached_property
+    def meshes(self) -> tuple[Measurement, Measurement]:
+        """The scan on its own mesh and on a finer one."""
+        return self.measurement, on_finer_mesh(self.measurement, FINER, self.start)
 
     @property
     def can_be_judged(self) -> bool:
@@ -101,10 +122,10 @@ class Pupil:
         return spent
 
     def learn(self) -> None:
-        """One reconstruction without some of the lines, and a step of learning at each of its sweeps."""
-        there = self._window()
+        """One reconstruction without some of the lines, on the mesh whose turn it is, and a step of learning at each of its sweeps."""
+        mesh, there = self.meshes[self.rounds % len(self.meshes)], self._window()
         left_out = self._some(self.others, LEFT_OUT)
-        part, answer = self.measurement.part(self.others & ~left_out, there), self.measurement.part(left_out, there)
+        part, answer = (mesh.part(_on(mesh, lines), there) for lines in (self.others & ~left_out, left_out))
         start, told = cg_sense(part), []
         scale, box = part.in_tissue_units(start)[0], object_box(part.operator.maps)
         seed = int(torch.randint(1 << 31, (), generator=self.random))
@@ -113,7 +134,7 @@ class Pupil:
             with torch.enable_grad():
                 whole = torch.zeros_like(volume)
                 whole[box] = apply_prior(volume[box].movedim(axis, 0), pose.seen_by(self.network), sigma).movedim(0, axis)
-                loss = unexplained(answer.operator, whole * scale, answer.lines)
+                loss = unexplained(answer.operator, whole * scale, answer.lines, _on(mesh, self.importance))
             if not bool(loss < HOPELESS):
                 self._forget()
                 break
@@ -123,6 +144,7 @@ class Pupil:
             self.optimiser.zero_grad(set_to_none=True)
             move_weights(self.average, self.network, 1 - DECAY)
         self.spent += 2 * state.network_evaluations
+        self.rounds += 1
 
     def _forget(self) -> None:
         """Start again from the best so far; where the steps led to, nothing can be learned."""
@@ -131,20 +153,25 @@ class Pupil:
         self.optimiser.state.clear()
 
     def judge(self) -> None:
-        """Keep what has been learned if it predicts the judging lines better than the best so far."""
-        if self.score is None:
-            self.score = self._judged(self.best)
-        score = self._judged(self.average)
-        if score < self.score:
-            self.score, self.best = score, copy.deepcopy(self.average)
+        """Keep what has been learned if it predicts the judging lines better than the best so far, on one mesh or as the mean of both."""
+        for prior in (self.best, self.average) if self.score is None else (self.average,):
+            for meshes, score in self._judged(prior):
+                if self.score is None or score < self.score:
+                    self.score, self.best_meshes = score, meshes
+                    self.best = copy.deepcopy(prior) if prior is self.average else prior
 
-    def _judged(self, prior: nn.Module) -> float:
-        there = self._window(middle=True)
-        part, answer = self.measurement.part(self.others, there), self.measurement.part(self.judging, there)
-        for state in reconstruct_variational(part, prior, cg_sense(part), self.config):
-            pass
-        self.spent += state.network_evaluations
-        return float(unexplained(answer.operator, state.volume, answer.lines))
+    def _judged(self, prior: nn.Module) -> list[tuple[tuple[Measurement, ...], float]]:
+        """Meshes, and how much of the judging lines stays unexplained by the mean of the images that `prior` makes on them of the others."""
+        there, volumes = self._window(middle=True), []
+        answer = self.measurement.part(self.judging, there)
+        for mesh in self.meshes:
+            part = mesh.part(_on(mesh, self.others), there)
+            for state in reconstruct_variational(part, prior, cg_sense(part), self.config):
+                pass
+            volumes.append(kspace_crop(state.volume, answer.operator.shape))
+            self.spent += state.network_evaluations
+        score = lambda volume: float(unexplained(answer.operator, volume, answer.lines, self.importance))  # noqa: E731
+        return [((mesh,), score(volume)) for mesh, volume in zip(self.meshes, volumes)] + [(self.meshes, score(sum(volumes) / len(volumes)))]
 
     def _some(self, lines: Tensor, share: float) -> Tensor:
         """A random share of `lines` [z y], none of the calibration square."""
@@ -165,6 +192,26 @@ class Pupil:
         return slice(first, first + width)
 
 
-def unexplained(operator: Sense, volume: Tensor, lines: Tensor) -> Tensor:
-    """||A x - y||^2 / ||y||^2 for `volume` x [z y x] and `lines` y [coils z y x]; may be differentiated by x."""
-    return (operator.forward(volume) - lines).abs().square().sum() / lines.abs().square().sum()
+def importance(taken: Tensor, acs: tuple[int, int]) -> Tensor:
+    """How many lines that were not measured each measured line stands for, [z y] of `taken` [z y]: (1 - p) / p, p the share measured around it.
+
+    The calibration square, of size `acs` (z, y), is no part of that share.
+    """
+    outside = torch.ones(taken.shape)
+    z, y = (slice(n // 2 - size // 2, n // 2 - size // 2 + size) for n, size in zip(taken.shape, acs))
+    outside[z, y] = 0
+    near_z, near_y = (torch.exp(-((torch.arange(n) - torch.arange(n)[:, None]) / NEIGHBOURS).square() / 2) for n in taken.shape)
+    share = (near_z @ (taken.cpu() * outside) @ near_y) / (near_z @ outside @ near_y).clamp_min(1e-6)
+    share = share.clamp(0.001, 0.999)  # lines measured everywhere still count
+    return (taken.cpu() * (1 - share) / share).to(taken.device)
+
+
+def unexplained(operator: Sense, volume: Tensor, lines: Tensor, weights: Tensor) -> Tensor:
+    """||A x - y||^2 / ||y||^2 for `volume` x [z y x] and `lines` y [coils z y x], `weights` [z y] in both sums; may be differentiated by x."""
+    energy = lambda what: (what.abs().square() * weights[..., None].to(what.device)).sum()  # noqa: E731
+    return energy(operator.forward(volume) - lines) / energy(lines)
+
+
+def _on(mesh: Measurement, lines: Tensor) -> Tensor:
+    """What is given for each line [z y] on the matrix of `mesh`."""
+    return centre_crop_or_pad(lines, mesh.operator.shape[:2])

@@ -8,8 +8,9 @@ from conftest import random_complex
 from test_variational import VOXEL, last, problem
 
 from recon_core import adaptation
-from recon_core.adaptation import PASSES, Pupil, reconstruct_adapted, unexplained
+from recon_core.adaptation import PASSES, Pupil, importance, reconstruct_adapted, unexplained
 from recon_core.cg_sense import cg_sense
+from recon_core.fft import centre_crop_or_pad
 from recon_core.measurement import measure
 from recon_core.metrics import object_mask, psnr
 from recon_core.prior import Prior, load_prior
@@ -21,8 +22,12 @@ QUICK = VariationalConfig(sweeps=3, adapt=5)
 def plane(shape=(72, 80, 1), **changes):
     """Some readout positions in the middle of a phantom: the measurement and the image that is to be found."""
     z, y, x = shape
-    kspace, mask, noise, reference = problem(shape=(z, y, x + 24), coils=8, snr=20.0, **{"acs": 16, **changes})
+    kspace, mask, noise, reference = problem(shape=(z, y, x + 24), snr=20.0, **{"coils": 8, "acs": 16, **changes})
     return measure(kspace[..., 12 : 12 + x], mask, VOXEL, noise), reference[..., 12 : 12 + x]
+
+
+def pupil_of(measurement, prior):
+    return Pupil(measurement, prior, cg_sense(measurement), QUICK, 0)
 
 
 @pytest.fixture
@@ -52,13 +57,46 @@ def test_parts_of_a_scan_add_up_to_it():
 
 def test_what_is_unexplained_and_its_gradient():
     measurement, _ = plane((20, 24, 2), acs=8)
-    operator, volume = measurement.operator, random_complex(20, 24, 2)
-    assert float(unexplained(operator, volume, operator.forward(volume))) < 1e-10
-    assert float(unexplained(operator, torch.zeros_like(volume), measurement.lines)) == pytest.approx(1)
+    operator, volume, alike = measurement.operator, random_complex(20, 24, 2), torch.ones(20, 24)
+    assert float(unexplained(operator, volume, operator.forward(volume), alike)) < 1e-10
+    assert float(unexplained(operator, torch.zeros_like(volume), measurement.lines, alike)) == pytest.approx(1)
     volume.requires_grad_(True)
-    unexplained(operator, volume, measurement.lines).backward()
+    unexplained(operator, volume, measurement.lines, alike).backward()
     residual = operator.normal(volume.detach()) - measurement.adjoint
     torch.testing.assert_close(volume.grad, 2 * residual / measurement.lines.abs().square().sum())
+
+
+def test_a_line_that_weighs_twice_counts_as_two():
+    measurement, _ = plane((20, 24, 2), acs=8)
+    operator, lines, volume = measurement.operator, measurement.lines, random_complex(20, 24, 2)
+    weights = torch.ones(20, 24)
+    weights[10, 12] = 2
+    residual = (operator.forward(volume) - lines).abs().square().sum(dim=(0, 3))
+    energy = lines.abs().square().sum(dim=(0, 3))
+    expected = (residual.sum() + residual[10, 12]) / (energy.sum() + energy[10, 12])
+    assert float(unexplained(operator, volume, lines, weights)) == pytest.approx(float(expected))
+
+
+def test_a_measured_line_stands_for_those_around_it_that_were_not():
+    """Of every third line one stands for two; near a denser half for fewer; the calibration square makes no difference."""
+    taken = torch.zeros(120, 120, dtype=torch.bool)
+    taken[:, ::3] = True
+    weights = importance(taken, (0, 0))
+    assert not bool(weights[~taken].any())
+    assert float(weights[60, 60]) == pytest.approx(2, rel=0.02)
+    square = taken.clone()
+    square[50:70, 50:70] = True
+    torch.testing.assert_close(importance(square, (20, 20))[:, :36], weights[:, :36], rtol=0.05, atol=0)
+    taken[:, 60:] = True
+    dense, border, sparse = importance(taken, (0, 0))[60, [117, 60, 30]].tolist()
+    assert dense < 0.01 < border < sparse == pytest.approx(2, rel=0.05)
+    assert border == pytest.approx(0.5, rel=0.1)  # two thirds were measured on either side of it together
+
+
+@pytest.mark.parametrize("shape", [(1, 60), (4, 128), (3, 5)])
+def test_lines_of_a_scan_with_all_of_them_stand_for_alike_many(shape):
+    weights = importance(torch.ones(shape, dtype=torch.bool), (1, 2))
+    assert bool((weights == weights[0, 0]).all()) and float(weights[0, 0]) > 0
 
 
 def test_the_shipped_prior_learns_a_phantom_and_stays_as_it_was():
@@ -82,7 +120,7 @@ def test_the_first_image_stands_until_the_last_sweep(untrained):
     assert not torch.equal(states[-1].volume, states[2].volume)
     assert float(states[-1].volume.norm() / states[2].volume.norm()) == pytest.approx(1, abs=0.1)  # the mean of the passes, not their sum
     evaluations = [s.network_evaluations for s in states]
-    learning, judging = 5 * 2 * 3, 3 * 3  # forward and backward; the prior, and twice what it became
+    learning, judging = 5 * 2 * 3, 2 * 3 * 3  # forward and backward; on two meshes the prior, and twice what it became
     assert evaluations == sorted(evaluations) and evaluations[-1] == 3 * (1 + PASSES) + learning + judging
 
 
@@ -94,12 +132,15 @@ def test_same_seed_same_image(untrained):
 
 def test_judging_lines_and_the_calibration_square_are_never_learned_from(untrained, monkeypatch):
     measurement, _ = plane()
-    pupil, seen = Pupil(measurement, untrained, QUICK, 0), []
+    pupil, seen = pupil_of(measurement, untrained), []
     part = type(measurement).part
     monkeypatch.setattr(type(measurement), "part", lambda self, lines, there: seen.append(lines) or part(self, lines, there))
     for _ in range(2):
         pupil.learn()
     taken = measurement.lines.abs().sum(dim=(0, 3)) > 0
+    assert [lines.shape for lines in seen] == 2 * [(72, 80)] + 2 * [(112, 120)]
+    assert all(int(lines.sum()) == int(centre_crop_or_pad(lines, (72, 80)).sum()) for lines in seen)
+    seen = [centre_crop_or_pad(lines, (72, 80)) for lines in seen]
     (given, answer), (other, _) = zip(seen[::2], seen[1::2])
     for lines in (given, answer):
         assert not bool((lines & pupil.judging).any())
@@ -114,7 +155,7 @@ def test_judging_lines_and_the_calibration_square_are_never_learned_from(untrain
 def test_what_is_judged_is_the_slow_mean_of_the_steps(untrained):
     """After three steps it has taken 2, 4 and 6 % of the way at most."""
     measurement, _ = plane()
-    pupil = Pupil(measurement, untrained, QUICK, 0)
+    pupil = pupil_of(measurement, untrained)
     pupil.learn()
     way = lambda network: sum(float((a - b).detach().square().sum()) for a, b in zip(network.parameters(), untrained.parameters())) ** 0.5  # noqa: E731
     assert 0 < way(pupil.average) < 0.1 * way(pupil.network)
@@ -123,11 +164,56 @@ def test_what_is_judged_is_the_slow_mean_of_the_steps(untrained):
 def test_what_makes_it_worse_is_not_taken(untrained, monkeypatch):
     monkeypatch.setattr(adaptation, "RATE", 10.0)
     measurement, _ = plane()
-    pupil = Pupil(measurement, untrained, QUICK, 0)
+    pupil = pupil_of(measurement, untrained)
     pupil.learn()
     pupil.judge()
     assert pupil.best is untrained
     assert all(torch.equal(a, b) for a, b in zip(pupil.network.parameters(), untrained.parameters()))
+
+
+def test_the_judging_lines_choose_the_mesh_or_the_mean_of_both(untrained, monkeypatch):
+    measurement, _ = plane()
+    scores = iter([(5.0, 4.0, 4.5), (4.2, 3.9, 3.8), (3.7, 3.9, 4.0), (3.8, 3.8, 3.8)])
+    monkeypatch.setattr(Pupil, "_judged", lambda self, prior: zip([self.meshes[:1], self.meshes[1:], self.meshes], next(scores)))
+    pupil, chosen = pupil_of(measurement, untrained), []
+    pupil.judge()  # the prior, and what it became
+    assert pupil.best_meshes == pupil.meshes and pupil.best is not untrained
+    for _ in range(2):
+        first = pupil.best
+        pupil.judge()
+        chosen.append((pupil.best_meshes == (measurement,), pupil.best is first))
+    assert chosen == [(True, False), (True, True)]
+
+
+def test_what_the_meshes_are_judged_by_are_the_lines_that_their_images_predict(untrained):
+    measurement, _ = plane()
+    pupil = pupil_of(measurement, untrained)
+    (own, _), (finer, _), (both, _) = scores = pupil._judged(untrained)
+    assert own == (measurement,) and both == own + finer and finer[0].operator.shape == (112, 120, 1)
+    part = measurement.part(pupil.others)
+    image = last(reconstruct_variational(part, untrained, cg_sense(part), QUICK)).volume
+    answer = measurement.part(pupil.judging)
+    assert scores[0][1] == pytest.approx(float(unexplained(answer.operator, image, answer.lines, pupil.importance)))
+    assert scores[2][1] <= max(scores[0][1], scores[1][1])  # a mean's error is not above the worse one's
+
+
+def test_the_image_on_a_finer_mesh_comes_back_on_the_own(untrained, monkeypatch):
+    monkeypatch.setattr(Pupil, "judge", lambda self: setattr(self, "best_meshes", self.meshes[1:]))
+    measurement, _ = plane()
+    states = list(reconstruct_adapted(measurement, untrained, cg_sense(measurement), QUICK, 0))
+    assert states[-1].volume.shape == (72, 80, 1)
+    assert float((states[-1].volume - states[2].volume).norm() / states[2].volume.norm()) < 0.3  # neither moved nor brighter
+
+
+@pytest.mark.parametrize("where", ["meshes", "judge"])
+def test_memory_that_does_not_suffice_for_a_finer_mesh_leaves_the_first_image(untrained, monkeypatch, where):
+    def full(self):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Pupil, where, property(full) if where == "meshes" else full)
+    measurement, _ = plane()
+    states = list(reconstruct_adapted(measurement, untrained, cg_sense(measurement), QUICK, 0))
+    assert torch.equal(states[-1].volume, states[2].volume) and states[-1].sweep == states[-1].sweeps
 
 
 def test_memory_that_does_not_suffice_for_learning_leaves_the_first_image(untrained, monkeypatch):
@@ -143,7 +229,7 @@ def test_memory_that_does_not_suffice_for_learning_leaves_the_first_image(untrai
 @pytest.mark.parametrize("shape, acs", [((32, 36, 1), 12), ((1, 60, 64), 10)])
 def test_too_few_samples_or_lines_to_judge_by_teach_nothing(untrained, shape, acs):
     measurement, _ = plane(shape, acs=acs)
-    assert not Pupil(measurement, untrained, QUICK, 0).can_be_judged
+    assert not pupil_of(measurement, untrained).can_be_judged
     assert last(reconstruct_adapted(measurement, untrained, cg_sense(measurement), QUICK, 0)).sweeps == 3
 
 
@@ -157,7 +243,7 @@ def test_thick_slabs_are_learned_from_in_part(untrained, monkeypatch, shape, wid
     """Readout positions are scans of their own; slices along the readout need some of its length."""
     monkeypatch.setattr(adaptation, "PIXELS", 10_000)
     measurement, _ = plane(shape)
-    pupil = Pupil(measurement, untrained, QUICK, 0)
+    pupil = pupil_of(measurement, untrained)
     windows = [pupil._window() for _ in range(20)]
     assert {w.stop - w.start for w in windows} == {width}
     assert all(0 <= w.start and w.stop <= shape[2] for w in windows)
