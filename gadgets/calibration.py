@@ -6,6 +6,7 @@ from collections import Counter
 
 import ismrmrd
 
+from .failure import of_lines
 from .geometry import Geometry, ScanError, read_geometry
 from .readout import Readout
 from .volume import Grid
@@ -72,7 +73,7 @@ class Calibrations:
         channels: Counter[int] = Counter()
         for _, _, grid in here:
             channels[len(grid.kspace)] += grid.lines
-        remarks += [f"{count} calibration lines have {other} channels, the scan {coils}: they were not used" for other, count in channels.items()]
+        remarks += [of_lines(count, f"{{lines}} {{have}} {other} channels, the scan {coils}, and {{were}} not used", "calibration ") for other, count in channels.items()]
         if filled and not here:
             remarks.append("the calibration lines are of other slabs: none is of use here")
         return None, remarks

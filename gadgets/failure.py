@@ -33,6 +33,11 @@ def sentence(error: BaseException) -> str:
     return text if expected and text else f"{INTERNAL}{type(error).__name__}: {text or 'no message'}"
 
 
+def of_lines(count: int, text: str, kind: str = "") -> str:
+    """`text` with its {lines}, {were} and {have} for so many of a `kind`: "1 line", "was", "has"; "3 calibration lines", "were", "have"."""
+    return text.format(lines=f"{count} {kind}line" + "s" * (count != 1), were="was" if count == 1 else "were", have="has" if count == 1 else "have")
+
+
 def log_failure(what: str, error: BaseException, level: int = logging.ERROR) -> None:
     """To the log, with the traceback only where the sentence cannot tell all."""
     text = sentence(error)

@@ -16,6 +16,7 @@ import torch
 
 from .calibration import Calibrations
 from .completeness import missing_ends, missing_volumes
+from .failure import of_lines
 from .flags import BOTH_BIT, CALIBRATION_BIT, FIRST_BIT, KEY, LAST_BIT, NOISE_BIT, SKIP_BITS, is_calibration_only, volume_key
 from .geometry import ScanError, announced, noise_bandwidth, read_geometry
 from .readout import Readout
@@ -236,11 +237,11 @@ class Gatherer:
             remarks.append(f"{AS_LONG}: they were taken for shorter, of less resolution")
         foreign = self.foreign + self.calibrations.foreign
         if foreign:
-            remarks.append(f"{foreign} lines of another encoding space were left out")
+            remarks.append(of_lines(foreign, "{lines} of another encoding space {were} left out"))
         if self.channelless:
-            remarks.append(f"{self.channelless} lines without channels were left out")
+            remarks.append(of_lines(self.channelless, "{lines} without channels {were} left out"))
         if self.late:
-            remarks.append(f"{self.late} lines of volumes that were handed out already were left out")
+            remarks.append(of_lines(self.late, "{lines} of volumes that were handed out already {were} left out"))
         scan.warnings += [*self.notes, *remarks, *notes]
         scan.series, scan.phase_reference, scan.brightness = self.series, self.phase_reference, brightness
         return scan

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from .completeness import missing_lines
+from .failure import of_lines
 from .flags import BOTH_BIT, REVERSE_BIT
 from .geometry import Geometry, ScanError
 from .readout import Readout
@@ -80,9 +81,9 @@ class Grid:
             data, centre = data[:, ::-1], samples - 1 - centre
         if samples > readout.full:
             done = f"{oversampling}-fold readout oversampling was assumed" if oversampling > 1 else "the outer ones were cut"
-            self._of_another_length(f"have {samples} samples, the matrix of the header {readout.full}: {done}")
+            self._of_another_length(f"{{have}} {samples} samples, the matrix of the header {readout.full}: {done}")
         elif not oversampling and samples < readout.cut:
-            self._of_another_length(f"have {samples} samples, the matrix of the header {readout.full}: their oversampling was taken for removed")
+            self._of_another_length(f"{{have}} {samples} samples, the matrix of the header {readout.full}: oversampling was taken for removed")
         readout.add(data, centre, self.kspace[(slice(None), *place)], oversampling)
         self.filled += not self.counts[place]
         self.counts[place] += 1
@@ -96,12 +97,12 @@ class Grid:
         """What was left out, for the user."""
         out = []
         if self.outside:
-            out.append(f"{self.outside} {kind}lines lay outside the encoded matrix and were left out")
+            out.append(of_lines(self.outside, "{lines} lay outside the encoded matrix and {were} left out", kind))
         if self.unfit:
-            out.append(f"{self.unfit} {kind}lines had another number of channels or samples than most, no samples or no echo and were left out")
-        out += [f"{count} {kind}lines {text}" for text, count in self.lengths.items()]
+            out.append(of_lines(self.unfit, "{lines} had another number of channels or samples than most, no samples or no echo and {were} left out", kind))
+        out += [of_lines(count, f"{{lines}} {text}", kind) for text, count in self.lengths.items()]
         if self.uncentred:
-            out.append(f"{self.uncentred} {kind}lines had centre sample 0 and more than half a readout: their middle was assumed")
+            out.append(of_lines(self.uncentred, "{lines} had centre sample 0 and more than half a readout: the middle was assumed", kind))
         return out
 
 
@@ -184,7 +185,7 @@ class Volume:
         scan = Scan(self.geometry, torch.from_numpy(self.grid.kspace), torch.from_numpy(self.grid.counts), self.head or self.first, noise)
         scan.warnings += [*self.geometry.warnings, *self.grid.warnings("")]
         if self.duplicates:
-            scan.warnings.append(f"{self.duplicates} lines came more than once and were averaged")
+            scan.warnings.append(of_lines(self.duplicates, "{lines} came more than once and {were} averaged"))
         if calibration is not None:
             scan.warnings += self._take_centre(calibration)
             scan.calibration = self._calibration(calibration)

@@ -89,7 +89,7 @@ def test_a_measured_line_stands_for_those_around_it_that_were_not():
     torch.testing.assert_close(importance(square, (20, 20))[:, :36], weights[:, :36], rtol=0.05, atol=0)
     taken[:, 60:] = True
     dense, border, sparse = importance(taken, (0, 0))[60, [117, 60, 30]].tolist()
-    assert dense < 0.01 < border < sparse == pytest.approx(2, rel=0.05)
+    assert dense < 0.03 < border < sparse == pytest.approx(2, rel=0.05)
     assert border == pytest.approx(0.5, rel=0.1)  # two thirds were measured on either side of it together
 
 

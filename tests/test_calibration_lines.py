@@ -155,7 +155,7 @@ def test_calibration_of_another_slab_or_of_other_coils_is_told(scan_with):
     elsewhere = [flagged(line, ONLY, slice=1) for place, line in lines.items() if in_centre(place)]
     assert "the calibration lines are of other slabs: none is of use here" in gathered(header, [*elsewhere, *lines.values()]).warnings
     one_coil = [flagged(line, ONLY, data=line.data[:1]) for place, line in lines.items() if in_centre(place)]
-    assert "25 calibration lines have 1 channels, the scan 2: they were not used" in gathered(header, [*one_coil, *lines.values()]).warnings
+    assert "25 calibration lines have 1 channels, the scan 2, and were not used" in gathered(header, [*one_coil, *lines.values()]).warnings
 
 
 def test_the_first_calibration_line_of_other_coils_does_not_decide(scan_with):

@@ -235,7 +235,7 @@ def test_a_line_that_comes_after_its_volume_was_handed_out_is_told(full):
     header, lines, _ = full
     others = [line_like(line, repetition=1) for line in lines]
     first, second = gather(header, [*lines, *others, lines[3]])
-    assert any("1 lines of volumes that were handed out already" in w for w in second.warnings)
+    assert any("1 line of volumes that were handed out already" in w for w in second.warnings)
 
 
 def test_a_repetition_is_handed_out_before_the_next_ends(tmp_path):
@@ -273,8 +273,8 @@ def test_lines_that_do_not_fit_are_counted_and_told(full):
     odd = line_like(lines[0], lines[0].data[:1])
     scan = gathered(header, [*lines, lost, odd])
     assert bool((scan.counts == 1).all())
-    assert any(w.startswith("1 lines lay outside") for w in scan.warnings)
-    assert any(w.startswith("1 lines had another number of channels or samples") for w in scan.warnings)
+    assert any(w.startswith("1 line lay outside") for w in scan.warnings)
+    assert any(w.startswith("1 line had another number of channels or samples") for w in scan.warnings)
 
 
 def removed(line):
@@ -294,7 +294,8 @@ def test_a_line_of_another_length_does_not_decide_for_the_others(full, upstream,
     came = scan.counts > 0
     assert bool((scan.counts <= 1).all()) and int(scan.counts.sum()) >= len(lines) - 2 * first
     torch.testing.assert_close(scan.kspace[:, came], expected.kspace[:, came])
-    assert f"{1 + len(lines) - int(scan.counts.sum())} lines had another number of channels or samples than most" in scan.warnings[0]
+    left_out = 1 + len(lines) - int(scan.counts.sum())
+    assert f"{left_out} line{'s' * (left_out > 1)} had another number of channels or samples than most" in scan.warnings[0]
 
 
 def test_odd_lines_among_averages_do_not_outnumber_the_others(full):
@@ -340,7 +341,7 @@ def test_a_volume_taken_for_short_lines_keeps_them(full):
 def test_lines_shorter_than_without_oversampling_are_told(full):
     header, lines, _ = full
     scan = gathered(header, [line_like(line, line.data[:, 8:16], center_sample=4) for line in lines])
-    assert scan.warnings == [f"{len(lines)} lines have 8 samples, the matrix of the header 24: their oversampling was taken for removed"]
+    assert scan.warnings == [f"{len(lines)} lines have 8 samples, the matrix of the header 24: oversampling was taken for removed"]
 
 
 def test_discarded_samples_show_that_the_oversampling_is_there(full):
@@ -422,7 +423,7 @@ def test_a_centre_sample_that_nobody_wrote_is_assumed_and_said(full):
     expected = gathered(header, lines).kspace
     scan = gathered(header, [line_like(line, center_sample=0) for line in lines])
     assert torch.equal(scan.kspace, expected)
-    assert scan.warnings == ["130 lines had centre sample 0 and more than half a readout: their middle was assumed"]
+    assert scan.warnings == ["130 lines had centre sample 0 and more than half a readout: the middle was assumed"]
     half = gathered(header, [line_like(line, line.data[:, 12:], center_sample=0) for line in lines])
     assert half.warnings == [] and not torch.equal(half.kspace, expected)
 
@@ -544,7 +545,7 @@ def test_a_line_without_channels_takes_no_volume_with_it(full, counter):
     header, lines, _ = full
     empty = line_like(lines[0], np.zeros((0, 24)), **{counter: 1})
     scan = gathered(header, [*lines, empty])
-    assert bool((scan.counts == 1).all()) and "1 lines without channels were left out" in scan.warnings
+    assert bool((scan.counts == 1).all()) and "1 line without channels was left out" in scan.warnings
     with pytest.raises(ScanError, match=r"no imaging line \(3 lines without channels came\)"):
         list(gather(header, [empty] * 3))
 

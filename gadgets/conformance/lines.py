@@ -114,7 +114,7 @@ def odd_lines(bench: Bench) -> str:
     strays = [changed(odd, np.full((len(odd.data), 2 * odd.data.shape[1]), 1e6), center_sample=odd.data.shape[1]), changed(odd, odd.data[:0])]
     answer = scan(bench, [*bench.lines[:where], *strays, *bench.lines[where:]])
     same_pixels(answer, bench)
-    expect("1 lines had another number of channels or samples" in comment(answer) and "1 lines without channels" in comment(answer), f"no count of them: {comment(answer)}")
+    expect("1 line had another number of channels or samples" in comment(answer) and "1 line without channels" in comment(answer), f"no count of them: {comment(answer)}")
     return "same pixels, the comment counts both"
 
 
