@@ -37,7 +37,7 @@ class Options(BaseModel):
     prior_weight: float = Field(0.7, gt=0, le=100, description="pull of the prior against the data; needs no tuning per protocol")
     slice_fraction: float = Field(1.0, gt=0, le=1, description="share of the slices denoised per sweep")
     adapt: int = Field(20, ge=0, le=1000, description="rounds of learning from the scan's own lines, for single planes and thin slabs; 0 for none")
-    error_map: bool = Field(False, description="send an estimate of each voxel's error too, as series 3; takes two and a half times as long again")
+    error_map: bool = Field(False, description="send an estimate of each voxel's error too, as series 3; takes nearly three times as long again (methods other than diffusion: five times)")
     deadline_s: float | None = Field(None, gt=0, description="stop the sweeps after this time and send what there is")
     seed: int = Field(0, ge=0, lt=1 << 63, description="of the random slices and poses")
     output: Literal["uint16", "float32", "complex64"] = Field("uint16", description="pixel type: uint16 (12 bit), float32 or complex64")

@@ -81,7 +81,7 @@ def compression_matrix(acs: Tensor, coils: int) -> Tensor:
     return vectors.flip(1)[:, :coils].mH.contiguous()
 
 
-def estimate_coil_maps(acs: Tensor, shape: tuple[int, int, int], sigma: float = 0.0, kernel: int = 5, grid: int = 32) -> tuple[Tensor, Tensor]:
+def estimate_coil_maps(acs: Tensor, shape: tuple[int, int, int], sigma: float = 0.0, kernel: int = 5, grid: int = 32) -> Tensor:
     """ESPIRiT maps (Uecker et al., MRM 2014), computed on a coarse grid and interpolated.
 
     The projector onto the signal space of k-space patches is folded into one C x C convolution kernel
@@ -95,7 +95,7 @@ def estimate_coil_maps(acs: Tensor, shape: tuple[int, int, int], sigma: float = 
         grid: side of the coarse grid the maps are computed on.
 
     Returns:
-        maps [coils z y x], root sum of squares 1, and the largest eigenvalue [z y x] (1 where a signal fits the maps).
+        maps [coils z y x], root sum of squares 1.
     """
     coils = acs.shape[0]
     whole = (*shape[:2], widened(shape[2]))
@@ -109,7 +109,7 @@ def estimate_coil_maps(acs: Tensor, shape: tuple[int, int, int], sigma: float = 
     coarse = [max(f, min(grid, n)) for f, n in zip(full, whole)]
     lags = torch.fft.ifftshift(centre_crop_or_pad(lags, coarse), (2, 3, 4))
     matrices = torch.fft.fftshift(torch.fft.ifftn(lags, dim=(2, 3, 4), norm="forward"), (2, 3, 4))
-    values, vectors = dominant_eigenvectors(matrices.permute(2, 3, 4, 0, 1))
+    _, vectors = dominant_eigenvectors(matrices.permute(2, 3, 4, 0, 1))
     maps = vectors.movedim(-1, 0)
     maps = maps * torch.exp(-1j * maps[:1].angle())
     fine = torch.empty((coils, *shape), dtype=maps.dtype, device=maps.device)
@@ -118,7 +118,7 @@ def estimate_coil_maps(acs: Tensor, shape: tuple[int, int, int], sigma: float = 
         fine[coil] = interpolate(maps[coil], shape, whole)
         energy += torch.view_as_real(fine[coil]).square().sum(-1)
     fine /= energy.sqrt().clamp_min(1e-6)
-    return fine, interpolate(values, shape, whole)
+    return fine
 
 
 def dominant_eigenvectors(matrices: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,19 +25,18 @@ def alignment(estimate, truth, inside):
 def test_maps_agree_with_the_truth(shape, acs):
     images, truth = object_seen(shape, 6)
     kspace = fft(images, (1, 2))
-    maps, value = estimate_coil_maps(cut_acs(kspace, acs), shape)
+    maps = estimate_coil_maps(cut_acs(kspace, acs), shape)
     inside = phantom(shape) > 0.3
     assert alignment(maps, truth, inside).mean() > 0.999
     assert torch.quantile(alignment(maps, truth, inside), 0.01) > 0.99
     torch.testing.assert_close(maps.norm(dim=0), torch.ones(shape), atol=1e-4, rtol=0)
-    assert value[inside].min() > 0.9
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_maps_of_loops_anywhere_agree_with_the_truth(seed):
     shape = (40, 44, 36)
     fields = loop_sensitivities(6, shape, np.random.default_rng(seed))
-    maps, _ = estimate_coil_maps(cut_acs(fft(phantom(shape) * fields, (1, 2)), (20, 20)), shape)
+    maps = estimate_coil_maps(cut_acs(fft(phantom(shape) * fields, (1, 2)), (20, 20)), shape)
     found = alignment(maps, fields / fields.norm(dim=0), phantom(shape) > 0.3)
     assert found.mean() > 0.999 and torch.quantile(found, 0.01) > 0.98
 
@@ -68,14 +67,14 @@ def test_dominant_eigenvectors_of_nothing_and_of_equals_are_finite():
 def test_readout_of_one_sample():
     images, truth = object_seen((40, 44, 9), 4)
     plane = images[..., 4:5]
-    maps, _ = estimate_coil_maps(cut_acs(fft(plane, (1, 2)), (20, 20)), (40, 44, 1))
+    maps = estimate_coil_maps(cut_acs(fft(plane, (1, 2)), (20, 20)), (40, 44, 1))
     assert alignment(maps, truth[..., 4:5], plane.abs().sum(0) > 0.5).mean() > 0.995
 
 
 @pytest.mark.parametrize("length,positions", [(36, slice(14, 30)), (72, slice(20, 60))])
 def test_an_object_that_the_readout_cuts_off(length, positions):
     images, truth = (volume[..., positions] for volume in object_seen((40, 44, length), 6))
-    maps, _ = estimate_coil_maps(cut_acs(fft(images, (1, 2)), (20, 20)), images.shape[1:])
+    maps = estimate_coil_maps(cut_acs(fft(images, (1, 2)), (20, 20)), images.shape[1:])
     inside = phantom((40, 44, length))[..., positions] > 0.3
     missed = 1 - (maps.conj() * truth).sum(0).abs().square()
     for edge in (0, -1):
@@ -114,7 +113,7 @@ def test_noise_of_the_calibration_is_told_from_signal():
     kspace, inside = fft(images, (1, 2)), phantom((40, 44, 36)) > 0.3
     sigma = 0.5 * float(kspace.abs().max()) / 40
     acs = cut_acs(kspace + sigma * 2**0.5 * random_complex(*kspace.shape), (20, 20))
-    missed = [1 - float(alignment(estimate_coil_maps(acs, (40, 44, 36), level)[0], truth, inside).mean()) for level in (sigma, 10 * sigma, 0.0)]
+    missed = [1 - float(alignment(estimate_coil_maps(acs, (40, 44, 36), level), truth, inside).mean()) for level in (sigma, 10 * sigma, 0.0)]
     assert missed[0] < 1e-3 and missed[1] > 5 * missed[0] and missed[2] > 100 * missed[0]
 
 
@@ -174,7 +173,7 @@ def test_maps_agree_with_bart_ecalib(tmp_path):
     write_cfl(tmp_path / "ksp", kspace.permute(3, 2, 1, 0).numpy())
     subprocess.run(["bart", "ecalib", "-m", "1", "-r", "20", "-k", "5", "-c", "0", tmp_path / "ksp", tmp_path / "maps"], check=True, capture_output=True)
     theirs = torch.from_numpy(read_cfl(tmp_path / "maps")).squeeze().permute(3, 2, 1, 0)
-    ours, _ = estimate_coil_maps(cut_acs(fft(images, (1, 2)), (20, 20)), shape)
+    ours = estimate_coil_maps(cut_acs(fft(images, (1, 2)), (20, 20)), shape)
     inside = phantom(shape) > 0.3
     assert alignment(ours, theirs / theirs.norm(dim=0).clamp_min(1e-9), inside).mean() > 0.999
 
