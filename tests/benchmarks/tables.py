@@ -157,9 +157,9 @@ def errors(scans: dict[tuple, dict]) -> str:
         if not float(rows["cg"]["floor"]):
             continue  # one coil: its lines tell no error from noise
         error = {m: max(0.0, float(row["unseen"]) ** 2 - float(row["floor"]) ** 2) ** 0.5 for m, row in rows.items() if row["unseen"]}
-        gains = [" / ".join(f"{20 * math.log10(than / error[m]):.2f}" for m in ours) for than in (min(error[m] for m in CLASSICAL), error["bart"])]
+        gains = [" / ".join(f"{20 * math.log10(than / error[m]):.2f}" for m in ours if m in error) for than in (min(error[m] for m in CLASSICAL), error["bart"])]
         peer = f"{error['bart']:.3f} ({error['bart-oracle']:.3f})"
-        lines.append(line([MEASURED[scan], acceleration, *(f"{error[m]:.3f}" for m in CLASSICAL), peer, *(f"**{error[m]:.3f}**" for m in ours), *gains]))
+        lines.append(line([MEASURED[scan], acceleration, *(f"{error[m]:.3f}" for m in CLASSICAL), peer, *(f"**{error[m]:.3f}**" if m in error else "" for m in ours), *gains]))
     return "\n".join(lines)
 
 
