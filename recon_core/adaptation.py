@@ -176,9 +176,7 @@ class Pupil:
     def _some(self, lines: Tensor, share: float) -> Tensor:
         """A random share of `lines` [z y], none of the calibration square."""
         chosen = lines.cpu() & (torch.rand(lines.shape, generator=self.random) < share)
-        z, y = (slice(n // 2 - size // 2, n // 2 - size // 2 + size) for n, size in zip(lines.shape, self.measurement.acs))
-        chosen[z, y] = False
-        return chosen.to(lines.device)
+        return (chosen & outside(lines.shape, self.measurement.acs)).to(lines.device)
 
     def _window(self, middle: bool = False) -> slice:
         """Readout positions to work on, a scan of their own: all, or as many as a round can bear, drawn where there is signal."""
@@ -192,16 +190,19 @@ class Pupil:
         return slice(first, first + width)
 
 
+def outside(shape: tuple[int, int], acs: tuple[int, int]) -> Tensor:
+    """Which lines [z y] of a matrix of this `shape` lie outside of the calibration square of size `acs` (z, y)."""
+    return centre_crop_or_pad(torch.ones(acs), shape) == 0
+
+
 def importance(taken: Tensor, acs: tuple[int, int]) -> Tensor:
     """How many lines that were not measured each measured line stands for, [z y] of `taken` [z y]: (1 - p) / p, p the share measured around it.
 
     The calibration square, of size `acs` (z, y), is no part of that share.
     """
-    outside = torch.ones(taken.shape)
-    z, y = (slice(n // 2 - size // 2, n // 2 - size // 2 + size) for n, size in zip(taken.shape, acs))
-    outside[z, y] = 0
+    counted = outside(taken.shape, acs).float()
     near_z, near_y = (torch.exp(-((torch.arange(n) - torch.arange(n)[:, None]) / NEIGHBOURS).square() / 2) for n in taken.shape)
-    share = (near_z @ (taken.cpu() * outside) @ near_y) / (near_z @ outside @ near_y).clamp_min(1e-6)
+    share = (near_z @ (taken.cpu() * counted) @ near_y) / (near_z @ counted @ near_y).clamp_min(1e-6)
     share = share.clamp(0.02, 0.98)  # a stray line is not worth hundreds, one among measured ones not nothing
     return (taken.cpu() * (1 - share) / share).to(taken.device)
 

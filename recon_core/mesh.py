@@ -28,7 +28,7 @@ def on_finer_mesh(measurement: Measurement, factor: float, start: Tensor) -> Mea
     Intensities stay: `kspace_crop` of a volume to the old matrix is the volume on the old mesh.
 
     Args:
-        measurement: with `lines`, of which slices of one orientation are of use.
+        measurement: that keeps its `lines` [coils z y x], of which slices of one orientation are of use.
         start: volume [z y x] of `measurement`, the CG-SENSE image: an estimated noise level is bounded by it on its own mesh,
             as the number of unknowns that the data bear does not grow with the mesh.
     """
