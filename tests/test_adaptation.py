@@ -7,13 +7,13 @@ import torch
 from conftest import random_complex
 from test_variational import VOXEL, last, problem
 
-from recon_core import adaptation
-from recon_core.adaptation import PASSES, Pupil, importance, reconstruct_adapted, unexplained
+from recon_core.adaptation import PASSES, reconstruct_adapted
 from recon_core.cg_sense import cg_sense
 from recon_core.fft import centre_crop_or_pad
 from recon_core.measurement import measure
 from recon_core.metrics import object_mask, psnr
 from recon_core.prior import Prior, load_prior
+from recon_core.pupil import Pupil, importance, unexplained
 from recon_core.variational import VariationalConfig, reconstruct_variational
 
 QUICK = VariationalConfig(sweeps=3, adapt=5)
@@ -162,7 +162,7 @@ def test_what_is_judged_is_the_slow_mean_of_the_steps(untrained):
 
 
 def test_what_makes_it_worse_is_not_taken(untrained, monkeypatch):
-    monkeypatch.setattr(adaptation, "RATE", 10.0)
+    monkeypatch.setattr("recon_core.pupil.RATE", 10.0)
     measurement, _ = plane()
     pupil = pupil_of(measurement, untrained)
     pupil.learn()
@@ -241,7 +241,7 @@ def test_denoisers_that_are_no_networks_are_used_as_they_are():
 @pytest.mark.parametrize("shape, width", [((64, 72, 12), 2), ((8, 72, 80), 32), ((64, 72, 1), 1)])
 def test_thick_slabs_are_learned_from_in_part(untrained, monkeypatch, shape, width):
     """Readout positions are scans of their own; slices along the readout need some of its length."""
-    monkeypatch.setattr(adaptation, "PIXELS", 10_000)
+    monkeypatch.setattr("recon_core.pupil.PIXELS", 10_000)
     measurement, _ = plane(shape)
     pupil = pupil_of(measurement, untrained)
     windows = [pupil._window() for _ in range(20)]

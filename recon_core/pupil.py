@@ -1,0 +1,165 @@
+"""A copy of the prior that learns from a scan's own lines, and what judges it.
+
+Zero-shot self-supervision (Yaman et al., arXiv 2102.07737): a part of the measured lines is left out, the rest is
+reconstructed, and at every sweep the copy learns to predict the lines left out from what the sweep hands
+to it (sweep by sweep as in rehearsal.py, never through the solver). Each line stands for the lines around it that
+were not measured, as many as there are (Millard and Chiew, arXiv 2205.10278): the centre is sampled densely, most
+of what is to be predicted is not there. The rounds take turns between the scan's own mesh and a finer one (mesh.py).
+Other lines, which it never learns from, judge whether it became better, and on which mesh.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from .cg_sense import cg_sense
+from .fft import centre_crop_or_pad, kspace_crop
+from .measurement import Measurement
+from .mesh import on_finer_mesh
+from .prior import move_weights
+from .sense import Sense
+from .slices import MIN_SIDE, apply_prior, object_box
+from .variational import VariationalConfig, reconstruct_variational
+
+RATE = 1e-4  # of Adam
+DECAY = 0.98  # of the mean of the weights over the steps
+LEFT_OUT = 0.2  # of the lines outside the calibration square, to learn from
+JUDGING = 0.1  # of them, never learned from
+FINER = 1.5  # times as many voxels along the phase encodes
+NEIGHBOURS = 8.0  # lines, standard deviation of the window in which the share that was measured is counted
+LEAST_LINES, LEAST_SAMPLES = 5, 1000  # that judge
+HOPELESS = 10.0  # times the energy of the lines left out; an empty image leaves once
+PIXELS = 1 << 16  # of a round's sweep: a few seconds of two CPU cores
+
+
+class Pupil:
+    """A copy of the prior that learns from a scan; `best` and `best_meshes` are what the judging lines prefer, at first the prior and the scan's own mesh."""
+
+    def __init__(self, measurement: Measurement, prior: nn.Module, start: Tensor, config: VariationalConfig, seed: int):
+        self.measurement, self.start, self.config = measurement, start, config
+        self.best, self.best_meshes, self.score = prior, (measurement,), None
+        self.random = torch.Generator().manual_seed(seed)
+        self.network = copy.deepcopy(prior).float().requires_grad_(True)
+        self.average = copy.deepcopy(self.network).requires_grad_(False)
+        self.optimiser = torch.optim.Adam(self.network.parameters(), lr=RATE, betas=(0.9, 0.99))
+        taken = torch.fft.fftshift(measurement.operator.weights > 0)
+        self.judging = self._some(taken, JUDGING)
+        self.others = taken & ~self.judging
+        self.importance = importance(taken, measurement.acs)
+        self.rounds = self.spent = 0
+
+    @cached_property
+    def meshes(self) -> tuple[Measurement, Measurement]:
+        """The scan on its own mesh and on a finer one."""
+        return self.measurement, on_finer_mesh(self.measurement, FINER, self.start)
+
+    @property
+    def can_be_judged(self) -> bool:
+        """Whether enough was measured to tell better from worse."""
+        lines, (coils, _, _, x) = int(self.judging.sum()), self.measurement.lines.shape
+        return lines >= LEAST_LINES and lines * coils * x >= LEAST_SAMPLES
+
+    def evaluations(self) -> int:
+        """Of slices by the network since this was asked last."""
+        spent, self.spent = self.spent, 0
+        return spent
+
+    def learn(self) -> None:
+        """One reconstruction without some of the lines, on the mesh whose turn it is, and a step of learning at each of its sweeps."""
+        mesh, there = self.meshes[self.rounds % len(self.meshes)], self._window()
+        left_out = self._some(self.others, LEFT_OUT)
+        part, answer = (mesh.part(_on(mesh, lines), there) for lines in (self.others & ~left_out, left_out))
+        start, told = cg_sense(part), []
+        scale, box = part.in_tissue_units(start)[0], object_box(part.operator.maps)
+        seed = int(torch.randint(1 << 31, (), generator=self.random))
+        for state in reconstruct_variational(part, self.network, start, self.config, seed, watch=lambda *what: told.append(what)):
+            volume, sigma, axis, pose = told.pop()
+            with torch.enable_grad():
+                whole = torch.zeros_like(volume)
+                whole[box] = apply_prior(volume[box].movedim(axis, 0), pose.seen_by(self.network), sigma).movedim(0, axis)
+                loss = unexplained(answer.operator, whole * scale, answer.lines, _on(mesh, self.importance))
+            if not bool(loss < HOPELESS):
+                self._forget()
+                break
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+            self.optimiser.step()
+            self.optimiser.zero_grad(set_to_none=True)
+            move_weights(self.average, self.network, 1 - DECAY)
+        self.spent += 2 * state.network_evaluations
+        self.rounds += 1
+
+    def _forget(self) -> None:
+        """Start again from the best so far; where the steps led to, nothing can be learned."""
+        for network in (self.network, self.average):
+            network.load_state_dict(self.best.state_dict())
+        self.optimiser.state.clear()
+
+    def judge(self) -> None:
+        """Keep what has been learned if it predicts the judging lines better than the best so far, on one mesh or as the mean of both."""
+        for prior in (self.best, self.average) if self.score is None else (self.average,):
+            for meshes, score in self._judged(prior):
+                if self.score is None or score < self.score:
+                    self.score, self.best_meshes = score, meshes
+                    self.best = copy.deepcopy(prior) if prior is self.average else prior
+
+    def _judged(self, prior: nn.Module) -> list[tuple[tuple[Measurement, ...], float]]:
+        """Meshes, and how much of the judging lines stays unexplained by the mean of the images that `prior` makes on them of the others."""
+        there, volumes = self._window(middle=True), []
+        answer = self.measurement.part(self.judging, there)
+        for mesh in self.meshes:
+            part = mesh.part(_on(mesh, self.others), there)
+            for state in reconstruct_variational(part, prior, cg_sense(part), self.config):
+                pass
+            volumes.append(kspace_crop(state.volume, answer.operator.shape))
+            self.spent += state.network_evaluations
+        score = lambda volume: float(unexplained(answer.operator, volume, answer.lines, self.importance))  # noqa: E731
+        return [((mesh,), score(volume)) for mesh, volume in zip(self.meshes, volumes)] + [(self.meshes, score(sum(volumes) / len(volumes)))]
+
+    def _some(self, lines: Tensor, share: float) -> Tensor:
+        """A random share of `lines` [z y], none of the calibration square."""
+        chosen = lines.cpu() & (torch.rand(lines.shape, generator=self.random) < share)
+        return (chosen & outside(lines.shape, self.measurement.acs)).to(lines.device)
+
+    def _window(self, middle: bool = False) -> slice:
+        """Readout positions to work on, a scan of their own: all, or as many as a round can bear, drawn where there is signal."""
+        z, y, x = self.measurement.operator.shape
+        least = 1 if min(z, y) >= MIN_SIDE else 2 * MIN_SIDE
+        width = min(x, max(least, PIXELS // (z * y)))
+        if width == x or middle:
+            return slice(x // 2 - width // 2, x // 2 - width // 2 + width)
+        signal = self.measurement.adjoint.abs().square().sum(dim=(0, 1)).cpu().unfold(0, width, 1).sum(1)
+        first = int(torch.multinomial(signal, 1, generator=self.random))
+        return slice(first, first + width)
+
+
+def outside(shape: tuple[int, int], acs: tuple[int, int]) -> Tensor:
+    """Which lines [z y] of a matrix of this `shape` lie outside of the calibration square of size `acs` (z, y)."""
+    return centre_crop_or_pad(torch.ones(acs), shape) == 0
+
+
+def importance(taken: Tensor, acs: tuple[int, int]) -> Tensor:
+    """How many lines that were not measured each measured line stands for, [z y] of `taken` [z y]: (1 - p) / p, p the share measured around it.
+
+    The calibration square, of size `acs` (z, y), is no part of that share.
+    """
+    counted = outside(taken.shape, acs).float()
+    near_z, near_y = (torch.exp(-((torch.arange(n) - torch.arange(n)[:, None]) / NEIGHBOURS).square() / 2) for n in taken.shape)
+    share = (near_z @ (taken.cpu() * counted) @ near_y) / (near_z @ counted @ near_y).clamp_min(1e-6)
+    share = share.clamp(0.02, 0.98)  # a stray line is not worth hundreds, one among measured ones not nothing
+    return (taken.cpu() * (1 - share) / share).to(taken.device)
+
+
+def unexplained(operator: Sense, volume: Tensor, lines: Tensor, weights: Tensor) -> Tensor:
+    """||A x - y||^2 / ||y||^2 for `volume` x [z y x] and `lines` y [coils z y x], `weights` [z y] in both sums; may be differentiated by x."""
+    energy = lambda what: (what.abs().square() * weights[..., None].to(what.device)).sum()  # noqa: E731
+    return energy(operator.forward(volume) - lines) / energy(lines)
+
+
+def _on(mesh: Measurement, lines: Tensor) -> Tensor:
+    """What is given for each line [z y] on the matrix of `mesh`."""
+    return centre_crop_or_pad(lines, mesh.operator.shape[:2])
