@@ -61,7 +61,7 @@ def run_scan(wire: Wire, header_xml: bytes, sources: list[Mapping[str, Any]], ho
     from .options import make_options
     from .recon import reconstruct
 
-    header, intake, progress = parse_header(header_xml), Intake(wire, host, first), Progress(notify)
+    header, intake, progress = parse_header(header_xml), Intake(wire, host, first, header_xml), Progress(notify)
     items, sent, readers = host.take_in(header, header_xml, intake), 0, []
     try:
         options = make_options(*sources)
@@ -93,8 +93,9 @@ def run_scan(wire: Wire, header_xml: bytes, sources: list[Mapping[str, Any]], ho
 class Intake:
     """The scan's items as they come; a stream that breaks off in the middle ends them, and `cut` says why."""
 
-    def __init__(self, wire: Wire, host: Host, first: tuple | None):
+    def __init__(self, wire: Wire, host: Host, first: tuple | None, header_xml: bytes):
         self.wire, self.host, self.first, self.cut = wire, host, first, ""
+        self.header_xml = header_xml.rstrip(b"\0")
         self.images = 0
 
     def __iter__(self) -> Iterator:
@@ -106,8 +107,11 @@ class Intake:
                 if kind in SCAN_ITEMS:
                     begun = True
                     yield item
-                elif kind == ERROR or (kind == HEADER and begun):
-                    self.cut = f"the peer told of an error: {item.rstrip('. ')}" if kind == ERROR else "a second header came before the scan was closed: what followed it was left out"
+                elif kind == ERROR:
+                    self.cut = f"the peer told of an error: {item.rstrip('. ')}"
+                    return
+                elif kind == HEADER and (begun or item.encode() != self.header_xml):  # sent twice before the first line it does no harm
+                    self.cut = "a second header came before the scan was closed: what followed it was left out"
                     return
                 elif kind == QUERY and (answer := self.host.answer(item[1])):
                     with contextlib.suppress(OSError):  # a peer that is gone is found out elsewhere

@@ -164,10 +164,10 @@ class Gatherer:
 
     def what_came(self) -> str:
         """Which lines came that make no image."""
-        found = [(count, f"lines of encoding space {number}") for number, count in sorted(self.others.items())]
-        found += [(self.calibrating - sum(self.others.values()), "calibration lines"), (self.channelless, "lines without channels")]
-        found += [(len(self.noise), "noise lines"), (self.skipped, "other lines")]
-        return ", ".join([f"{count} {what}" for count, what in found if count > 0] or ["no line"]) + " came"
+        found = [(count, "", f" of encoding space {number}") for number, count in sorted(self.others.items())]
+        found += [(self.calibrating - sum(self.others.values()), "calibration ", ""), (self.channelless, "", " without channels")]
+        found += [(len(self.noise), "noise ", ""), (self.skipped, "other ", "")]
+        return ", ".join([of_lines(count, "{lines}" + which, kind) for count, kind, which in found if count > 0] or ["no line"]) + " came"
 
     def finish(self, before: int | None = None) -> Iterator[Scan]:
         """Hand out and forget all volumes, or those of repetitions below `before`."""

@@ -29,7 +29,7 @@ class Measurement:
 
     `adjoint` is A^H y [z y x]; `energy` is ||y||^2, for the data misfit without keeping y;
     sigma is the noise of y per real part, `sigma_shown` what the scan's own outer lines show of it at most (0: unknown);
-    `mixing` [virtual coils coils] made y from the coils. `lines` is y [virtual coils z y x] itself, where the prior may learn from it (adaptation.py) or the error is to be estimated (jackknife.py).
+    `mixing` [virtual coils coils] made y from the coils. `lines` is y [virtual coils z y x] itself, where the prior may learn from it (pupil.py) or the error is to be estimated (jackknife.py).
     """
 
     operator: Sense

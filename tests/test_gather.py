@@ -589,7 +589,7 @@ def test_lines_of_other_encodings_alone_are_counted_and_named(full):
     with pytest.raises(ScanError) as refused:
         list(gather(header, [navigator, *others]))
     assert str(refused.value) == (
-        "the scan holds no imaging line (70 lines of encoding space 1, 9 lines of encoding space 2, 1 other lines came): nothing to reconstruct"
+        "the scan holds no imaging line (70 lines of encoding space 1, 9 lines of encoding space 2, 1 other line came): nothing to reconstruct"
     )
 
 

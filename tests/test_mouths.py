@@ -90,14 +90,16 @@ def test_what_comes_in_the_middle_of_a_scan(full):
 
     def intake(*messages):
         wire = SimpleNamespace(messages=lambda: iter(messages), send_response=lambda *reply: sent.append(reply))
-        return Intake(wire, Listed(), None)
+        return Intake(wire, Listed(), None, b"once\0")
 
     line = (ACQUISITION, lines[0])
-    asked = intake((HEADER, "again"), line, (QUERY, (7, "who?")), (TEXT, "hello"), line)
+    asked = intake((HEADER, "once"), line, (QUERY, (7, "who?")), (TEXT, "hello"), line)
     assert len(list(asked)) == 2 and sent == [(7, "answer to who?")] and asked.cut == ""
     for message, said in (((ERROR, "no more gradients"), "the peer told of an error: no more gradients"), ((HEADER, "next"), "a second header came before the scan was closed")):
         broken = intake(line, line, message, line)
         assert len(list(broken)) == 2 and broken.cut.startswith(said)
+    another = intake((HEADER, "another"), line)
+    assert list(another) == [] and another.cut.startswith("a second header came")
 
 
 def test_answers_do_not_cut_into_what_is_being_sent():
