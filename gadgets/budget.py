@@ -10,8 +10,10 @@ from pathlib import Path
 
 import ismrmrd
 
-from .flags import LAST_BIT, volume_key
-from .gather import NOISE_BIT, SINCE, SKIP_BITS, Scan, ScanError, read_geometry
+from .flags import LAST_BIT, NOISE_BIT, SKIP_BITS, volume_key
+from .gather import SINCE
+from .geometry import ScanError, announced, read_geometry
+from .volume import Scan
 
 CENTRE = 8  # lines along each phase-encode axis
 FEWEST = 0.02  # of all lines; R = 16 cut off after a third
@@ -83,9 +85,8 @@ class Budget:
 
 def _announced_volumes(header) -> int:
     """How many volumes are gathered side by side, by the header's limits."""
-    limits = header.encoding[0].encodingLimits
-    found = [getattr(limits, name, None) for name in ("slice", "contrast", "set", "phase")] if limits else []
-    return math.prod((limit.maximum or 0) + 1 for limit in found if limit is not None)
+    found = announced(header)
+    return math.prod(max(1, found.get(name, 1)) for name in ("slice", "contrast", "set", "phase"))
 
 
 def free_memory(root: Path = Path("/")) -> int | None:
@@ -99,9 +100,10 @@ def free_memory(root: Path = Path("/")) -> int | None:
 
 def _left_to_groups(root: Path) -> Iterator[int]:
     """What the control groups of this process (a container's or service's memory limit) leave; cache that can be dropped is free."""
-    own = re.findall(r"^(?:0:|\d+:memory):(.*)$", (root / "proc/self/cgroup").read_text(), re.MULTILINE) if (root / "proc/self/cgroup").exists() else []
+    own = re.findall(r"^(?:0:|\d+:memory):/*(.*)$", (root / "proc/self/cgroup").read_text(), re.MULTILINE) if (root / "proc/self/cgroup").exists() else []
+    groups = {Path(), *(group for path in own for group in (Path(path), *Path(path).parents))}  # each lies within those above it; inside a container its own is the mount's root
     for place, limit, used, cache in (("", "memory.max", "memory.current", "inactive_file"), ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")):
-        for group in {path.strip("/") for path in ["", *own]}:  # inside a container its own group is the mount's root
+        for group in groups:
             folder = root / "sys/fs/cgroup" / place / group
             with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
                 droppable = re.search(rf"^{cache} (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)

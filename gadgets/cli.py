@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         print("slicediff: interrupted", file=sys.stderr)
         return 130
     except Exception as error:  # the boundary: one sentence, the traceback only when asked for
-        from .conversation import sentence
+        from .failure import sentence
 
         if arguments.verbose:
             logging.getLogger("slicediff").info("failure", exc_info=error)

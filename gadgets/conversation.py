@@ -11,7 +11,6 @@ from typing import Any
 
 from recon_core.ahead import Ahead
 
-from .failure import sentence as sentence
 from .wire import ERROR, HEADER, IMAGE, QUERY, SCAN_ITEMS, Wire, WireError
 
 log = logging.getLogger("slicediff")
@@ -126,7 +125,7 @@ class Intake:
             WireError: after the others, if a volume broke off before it could make an image.
         """
         from .budget import worth_an_image
-        from .gather import ScanError
+        from .geometry import ScanError
 
         poor = 0
         try:

@@ -39,15 +39,16 @@ def run_demo(out: Path, say: Callable[[str], None], overrides: dict | None = Non
     say("simulating a scan: 8 coils, R = 8, SNR 30, partly correlated noise, oblique")
     facts = simulate(EXAMPLE, scan, SimulateOptions(oblique=True), reference_path)
     say(f"scan of {facts['lines']} lines, matrix {facts['matrix']}, voxels {facts['voxel_mm']} mm")
-    writer = ImageWriter(images_path)
+    writer, images = ImageWriter(images_path), []
     with Server(("127.0.0.1", 0), {"output": "float32", **(overrides or {})}) as server:
         server.warm_up()
         threading.Thread(target=server.serve_forever, daemon=True).start()
         with ScanFile(scan) as source:
             for image in send_scan(source, *server.server_address[:2], "default", on_text=say):
                 writer.write(image)
+                images.append(image)
         server.shutdown()
-    preview, final = writer.images
+    preview, final = images
     write_nifti(final, out / "diffusion.nii.gz")
     volumes = {"zero_filled": _zero_filled(scan), "cg_sense": preview.data[0], "diffusion": final.data[0]}
     return compare(volumes, reference_path, affine(final.getHead()), out / "comparison.png", began)

@@ -40,12 +40,16 @@ class ScanFile:
             self.file = h5py.File(path, "r")
         except OSError as error:
             raise FileError(f"{path} is not an HDF5 file: {error}") from None
-        self.group = self.file[self._find(path, group)]
-        self.header_xml = strip_version(bytes(self.group["xml"][0]))
+        try:
+            self.group = self.file[self._find(path, group)]
+            self.header_xml = strip_version(bytes(self.group["xml"][0]))
+        except BaseException:
+            self.file.close()
+            raise
 
     def _find(self, path: str | Path, group: str | None) -> str:
         """Name of the scan's group."""
-        scans = [name for name, node in self.file.items() if isinstance(node, h5py.Group) and {"xml", "data"} <= set(node)]
+        scans = scans_in(self.file)
         wanted = group or ("dataset" if "dataset" in scans or len(scans) != 1 else scans[0])
         if wanted in scans:
             return wanted
@@ -73,7 +77,6 @@ class ScanFile:
             for number, row in enumerate(rows, start=first):
                 yield _acquisition(row, number)
 
-
     def waveforms(self) -> Iterator[ismrmrd.Waveform]:
         """All waveforms in order."""
         for row in self.group["waveforms"] if "waveforms" in self.group else ():
@@ -93,6 +96,11 @@ class ScanFile:
         if waiting is not None:
             yield waiting
             yield from waveforms
+
+
+def scans_in(file: h5py.File) -> list[str]:
+    """Names of the groups that hold a scan."""
+    return [name for name, node in file.items() if isinstance(node, h5py.Group) and {"xml", "data"} <= set(node)]
 
 
 def _acquisition(row, number: int) -> ismrmrd.Acquisition:
@@ -161,7 +169,6 @@ class ImageWriter:
     def __init__(self, path: str | Path, group: str | None = None):
         _check_writable(Path(path))
         self.path, self.group, self.count = Path(path), group or time.strftime("%Y-%m-%d %H:%M:%S"), 0
-        self.images: list[ismrmrd.Image] = []
 
     def check(self, series: int, dtype: np.dtype, shape: tuple[int, ...]) -> None:
         """FileError if images [channels z y x] of this type and size cannot join those that the series has already, or the disk is full.
@@ -189,7 +196,6 @@ class ImageWriter:
         self.check(image.image_series_index, image.data.dtype, image.data.shape)
         with ismrmrd.Dataset(self.path, self.group) as dataset:
             dataset.append_image(f"image_{image.image_series_index}", image)
-        self.images.append(image)
         self.count += 1
 
 
@@ -282,11 +288,15 @@ def _series(node: h5py.Group) -> Iterator[ismrmrd.Image]:
 
 
 def join_partitions(images: Iterable[ismrmrd.Image]) -> list[ismrmrd.Image]:
-    """Whole volumes: the partitions of each as one 3D image that has the volume's number; what is whole stays as it is."""
+    """Whole volumes: the partitions of each as one 3D image that has the volume's number; what is whole stays as it is.
+
+    The number in the Meta attributes counts, where there is one: that of the header begins again after 65,535.
+    """
     volumes: dict[tuple[int, int], list[ismrmrd.Image]] = {}
     for image in images:
         partitions = int(image.meta["recon_matrix"][2]) // image.data.shape[1]
-        volumes.setdefault((image.image_series_index, (image.image_index - 1) // partitions), []).append(image)
+        number = int(image.meta.get("GADGETRON_ImageNumber", image.image_index))
+        volumes.setdefault((image.image_series_index, (number - 1) // partitions), []).append(image)
     return [parts[0] if len(parts) == 1 else _join(parts, number + 1) for (_, number), parts in volumes.items()]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -38,7 +39,7 @@ def process_facts() -> dict:
     facts = {"threads": threading.active_count(), "stuck_solvers": left_behind()}
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        facts |= {"rss_mib": round(pages * 4096 / 2**20, 1), "open_files": len(list(Path("/proc/self/fd").iterdir()))}
+        facts |= {"rss_mib": round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1), "open_files": len(list(Path("/proc/self/fd").iterdir()))}
     except OSError:  # not Linux
         facts |= {"rss_mib": None, "open_files": None}
     return facts

@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import struct
+import threading
 import time
 from pathlib import Path
 
@@ -36,6 +37,7 @@ class FailedScans:
         probe = self.folder / f"probe-{os.getpid()}{SPOOL}"
         probe.touch()
         probe.unlink()
+        self.pruning = threading.Lock()
         self._recover()
 
     def record(self, header_xml: bytes) -> Recording:
@@ -44,22 +46,25 @@ class FailedScans:
 
     def prune(self) -> None:
         """Remove the oldest scans until the rest is small enough."""
-        scans = sorted(self.folder.glob("failed-*.h5"), key=lambda path: path.stat().st_mtime)
-        total = sum(path.stat().st_size for path in scans)
-        for path in scans:
-            if total <= self.max_bytes:
-                return
-            total -= path.stat().st_size
-            path.unlink()
-            log.warning("removed %s: the failed scans took more than %.3g GiB", path, self.max_bytes / 2**30)
+        with self.pruning:
+            scans = []
+            for path in self.folder.glob("failed-*.h5"):
+                with contextlib.suppress(FileNotFoundError):  # another server of this folder was quicker
+                    scans.append((path.stat().st_mtime, path.stat().st_size, path))
+            total = sum(size for _, size, _ in scans)
+            for _, size, path in sorted(scans):
+                if total <= self.max_bytes:
+                    return
+                total -= size
+                path.unlink(missing_ok=True)
+                log.warning("removed %s: the failed scans took more than %.3g GiB", path, self.max_bytes / 2**30)
 
     def _recover(self) -> None:
         """Turn what a killed server left behind into scans; what a running one writes is locked."""
         for path in self.folder.glob(f"scan-*{SPOOL}"):
-            with open(path, "rb") as file:
-                left_behind = _lock(file)
-            if left_behind:
-                _convert(path, self)
+            with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+                if _lock(file):
+                    _convert(path, self)
 
 
 class Recording:
@@ -96,10 +101,9 @@ class Recording:
         if self.file is None or not self.lines:
             return self.drop()
         try:
-            self.file.close()
-        except OSError as error:
-            return self._give_up(error)
-        return _convert(self.path, self.place)
+            return _convert(self.path, self.place)  # still locked: no other server may take it for left behind
+        finally:
+            self._close()
 
     def drop(self) -> None:
         """The scan went well: forget it."""
@@ -133,12 +137,12 @@ class Recording:
 
 
 def _convert(spool: Path, place: FailedScans) -> Path | None:
-    """Spool file to HDF5; without room on the disk the spool is removed and None returned."""
+    """Spool file, locked by whoever calls, to HDF5; without room on the disk the spool is removed and None returned."""
     from .files import ScanWriter
 
     number = spool.name.removesuffix(SPOOL).split("-")[-1]
     target = place.folder / f"failed-{time.strftime('%Y%m%d-%H%M%S')}-{number}.h5"
-    partial = target.with_suffix(".partial")
+    partial = spool.with_suffix(".partial")  # of the spool's name: if this process is killed, the next one writes the same file anew
     try:
         if shutil.disk_usage(place.folder).free < 1.2 * spool.stat().st_size:
             raise OSError(f"less than {1.2 * spool.stat().st_size / 2**20:.0f} MiB are free in {place.folder}")

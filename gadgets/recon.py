@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 
 import ismrmrd
 import torch
@@ -18,10 +19,12 @@ from recon_core.trust import doubts
 
 from .failure import Failures, free_gpu_memory, noted, raise_if_any, sentence
 from .flags import volume_name
-from .gather import Scan, ScanError, gather
+from .gather import gather
+from .geometry import ScanError
 from .images import SERIES, make_images
 from .options import Options
 from .solve import PREVIEW, Hurry, Report, device_of, estimate_error, patient, solve
+from .volume import Scan
 
 Turn = Callable[[], AbstractContextManager[Hurry]]
 
@@ -58,16 +61,17 @@ def reconstruct(header, items: Iterable, prior, options: Options, report: Report
         with noted(failures, volume), turn() as hurry:
             measurement, preview = look(scan, options, report)
             notes = scan.warnings + measurement.warnings
+            images = partial(make_images, scan=scan, options=options, header=header, number=number)
             if METHODS[options.method].iterative and options.preview:
-                yield from make_images(preview, scan, options, header, SERIES["preview"], number, PREVIEW, notes)
+                yield from images(preview, series=SERIES["preview"], name=PREVIEW, notes=notes)
             outcome = solve(measurement, preview, prior, options, report, hurry)
             if not (outcome.failure and options.preview):
-                yield from make_images(outcome.volume, scan, options, header, SERIES["final"], number, outcome.name, notes + outcome.remarks)
+                yield from images(outcome.volume, series=SERIES["final"], name=outcome.name, notes=notes + outcome.remarks)
             for text in outcome.failure:
                 failures.setdefault(text, []).append(volume)
             if options.error_map and not outcome.failure:
                 doubt = estimate_error(measurement, preview, prior, options, report, hurry)
-                yield from make_images(doubt.volume, scan, options, header, SERIES["error"], number, doubt.name, notes + doubt.remarks)
+                yield from images(doubt.volume, series=SERIES["error"], name=doubt.name, notes=notes + doubt.remarks)
     raise_if_any(failures, number + 1)
 
 

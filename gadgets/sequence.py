@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import ismrmrd
 import numpy as np
 
+from recon_core.fft import centre_block
+
 from .protocol import SimulateOptions
 
 DWELL_US = 5.0
@@ -133,9 +135,7 @@ class Sequence:
 
     def _square(self, whole: bool = False) -> np.ndarray:
         """Where calibration lines lie [z y], without what partial Fourier leaves out unless the whole is wanted."""
-        out = np.zeros_like(self.mask)
-        sides = [min(self.options.acs, n) for n in out.shape]
-        out[tuple(slice(n // 2 - a // 2, n // 2 - a // 2 + a) for n, a in zip(out.shape, sides))] = True
+        out = centre_block(self.mask.shape, [self.options.acs] * 2).numpy()
         if not whole:
             out[: self.dropped[1]] = out[:, : self.dropped[0]] = False
         return out

@@ -19,7 +19,7 @@ from .chain import is_gadgetron_peer, options_of_config_name, properties_of
 from .conversation import Host, run_scan
 from .external import answer_gadgetron
 from .failure import log_failure, sentence
-from .gather import ScanError
+from .geometry import ScanError
 from .health import Counts, process_facts
 from .keep import FailedScans, Recording
 from .limits import Limits

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from recon_core.train import TrainOptions
 from recon_core.volumes import Volume, read_volume
 
-from .files import FileError, ScanFile, read_images
+from .files import FileError, ScanFile, read_images, scans_in
 from .header import parse_header
 from .options import OptionsError, error_sentence, make_options, read_yaml
 from .recon import reconstruct
@@ -72,7 +72,7 @@ def _load(path: Path) -> list[Volume]:
             raise FileError(f"{path} cannot be read as a volume: {error}") from None
     try:
         with h5py.File(path, "r") as file:
-            if "dataset" in file and {"xml", "data"} <= set(file["dataset"]):
+            if scans_in(file):
                 return _from_scan(path)
             if any("header" in node for group in file.values() if isinstance(group, h5py.Group) for node in group.values() if isinstance(node, h5py.Group)):
                 return _from_images(path)

@@ -204,8 +204,9 @@ class Volume:
 
     def _calibration(self, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
         """Calibration lines, and the imaging lines that serve as such where there are none."""
-        if self.geometry.calibration not in ("separate", "external"):
-            shared = self.calibrating & (grid.counts == 0)
-            grid.kspace[:, shared] = self.grid.kspace[:, shared]
-            grid.counts[shared] = self.grid.counts[shared]
-        return torch.from_numpy(grid.kspace), torch.from_numpy(grid.counts)
+        kspace, counts = grid.kspace, grid.counts
+        shared = self.calibrating & (counts == 0)
+        if self.geometry.calibration not in ("separate", "external") and shared.any():
+            kspace, counts = kspace.copy(), counts.copy()  # the calibration serves other volumes too, which have lines of their own
+            kspace[:, shared], counts[shared] = self.grid.kspace[:, shared], self.grid.counts[shared]
+        return torch.from_numpy(kspace), torch.from_numpy(counts)

@@ -206,7 +206,13 @@ class Wire:
 
     def _send(self, data: bytes) -> None:
         with self.sending:
-            self.sock.sendall(data)
+            self._deliver(data)
+
+    def _deliver(self, data: bytes) -> None:
+        """All of it; sendall would allow the whole message as long as the socket's timeout, and a slow peer takes large images one piece at a time."""
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self.sock.send(rest) :]
 
     def _unpack(self, form: str) -> int:
         return struct.unpack(form, self.read(struct.calcsize(form)))[0]
@@ -296,7 +302,7 @@ class QueuedWire(Wire):
         while (data := self.outgoing.get()) is not None:
             try:
                 if self.failure is None:
-                    self.sock.sendall(data)
+                    self._deliver(data)
             except OSError as error:
                 self.failure = error
 

@@ -81,7 +81,7 @@ def compression_matrix(acs: Tensor, coils: int) -> Tensor:
     return vectors.flip(1)[:, :coils].mH.contiguous()
 
 
-def estimate_coil_maps(acs: Tensor, shape: tuple[int, int, int], sigma: float = 0.0, kernel: int = 5, grid: int = 32) -> Tensor:
+def estimate_coil_maps(acs: Tensor, shape: tuple[int, int, int], sigma: float = 0.0, kernel: int = 5, grid: int = 32, home: torch.device | None = None) -> Tensor:
     """ESPIRiT maps (Uecker et al., MRM 2014), computed on a coarse grid and interpolated.
 
     The projector onto the signal space of k-space patches is folded into one C x C convolution kernel
@@ -93,6 +93,7 @@ def estimate_coil_maps(acs: Tensor, shape: tuple[int, int, int], sigma: float = 
         sigma: noise level of acs, to tell signal from noise patches.
         kernel: patch side; a third of the lines along axes with few, which otherwise leave too few patches to learn from.
         grid: side of the coarse grid the maps are computed on.
+        home: where the maps are to be; by default where `acs` is, which may have no room for them.
 
     Returns:
         maps [coils z y x], root sum of squares 1.
@@ -112,8 +113,8 @@ def estimate_coil_maps(acs: Tensor, shape: tuple[int, int, int], sigma: float = 
     _, vectors = dominant_eigenvectors(matrices.permute(2, 3, 4, 0, 1))
     maps = vectors.movedim(-1, 0)
     maps = maps * torch.exp(-1j * maps[:1].angle())
-    fine = torch.empty((coils, *shape), dtype=maps.dtype, device=maps.device)
-    energy = torch.zeros(shape, device=maps.device)
+    fine = torch.empty((coils, *shape), dtype=maps.dtype, device=home or maps.device)
+    energy = torch.zeros(shape, device=fine.device)
     for coil in range(coils):  # one by one: the maps are the largest array there is
         fine[coil] = interpolate(maps[coil], shape, whole)
         energy += torch.view_as_real(fine[coil]).square().sum(-1)

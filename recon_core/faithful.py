@@ -56,14 +56,14 @@ def reconstruct_faithful(
         measurement: the inverse problem.
         prior: D(slices [slices 2 h w], sigma [slices]).
         start: volume [z y x], the CG-SENSE image, which gives the intensity scale too.
-        seed: of the random slabs and noise.
+        seed: of the random slabs and noise, and of what else a representation begins with.
     """
     random = torch.Generator().manual_seed(seed)
     scale, _, image, target = measurement.in_tissue_units(start)
     here, mesh = tuple(target.shape), prior_mesh(measurement, config)
     mesh_mm = tuple(mm * n / seen for mm, n, seen in zip(measurement.voxel_mm, here, mesh))
     first = target if config.representation is Grid else image  # zero-filled, as published; others are fitted to the better one
-    x = config.representation(first, tuple(max(pair) for pair in zip(here, mesh)))
+    x = config.representation(first, tuple(max(pair) for pair in zip(here, mesh)), seed)
     rate, energy = config.learning_rate * RMS, measurement.energy / scale**2
     x.fit(first, rate)
     optimiser = torch.optim.Adam(x.groups(rate), betas=config.betas)

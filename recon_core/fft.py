@@ -33,6 +33,11 @@ def centre_crop_or_pad(array: Tensor, shape: Sequence[int]) -> Tensor:
     return out
 
 
+def centre_block(shape: Sequence[int], sides: Sequence[int]) -> Tensor:
+    """Which of `shape` lie in the block of `sides` (cut to it) about index n//2, bool."""
+    return centre_crop_or_pad(torch.ones(tuple(sides), dtype=torch.bool), shape)
+
+
 def kspace_crop(volume: Tensor, shape: Sequence[int]) -> Tensor:
     """Resample a volume [... z y x] to matrix `shape` by cropping or padding its k-space.
 

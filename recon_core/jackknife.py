@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .fft import centre_block
 from .measurement import Measurement
 from .state import State
 
@@ -57,10 +58,7 @@ def estimated_error(measurement: Measurement, image_of: Callable[[Measurement], 
 def without_groups(measurement: Measurement, seed: int) -> list[Tensor]:
     """The lines [z y] that are kept when each of GROUPS groups is left out; ValueError if there are too few."""
     taken = torch.fft.fftshift(measurement.operator.weights > 0).cpu()
-    outer = taken.clone()
-    z, y = (slice(n // 2 - size // 2, n // 2 - size // 2 + size) for n, size in zip(taken.shape, (max(CENTRE, side) for side in measurement.acs)))
-    outer[max(0, z.start) : z.stop, max(0, y.start) : y.stop] = False
-    there = outer.nonzero()
+    there = (taken & ~centre_block(taken.shape, [max(CENTRE, side) for side in measurement.acs])).nonzero()
     if len(there) < 2 * GROUPS:
         raise ValueError(f"an error cannot be estimated of {len(there)} lines outside of the k-space centre; at least {2 * GROUPS} are needed")
     order, kept = torch.randperm(len(there), generator=torch.Generator().manual_seed(seed)), []

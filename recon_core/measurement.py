@@ -251,8 +251,7 @@ def _maps(acs: Tensor, sigma: float, size: tuple[int, int], whole: tuple[int, ..
             f"{MIN_ACS} x {MIN_ACS} are wanted: coil maps were made from a smoothed image and may be poor"
         )
         return low_resolution_maps(data(), mask), everywhere
-    maps = estimate_coil_maps(acs, shape, sigma)
-    return maps.to(home), _support(acs, shape).to(home)
+    return estimate_coil_maps(acs, shape, sigma, home=home), _support(acs, shape).to(home)
 
 
 def _support(acs: Tensor, shape: tuple[int, int, int]) -> Tensor:

@@ -56,19 +56,36 @@ def whiten(kspace: Tensor, mask: Tensor, factor: Tensor, averages: float, noise:
         else:
             found = _by_noise_lines(matrix, kspace, mask, factor, averages, louder)
             return found._replace(matrix=brightness * found.matrix, sigma=brightness * found.sigma, shown=brightness * found.shown)
+    return _by_itself(kspace, mask, factor, averages, f"{reason}: the noise level was estimated from the scan itself")
+
+
+def _by_itself(kspace: Tensor, mask: Tensor, factor: Tensor, averages: float, why: str) -> Whitening:
     tiny = torch.finfo(torch.float32).tiny
     sigma = estimate_sigma(kspace, mask, factor)
+    live = sigma > 0
+    for coil in (~live).nonzero()[:, 0].tolist():  # without noise far out: simulated, or nothing at all
+        live[coil] = kspace[coil].any()
+    live = live | ~live.any()  # of an empty scan all coils are alike
+    warnings = [why] if bool(live.all()) else [why, left_out(~live, "{have} no signal")]
+    sigma = sigma[live]
     if not float(sigma.max()) > 0:
         floor = 1e-4 * float((kspace.abs().square().mean(dim=(0, 3)) * factor.square()).mean().sqrt())
         sigma = sigma + max(floor, tiny)
-    weight = (LOUD * sigma.median() / sigma.clamp_min(tiny)).clamp_max(1)
+    weight = (LOUD * sigma[sigma > 0].median() / sigma.clamp_min(tiny)).clamp_max(1)
     level = float((weight * sigma).square().mean().sqrt()) * averages**0.5
-    return Whitening(torch.diag(weight).to(kspace.dtype), level, False, level, [f"{reason}: the noise level was estimated from the scan itself"])
+    matrix = weight[:, None] * torch.eye(len(kspace), device=weight.device)[live]
+    return Whitening(matrix.to(kspace.dtype), level, False, level, warnings)
+
+
+def left_out(dead: Tensor, why: str) -> str:
+    """Which coils (true in `dead` [coils]) are left out, and why, with {have} for their number."""
+    numbers = [str(coil) for coil in dead.nonzero()[:, 0].tolist()]
+    return f"coil{'s' * (len(numbers) > 1)} {', '.join(numbers)} (from 0) {why.format(have='has' if len(numbers) == 1 else 'have')}: dead, left out"
 
 
 def _by_noise_lines(matrix: Tensor, kspace: Tensor, mask: Tensor, factor: Tensor, averages: float, louder: float) -> Whitening:
-    dead = [str(c) for c in range(len(kspace)) if not bool(matrix[:, c].any())]
-    warnings = [f"coil {', '.join(dead)} (from 0) has no noise: dead, left out"] if dead else []
+    dead = ~matrix.any(dim=0)
+    warnings = [left_out(dead, "{have} no noise")] if bool(dead.any()) else []
     level = float(estimate_sigma(kspace, mask, factor, matrix).median()) * averages**0.5
     if louder > 1:
         warnings.append(f"the scan is {louder:.2g} times as noisy as its noise lines (another receiver gain or bandwidth, or motion?): its own level was taken")

@@ -20,6 +20,7 @@ from .cg import conjugate_gradient
 from .measurement import Measurement
 from .slices import Denoiser, complex_noise, denoise_slices, usable_axes
 from .state import State
+from .wavelet import soft_threshold
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,7 @@ class Variation:
             side = side + penalty * self._adjoint(self.v - self.u)
         x = conjugate_gradient(normal, side[None], clean[None], self.config.cg_iterations)[0]
         difference = self._difference(x) + self.u
-        size = difference.abs()
-        self.v = difference * ((size - self.config.tv / penalty).clamp_min(0) / size.clamp_min(1e-30))
+        self.v = soft_threshold(difference, self.config.tv / penalty)
         self.u = difference - self.v
         return x
 

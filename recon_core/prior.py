@@ -7,9 +7,11 @@ posterior mean of a Gaussian prior with standard deviation `sigma_data`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -38,7 +40,7 @@ class PriorError(Exception):
 class Prior(nn.Module):
     """Denoiser D(x, sigma) for complex slices whose typical tissue has magnitude 1 (see scale.py).
 
-    sigma is the standard deviation of the real and of the imaginary part each. With `half` the network computes
+    sigma is the standard deviation of the real and of the imaginary part each. With `in_bf16` the network computes
     in bf16 where it may: its output is scaled by sigma, so the rounding stays far below the noise.
     """
 
@@ -46,7 +48,7 @@ class Prior(nn.Module):
         super().__init__()
         if architecture not in ARCHITECTURES:
             raise PriorError(f"unknown architecture {architecture!r}; expected one of {sorted(ARCHITECTURES)}")
-        self.architecture, self.sigma_data, self.card, self.half = architecture, float(sigma_data), card or {}, False
+        self.architecture, self.sigma_data, self.card, self.in_bf16 = architecture, float(sigma_data), card or {}, False
         self.net = ARCHITECTURES[architecture]()
 
     @property
@@ -72,7 +74,7 @@ class Prior(nn.Module):
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(x.shape[0])
         s = sigma[:, None, None, None]
         total = torch.sqrt(s**2 + self.sigma_data**2)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.half):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.in_bf16):
             out = self.net(x / total, torch.log(sigma) / 4, *[voxel_mm] * self.in_function_space)
         return x * (self.sigma_data / total) ** 2 + out.float() * (s * self.sigma_data / total)
 
@@ -96,16 +98,26 @@ def save_prior(prior: Prior, path: str | Path, card: dict) -> None:
     """Write fp16 weights to `path` (.safetensors) and the model card beside it (.json) with its sha256."""
     path = Path(path)
     tensors = {name: t.detach().half().contiguous() for name, t in prior.state_dict().items()}
-    path.write_bytes(save(tensors))
+    weights = save(tensors)
     card = {
         **card,
         "format": FORMAT,
         "architecture": prior.architecture,
         "sigma_data": prior.sigma_data,
         "parameters": sum(t.numel() for t in tensors.values()),
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "sha256": hashlib.sha256(weights).hexdigest(),
     }
-    path.with_suffix(".json").write_text(json.dumps(card, indent=2) + "\n")
+    with replaced(path) as new, replaced(path.with_suffix(".json")) as new_card:  # both are written before either takes its place
+        new.write_bytes(weights)
+        new_card.write_text(json.dumps(card, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A place beside `path` to write to, which takes its place once that is done: whoever reads meanwhile, or comes after a kill, finds a whole file."""
+    partial = path.with_name(path.name + ".partial")
+    yield partial
+    os.replace(partial, path)
 
 
 def load_prior(name_or_path: str | Path = "small", device: str | torch.device = "cpu", half: bool | None = None) -> Prior:
@@ -128,9 +140,9 @@ def load_prior(name_or_path: str | Path = "small", device: str | torch.device = 
         prior.load_state_dict({name: t.float() for name, t in load(data).items()})
     except (SafetensorError, RuntimeError) as error:
         raise PriorError(f"{path} does not hold the network its card describes: {error}") from error
-    prior.half = half_is_faster(device) if half is None else half
+    prior.in_bf16 = half_is_faster(device) if half is None else half
     prior = prior.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-    if prior.half:
+    if prior.in_bf16:
         round_weights(prior.net)
     return prior
 
@@ -161,12 +173,24 @@ def read_card(weights: Path) -> dict:
         card = json.loads(weights.with_suffix(".json").read_text())
     except (OSError, ValueError) as error:
         raise PriorError(f"no readable model card beside {weights}: {error}") from error
+    if not isinstance(card, dict):
+        raise PriorError(f"the model card beside {weights} should be a JSON object, it is {type(card).__name__}")
     if card.get("format") != FORMAT:
         raise PriorError(f"{weights} has format {card.get('format')}, this version reads format {FORMAT}")
+    missing = [name for name in ("architecture", "sigma_data", "parameters", "sha256") if name not in card]
+    if missing:
+        raise PriorError(f"the model card beside {weights} lacks {', '.join(missing)}")
     return card
 
 
 def list_priors() -> list[dict]:
-    """Cards of all priors known by name, each with its name; the first of a name is the one that is used."""
+    """Cards of all priors known by name, each with its name; the first of a name is the one that is used. Of one without a usable card, `error` says why."""
     first = {path.stem: path for path in reversed(_all_weights())}
-    return [{"name": name, **read_card(first[name])} for name in sorted(first)]
+    return [{"name": name, **_card_or_error(first[name])} for name in sorted(first)]
+
+
+def _card_or_error(weights: Path) -> dict:
+    try:
+        return read_card(weights)
+    except PriorError as error:
+        return {"error": str(error)}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .cg_sense import cg_sense
-from .fft import centre_crop_or_pad, kspace_crop
+from .fft import centre_block, centre_crop_or_pad, kspace_crop
 from .measurement import Measurement
 from .mesh import on_finer_mesh
 from .prior import move_weights
@@ -123,7 +123,7 @@ class Pupil:
     def _some(self, lines: Tensor, share: float) -> Tensor:
         """A random share of `lines` [z y], none of the calibration square."""
         chosen = lines.cpu() & (torch.rand(lines.shape, generator=self.random) < share)
-        return (chosen & outside(lines.shape, self.measurement.acs)).to(lines.device)
+        return (chosen & ~centre_block(lines.shape, self.measurement.acs)).to(lines.device)
 
     def _window(self, middle: bool = False) -> slice:
         """Readout positions to work on, a scan of their own: all, or as many as a round can bear, drawn where there is signal."""
@@ -137,17 +137,12 @@ class Pupil:
         return slice(first, first + width)
 
 
-def outside(shape: tuple[int, int], acs: tuple[int, int]) -> Tensor:
-    """Which lines [z y] of a matrix of this `shape` lie outside of the calibration square of size `acs` (z, y)."""
-    return centre_crop_or_pad(torch.ones(acs), shape) == 0
-
-
 def importance(taken: Tensor, acs: tuple[int, int]) -> Tensor:
     """How many lines that were not measured each measured line stands for, [z y] of `taken` [z y]: (1 - p) / p, p the share measured around it.
 
     The calibration square, of size `acs` (z, y), is no part of that share.
     """
-    counted = outside(taken.shape, acs).float()
+    counted = (~centre_block(taken.shape, acs)).float()
     near_z, near_y = (torch.exp(-((torch.arange(n) - torch.arange(n)[:, None]) / NEIGHBOURS).square() / 2) for n in taken.shape)
     share = (near_z @ (taken.cpu() * counted) @ near_y) / (near_z @ counted @ near_y).clamp_min(1e-6)
     share = share.clamp(0.02, 0.98)  # a stray line is not worth hundreds, one among measured ones not nothing

@@ -17,8 +17,8 @@ Shape = tuple[int, int, int]
 class Representation(nn.Module):
     """`forward(shape)` is the complex volume [z y x] on a mesh of `shape` over the field of view, differentiable.
 
-    Every class is made from (start, finest): the image to begin with [z y x], in tissue brightness, and the shape of the
-    finest mesh that it will be asked for. One that does not have that image by then comes close to it in `fit_steps`.
+    Every class is made from (start, finest, seed): the image to begin with [z y x], in tissue brightness, the shape of the
+    finest mesh that it will be asked for, and the seed of what is random at its start. One that does not have that image by then comes close to it in `fit_steps`.
     """
 
     fit_steps = 0
@@ -48,7 +48,7 @@ class Grid(Representation):
     On one mesh it is the volume itself.
     """
 
-    def __init__(self, start: Tensor, finest: Shape):
+    def __init__(self, start: Tensor, finest: Shape, seed: int = 0):
         super().__init__()
         self.values = nn.Parameter(torch.view_as_real(kspace_crop(start, finest).clone()))
 

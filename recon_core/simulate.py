@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .fft import centre_block
+
 
 def phantom(shape: tuple[int, int, int] = (64, 80, 64)) -> Tensor:
     """Head-like phantom [z y x] of ellipsoids with different brightness, off-centre details included."""
@@ -129,9 +131,8 @@ def sampling_mask(
     """
     if pattern == "full" or acceleration <= 1:
         return np.ones(shape, bool)
-    centre = np.zeros(shape, bool)
     acs = [min(acs, n) for n in shape]
-    centre[tuple(slice(n // 2 - a // 2, n // 2 - a // 2 + a) for n, a in zip(shape, acs))] = True
+    centre = centre_block(shape, acs).numpy()
     wanted = shape[0] * shape[1] / acceleration
     if centre.sum() > 0.9 * wanted:
         raise ValueError(

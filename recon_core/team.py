@@ -28,13 +28,20 @@ class Team:
 
         Args:
             device: auto (a GPU per process if there are any), cpu or cuda.
+
+        Raises:
+            ValueError: if CUDA was asked for and is not there.
         """
         cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+        if cuda and not torch.cuda.is_available():
+            raise ValueError("device cuda was asked for, but torch finds no CUDA device; use device auto or cpu")
         size, rank, local = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
         where = torch.device("cuda", local) if cuda else torch.device("cpu")
         if size == 1:
             yield cls(where)
             return
+        if cuda:
+            torch.cuda.set_device(where)  # nccl would guess it from the rank among all machines' processes
         dist.init_process_group("nccl" if cuda else "gloo")
         try:
             yield cls(where, rank, size)

@@ -27,7 +27,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from .prior import TRAINED_MM, Prior, find_weights, half_is_faster, load_prior, move_weights, read_card, save_prior
+from .prior import TRAINED_MM, Prior, find_weights, half_is_faster, load_prior, move_weights, read_card, replaced, save_prior
 from .rehearsal import Lesson, Rehearsal, lesson_loss
 from .team import Team
 from .volumes import SlicePool, Volume
@@ -126,18 +126,18 @@ def _train(team: Team, threads: ExitStack, volumes, out: Path, options: TrainOpt
             lesson = lesson_loss(shared, next(lessons)).mean()  # every process works through the same scans
             total = total + options.own_states * lesson
             curve.add_lesson(lesson.detach())
+        if not bool(torch.isfinite(team.gather(total.detach()[None])).all()):  # before a step that would spoil the weights of all
+            raise ValueError(f"the loss became {total.item()} at step {step}; lower the learning rate")
         improve(prior, average, optimiser, total, step, options)
-        losses = team.gather(loss.detach()).cpu()
-        if not bool(torch.isfinite(losses).all()):
-            raise ValueError(f"the loss became {losses.mean().item()} at step {step}; lower the learning rate")
-        curve.add(losses, sigma, voxel_mm)
+        curve.add(team.gather(loss.detach()).cpu(), sigma, voxel_mm)
         last = step + 1 == options.steps
         if not team.leads:
             continue
         if held_out and ((step + 1) % options.validate_every == 0 or last):
             written = mixture(average, origin, share)
-            log(f"step {step + 1}  {held_out.report(written)}")
-            curve.note(held_out.measure(written))
+            measured = held_out.measure(written)
+            log(f"step {step + 1}  held out: " + ", ".join(f"{name} {value:.2f} dB" for name, value in measured.items()))
+            curve.note(measured)
             show(step + 1, held_out.images(written))
         if (step + 1) % 100 == 0 or last:
             left = (time.monotonic() - began) / (step + 1 - start) * (options.steps - step - 1)
@@ -191,7 +191,7 @@ def first_prior(options: TrainOptions, device: torch.device | str = "cpu") -> Pr
         raise ValueError(f"{options.start_from} is of architecture {prior.architecture!r}, asked for {options.architecture!r}; name one of them")
     if prior.in_function_space and (options.voxel_mm != TRAINED_MM or options.own_states):
         raise ValueError(f"a prior in function space learns smooth noise on voxels of {TRAINED_MM[0]:g} mm; give voxel_mm: {list(TRAINED_MM)} and own_states: 0")
-    prior.half = half_is_faster(device) if options.precision == "auto" else options.precision == "bf16"
+    prior.in_bf16 = half_is_faster(device) if options.precision == "auto" else options.precision == "bf16"
     return prior.train().requires_grad_(True).to(device, memory_format=torch.channels_last)
 
 
@@ -319,7 +319,13 @@ class Validation:
     SIGMAS = (0.05, 0.2)
 
     def __init__(self, volumes: Sequence[Volume], seed: int):
-        self.slices = {mm: SlicePool(volumes, (mm, mm), crop=96, size=6, seed=seed).batch(0, 12)[0] for mm in self.VOXEL_MM}
+        self.slices: dict[float, Tensor] = {}
+        for mm in self.VOXEL_MM:
+            slices, drawn_mm = SlicePool(volumes, (mm, mm), crop=96, size=6, seed=seed).batch(0, 12)
+            fine = drawn_mm < 1.01 * mm  # slices of coarser volumes keep their size: they are no measure of this one
+            if bool(fine.any()):
+                self.slices[mm] = slices[fine]
+        self.slices = self.slices or {round(float(drawn_mm.max()), 1): slices}
 
     def measure(self, prior: Prior) -> dict[str, float]:
         """PSNR in dB against tissue brightness, 20 log10(1 / rms |error|), by name."""
@@ -329,10 +335,6 @@ class Validation:
                 error = (self._denoise(prior, clean, sigma, mm)[1] - clean).square().sum(1).mean().sqrt()
                 out[f"psnr {mm:g} mm sigma {sigma:g}"] = -20 * math.log10(float(error))
         return out
-
-    def report(self, prior: Prior) -> str:
-        """The same in one line."""
-        return "held out: " + ", ".join(f"{name} {value:.2f} dB" for name, value in self.measure(prior).items())
 
     def images(self, prior: Prior) -> Tensor:
         """Magnitudes [noisy|denoised|clean slices h w] of two slices per voxel size at the larger noise level."""
@@ -368,10 +370,9 @@ def _few(names: list[str], most: int = 3) -> str:
 
 
 def _save(checkpoint: Path, step: int, origins: dict, prior: Prior, average: Prior, optimiser, means: dict[str, float]) -> None:
-    partial = checkpoint.with_suffix(".partial")
     networks = {"prior": prior.state_dict(), "average": average.state_dict(), "optimiser": optimiser.state_dict()}
-    torch.save({"step": step, "made_of": origins, **networks, "means": dict(means)}, partial)
-    os.replace(partial, checkpoint)
+    with replaced(checkpoint) as new:
+        torch.save({"step": step, "made_of": origins, **networks, "means": dict(means)}, new)
 
 
 def _resume(checkpoint: Path, origins: dict, prior: Prior, average: Prior, optimiser) -> tuple[int, dict[str, float]]:

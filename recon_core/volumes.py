@@ -64,7 +64,7 @@ def read_volume(path: str | Path) -> tuple[np.ndarray, tuple[float, float, float
     return data, voxel_mm
 
 
-def resample(volume: Tensor, voxel_mm: Sequence[float], target_mm: Sequence[float], taper: float = 0.0):
+def to_voxel_mm(volume: Tensor, voxel_mm: Sequence[float], target_mm: Sequence[float], taper: float = 0.0):
     """Resample a volume [z y x] to about `target_mm` by k-space cropping; a real one stays real.
 
     Args:
@@ -180,7 +180,7 @@ class SlicePool:
         if rng.random() < 0.4:  # slab protocols: one or more axes coarser than the finest
             target = [max(finest, min(high, t * rng.uniform(1, 2.5))) for t in target]
         taper = rng.uniform(0.05, 0.9) if self.vary_sharpness and rng.random() < 0.4 else 0.0
-        volume, voxel_mm = resample(volume, voxel_mm, target, taper)
+        volume, voxel_mm = to_voxel_mm(volume, voxel_mm, target, taper)
         volume = volume / intensity_scale(volume, voxel_mm)
         if not volume.is_complex() and rng.random() < 0.5:
             volume = _add_susceptibility_phase(volume, voxel_mm, rng)

@@ -81,7 +81,7 @@ def _shrink_level(volume: Tensor, threshold: float, levels: int, axes: list[int]
     for axis in axes:
         bands = [half for band in bands for half in split(band, axis)]
     coarse = _shrink_level(bands[0], threshold, levels - 1, axes)
-    bands = [coarse, *(_soft(band, threshold) for band in bands[1:])]
+    bands = [coarse, *(soft_threshold(band, threshold) for band in bands[1:])]
     for axis in reversed(axes):
         bands = [join(low, high, axis) for low, high in zip(bands[::2], bands[1::2])]
     return bands[0]
@@ -106,6 +106,7 @@ def _phases(volume: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     return pairs.select(axis + 1, 0), pairs.select(axis + 1, 1)
 
 
-def _soft(coefficients: Tensor, threshold: float) -> Tensor:
+def soft_threshold(coefficients: Tensor, threshold: float) -> Tensor:
+    """Magnitudes less `threshold`, zero below it; phases stay."""
     size = coefficients.abs()
     return coefficients * ((size - threshold).clamp_min(0) / size.clamp_min(1e-30))

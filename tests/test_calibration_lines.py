@@ -182,3 +182,23 @@ def test_calibration_of_no_use_leaves_the_image_its_own_centre(scan_with, value,
     (image,) = reconstruct(header, [*calibration, *lines.values()], None, options)
     (expected,) = reconstruct(header, list(lines.values()), None, options)
     assert (image.data == expected.data).all() and f"the calibration lines {said} and were left out" in image.meta["ImageComment"]
+
+
+def test_calibration_that_contrasts_share_holds_the_image_lines_of_none_but_ones_own(full):
+    """No mode in the header, and each contrast has flagged lines of its own that serve the image too."""
+    header, lines, _ = full
+    header = copy.deepcopy(header)
+    header.encoding[0].parallelImaging = None
+    square = [flagged(line, ONLY, flags=0) for line in lines if in_centre((line.idx.kspace_encode_step_1, line.idx.kspace_encode_step_2))]
+    imaging = []
+    for contrast, row in enumerate((1, 10)):
+        for line in lines:
+            own = line_like(line, (1 + 99 * contrast) * line.data, flags=0, contrast=contrast)
+            if own.idx.kspace_encode_step_1 == row:
+                own.setFlag(BOTH)
+            imaging.append(own)
+    first, second = gather(header, [*square, *imaging])
+    for scan, row in ((first, 1), (second, 10)):
+        rows = (scan.calibration[1].sum(0) > 0).nonzero()[:, 0].tolist()
+        assert rows == sorted({*range(4, 9), row})
+        torch.testing.assert_close(scan.calibration[0][:, :, row], scan.kspace[:, :, row])

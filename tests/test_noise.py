@@ -35,6 +35,18 @@ def test_a_dead_coil_is_left_out_and_the_image_is_that_of_the_others(dead):
     assert both[0].warnings == ["coil 2 (from 0) has no noise: dead, left out"] and both[0].sigma_known and not both[1].warnings
 
 
+@pytest.mark.parametrize("silent,said", [((2,), "coil 2 (from 0) has"), ((0, 2), "coils 0, 2 (from 0) have"), ((0, 2, 3), "coils 0, 2, 3 (from 0) have")])
+def test_silent_coils_are_left_out_without_noise_lines_too(silent, said):
+    kspace = random_complex(4, 24, 20, 16)
+    kspace[:, 8:16, 6:14] += 40
+    live = [coil for coil in range(4) if coil not in silent]
+    kspace[list(silent)] = 0
+    both = [measure(k, torch.ones(24, 20), (2.0, 2.0, 2.0)) for k in (kspace, kspace[live])]
+    torch.testing.assert_close(*(cg_sense(m) for m in both), rtol=1e-3, atol=1e-3)
+    assert both[0].sigma == pytest.approx(both[1].sigma) and both[0].samples == both[1].samples
+    assert both[0].warnings == [*both[1].warnings[:1], f"{said} no signal: dead, left out", *both[1].warnings[1:]]
+
+
 @pytest.mark.parametrize("noise", [torch.zeros(2, 100), torch.ones(2, 3), torch.full((2, 100), float("nan"))])
 def test_noise_lines_of_no_use_leave_an_estimate_and_a_warning(noise):
     kspace = random_complex(2, 24, 20, 8)

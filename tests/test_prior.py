@@ -1,10 +1,12 @@
 """The denoiser: closed form, any size, and weights that can be trusted."""
 
 import json
+import re
 
 import pytest
 import torch
 
+from gadgets.cli import main
 from recon_core.pose import draw_pose
 from recon_core.prior import Prior, PriorError, half_is_faster, list_priors, load_prior, save_prior
 from recon_core.scale import intensity_scale
@@ -75,6 +77,37 @@ def test_weights_travel_and_are_checked(tmp_path):
         load_prior(path)
 
 
+@pytest.mark.parametrize("card,said", [("[]", "should be a JSON object, it is list"), ('{"format": 1, "sha256": "a", "architecture": "small"}', "lacks sigma_data, parameters"), ("{", "no readable model card")])
+def test_damaged_model_cards_are_a_sentence(tmp_path, monkeypatch, capsys, card, said):
+    """Beside good ones they are listed as what they are."""
+    (tmp_path / "odd.safetensors").write_bytes(b"x")
+    (tmp_path / "odd.json").write_text(card)
+    with pytest.raises(PriorError, match=re.escape(said)):
+        load_prior(tmp_path / "odd.safetensors")
+    monkeypatch.setenv("SLICEDIFF_PRIORS", str(tmp_path))
+    assert main(["priors"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("odd: of no use: ") and said in line for line in listed) and any(line.startswith("small: ") for line in listed)
+
+
+def test_weights_that_are_written_again_are_whole_at_any_time(tmp_path, monkeypatch):
+    """A kill while they are written leaves the old ones, card included."""
+    path = tmp_path / "p.safetensors"
+    save_prior(Prior("small"), path, {"made": "first"})
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    for place in ("json.dumps", "os.replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"recon_core.prior.{place}", killed)
+            with pytest.raises(KeyboardInterrupt):
+                save_prior(load_prior("small"), path, {"made": "second"})
+        assert load_prior(path).card["made"] == "first"
+    save_prior(load_prior("small"), path, {"made": "second"})
+    assert load_prior(path).card["made"] == "second" and sorted(p.name for p in tmp_path.iterdir()) == ["p.json", "p.safetensors"]
+
+
 def test_missing_prior_is_named():
     with pytest.raises(PriorError, match="no prior 'nonesuch'.*known: .*small"):
         load_prior("nonesuch")
@@ -117,7 +150,7 @@ def test_bf16_is_far_below_the_noise(sigma):
     noisy = clean + sigma * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
     full, half = (load_prior("small", half=h)(noisy, sigma) for h in (False, True))
     rounding = load_prior("small", half=False)
-    rounding.half = True  # its weights are rounded for each batch
+    rounding.in_bf16 = True  # its weights are rounded for each batch
     assert torch.equal(rounding(noisy, sigma), half)
     assert half.dtype == torch.float32
     assert 0 < float((half - full).square().mean().sqrt()) < 0.03 * sigma
@@ -125,9 +158,9 @@ def test_bf16_is_far_below_the_noise(sigma):
 
 def test_bf16_is_chosen_only_where_it_is_known_to_be_faster(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
-    assert half_is_faster("cpu") and load_prior("small").half
+    assert half_is_faster("cpu") and load_prior("small").in_bf16
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True}, raising=False)
-    assert not half_is_faster("cpu") and not load_prior("small").half
+    assert not half_is_faster("cpu") and not load_prior("small").in_bf16
 
 
 def test_a_pose_there_and_back_is_nothing_and_the_prior_sees_it():

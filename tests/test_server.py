@@ -7,6 +7,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import line_like, run_chain
@@ -96,9 +97,10 @@ def test_memory_that_others_have_taken_is_told(scan_path, monkeypatch):
     [
         ("0::/", {"memory.max": "3000000", "memory.current": "2500000", "memory.stat": "anon 1\ninactive_file 400000\n"}),
         ("0::/system.slice/slicediff.service", {"system.slice/slicediff.service/memory.max": "3000000", "system.slice/slicediff.service/memory.current": "2100000", "system.slice/slicediff.service/memory.stat": ""}),
+        ("0::/user.slice/batch.slice/job", {"user.slice/batch.slice/memory.max": "3000000", "user.slice/batch.slice/memory.current": "2100000", "user.slice/batch.slice/memory.stat": ""}),
         ("4:memory:/docker/ab", {"memory/memory.limit_in_bytes": "3000000", "memory/memory.usage_in_bytes": "2600000", "memory/memory.stat": "inactive_file 1\ntotal_inactive_file 500000\n"}),
     ],
-    ids=["container", "service", "container of cgroup v1"],
+    ids=["container", "service", "group above the own", "container of cgroup v1"],
 )
 def test_the_memory_limit_of_a_container_or_service_counts(tmp_path, group, files):
     (tmp_path / "proc/self").mkdir(parents=True)
@@ -203,6 +205,39 @@ def test_failed_scans_are_kept_oldest_removed_first(scan_path, prior, tmp_path):
     for line in lines:
         tiny.add(line)
     assert tiny.keep() is None and not list(tmp_path.glob("*.spool"))
+
+
+def test_a_kill_in_the_middle_of_the_conversion_leaves_nothing_behind_for_good(scan_path, tmp_path, monkeypatch):
+    """The next start converts again, into the same place; meanwhile the scan is locked for other servers."""
+
+    def killed(*_):
+        FailedScans(tmp_path)  # another server starts
+        assert not list(tmp_path.glob("failed-*"))
+        raise KeyboardInterrupt
+
+    with ScanFile(scan_path) as scan:
+        recording, lines = FailedScans(tmp_path).record(scan.header_xml), list(scan.acquisitions())
+    for line in lines:
+        recording.add(line)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("gadgets.files.ScanWriter.append", killed)
+        patch.setattr("gadgets.keep.Recording._close", lambda self: self.file.close())  # a kill closes no more than this
+        recording.keep()
+    assert {path.suffix for path in tmp_path.iterdir()} == {".spool", ".partial"}
+    FailedScans(tmp_path)
+    (found,) = tmp_path.iterdir()
+    with ScanFile(found) as kept:
+        assert len(kept) == len(lines)
+
+
+def test_old_scans_are_removed_by_several_threads_at_once(tmp_path):
+    place = FailedScans(tmp_path, 1e-9)
+    for round in range(5):
+        for number in range(50):
+            (tmp_path / f"failed-{number}.h5").write_bytes(b"123")
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(lambda _: place.prune(), range(4)))  # raises what any of them raised
+        assert not list(tmp_path.iterdir())
 
 
 def test_what_a_killed_server_left_behind_is_found_and_what_runs_is_let_be(scan_path, tmp_path):

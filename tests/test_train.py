@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from recon_core.prior import load_prior
+from recon_core.prior import Prior, load_prior
 from recon_core.rehearsal import NOTHING_WRONG, Rehearsal, lesson_loss
 from recon_core.simulate import phantom
 from recon_core.slices import MIN_SIDE, usable_axes
-from recon_core.train import Curve, TrainOptions, first_prior, train
+from recon_core.train import Curve, TrainOptions, Validation, first_prior, train
 from recon_core.variational import VariationalConfig
-from recon_core.volumes import SlicePool, Volume, dipole_field, load_volume, resample
+from recon_core.volumes import SlicePool, Volume, dipole_field, load_volume, to_voxel_mm
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def test_slices_are_complex_bright_and_rarely_empty(volumes):
 def test_resampling_blurs_through_the_plane_too():
     volume = torch.zeros(40, 40, 40)
     volume[20] = 1
-    out, voxel_mm = resample(volume, (1.0, 1.0, 1.0), (4.0, 2.0, 1.0))
+    out, voxel_mm = to_voxel_mm(volume, (1.0, 1.0, 1.0), (4.0, 2.0, 1.0))
     assert out.shape == (10, 20, 40) and voxel_mm == (4.0, 2.0, 1.0)
     assert float(out[5].mean()) == pytest.approx(0.25, abs=0.03)
 
@@ -226,6 +226,34 @@ def test_the_curve_tells_losses_and_validation(volumes, tmp_path):
     assert "held out: psnr 1 mm sigma 0.05" in lines[0] and "loss mm<" in lines[2]
     names = {row[1] for row in read_curve(tmp_path / "p.csv")}
     assert {"psnr 2 mm sigma 0.2"} <= names and any(n.startswith("sigma<") for n in names) and any(n.startswith("mm<") for n in names)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_spoils_the_weights(volumes, tmp_path, monkeypatch):
+    """Of the solver's own states too."""
+    options = QUICK.model_copy(update={"steps": 2, "own_states": 1.0})
+    losses = iter([torch.ones(2, requires_grad=True), torch.full((2,), float("nan"), requires_grad=True)])
+    monkeypatch.setattr("recon_core.train.lesson_loss", lambda prior, lesson: next(losses))
+    monkeypatch.setattr("recon_core.train.rehearse", lambda *_: itertools.repeat(None))
+    with pytest.raises(ValueError, match="loss became nan at step 1; lower the learning rate"):
+        train(volumes, tmp_path / "p.safetensors", options, log=lambda s: None)
+    assert not (tmp_path / "p.safetensors").exists()
+
+
+def test_validation_asks_each_slice_once_and_knows_its_size(volumes):
+    """Of a volume of 2 mm there are no slices of 1 mm."""
+    asked = []
+    coarse = Volume("coarse", volumes[0].data, (2.0, 2.0, 2.0))
+    prior = Prior("small")
+    prior.register_forward_hook(lambda *_: asked.append(1))
+    measured = Validation([coarse], 0).measure(prior)
+    assert set(measured) == {f"psnr {mm} mm sigma {sigma}" for mm in (2, 4) for sigma in (0.05, 0.2)} and len(asked) == 4
+    assert set(Validation([Volume("coarser", volumes[0].data, (5.0, 5.0, 5.0))], 0).measure(prior)) == {f"psnr 5 mm sigma {sigma}" for sigma in (0.05, 0.2)}
+
+
+def test_cuda_where_there_is_none_is_a_sentence(volumes, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="torch finds no CUDA device"):
+        train(volumes, tmp_path / "x.safetensors", QUICK.model_copy(update={"device": "cuda"}))
 
 
 def test_a_batch_that_cannot_be_shared_is_a_sentence(volumes, tmp_path, monkeypatch):

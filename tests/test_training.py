@@ -29,6 +29,23 @@ def test_every_kind_of_file_gives_the_volume(tmp_path):
         assert np.corrcoef(np.abs(other.data).ravel(), volume.ravel())[0, 1] > 0.95
 
 
+def test_an_array_may_have_the_name_of_a_scan(tmp_path):
+    with h5py.File(tmp_path / "c.h5", "w") as file:
+        file["dataset"] = small_object()
+        file["dataset"].attrs["voxel_mm"] = (3.0, 2.5, 2.0)
+    (volume,) = load_volumes([tmp_path])
+    assert volume.voxel_mm == (3.0, 2.5, 2.0) and np.array_equal(volume.data, small_object())
+
+
+def test_a_scan_may_have_any_name(tmp_path):
+    assert main(["simulate", "phantom", str(tmp_path / "s.h5"), "--coils", "1", "--voxel-mm", "8", "--pattern", "full"]) == 0
+    (volume,) = load_volumes([tmp_path])
+    with h5py.File(tmp_path / "s.h5", "a") as file:
+        file.move("dataset", "other")
+    (other,) = load_volumes([tmp_path])
+    assert np.array_equal(other.data, volume.data)
+
+
 def test_a_file_named_twice_is_read_once(tmp_path):
     np.save(tmp_path / "b.npy", small_object())
     assert len(find_volumes([tmp_path, tmp_path / "b.npy"])) == 1

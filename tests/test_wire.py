@@ -3,12 +3,13 @@
 import socket
 import struct
 import threading
+import time
 
 import ismrmrd
 import numpy as np
 import pytest
 
-from gadgets.wire import ACQUISITION, TEXT, Wire, WireError
+from gadgets.wire import ACQUISITION, TEXT, QueuedWire, Wire, WireError
 
 
 @pytest.fixture
@@ -21,6 +22,32 @@ def pair():
 
 def an_acquisition():
     return ismrmrd.Acquisition.from_array(np.arange(12, dtype=np.complex64).reshape(3, 4), scan_counter=7)
+
+
+@pytest.mark.parametrize("kind", [Wire, QueuedWire])
+def test_a_slow_peer_that_goes_on_reading_gets_all_of_a_large_message(kind):
+    """The timeout is for a peer that takes nothing at all."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        wire, text, got = kind(ours, timeout_s=0.5), "x" * 4_000_000, 0
+        sender = threading.Thread(target=wire.send_text, args=(text,))
+        sender.start()
+        began = time.monotonic()
+        while got < 6 + len(text):
+            got += len(theirs.recv(200_000))
+            time.sleep(0.05)
+        sender.join()
+        assert time.monotonic() - began > 1
+        if kind is QueuedWire:
+            wire.flush()
+
+
+def test_a_peer_that_takes_nothing_is_given_up():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        wire = Wire(ours, timeout_s=0.2)
+        with pytest.raises(TimeoutError):
+            wire.send_text("x" * 4_000_000)
 
 
 def test_golden_bytes(pair):

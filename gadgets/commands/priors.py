@@ -13,14 +13,16 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """List them; 0 if there are any."""
+    """List them; 0 if there are any that can be used."""
     from recon_core.prior import list_priors
 
     cards = list_priors()
     if arguments.json:
         print(json.dumps(cards))
-        return 0
-    for card in cards:
+    for card in [] if arguments.json else cards:
+        if "error" in card:
+            print(f"{card['name']}: of no use: {card['error']}")
+            continue
         training = card.get("training", {})
         print(f"{card['name']}: {card['parameters'] / 1e6:.1f} M parameters, voxels {training.get('voxel_mm')} mm, {training.get('steps_done')} steps, sha256 {card['sha256'][:12]}")
-    return 0 if cards else 1
+    return 0 if any("error" not in card for card in cards) else 1

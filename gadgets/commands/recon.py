@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,17 +39,19 @@ def run(arguments: argparse.Namespace) -> int:
 
     options = make_options(given_options(arguments))
     _check_places(arguments)
-    display, writer = Display(), ImageWriter(arguments.images, arguments.group)
+    display, writer, images = Display(), ImageWriter(arguments.images, arguments.group), []
     try:
-        _reconstruct(arguments, options, display, writer)
+        for image in _reconstruct(arguments, options, display, writer):
+            if arguments.nifti or arguments.png:
+                images.append(image)
     except Exception as error:  # told by the command line, which does not know what was written before
-        if not writer.images or isinstance(error, OSError):
+        if not writer.count or isinstance(error, OSError):
             raise
         raise ReconError(f"{sentence(error)} ({writer.count} images were written)") from error
     finally:
-        if writer.images:
+        if writer.count:
             _tell(arguments, display, writer.count)
-            _write_copies(arguments, writer.images)
+            _write_copies(arguments, images)
     return 0
 
 
@@ -63,8 +66,8 @@ def _check_places(arguments: argparse.Namespace) -> None:
         check_picture(arguments.png)
 
 
-def _reconstruct(arguments: argparse.Namespace, options: Options, display: Display, writer: ImageWriter) -> None:
-    """Images from the scan to the writer, one by one."""
+def _reconstruct(arguments: argparse.Namespace, options: Options, display: Display, writer: ImageWriter) -> Iterator[ismrmrd.Image]:
+    """Images from the scan to the writer, one by one; each is yielded once it is written."""
     from ..files import ScanFile
     from ..geometry import read_geometry
     from ..header import parse_header
@@ -81,6 +84,7 @@ def _reconstruct(arguments: argparse.Namespace, options: Options, display: Displ
         for image in reconstruct(header, scan.acquisitions(), prior, options, display.stage):
             writer.write(image)
             display.note(notes_of(image))
+            yield image
 
 
 def _write_copies(arguments: argparse.Namespace, images: list[ismrmrd.Image]) -> None:
@@ -88,7 +92,7 @@ def _write_copies(arguments: argparse.Namespace, images: list[ismrmrd.Image]) ->
     from ..files import join_partitions, write_nifti, write_png
     from ..images import SERIES
 
-    volumes = join_partitions(images) if arguments.nifti or arguments.png else []
+    volumes = join_partitions(images)
     if arguments.nifti:
         arguments.nifti.mkdir(parents=True, exist_ok=True)
         for image in volumes:

@@ -44,7 +44,7 @@ def dribble(bench: Bench) -> str:
 def every_front_end(bench: Bench) -> str:
     same(bench.scan(gadgetron=True), bench)
     with bench.peer() as peer:
-        script = f'<configuration><version>2</version><stream><external><connect port="1"/><configuration><property name="sweeps" value="{2}"/></configuration></external></stream></configuration>'
+        script = '<configuration><version>2</version><stream><external><connect port="1"/><configuration><property name="sweeps" value="2"/></configuration></external></stream></configuration>'
         peer.send(p.text_message(p.CONFIG, script), p.text_message(p.HEADER, bench.header + b"\0"), *bench.messages, p.close())
         same(peer.answer(), bench)
     return "same images three times"

@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     methods = [(title, METHODS[title.partition(":")[0]], load_prior(title.partition(":")[2] or arguments.prior, arguments.device)) for title in arguments.methods]
-    machine = Machine.measured(arguments.device, torch.bfloat16 if methods[0][2].half else torch.float32)
+    machine = Machine.measured(arguments.device, torch.bfloat16 if methods[0][2].in_bf16 else torch.float32)
     print(machine, flush=True)
     run(Scan((48, 48, 40), arguments.coils, 2.0), machine, methods, lambda row: None)
     rows = []

@@ -26,7 +26,7 @@ from skimage.restoration import denoise_nl_means, denoise_wavelet
 from recon_core.prior import load_prior
 from recon_core.scale import intensity_scale
 from recon_core.simulate import smooth_phase
-from recon_core.volumes import read_volume, resample
+from recon_core.volumes import read_volume, to_voxel_mm
 
 ORIENTATIONS = ("axial", "coronal", "sagittal")  # across z, y, x of a volume in RAS
 
@@ -83,7 +83,7 @@ def averages(rows: list[dict], columns: tuple[str, ...]) -> dict[str, dict[str, 
 def complex_volume(path: Path, voxel_mm: float):
     """Volume [z y x] of tissue brightness 1 with smooth phase, resampled as near to voxel_mm as it allows, and its voxel size."""
     data, size = read_volume(path)
-    volume, size = resample(torch.from_numpy(np.asarray(data, np.float32)), size, [voxel_mm] * 3)
+    volume, size = to_voxel_mm(torch.from_numpy(np.asarray(data, np.float32)), size, [voxel_mm] * 3)
     return torch.polar(volume / intensity_scale(volume, size), smooth_phase(tuple(volume.shape), seed=1)), size
 
 

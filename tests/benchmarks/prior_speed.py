@@ -50,8 +50,8 @@ def measure(architecture: str, precision: str, mode: str, side: int, slices: int
     """Seconds per slice, and the memory that denoising added to the loaded network."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prior = Prior(architecture).eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-    prior.half = precision == "bf16"
-    if prior.half:
+    prior.in_bf16 = precision == "bf16"
+    if prior.in_bf16:
         round_weights(prior.net)  # as load_prior does
     run = torch.compile(prior) if mode == "compiled" else prior
     x = torch.randn(slices, 2, side, side, device=device).contiguous(memory_format=torch.channels_last)
