@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import socket
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 import ismrmrd
 
 from . import wire as w
+from .failure import of_images, sentence
 from .files import ScanFile
 from .flags import NOISE_BIT, SKIP_BITS, is_calibration_only, volume_key
 
@@ -53,7 +55,7 @@ def send_scan(
         wire = w.Wire(sock, timeout_s)
         sender = _Sender(scan, wire, config, on_sent, realtime)
         sender.start()
-        came, failure = Counter(), ""
+        came, failure, gone = Counter(), "", ""
         try:
             for kind, item in wire.messages():
                 if kind == w.IMAGE:
@@ -65,12 +67,13 @@ def send_scan(
                         failure = ERROR_TEXT.sub("", item)
                         sender.give_up()
         except w.WireError as error:
-            failure = failure or f"the server is gone: {error}"
+            gone = f"the server is gone: {error}"
         finally:
             sender.stop.set()
         sender.join(10)
-        if failure or sender.failure:
-            raise SendError(f"{failure or sender.failure} ({came.total()} images were received)")
+        reason = sender.fault or failure or gone or sender.failure  # what the server says of a scan that we broke off is no news
+        if reason:
+            raise SendError(f"{reason} ({of_images(came.total(), '{images} {were} received')})")
         _check(came, sender.volumes, expect)
 
 
@@ -117,7 +120,8 @@ class _Sender(threading.Thread):
 
     def __init__(self, scan: ScanFile, wire: w.Wire, config: str, on_sent: Callable[[int], None], realtime: bool):
         super().__init__(daemon=True)
-        self.scan, self.wire, self.config, self.on_sent, self.failure = scan, wire, config, on_sent, ""
+        self.scan, self.wire, self.config, self.on_sent = scan, wire, config, on_sent
+        self.failure = self.fault = ""  # of the server, of the scan
         self.pace = _Pace() if realtime else None
         self.stop = threading.Event()
         self.given_up = False
@@ -148,8 +152,9 @@ class _Sender(threading.Thread):
         except OSError as error:
             self.failure = f"the server stopped taking the scan: {error}"
         except Exception as error:  # a thread's failure must reach the caller
-            self.failure = f"the scan could not be sent: {error}"
-            self.wire.sock.shutdown(socket.SHUT_RDWR)
+            self.fault = f"the scan could not be sent whole: {sentence(error)}"
+            with contextlib.suppress(OSError):
+                self.wire.sock.shutdown(socket.SHUT_WR)  # the server makes images of what came
 
     def _send_items(self) -> bool:
         """Send everything; False if nobody listens any more."""

@@ -38,6 +38,11 @@ def of_lines(count: int, text: str, kind: str = "") -> str:
     return text.format(lines=f"{count} {kind}line" + "s" * (count != 1), were="was" if count == 1 else "were", have="has" if count == 1 else "have")
 
 
+def of_images(count: int, text: str) -> str:
+    """The same of {images}."""
+    return text.format(images=f"{count} image" + "s" * (count != 1), were="was" if count == 1 else "were", have="has" if count == 1 else "have")
+
+
 def log_failure(what: str, error: BaseException, level: int = logging.ERROR) -> None:
     """To the log, with the traceback only where the sentence cannot tell all."""
     text = sentence(error)

@@ -14,6 +14,7 @@ import ismrmrd
 import ismrmrd.hdf5
 import numpy as np
 
+from .failure import of_lines
 from .header import strip_version
 
 ROWS = 512
@@ -27,28 +28,46 @@ class ScanFile:
     """An ISMRMRD scan in HDF5, read in blocks.
 
     Args:
-        group: that holds it; by default `dataset`, or the only one that holds a scan.
+        group: that holds it, also one within others (study/scan1); by default `dataset`, or the only one at the top that holds a scan.
 
     Raises:
-        FileError: if the file, its group, its header or its acquisitions are missing.
+        FileError: if the file, its group, its header or its acquisitions are missing, or are not what ISMRMRD makes of them.
     """
 
     def __init__(self, path: str | Path, group: str | None = None):
         if not Path(path).is_file():
             raise FileError(f"no such scan file: {path}")
-        try:
-            self.file = h5py.File(path, "r")
-        except OSError as error:
-            raise FileError(f"{path} is not an HDF5 file: {error}") from None
+        self.file = open_hdf5(path)
         try:
             self.group = self.file[self._find(path, group)]
-            self.header_xml = strip_version(bytes(self.group["xml"][0]))
+            self.header_xml = strip_version(self._xml())
+            self._check_table()
         except BaseException:
             self.file.close()
             raise
 
+    def _xml(self) -> bytes:
+        """The header's text, whether it stands alone or first in an array."""
+        node = self.group["xml"]
+        try:
+            text = node[()] if node.shape == () else node[0]
+        except (AttributeError, IndexError, ValueError):
+            raise FileError(f"{self.group.name}/xml of {self.file.filename} holds no header") from None
+        return text.encode() if isinstance(text, str) else bytes(text)
+
+    def _check_table(self) -> None:
+        table = self.group["data"]
+        names = set(table.dtype.names or ()) if isinstance(table, h5py.Dataset) else set()
+        if not {"head", "data"} <= names or table.shape[1:] not in ((), (1,)):
+            raise FileError(f"{self.group.name}/data of {self.file.filename} is no table of acquisitions (head, traj, data)")
+        samples = h5py.check_vlen_dtype(table.dtype["data"])
+        if samples != np.float32:  # h5py returns the bytes of others unchanged and calls them float32
+            raise FileError(f"the samples of {self.group.name}/data of {self.file.filename} are stored as {samples}, expected {np.dtype(np.float32)}: write them as little-endian float32")
+
     def _find(self, path: str | Path, group: str | None) -> str:
         """Name of the scan's group."""
+        if group and is_scan(self.file.get(group.strip("/"))):
+            return group.strip("/")
         scans = scans_in(self.file)
         wanted = group or ("dataset" if "dataset" in scans or len(scans) != 1 else scans[0])
         if wanted in scans:
@@ -67,20 +86,28 @@ class ScanFile:
         return self.group["data"].shape[0]
 
     def acquisitions(self) -> Iterator[ismrmrd.Acquisition]:
-        """All acquisitions in order; FileError where the file is damaged."""
-        table = self.group["data"]
+        """All acquisitions in order that can be read; then, if there were others, FileError."""
+        table, lost, reason = self.group["data"], 0, ""
         for first in range(0, len(self), ROWS):
             try:
-                rows = table[first : first + ROWS]
+                rows = table[first : first + ROWS].reshape(-1)  # some write a table of one column
             except OSError as error:
-                raise FileError(f"the scan file is damaged near acquisition {first}: {error}") from None
-            for number, row in enumerate(rows, start=first):
-                yield _acquisition(row, number)
+                lost, reason = lost + min(ROWS, len(self) - first), reason or f"the scan file is damaged near acquisition {first}: {error}"
+                continue
+            heads = by_name(rows["head"], ismrmrd.hdf5.acquisition_header_dtype)
+            for number, (head, row) in enumerate(zip(heads, rows), start=first):
+                try:
+                    yield _acquisition(head, row, number)
+                except FileError as error:
+                    lost, reason = lost + 1, reason or str(error)
+        if lost:
+            raise FileError(f"{reason}; {of_lines(lost, '{lines} of the file {were} left out')}")
 
     def waveforms(self) -> Iterator[ismrmrd.Waveform]:
         """All waveforms in order."""
-        for row in self.group["waveforms"] if "waveforms" in self.group else ():
-            waveform = ismrmrd.Waveform(row["head"].tobytes())
+        rows = self.group["waveforms"][()] if "waveforms" in self.group else ()
+        for head, row in zip(by_name(rows["head"], ismrmrd.hdf5.waveform_header_dtype), rows) if len(rows) else ():
+            waveform = ismrmrd.Waveform(head.tobytes())
             waveform.data[:] = row["data"].reshape(waveform.data.shape)
             yield waveform
 
@@ -98,15 +125,40 @@ class ScanFile:
             yield from waveforms
 
 
+def open_hdf5(path: str | Path) -> h5py.File:
+    """The file, to be read; FileError if it is none or another program has it."""
+    try:
+        return h5py.File(path, "r")
+    except BlockingIOError:
+        raise FileError(f"{path} is in use by another program, which writes to it: wait until it has closed it") from None
+    except OSError as error:
+        raise FileError(f"{path} is not an HDF5 file: {error}") from None
+
+
 def scans_in(file: h5py.File) -> list[str]:
-    """Names of the groups that hold a scan."""
-    return [name for name, node in file.items() if isinstance(node, h5py.Group) and {"xml", "data"} <= set(node)]
+    """Names of the groups at the top that hold a scan."""
+    return [name for name, node in file.items() if is_scan(node)]
 
 
-def _acquisition(row, number: int) -> ismrmrd.Acquisition:
-    head = ismrmrd.AcquisitionHeader.from_buffer_copy(row["head"].tobytes())
+def is_scan(node) -> bool:
+    """Whether something in an HDF5 file is a group with a header and acquisitions."""
+    return isinstance(node, h5py.Group) and {"xml", "data"} <= set(node)
+
+
+def by_name(rows: np.ndarray, wanted: np.dtype) -> np.ndarray:
+    """Structures with the same fields laid out as `wanted`: other programs align, order or store them in another way. What is missing is 0."""
+    if rows.dtype == wanted:
+        return rows
+    out = np.zeros(rows.shape, wanted)
+    for name in set(wanted.names) & set(rows.dtype.names or ()):
+        out[name] = by_name(rows[name], wanted[name].base) if wanted[name].base.names else rows[name]
+    return out
+
+
+def _acquisition(head: np.void, row: np.void, number: int) -> ismrmrd.Acquisition:
+    head = ismrmrd.AcquisitionHeader.from_buffer_copy(head.tobytes())
     coils, samples, dims = head.active_channels, head.number_of_samples, head.trajectory_dimensions
-    data, trajectory = row["data"], row["traj"]
+    data, trajectory = (np.asarray(row[name] if name in row.dtype.names else [], np.float32).reshape(-1) for name in ("data", "traj"))
     if data.size != 2 * coils * samples or trajectory.size != samples * dims:
         raise FileError(f"acquisition {number} announces {coils} x {samples} samples but holds {data.size // 2}")
     return ismrmrd.Acquisition(head, data.view(np.complex64).reshape(coils, samples), trajectory.reshape(samples, dims))
@@ -181,7 +233,7 @@ class ImageWriter:
         where = f"group {self.group!r} of {self.path}"
         if not self.path.exists():
             return
-        with h5py.File(self.path, "r") as file:
+        with open_hdf5(self.path) as file:
             node = _inside(file, f"{self.group}/image_{series}", where)
             found = None if node is None else _kind(node, where)
         if found not in (None, (np.dtype(dtype), tuple(shape))):
@@ -194,8 +246,11 @@ class ImageWriter:
             FileError: before anything is written, if the image is not like those of its series in the file.
         """
         self.check(image.image_series_index, image.data.dtype, image.data.shape)
-        with ismrmrd.Dataset(self.path, self.group) as dataset:
-            dataset.append_image(f"image_{image.image_series_index}", image)
+        try:
+            with ismrmrd.Dataset(self.path, self.group) as dataset:
+                dataset.append_image(f"image_{image.image_series_index}", image)
+        except BlockingIOError:
+            raise FileError(f"{self.path} is in use by another program: nothing can be appended to it") from None
         self.count += 1
 
 
@@ -275,7 +330,7 @@ def read_images(path: str | Path, group: str | None = None) -> list[ismrmrd.Imag
     """
     if not Path(path).is_file():
         raise FileError(f"no such image file: {path}")
-    with h5py.File(path, "r") as file:
+    with open_hdf5(path) as file:
         series = file[group or sorted(file)[-1]]
         return [image for name in sorted(series) for image in _series(series[name])]
 

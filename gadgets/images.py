@@ -59,7 +59,7 @@ def make_images(volume: torch.Tensor, scan: Scan, options: Options, header, seri
     if pixels.any():
         scan.series.setdefault(alike, scale)
     if saturated:
-        notes = [*notes, f"{saturated} voxels are brighter than {FULL_SCALE} and were cut: the first volume fixed the scale of its contrast"]
+        notes = [*notes, f"{saturated} {'voxel is' if saturated == 1 else 'voxels are'} brighter than {FULL_SCALE} and {'was' if saturated == 1 else 'were'} cut: the first volume fixed the scale of its contrast"]
     frame, assumed = frame_of(scan)
     pixels, frame = orient(pixels, frame, options.orientation)
     notes = [*notes, *assumed]
@@ -144,11 +144,15 @@ def _about_the_scan(scan: Scan, header) -> dict:
 
 
 def frame_of(scan: Scan) -> tuple[Frame, list[str]]:
-    """Where the lines say that the volume lies, and what was assumed where their directions are not three at right angles."""
+    """Where the lines say that the volume lies, and what was assumed where their directions are not three at right angles, whatever their lengths."""
     head, notes = scan.head, []
-    directions = np.array([head.read_dir, head.phase_dir, head.slice_dir], float)
-    if not np.allclose(directions @ directions.T, np.eye(3), rtol=0, atol=RIGHT_ANGLE):
-        what = "contradicting" if directions.any() else "no"
+    given = np.array([head.read_dir, head.phase_dir, head.slice_dir], float)
+    directions = _of_unit_length(given) if np.isfinite(given).all() else given
+    if np.allclose(directions @ directions.T, np.eye(3), rtol=0, atol=RIGHT_ANGLE):
+        if not np.allclose(given, directions, rtol=0, atol=RIGHT_ANGLE):
+            notes.append("the lines' directions are not all of length 1: where they point was taken")
+    else:
+        what = "contradicting" if given.any() else "no"
         notes.append(f"the lines have {what} directions: read, phase and slice along the patient's left, posterior and superior assumed")
         directions = np.eye(3)
     position = np.array(head.position, float)
@@ -156,6 +160,16 @@ def frame_of(scan: Scan) -> tuple[Frame, list[str]]:
         notes.append("the lines have no finite position: the centre of the magnet assumed")
         position = np.zeros(3)
     return Frame(directions, scan.geometry.recon_fov_mm, position), notes
+
+
+def _of_unit_length(directions: np.ndarray) -> np.ndarray:
+    """Three directions (rows) with length 1; one that is zero is at right angles to the others, right-handed."""
+    lengths = np.linalg.norm(directions, axis=1, keepdims=True)
+    out = np.divide(directions, lengths, out=np.zeros_like(directions), where=lengths > 0)
+    missing = np.flatnonzero(lengths[:, 0] == 0)
+    if len(missing) == 1:
+        out[missing[0]] = np.cross(out[(missing[0] + 1) % 3], out[(missing[0] + 2) % 3])
+    return out
 
 
 def _image(pixels: np.ndarray, head, frame: Frame, z: int, partitions: int, series: int, index: int, meta: dict) -> ismrmrd.Image:

@@ -22,6 +22,7 @@ from .recon_data import ReconData, ReconDataError, lines_of
 
 log = logging.getLogger("slicediff")
 SPOOL = ".spool"
+MOST_GIB = 1e6
 
 
 class FailedScans:
@@ -29,11 +30,17 @@ class FailedScans:
 
     Raises:
         OSError: if the folder cannot be made or written to.
+        ValueError: for a size that cannot be.
     """
 
     def __init__(self, folder: str | Path, gib: float = 10.0):
+        if not 0 < gib <= MOST_GIB:
+            raise ValueError(f"failed scans may take above 0 and at most {MOST_GIB:g} GiB, got {gib:g}")
         self.folder, self.max_bytes = Path(folder), int(gib * 2**30)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise NotADirectoryError(f"failed scans cannot be kept in {folder}: it is a file") from None
         probe = self.folder / f"probe-{os.getpid()}{SPOOL}"
         probe.touch()
         probe.unlink()

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+MOST = 1e6  # GiB, seconds, connections: more than anybody needs, less than sockets and clocks bear
+
+
 @dataclass(frozen=True)
 class Limits:
     """Limits of a server; ValueError names the one that cannot be."""
@@ -19,5 +22,5 @@ class Limits:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if not value > 0 and not (name == "grace_s" and value == 0):
-                raise ValueError(f"the server's limit {name} must be above 0, got {value}")
+            if not 0 < value <= MOST and not (name == "grace_s" and value == 0):
+                raise ValueError(f"the server's limit {name} must be {'at least' if name == 'grace_s' else 'above'} 0 and at most {MOST:g}, got {value:g}")

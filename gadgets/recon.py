@@ -56,7 +56,7 @@ def reconstruct(header, items: Iterable, prior, options: Options, report: Report
     failures: Failures = {}
     number = 0
     for number, scan in enumerate(ahead(gather(header, items))):
-        report("gathered", {"shape": list(scan.kspace.shape), "warnings": scan.warnings})
+        report("gathered", {"shape": list(scan.kspace.shape), "sampled": float((scan.counts > 0).float().mean()), "warnings": scan.warnings})
         volume = volume_name(number, scan.head.idx)
         with noted(failures, volume), turn() as hurry:
             measurement, preview = look(scan, options, report)

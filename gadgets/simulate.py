@@ -6,6 +6,7 @@ to the voxel size asked for: the reconstruction never meets the maps or the grid
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +31,12 @@ def simulate(volume: str | Path, scan: str | Path, options: SimulateOptions, ref
         reference: NIfTI to write the noise-free, fully sampled root sum of squares of the first contrast to.
 
     Raises:
-        FileError: if the volume cannot be read, or the reference not be written.
+        FileError: if the volume cannot be read, the reference not be written, or two of the files are one.
         ValueError: for impossible options.
     """
     if reference is not None:
         _check_reference(Path(reference))
+    _check_apart(volume=volume, scan=scan, reference=reference)
     data, voxel_mm, directions, centre = load_object(volume)
     images, voxel_mm = coil_images(data, voxel_mm, options)
     truth = images.abs().square().sum(0).sqrt()
@@ -103,6 +105,14 @@ def coil_images(data: torch.Tensor, voxel_mm, options: SimulateOptions) -> tuple
     for coil in range(options.coils):
         images[coil] = kspace_crop(turned * coil_sensitivity(coil, options.coils, tuple(data.shape)), shape)
     return images / images.abs().square().sum(0).sqrt().max(), exact
+
+
+def _check_apart(**paths: str | Path | None) -> None:
+    """FileError where two of the files are one: what is written would take the place of the other."""
+    files = {name: Path(path).absolute().resolve() for name, path in paths.items() if path is not None and str(path) != "phantom"}
+    for one, other in itertools.combinations(files, 2):
+        if files[one] == files[other]:
+            raise FileError(f"{one} and {other} are the same file, {paths[one]}: each needs a file of its own")
 
 
 def _check_reference(path: Path) -> None:

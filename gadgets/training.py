@@ -13,11 +13,13 @@ from pydantic import ValidationError
 from recon_core.train import TrainOptions
 from recon_core.volumes import Volume, read_volume
 
-from .files import FileError, ScanFile, read_images, scans_in
+from .files import FileError, ScanFile, open_hdf5, read_images, scans_in
 from .header import parse_header
+from .images import SERIES
 from .options import OptionsError, error_sentence, make_options, read_yaml
 from .recon import reconstruct
 
+WHOLE = 0.7  # of k-space: the corners may be left out, or a part of one side
 VOLUMES = (".nii.gz", ".nii", ".npy", ".h5", ".hdf5", ".mrd")
 
 
@@ -31,7 +33,13 @@ def load_volumes(paths: Iterable[Path]) -> list[Volume]:
     Raises:
         FileError: for a path that does not exist, a folder without volumes, or a file that holds none.
     """
-    return [volume for path in find_volumes(paths) for volume in _load(path)]
+    return [_checked(volume) for path in find_volumes(paths) for volume in _load(path)]
+
+
+def _checked(volume: Volume) -> Volume:
+    if not np.isfinite(volume.data).all() or not volume.data.any():
+        raise FileError(f"the volume {volume.name} holds {'nothing but zeros' if np.isfinite(volume.data).all() else 'NaN or infinity'}: nothing can be learned from it")
+    return volume
 
 
 def find_volumes(paths: Iterable[Path]) -> list[Path]:
@@ -71,20 +79,23 @@ def _load(path: Path) -> list[Volume]:
         except Exception as error:  # nibabel and numpy raise many kinds for damaged files
             raise FileError(f"{path} cannot be read as a volume: {error}") from None
     try:
-        with h5py.File(path, "r") as file:
+        with open_hdf5(path) as file:
             if scans_in(file):
                 return _from_scan(path)
             if any("header" in node for group in file.values() if isinstance(group, h5py.Group) for node in group.values() if isinstance(node, h5py.Group)):
                 return _from_images(path)
             return [_from_array(path, file)]
-    except OSError as error:
-        raise FileError(f"{path} is not an HDF5 file: {error}") from None
+    except (OSError, ValueError) as error:
+        raise FileError(f"{path} cannot be read as a volume: {error}") from None
 
 
 def _from_scan(path: Path) -> list[Volume]:
     options = make_options({"method": "cg", "output": "complex64", "preview": "false", "device": "cpu"})
+    shares: list[float] = []
     with ScanFile(path) as scan:
-        images = list(reconstruct(parse_header(scan.header_xml), scan.acquisitions(), None, options))
+        images = list(reconstruct(parse_header(scan.header_xml), scan.acquisitions(), None, options, lambda stage, facts: shares.append(facts["sampled"]) if stage == "gathered" else None))
+    if min(shares) < WHOLE:
+        raise FileError(f"{path} is undersampled ({min(shares):.0%} of k-space was acquired): a prior learns from whole scans")
     return [_from_image(f"{path.name}#{n}" if n else path.name, image) for n, image in enumerate(images)]
 
 
@@ -92,6 +103,8 @@ def _from_images(path: Path) -> list[Volume]:
     images = [i for i in read_images(path) if i.data.shape[1] > 1]
     if not images:
         raise FileError(f"{path} holds only single slices; volumes are needed to resample through the plane")
+    if "SliceDiffusion" in images[0].meta.get("ImageProcessingHistory", ()):  # of the preview, the image and what it may be wrong by one alone is to be learned from
+        images = [i for i in images if i.image_series_index == SERIES["final"]] or [i for i in images if i.image_series_index == SERIES["preview"]]
     return [_from_image(f"{path.name}#{n}" if n else path.name, image) for n, image in enumerate(images)]
 
 

@@ -93,9 +93,11 @@ def train(
 
 
 def check_out(out: Path) -> None:
-    """ValueError for weights with another ending: they would share checkpoint and curve with those that have the right one."""
+    """ValueError for weights without a folder, or with another ending: they would share checkpoint and curve with those that have the right one."""
     if out.suffix != ".safetensors":
         raise ValueError(f"weights are written to a file that ends in .safetensors, got {out}")
+    if not out.parent.is_dir():
+        raise ValueError(f"{out} cannot be written: there is no folder {out.parent}")
 
 
 def _train(team: Team, threads: ExitStack, volumes, out: Path, options: TrainOptions, log, validation, show) -> Prior:

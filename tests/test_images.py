@@ -236,9 +236,20 @@ def turned_by(degrees: float) -> list:
     return [DIRECTIONS[0], s * DIRECTIONS[0] + c * DIRECTIONS[1], DIRECTIONS[2]]
 
 
+@pytest.mark.parametrize("directions", [1.02 * DIRECTIONS, 1000 * DIRECTIONS, np.diag([1.0, 2, 0]) @ DIRECTIONS, np.diag([0, 1.0, 1]) @ DIRECTIONS])
+def test_directions_of_another_length_say_where_the_volume_lies_all_the_same(directions):
+    """One that lacks is at right angles to the others."""
+    scan = a_scan()
+    scan.head.read_dir, scan.head.phase_dir, scan.head.slice_dir = (tuple(d) for d in directions)
+    (image,) = make_images(point((8, 10, 12), (1, 1, 1)), scan, make_options({"output": "float32"}), HEADER, 1, 0, "name", [])
+    head = image.getHead()
+    np.testing.assert_allclose([head.read_dir, head.phase_dir, head.slice_dir], DIRECTIONS, atol=1e-6)
+    assert image.meta["ImageComment"] == "name; the lines' directions are not all of length 1: where they point was taken"
+
+
 @pytest.mark.parametrize("directions,word", [
     (np.zeros((3, 3)), "no"), ([DIRECTIONS[0], DIRECTIONS[0], DIRECTIONS[2]], "contradicting"), (turned_by(2), "contradicting"),
-    (1.1 * DIRECTIONS, "contradicting"), (np.full((3, 3), np.nan), "contradicting"), (DIRECTIONS, None), (turned_by(0.2), None),
+    (np.diag([1.0, 0, 0]) @ DIRECTIONS, "contradicting"), (np.full((3, 3), np.nan), "contradicting"), (DIRECTIONS, None), (turned_by(0.2), None),
 ])  # fmt: skip
 def test_lines_without_directions_lie_along_the_patient(tmp_path, directions, word):
     """Read, phase and slice then are x, y and z (LPS), as the comment says, and NIfTI and PNG can be written."""

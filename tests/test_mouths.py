@@ -305,7 +305,7 @@ def test_a_raising_solver_leaves_the_preview_and_a_sentence(scan_path, expected,
         assert texts[-1].startswith("ERROR: ") and "CUDA out of memory" in texts[-1]
         peer = gadgetron(server, scan_path)
         assert same_images(peer.images, expected[:1]) and "CUDA out of memory" in peer.errors[0]
-        with ScanFile(scan_path) as scan, pytest.raises(SendError, match="CUDA out of memory.*1 images were received"):
+        with ScanFile(scan_path) as scan, pytest.raises(SendError, match="CUDA out of memory.*1 image was received"):
             list(send_scan(scan, *server.server_address[:2], "default"))
         server.priors.clear()
         priors[0] = prior

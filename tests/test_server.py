@@ -127,8 +127,25 @@ def test_what_came_is_worth_an_image_once_the_centre_is_there(scan_path, lines, 
 
 
 def test_limits_that_cannot_be_are_refused():
-    with pytest.raises(ValueError, match="limit slots must be above 0, got 0"):
+    with pytest.raises(ValueError, match="limit slots must be above 0 and at most .*, got 0"):
         Limits(slots=0)
+    for value in (float("inf"), float("nan"), 1e12, -1):
+        with pytest.raises(ValueError, match="limit max_gib must be above 0 and at most 1e"):
+            Limits(max_gib=value)
+    assert Limits(grace_s=0).grace_s == 0
+    with pytest.raises(ValueError, match="limit grace_s must be at least 0"):
+        Limits(grace_s=-1)
+
+
+def test_places_for_failed_scans_that_cannot_be(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for arguments, said in (
+        (("--keep-failed", tmp_path / "file"), "failed scans cannot be kept in"),
+        (("--keep-failed", tmp_path, "--keep-failed-gib", -1), "failed scans may take above 0"),
+        (("--keep-failed", tmp_path, "--keep-failed-gib", "nan"), "failed scans may take above 0"),
+    ):
+        assert main(["serve", "--port", "0", "--method", "cg", *map(str, arguments)]) == 1
+        assert capsys.readouterr().err.strip().splitlines()[-1].startswith(f"slicediff: {said}")
 
 
 @pytest.mark.parametrize("host,reachable", [("localhost", ["127.0.0.1"]), ("::", ["127.0.0.1", "::1"]), ("::1", ["::1"])])

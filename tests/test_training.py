@@ -7,7 +7,7 @@ import pytest
 from conftest import small_object
 
 from gadgets.cli import main
-from gadgets.files import FileError
+from gadgets.files import FileError, read_images
 from gadgets.training import find_volumes, load_volumes
 
 
@@ -61,3 +61,23 @@ def test_what_is_no_volume_is_told(tmp_path):
     for name, message in (("none", "no such volume"), ("empty", "holds no volume"), ("junk.h5", "not an HDF5 file"), ("junk.nii", "cannot be read"), ("flat.npy", "three dimensions"), ("bare.h5", "lacks the attribute voxel_mm")):
         with pytest.raises(FileError, match=message):
             load_volumes([tmp_path / name])
+
+
+def test_of_our_own_images_only_the_wanted_ones_are_learned_from(tmp_path):
+    """Not of the preview, nor of what the image may be wrong by."""
+    scan = ["phantom", str(tmp_path / "s.h5"), "--coils", "2", "--voxel-mm", "6", "--acceleration", "2", "--acs", "8"]
+    assert main(["simulate", *scan]) == 0
+    assert main(["recon", str(tmp_path / "s.h5"), str(tmp_path / "i.h5"), "--method", "tv", "--error-map", "true", "--group", "g"]) == 0
+    (volume,) = load_volumes([tmp_path / "i.h5"])
+    (final,) = [image for image in read_images(tmp_path / "i.h5", "g") if image.image_series_index == 2]
+    assert np.array_equal(volume.data, final.data[0])
+
+
+def test_what_nothing_can_be_learned_from_is_told(tmp_path):
+    assert main(["simulate", "phantom", str(tmp_path / "s.h5"), "--coils", "4", "--voxel-mm", "6", "--acceleration", "2", "--acs", "8"]) == 0
+    with pytest.raises(FileError, match="s.h5 is undersampled .* of k-space was acquired"):
+        load_volumes([tmp_path / "s.h5"])
+    for number, said in ((0, "nothing but zeros"), (np.nan, "NaN or infinity")):
+        np.save(tmp_path / "v.npy", np.full((8, 8, 8), number, np.float32))
+        with pytest.raises(FileError, match=f"v.npy holds {said}"):
+            load_volumes([tmp_path / "v.npy"])

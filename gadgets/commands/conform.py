@@ -11,8 +11,8 @@ from .arguments import port
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Its arguments."""
-    parser.add_argument("--host", help="test the server there (default: start one of its own)")
-    parser.add_argument("--port", type=port, default=9002)
+    parser.add_argument("--host", help="test the server there (default: this machine, or one of its own if there is no --port)")
+    parser.add_argument("--port", type=port, help="test the server there (default: 9002 with --host)")
     parser.add_argument("--case", action="append", metavar="NAME", help="run only this case; may be given again")
     parser.add_argument("--json", action="store_true", help="end stdout with one line of JSON")
     parser.set_defaults(run=run)
@@ -27,7 +27,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     table, results = Table("case", "promised", "happened", "seconds"), []
     with Console(stderr=True).status("") as status:
-        for result in conform(arguments.host, arguments.port, arguments.case, status.update):
+        given = arguments.host is not None or arguments.port is not None
+        address = (arguments.host or "127.0.0.1", 9002 if arguments.port is None else arguments.port) if given else None
+        for result in conform(address, arguments.case, status.update):
             table.add_row(result.name, result.promise, f"{result.verdict}: {result.happened}", f"{result.seconds:.1f}")
             results.append(result)
     Console(width=None if sys.stdout.isatty() else 200).print(table)

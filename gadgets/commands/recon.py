@@ -34,7 +34,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Reconstruct; 0 when all images were written. If some could not be made, the others are written all the same."""
-    from ..failure import ReconError, sentence
+    from ..failure import ReconError, of_images, sentence
     from ..files import ImageWriter
 
     options = make_options(given_options(arguments))
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     except Exception as error:  # told by the command line, which does not know what was written before
         if not writer.count or isinstance(error, OSError):
             raise
-        raise ReconError(f"{sentence(error)} ({writer.count} images were written)") from error
+        raise ReconError(f"{sentence(error)} ({of_images(writer.count, '{images} {were} written')})") from error
     finally:
         if writer.count:
             _tell(arguments, display, writer.count)
@@ -67,8 +67,12 @@ def _check_places(arguments: argparse.Namespace) -> None:
 
 
 def _reconstruct(arguments: argparse.Namespace, options: Options, display: Display, writer: ImageWriter) -> Iterator[ismrmrd.Image]:
-    """Images from the scan to the writer, one by one; each is yielded once it is written."""
-    from ..files import ScanFile
+    """Images from the scan to the writer, one by one; each is yielded once it is written.
+
+    Raises:
+        FileError: after the images of what can be read of a file that is damaged.
+    """
+    from ..files import FileError, ScanFile
     from ..geometry import read_geometry
     from ..header import parse_header
     from ..images import SERIES, image_kind, notes_of
@@ -81,10 +85,21 @@ def _reconstruct(arguments: argparse.Namespace, options: Options, display: Displ
             writer.check(SERIES["final"], *image_kind(read_geometry(header), options))
         prior = load_prior_for(options)
         display.stage("prior", {})
-        for image in reconstruct(header, scan.acquisitions(), prior, options, display.stage):
+        damage: list[FileError] = []
+        for image in reconstruct(header, until_it_fails(scan.acquisitions(), FileError, damage), prior, options, display.stage):
             writer.write(image)
             display.note(notes_of(image))
             yield image
+        for error in damage:
+            raise error
+
+
+def until_it_fails(items: Iterator, kind: type[Exception], failures: list[Exception]) -> Iterator:
+    """`items` up to a failure of that kind, which is put into `failures`: what came before it is worth an image."""
+    try:
+        yield from items
+    except kind as error:
+        failures.append(error)
 
 
 def _write_copies(arguments: argparse.Namespace, images: list[ismrmrd.Image]) -> None:
@@ -103,9 +118,11 @@ def _write_copies(arguments: argparse.Namespace, images: list[ismrmrd.Image]) ->
 
 def _tell(arguments: argparse.Namespace, display: Display, count: int) -> None:
     """Notes on stderr, what was done on stdout."""
+    from ..failure import of_images
+
     for note in display.facts["warnings"]:
         print(f"slicediff: note: {note}", file=sys.stderr)
-    print(f"{count} images written to {arguments.images}")
+    print(of_images(count, "{images} written to ") + str(arguments.images))
     if arguments.json:
         print(json.dumps({**display.facts, "images": count, "seconds": display.seconds, "peak_memory_mib": peak_memory_mib()}))
 

@@ -27,6 +27,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Send the scan; 0 when all images that it promises came."""
     from ..client import send_scan
+    from ..failure import of_images
     from ..files import ImageWriter, ScanFile, check_apart
     from ..images import notes_of
 
@@ -40,5 +41,5 @@ def run(arguments: argparse.Namespace) -> int:
             display.note(notes_of(image))
     for note in display.facts["warnings"]:
         print(f"slicediff: note: {note}", file=sys.stderr)
-    print(f"{writer.count} images written to {arguments.images}")
+    print(of_images(writer.count, "{images} written to ") + str(arguments.images))
     return 0

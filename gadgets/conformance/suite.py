@@ -171,18 +171,17 @@ class Bench:
             raise Broken(f"the next correct scan gave other images ({len(answer.images)} of {len(self.expected)})")
 
 
-def conform(host: str | None, port: int, only: list[str] | None = None, show: Callable[[str], None] = lambda name: None) -> Iterator[Result]:
-    """Run the suite on a server (None: on one of our own) and yield a result per case.
+def conform(address: tuple[str, int] | None, only: list[str] | None = None, show: Callable[[str], None] = lambda name: None) -> Iterator[Result]:
+    """Run the suite on the server at (host, port), None for one of our own, and yield a result per case.
 
     Raises:
         Broken: if there is nothing to test, or `only` names no case.
     """
     cases = all_cases()
-
     unknown = set(only or ()) - {case.name for case in cases}
     if unknown:
         raise Broken(f"no case {', '.join(sorted(unknown))}; there are {', '.join(case.name for case in cases)}")
-    with Bench(None if host is None else (host, port)) as bench:
+    with Bench(address) as bench:
         for case in cases:
             if only is None or case.name in only:
                 show(case.name)

@@ -1,0 +1,138 @@
+"""Scan and image files as other programs write, damage and lock them."""
+
+import re
+import shutil
+import subprocess
+import sys
+
+import h5py
+import numpy as np
+import pytest
+from conftest import load_small_scan
+from test_images import HEADER, a_scan, point
+from test_mouths import running
+
+from gadgets.cli import main
+from gadgets.client import SendError, send_scan
+from gadgets.files import ScanFile, ScanWriter, join_partitions, read_images
+from gadgets.images import make_images
+from gadgets.options import make_options
+from gadgets.protocol import SimulateOptions
+
+
+def run(capsys, *arguments):
+    code = main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def rewritten(scan, path, change):
+    """The scan file with its table of acquisitions passed through `change`."""
+    with h5py.File(scan) as old, h5py.File(path, "w") as new:
+        new["study/one/xml"] = old["dataset/xml"][()]
+        rows = change(old["dataset/data"][()])
+        new.create_dataset("study/one/data", data=rows, dtype=rows.dtype)
+
+
+def laid_out(rows, align=False, order=1, samples="<f4"):
+    """The same fields aligned, in another order, or with big-endian samples."""
+
+    def other(dtype):
+        if dtype.subdtype:
+            return np.dtype((other(dtype.base), dtype.shape))
+        if not dtype.names:
+            return dtype
+        return np.dtype([(name, other(dtype[name])) for name in dtype.names[::order]], align=align)
+
+    def moved(old, new):
+        for name in old.dtype.names:
+            if old.dtype[name].names:
+                moved(old[name], new[name])
+            else:
+                new[name] = old[name]
+
+    head = np.zeros(rows.shape, other(rows.dtype["head"]))
+    moved(rows["head"], head)
+    vlen = h5py.vlen_dtype(np.dtype(samples))
+    out = np.empty(rows.shape, [("head", head.dtype), ("traj", vlen), ("data", vlen)])
+    for name, values in (("head", head), ("traj", rows["traj"]), ("data", rows["data"])):
+        out[name] = values
+    return out
+
+
+@pytest.mark.parametrize("layout", [dict(align=True), dict(order=-1)], ids=["aligned", "in another order"])
+def test_scans_of_other_programs_may_be_laid_out_in_another_way(tmp_path, scan_path, layout):
+    """As HDF5 allows: the C library finds fields by their names. The group lies within another."""
+    rewritten(scan_path, tmp_path / "s.h5", lambda rows: laid_out(rows, **layout))
+    with ScanFile(scan_path) as scan, ScanFile(tmp_path / "s.h5", "/study/one/") as other:
+        pairs = list(zip(scan.acquisitions(), other.acquisitions(), strict=True))
+        assert all(bytes(a.getHead()) == bytes(b.getHead()) and np.array_equal(a.data, b.data) for a, b in pairs)
+
+
+def test_tables_of_one_column_and_headers_that_stand_alone_are_read(tmp_path, scan_path):
+    rewritten(scan_path, tmp_path / "s.h5", lambda rows: rows[:, None])
+    with h5py.File(tmp_path / "s.h5", "a") as file:
+        text = file["study/one/xml"][0]
+        del file["study/one/xml"]
+        file["study/one/xml"] = text
+    with ScanFile(scan_path) as scan, ScanFile(tmp_path / "s.h5", "study/one") as other:
+        assert other.header_xml == scan.header_xml
+        assert [bytes(line.getHead()) for line in other.acquisitions()] == [bytes(line.getHead()) for line in scan.acquisitions()]
+
+
+def test_samples_that_cannot_be_read_are_not_read_wrongly(tmp_path, scan_path, capsys):
+    rewritten(scan_path, tmp_path / "s.h5", lambda rows: laid_out(rows, samples=">f4"))
+    code, _, err = run(capsys, "recon", tmp_path / "s.h5", tmp_path / "i.h5", "--method", "cg", "--input-group", "study/one")
+    assert code == 1 and "are stored as >f4, expected float32" in err
+
+
+@pytest.mark.parametrize("name,content,said", [
+    ("data", np.ones((4, 3)), "is no table of acquisitions"), ("data", None, "is no table of acquisitions"), ("xml", np.array([], "S1"), "holds no header"),
+])  # fmt: skip
+def test_groups_that_are_no_scan_after_all_are_a_sentence(tmp_path, scan_path, capsys, name, content, said):
+    shutil.copy(scan_path, tmp_path / "s.h5")
+    with h5py.File(tmp_path / "s.h5", "a") as file:
+        del file[f"dataset/{name}"]
+        if content is None:
+            file.create_group(f"dataset/{name}")
+        else:
+            file[f"dataset/{name}"] = content
+    code, _, err = run(capsys, "recon", tmp_path / "s.h5", tmp_path / "i.h5", "--method", "cg")
+    assert code == 1 and said in err and "internal error" not in err
+
+
+def test_a_bad_row_costs_its_line_and_is_told_after_the_images(tmp_path, capsys):
+    """Through recon, and by the client, who does not blame the server."""
+    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=2, pattern="full", noise_lines=16, contrasts=2))
+    with ScanWriter(tmp_path / "s.h5", header.toXML()) as file:
+        for line in lines:
+            file.append(line)
+    with h5py.File(tmp_path / "s.h5", "a") as file:
+        row = file["dataset/data"][30]
+        row["head"]["number_of_samples"] = 77
+        file["dataset/data"][30] = row
+    code, out, err = run(capsys, "recon", tmp_path / "s.h5", tmp_path / "i.h5", "--method", "tv", "--preview", "false", "--group", "g")
+    assert code == 1 and out.startswith("2 images written") and len(read_images(tmp_path / "i.h5", "g")) == 2
+    said = "acquisition 30 announces 2 x 77 samples but holds 48; 1 line of the file was left out"
+    assert f"{said} (2 images were written)" in err
+    with running({"method": "tv", "preview": False}, lambda options: None) as server, ScanFile(tmp_path / "s.h5") as scan:
+        with pytest.raises(SendError, match=re.escape(f"the scan could not be sent whole: {said} (2 images were received)")):
+            list(send_scan(scan, *server.server_address[:2], "default"))
+
+
+def test_a_file_that_another_program_writes_to_is_no_damaged_file(tmp_path, capsys, scan_path):
+    shutil.copy(scan_path, tmp_path / "s.h5")
+    write = "import h5py, sys; file = h5py.File(sys.argv[1], 'a'); print('open', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", write, str(tmp_path / "s.h5")], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        code, _, err = run(capsys, "recon", tmp_path / "s.h5", tmp_path / "i.h5", "--method", "cg")
+        other.stdin.close()
+    assert code == 1 and "s.h5 is in use by another program" in err
+
+
+def test_partitions_find_their_volume_beyond_the_numbers_that_a_header_holds():
+    """image_index is of 16 bits: volume 8192 of 8 partitions would come back as the first one."""
+    volume, scan, options = point((8, 10, 12), (1, 1, 1)), a_scan(), make_options({"layout": "partitions"})
+    parts = [image for number in (0, 8191, 8192) for image in make_images(volume, scan, options, HEADER, 2, number, "name", [])]
+    assert {image.image_index for image in parts[:8]} & {image.image_index for image in parts[16:]}
+    assert [image.data.shape[1] for image in join_partitions(parts)] == [8] * 3
