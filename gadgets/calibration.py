@@ -104,7 +104,7 @@ class Calibrations:
         """Geometry and readout of an encoding whose phase encodes fit the image's, else None."""
         if number not in self.encodings:
             try:
-                own = read_geometry(self.header, number)
+                own = read_geometry(self.header, number).settled()
                 fits = all(abs(a / b - 1) < 0.01 for a, b in zip(own.encoded_fov_mm[1:], self.image.encoded_fov_mm[1:]))
                 self.encodings[number] = (own, Readout(self.image, own)) if fits else None
                 self.notes += [f"of the calibration, {note}" for note in own.warnings] if fits else []

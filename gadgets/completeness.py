@@ -8,6 +8,7 @@ from .flags import END_BIT, PAIRS
 from .geometry import Geometry
 
 INCOMPLETE = "the scan seems incomplete: "
+UNANNOUNCED = 3  # steps from one line to the next, where the header does not say that lines are left out and many are
 ELLIPSE = 0.7  # the corners may be left out (pi/4), and a little more
 
 
@@ -22,6 +23,14 @@ def missing_volumes(promised: dict[str, int], seen: dict[str, set[int]]) -> list
     """Counters of which fewer values came than the header promises."""
     short = ((name, count, len(seen.get(name, ()))) for name, count in promised.items())
     return [f"{INCOMPLETE}the header announces {count} {name}s, {came} came" for name, count, came in short if came < count]
+
+
+def missing_centre(geometry: Geometry, counts: np.ndarray) -> list[str]:
+    """Whether no line [z y] came within the announced acceleration of k = 0, where brightness and contrast come from."""
+    unannounced = max(geometry.acceleration) == 1 and (counts > 0).mean() < ELLIPSE
+    steps = (UNANNOUNCED, UNANNOUNCED) if unannounced else geometry.acceleration[::-1]
+    around = tuple(slice(max(0, n // 2 - step + 1), n // 2 + step) for n, step in zip(counts.shape, steps))
+    return [] if counts[around].any() else [f"{INCOMPLETE}no line came at the centre of k-space, brightness and contrast are wrong"]
 
 
 def missing_lines(geometry: Geometry, counts: np.ndarray) -> list[str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ismrmrd
 
 MAX_MATRIX = 65535  # what an image header can hold
 MAX_IMAGE_BYTES = 64 << 30
+STEPS = ("kspace_encoding_step_1", "kspace_encoding_step_2")
+
 
 class ScanError(ValueError):
     """A scan that cannot be reconstructed; the message is one sentence for the user."""
@@ -19,7 +21,8 @@ class Geometry:
     """Matrix and field of view as x, y, z; where k = 0 lies among the encoding steps (E1, E2).
 
     `readout` is the length of a gathered line, without oversampling; `acceleration` is along E1, E2;
-    `calibration` is the header's calibration mode, empty if it states none.
+    `calibration` is the header's calibration mode, empty if it states none. `fitting` is another centre (E1, E2) with which
+    all announced steps would lie in the matrix, where the header's puts some outside (else None): the lines will tell (see `settled`).
     """
 
     encoded_matrix: tuple[int, int, int]
@@ -32,6 +35,7 @@ class Geometry:
     warnings: tuple[str, ...] = ()
     acceleration: tuple[int, int] = (1, 1)
     calibration: str = ""
+    fitting: tuple[int | None, int | None] = (None, None)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -48,6 +52,28 @@ class Geometry:
         """Where encoding steps E1, E2 lie in the gathered matrix, as z, y; k = 0 lies at n//2."""
         (cy, cz), (_, ny, nz) = self.centre, self.encoded_matrix
         return step_2 + nz // 2 - cz, step_1 + ny // 2 - cy
+
+    def settled(self, beyond: tuple[bool, bool] = (True, True)) -> Geometry:
+        """The same with the centre that the lines bear out: the header's, unless lines came that it puts outside of the matrix (`beyond`, along E1, E2).
+
+        Scans of partial Fourier often announce the steps of the whole matrix with the centre of what was acquired;
+        other headers name a centre that cannot be.
+        """
+        if self.fitting == (None, None):
+            return self
+        centre, limits, notes = list(self.centre), list(self.limits), []
+        for axis, fitting in enumerate(self.fitting):
+            if fitting is None:
+                continue
+            (low, high), stated, n = self.limits[axis], self.centre[axis], self.encoded_matrix[1 + axis]
+            lost = f"the header's centre {stated} of {STEPS[axis]} would put {_lost(low, high, stated, n)} of the steps {low} to {high} outside of its matrix {n}"
+            if beyond[axis]:
+                centre[axis] = fitting
+                notes.append(f"{lost}: {fitting} assumed")
+            else:
+                limits[axis] = max(low, stated - n // 2), min(high, stated + (n - 1) // 2)
+                notes.append(f"{lost}: none of those came")
+        return replace(self, centre=tuple(centre), limits=tuple(limits), warnings=(*self.warnings, *notes), fitting=(None, None))
 
 
 def read_geometry(header: ismrmrd.xsd.ismrmrdHeader, number: int = 0) -> Geometry:
@@ -67,13 +93,11 @@ def read_geometry(header: ismrmrd.xsd.ismrmrdHeader, number: int = 0) -> Geometr
     encoded, recon = _matrix(encoding.encodedSpace), _matrix(encoding.reconSpace)
     encoded_fov, recon_fov = _fov(encoding.encodedSpace), _fov(encoding.reconSpace)
     _check_image(encoded_fov, recon, recon_fov)
-    axes = [_limits(encoding, name, encoded[axis]) for axis, name in ((1, "kspace_encoding_step_1"), (2, "kspace_encoding_step_2"))]
-    (limits_1, centre_1, notes_1), (limits_2, centre_2, notes_2) = axes
+    limits, centre, fitting, notes = zip(*(_limits(encoding, name, size) for name, size in zip(STEPS, encoded[1:])))
     readout = max(1, min(encoded[0], round(encoded[0] * recon_fov[0] / encoded_fov[0])))
     acceleration, calibration = _parallel(encoding)
     return Geometry(
-        encoded, encoded_fov, recon, recon_fov, (centre_1, centre_2), (limits_1, limits_2), readout,
-        (*notes_1, *notes_2), acceleration, calibration,
+        encoded, encoded_fov, recon, recon_fov, centre, limits, readout, (*notes[0], *notes[1]), acceleration, calibration, fitting,
     )  # fmt: skip
 
 
@@ -91,33 +115,30 @@ def noise_bandwidth(header: ismrmrd.xsd.ismrmrdHeader) -> float:
     return ratio if 0.1 < ratio <= 2 else 1.0
 
 
-def _limits(encoding, name: str, size: int) -> tuple[tuple[int, int], int, list[str]]:
-    """First and last step, the step of k = 0, and what had to be assumed."""
+def _limits(encoding, name: str, size: int) -> tuple[tuple[int, int], int, int | None, list[str]]:
+    """First and last step, the step of k = 0, another one that would fit better, and what had to be assumed."""
     limit = getattr(encoding.encodingLimits, name, None) if encoding.encodingLimits else None
     if limit is None or limit.maximum is None:
-        return (0, size - 1), size // 2, [f"the header has no limits for {name}: centre {size // 2} assumed"] if size > 1 else []
+        return (0, size - 1), size // 2, None, [f"the header has no limits for {name}: centre {size // 2} assumed"] if size > 1 else []
     low, high, centre = limit.minimum or 0, limit.maximum, limit.center
     if high < low:
-        return (0, size - 1), size // 2, [f"the header's limits of {name} run from {low} to {high}: 0 to {size - 1} with centre {size // 2} assumed"]
+        return (0, size - 1), size // 2, None, [f"the header's limits of {name} run from {low} to {high}: 0 to {size - 1} with centre {size // 2} assumed"]
     notes = []
     if centre is None or not low <= centre <= high:
         notes.append(f"the header's centre {centre} of {name} lies outside {low} to {high}: {(low + high + 1) // 2} assumed")
         centre = (low + high + 1) // 2
-    centre, outside = _within(low, high, centre, size, name)
-    first, last = centre - size // 2, centre + size - size // 2 - 1
-    return (max(low, first), min(high, last)), centre, notes + outside
-
-
-def _within(low: int, high: int, centre: int, size: int, name: str) -> tuple[int, list[str]]:
-    """The step of k = 0, moved if it would put many steps outside of a matrix that could hold them all, and what to say."""
-    after = size - size // 2 - 1
-    lost = max(0, centre - size // 2 - low) + max(0, high - centre - after)
-    if not lost:
-        return centre, []
+    after = (size - 1) // 2
+    lost = _lost(low, high, centre, size)
     if lost > size // 10 and high - low < size:
-        fitting = min(max(centre, high - after), low + size // 2)
-        return fitting, [f"the header's centre {centre} of {name} would put {lost} of the steps {low} to {high} outside of its matrix {size}: {fitting} assumed"]
-    return centre, [f"the header's limits {low} to {high} of {name} with centre {centre} exceed its matrix {size}: lines outside the matrix are left out"]
+        return (low, high), centre, min(max(centre, high - after), low + size // 2), notes
+    if lost:
+        notes.append(f"the header's limits {low} to {high} of {name} with centre {centre} exceed its matrix {size}: lines outside the matrix are left out")
+    return (max(low, centre - size // 2), min(high, centre + after)), centre, None, notes
+
+
+def _lost(low: int, high: int, centre: int, size: int) -> int:
+    """How many of the steps a centre puts outside of the matrix."""
+    return max(0, centre - size // 2 - low) + max(0, high - centre - (size - 1) // 2)
 
 
 def _parallel(encoding) -> tuple[tuple[int, int], str]:

@@ -39,5 +39,5 @@ def intensity_scale(volume: Tensor, voxel_mm: tuple[float, float, float]) -> flo
     magnitude = kspace_crop(volume, matrix).abs().double()
     scale = float((magnitude**3).sum() / (magnitude**2).sum())
     if not 0 < scale < float("inf"):
-        raise ValueError(f"the image has no finite signal to scale by (found {scale}): is the k-space empty or NaN?")
+        raise ValueError(f"the image has no finite signal to scale by (found {scale}): is the k-space, or its centre, empty or NaN?")
     return scale

@@ -3,6 +3,8 @@
 import copy
 
 import ismrmrd
+import pytest
+import torch
 from conftest import gathered, line_like, load_small_scan
 
 from gadgets.gather import gather
@@ -56,3 +58,32 @@ def test_an_undersampled_scan_is_complete(tmp_path):
     for pattern in ("poisson", "regular"):
         header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=1, pattern=pattern, acceleration=4, acs=8, partial_fourier=(0.8, 0.75)), (40, 44, 12))
         assert not [w for w in gathered(header, lines).warnings if "noise" not in w]
+
+
+@pytest.mark.parametrize("steps,reach,told", [((1, 1), 0, True), ((2, 1), 0, False), ((2, 1), 1, True), ((2, 2), 0, False), ((2, 2), 1, True)])
+def test_a_hole_at_the_centre_of_k_space_is_told(full, steps, reach, told):
+    """One that is not there because of the announced acceleration is none: the next line has most of it."""
+    header, lines, _ = full
+    header = copy.deepcopy(header)
+    factor = header.encoding[0].parallelImaging.accelerationFactor
+    factor.kspace_encoding_step_1, factor.kspace_encoding_step_2 = steps
+    centre = [getattr(header.encoding[0].encodingLimits, f"kspace_encoding_step_{n}").center for n in (1, 2)]
+    away = lambda line: max(abs(line.idx.kspace_encode_step_1 - centre[0]), abs(line.idx.kspace_encode_step_2 - centre[1]))  # noqa: E731
+    warnings = gathered(header, [line_like(line, flags=0) for line in lines if away(line) > reach]).warnings
+    assert any("no line came at the centre of k-space, brightness and contrast are wrong" in w for w in warnings) == told
+    assert not any("centre of k-space" in w for w in gathered(header, lines).warnings)
+
+
+@pytest.mark.parametrize("mode,taken", [("separate", True), ("external", False)])
+def test_calibration_lines_fill_a_hole_at_the_centre_unless_they_are_of_another_scan(full, mode, taken):
+    header, lines, _ = full
+    header = copy.deepcopy(header)
+    header.encoding[0].parallelImaging.calibrationMode = ismrmrd.xsd.calibrationModeType(mode)
+    expected = gathered(header, [line_like(line, flags=0) for line in lines])
+    inside = lambda line: 4 <= line.idx.kspace_encode_step_1 < 9 and 3 <= line.idx.kspace_encode_step_2 < 8  # noqa: E731
+    bit = 1 << (ismrmrd.ACQ_IS_PARALLEL_CALIBRATION - 1)
+    scan = gathered(header, [line_like(line, flags=bit if inside(line) else 0) for line in lines])
+    assert torch.equal(scan.kspace, expected.kspace) == taken
+    assert any("calibration lines serve there" in w for w in scan.warnings) == taken
+    assert any("brightness and contrast are wrong" in w for w in scan.warnings) != taken
+    assert scan.calibration is not None

@@ -405,9 +405,47 @@ def test_a_centre_that_would_lose_many_lines_is_moved_and_said(full, low, high, 
     """All 13 steps fit in one way only; of fewer the nearest centre is taken with which they fit."""
     header = copy.deepcopy(full[0])
     header.encoding[0].encodingLimits.kspace_encoding_step_1 = ismrmrd.xsd.limitType(minimum=low, maximum=high, center=centre)
-    geometry = read_geometry(header)
+    geometry = read_geometry(header).settled()
     assert geometry.centre[0] == assumed and geometry.limits[0] == (low, high)
     assert f"centre {centre} of kspace_encoding_step_1 would put" in geometry.warnings[0] and f": {assumed} assumed" in geometry.warnings[0]
+
+
+@pytest.mark.parametrize("repetitions", [1, 2])
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_centre_that_cannot_be_is_found_out_by_the_lines(full, repetitions, apart):
+    """The header says 0 of 0 to 12, and all of them come; the calibration, which repetitions share, is turned as the image is."""
+    header, lines, _ = full
+    header = copy.deepcopy(header)
+    header.encoding[0].parallelImaging = None
+    wrong = copy.deepcopy(header)
+    wrong.encoding[0].encodingLimits.kspace_encoding_step_1 = ismrmrd.xsd.limitType(minimum=0, maximum=12, center=0)
+    wrong.encoding[0].encodingLimits.kspace_encoding_step_2.center = 9
+    bit = 1 << (ismrmrd.ACQ_IS_PARALLEL_CALIBRATION - 1)
+    square = [line_like(line, flags=bit) for line in lines if 3 <= line.idx.kspace_encode_step_1 < 10] if apart else []
+    items = [*square, *(line_like(line, repetition=r, flags=0) for r in range(repetitions) for line in lines)]
+    right, turned = (list(gather(h, items)) for h in (header, wrong))
+    assert len(right) == len(turned) == repetitions
+    for a, b in zip(right, turned):
+        assert torch.equal(a.kspace, b.kspace) and torch.equal(a.counts, b.counts) and a.geometry.centre == b.geometry.centre
+        assert (a.calibration is None) == (b.calibration is None) == (not apart)
+        assert not apart or all(torch.equal(x, y) for x, y in zip(a.calibration, b.calibration))
+        said = [w for w in b.warnings if w not in a.warnings]
+        assert [w.split(": ")[-1] for w in said] == ["6 assumed", "5 assumed"], said
+
+
+@pytest.mark.parametrize("repetitions", [1, 3])
+def test_partial_fourier_with_the_limits_of_the_whole_matrix_keeps_its_centre(tmp_path, repetitions):
+    """Steps 0 to 8 came, k = 0 at 2: the centre is right, the announced maximum of 12 is that of the matrix."""
+    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=2, pattern="full", noise_lines=0, partial_fourier=(0.7, 1), repetitions=repetitions))
+    limit = header.encoding[0].encodingLimits.kspace_encoding_step_1
+    nominal = copy.deepcopy(header)
+    size = header.encoding[0].encodedSpace.matrixSize.y
+    assert 0 < limit.center < size // 2 - size // 10 and limit.maximum < size - 1
+    nominal.encoding[0].encodingLimits.kspace_encoding_step_1.maximum = size - 1
+    for a, b in zip(gather(header, lines), gather(nominal, lines), strict=True):
+        assert torch.equal(a.kspace, b.kspace) and torch.equal(a.counts, b.counts) and a.geometry.limits == b.geometry.limits
+        (said,) = [w for w in b.warnings if w not in a.warnings]
+        assert said.startswith(f"the header's centre {limit.center} of kspace_encoding_step_1 would put") and said.endswith("none of those came")
 
 
 def test_limits_beyond_the_matrix_are_not_taken_for_lines_that_never_came(full):
