@@ -145,8 +145,9 @@ def measure(
         mixing, acs = compression @ mixing, _mix(compression, acs)
     home = _home(mixing.shape[0], kspace.shape[1:], torch.device(device), warnings, WORK_ARRAYS + KEPT_ARRAYS * keep_lines)
     data = _mix_lines(mixing, kspace, factor, home)
-    wide = lambda: _mix_lines(mixing, reference, reference_factor * (lines > 0), home)  # noqa: E731
-    maps, support = _maps(acs.to(device), whitened.sigma * averaged, acs_size, (len(mixing), *kspace.shape[1:]), wide, lines.to(home), home, warnings)
+    all_lines = lambda: _mix_lines(mixing, reference, reference_factor * (lines > 0), home)  # noqa: E731
+    maps, support, doubts = _maps(acs.to(device), whitened.sigma * averaged, acs_size, (len(mixing), *kspace.shape[1:]), all_lines, lines.to(home))
+    warnings += doubts
     if phase_reference is not None and len(mixing) > 1 and not torch.equal(phase_reference, mixing[0]):
         maps = in_phase(maps, mixing, phase_reference)
     operator = Sense(maps.mul_(support), mask, device)
@@ -235,23 +236,24 @@ def _home(coils: int, shape: tuple[int, int, int], device: torch.device, warning
     return torch.device("cpu")
 
 
-def _maps(acs: Tensor, sigma: float, size: tuple[int, int], whole: tuple[int, ...], data: Callable[[], Tensor], mask: Tensor, home: torch.device, warnings: list[str]) -> tuple[Tensor, Tensor]:
-    """Coil maps of size `whole` (coils, z, y, x) and support [z y x], by the best way that the calibration lines allow.
+def _maps(acs: Tensor, sigma: float, size: tuple[int, int], whole: tuple[int, ...], all_lines: Callable[[], Tensor], counts: Tensor) -> tuple[Tensor, Tensor, list[str]]:
+    """Coil maps of size `whole` (coils, z, y, x) and support [z y x], by the best way that the calibration lines allow, and what is to be said of them.
 
-    `data` gives k-space of that size with calibration lines, for where they are too few.
+    Where calibration lines are too few, `all_lines` gives k-space of that size with all there are, `counts` [z y] of them;
+    maps and support are where those are.
     """
-    shape = whole[1:]
+    shape, home = whole[1:], counts.device
     everywhere = torch.ones(shape, device=home)
     if whole[0] == 1:
-        return torch.ones(whole, dtype=acs.dtype, device=home), everywhere
+        return torch.ones(whole, dtype=acs.dtype, device=home), everywhere, []
     thin = [n for n, full in zip(size, shape) if n < min(MIN_ACS, full)]
     if thin:
-        warnings.append(
+        few = (
             f"calibration lines cover only {size[0]} x {size[1]} (z x y) of the k-space centre, "
             f"{MIN_ACS} x {MIN_ACS} are wanted: coil maps were made from a smoothed image and may be poor"
         )
-        return low_resolution_maps(data(), mask), everywhere
-    return estimate_coil_maps(acs, shape, sigma, home=home), _support(acs, shape).to(home)
+        return low_resolution_maps(all_lines(), counts), everywhere, [few]
+    return estimate_coil_maps(acs, shape, sigma, home=home), _support(acs, shape).to(home), []
 
 
 def _support(acs: Tensor, shape: tuple[int, int, int]) -> Tensor:
