@@ -47,9 +47,23 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"slicediff: {message} (see {self.prog} --help)\n")
 
 
+class Version(argparse.Action):
+    """Prints the version, which takes a while to find, only when asked for it."""
+
+    def __init__(self, **settings):
+        super().__init__(nargs=0, **settings)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_) -> None:
+        from . import version
+
+        print(f"slicediff {version()}")
+        parser.exit()
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = Parser(prog="slicediff", description="3D MRI reconstruction with a 2D diffusion prior, for Gadgetron, MRD streams and files.")
+    parser.add_argument("--version", action=Version, help="show the version and exit")
     parser.add_argument("-v", "--verbose", action="store_true", help="log what happens, with tracebacks")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command, what in COMMANDS.items():

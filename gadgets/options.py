@@ -32,8 +32,8 @@ class Options(BaseModel):
     preview: bool = Field(True, description="send the CG-SENSE image first, as a series of its own")
     coils: int = Field(12, ge=1, le=128, description="at most this many virtual coils after compression")
     sweeps: int = Field(12, ge=1, le=1000, description="passes over the volume; more is better and slower")
-    sigma_max: float = Field(0.3, gt=0, le=2, description="first noise level of the prior, in tissue brightness")
-    sigma_min: float = Field(0.02, gt=0, le=2, description="last noise level of the prior")
+    sigma_max: float = Field(0.3, ge=1e-4, le=2, description="first noise level of the prior, in tissue brightness")
+    sigma_min: float = Field(0.02, ge=1e-4, le=2, description="last noise level of the prior")
     prior_weight: float = Field(0.7, gt=0, le=100, description="pull of the prior against the data; needs no tuning per protocol")
     slice_fraction: float = Field(1.0, gt=0, le=1, description="share of the slices denoised per sweep")
     adapt: int = Field(20, ge=0, le=1000, description="rounds of learning from the scan's own lines, for single planes and thin slabs; 0 for none")
@@ -70,7 +70,10 @@ def make_options(*sources: Mapping[str, Any]) -> Options:
         merged.update(source)
     preset = merged.pop("preset", None)
     if preset is not None:
-        merged = {**read_preset(str(preset)), **merged}
+        loaded = read_preset(str(preset))
+        if "preset" in loaded:
+            raise OptionsError(f"the preset {preset} names another one ({loaded['preset']}): write its options out")
+        merged = {**loaded, **merged}
     merged = {key: _none_if_empty(value) for key, value in merged.items()}
     try:
         return Options.model_validate(merged)

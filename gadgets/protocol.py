@@ -10,6 +10,7 @@ import numpy as np
 
 from .geometry import MAX_MATRIX
 
+MAX_COILS = 1024  # more than any scanner has
 ECHO_SPACING_MS = 2.5
 x = ismrmrd.xsd
 
@@ -45,12 +46,12 @@ class SimulateOptions:
 
     def __post_init__(self):
         checks = (
-            ("coils", self.coils >= 1), ("acceleration", self.acceleration >= 1), ("snr", self.snr > 0),
+            ("coils", 1 <= self.coils <= MAX_COILS), ("acceleration", self.acceleration >= 1), ("snr", self.snr > 0),
             ("partial_fourier", all(0.5 < f <= 1 for f in self.partial_fourier)), ("oversampling", 1 <= self.oversampling < math.inf),
             ("noise_lines", self.noise_lines >= 0), ("repetitions", self.repetitions >= 1), ("acs", self.acs >= 0),
             ("voxel_mm", self.voxel_mm is None or self.voxel_mm > 0), ("contrasts", self.contrasts >= 1), ("averages", self.averages >= 1),
             ("calibration", self.calibration in ("integrated", "separate", "external")), ("partial_echo", 0.5 < self.partial_echo <= 1),
-            ("navigators", self.navigators >= 0),
+            ("navigators", self.navigators >= 0), ("seed", self.seed >= 0),
         )  # fmt: skip
         for name, fine in checks:
             if not fine:

@@ -15,13 +15,16 @@ import numpy as np
 import pytest
 from conftest import load_small_scan
 
+from gadgets import version
 from gadgets.cli import main
+from gadgets.commands.train import OPTIONS
 from gadgets.demo import EXAMPLE
 from gadgets.files import FileError, ImageWriter, ScanFile, ScanWriter, read_images
 from gadgets.flags import NOISE_BIT
 from gadgets.header import parse_header
 from gadgets.protocol import SimulateOptions
 from recon_core.simulate import phantom
+from recon_core.train import TrainOptions
 
 
 def run(capsys, *arguments):
@@ -239,7 +242,7 @@ def test_places_that_nothing_can_be_written_to_are_told_at_once(tmp_path, capsys
 
 
 @pytest.mark.parametrize("arguments", [
-    ("serve", "--port", "70000"), ("send", "s.h5", "i.h5", "--port", "-1"), ("simulate", "phantom", "s.h5", "--partial-fourier", "most"),
+    ("serve", "--port", "70000"), ("send", "s.h5", "i.h5", "--port", "-1"), ("send", "s.h5", "i.h5", "--expect", "-5"), ("simulate", "phantom", "s.h5", "--partial-fourier", "most"),
     ("simulate", "phantom"), ("simulate", "phantom", "s.h5", "--coils", "many"), ("nonesuch",), (),
 ])  # fmt: skip
 def test_wrong_command_lines_are_one_sentence(capsys, arguments):
@@ -356,6 +359,21 @@ def test_simulate_never_writes_over_what_it_reads_or_wrote(tmp_path, capsys):
         code, _, err = run(capsys, "simulate", *arguments)
         assert code == 1 and said in err and (tmp_path / "v.npy").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["v.npy", "x"]
+
+
+def test_voxels_that_a_volume_does_not_have_are_told(tmp_path, capsys):
+    code, _, err = run(capsys, "simulate", "phantom", tmp_path / "s.h5", "--coils", 1, "--voxel-mm", 1, "--acs", 8)
+    assert code == 0 and "has no voxels as small as 1 mm: the scan has 2.5 x 2.5 x 2.5 mm" in err
+
+
+def test_the_version_and_what_training_can_be_told(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0 and capsys.readouterr().out == f"slicediff {version()}\n"
+    fields = TrainOptions.model_fields
+    for name, what in OPTIONS.items():
+        default = fields[name].default
+        assert default is None or str(f"{default:g}" if isinstance(default, float) else default) in what, name
 
 
 def test_conform_with_a_port_alone_tests_the_server_there(capsys):

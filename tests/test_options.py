@@ -23,7 +23,7 @@ def test_shipped_presets_are_valid(name):
 @pytest.mark.parametrize("source,message", [
     ({"sweep": 3}, "unknown option 'sweep'; known are .*sweeps"),
     ({"sweeps": "many"}, "option 'sweeps'.*integer.*'many'"),
-    ({"sweeps": 0}, "greater than or equal to 1"),
+    ({"sweeps": 0}, "greater than or equal to 1"), ({"sigma_min": 1e-12}, "greater than or equal to 0.0001"),
     ({"method": "magic"}, "'cg' or 'zero-filled'.*'magic'"),
     ({"sigma_min": 0.5}, "sigma_min 0.5 must not exceed sigma_max"),
     ({"preset": "nonesuch"}, "no preset 'nonesuch': shipped are"),
@@ -62,6 +62,12 @@ def test_shipped_chains_hold_our_node():
         options_of_config_name("x.xml")
     with pytest.raises(OptionsError, match="no external node"):
         properties_of("<configuration><stream><gadget/></stream></configuration>")
+
+
+def test_a_preset_that_names_another_is_refused(tmp_path):
+    (tmp_path / "mine.yaml").write_text("preset: fast\nsweeps: 3\n")
+    with pytest.raises(OptionsError, match="names another one .fast.: write its options out"):
+        make_options({"preset": str(tmp_path / "mine.yaml")})
 
 
 def test_host_parameters():

@@ -107,7 +107,7 @@ def test_waveforms_are_stored_and_read_in_order(tmp_path):
         np.testing.assert_array_equal(dataset.read_waveform(1).data, waveforms[1].data)
 
 
-@pytest.mark.parametrize("name,value", [("calibration", "none"), ("partial_echo", 0.4), ("averages", 0), ("contrasts", 0), ("navigators", -1)])
+@pytest.mark.parametrize("name,value", [("calibration", "none"), ("partial_echo", 0.4), ("averages", 0), ("coils", 65536), ("seed", -1), ("contrasts", 0), ("navigators", -1)])
 def test_impossible_options_are_named(name, value):
     with pytest.raises(ValueError, match=f"simulation option {name} cannot be {value}"):
         SimulateOptions(**{name: value})

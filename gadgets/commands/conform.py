@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
             results.append(result)
     Console(width=None if sys.stdout.isatty() else 200).print(table)
     counts = {verdict: sum(r.verdict == verdict for r in results) for verdict in ("passed", "failed", "skipped")}
-    print(f"{len(results)} cases: {counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped, {sum(r.seconds for r in results):.1f} s")
+    print(f"{len(results)} case{'s' * (len(results) != 1)}: {counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped, {sum(r.seconds for r in results):.1f} s")
     if arguments.json:
         print(json.dumps([vars(result) for result in results]))
     return 0 if counts["passed"] and not counts["failed"] else 1

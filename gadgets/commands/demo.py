@@ -21,7 +21,9 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Simulate, stream, reconstruct, compare; 0 if it all worked."""
     from ..demo import run_demo
+    from ..files import check_folder
 
+    check_folder(arguments.out)
     progress = Display()
     with progress:
         result = run_demo(arguments.out, progress.say, given_options(arguments))

@@ -24,5 +24,6 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"{card['name']}: of no use: {card['error']}")
             continue
         training = card.get("training", {})
-        print(f"{card['name']}: {card['parameters'] / 1e6:.1f} M parameters, voxels {training.get('voxel_mm')} mm, {training.get('steps_done')} steps, sha256 {card['sha256'][:12]}")
+        voxels = " to ".join(f"{mm:g}" for mm in dict.fromkeys(training.get("voxel_mm", ()))) or "unknown"
+        print(f"{card['name']}: {card['parameters'] / 1e6:.1f} M parameters, voxels {voxels} mm, {training.get('steps_done', 'unknown')} steps, sha256 {card['sha256'][:12]}")
     return 0 if any("error" not in card for card in cards) else 1

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from ..display import Display
-from .arguments import port
+from .arguments import count, port
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +20,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input-group", metavar="NAME", help="HDF5 group of the scan (default: dataset, or the only one that holds a scan)")
     parser.add_argument("--group", help="HDF5 group of the images (default: date and time)")
     parser.add_argument("--realtime", action="store_true", help="send each line at its time stamp, as the scanner did")
-    parser.add_argument("--expect", type=int, metavar="N", help="fail if fewer images come (default: the scan's volumes, in every series)")
+    parser.add_argument("--expect", type=count, metavar="N", help="fail if fewer images come (default: the scan's volumes, in every series)")
     parser.set_defaults(run=run)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 
@@ -41,7 +42,10 @@ def run(arguments: argparse.Namespace) -> int:
     from ..simulate import simulate
 
     options = SimulateOptions(**{f.name: getattr(arguments, f.name) for f in fields(SimulateOptions)})
-    print(json.dumps(simulate(arguments.volume, arguments.scan, options, arguments.reference)))
+    facts = simulate(arguments.volume, arguments.scan, options, arguments.reference)
+    if options.voxel_mm is not None and max(facts["voxel_mm"]) > 1.2 * options.voxel_mm:
+        print(f"slicediff: note: the volume has no voxels as small as {options.voxel_mm:g} mm: the scan has {' x '.join(f'{mm:g}' for mm in facts['voxel_mm'])} mm", file=sys.stderr)
+    print(json.dumps(facts))
     return 0
 
 

@@ -65,6 +65,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("bench"))
     arguments = parser.parse_args()
+    if not arguments.volumes and arguments.raw is None:
+        parser.error("nothing to reconstruct: give volumes, or a folder of measured k-space with --raw")
     missing = [m for m in arguments.methods if m in PEERS and not PEERS[m].available()]
     if missing:
         parser.error(f"{', '.join(missing)} is not installed; leave it out of --methods")
