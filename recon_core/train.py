@@ -100,29 +100,66 @@ def check_out(out: Path) -> None:
         raise ValueError(f"{out} cannot be written: there is no folder {out.parent}")
 
 
+class Run:
+    """The networks of a training run and what is kept of them; it goes on where its checkpoint ends.
+
+    `average` is the running mean of the weights of `prior`; `origin` those that it started from.
+
+    Raises:
+        ValueError: if the checkpoint is of another run.
+    """
+
+    def __init__(self, volumes: Sequence[Volume], out: Path, options: TrainOptions, device: torch.device):
+        self.volumes, self.out, self.options = volumes, out, options
+        self.prior = first_prior(options, device)
+        self.average, self.origin = (copy.deepcopy(self.prior).requires_grad_(False) for _ in range(2))
+        self.optimiser = torch.optim.AdamW(self.prior.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+        self.checkpoint, self.made_of = out.with_suffix(".checkpoint"), made_of(volumes, options)
+        self.start, self.means = _resume(self.checkpoint, self.made_of, self.prior, self.average, self.optimiser)
+
+    def outcome(self) -> Prior:
+        """The averaged prior, mixed with what it started from if it did."""
+        return mixture(self.average, self.origin, self.options.start_share if self.options.start_from else 0.0)
+
+    def improve(self, loss: Tensor, step: int) -> None:
+        """One step down `loss`, and of the running mean of the weights, which is short at first."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.options.learning_rate * schedule(step, self.options.steps)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.prior.parameters(), 1.0)
+        self.optimiser.step()
+        move_weights(self.average, self.prior, 1 - min(self.options.ema_decay, (1 + step) / (10 + step)))
+
+    def save(self, steps: int, means: dict[str, float]) -> None:
+        """Checkpoint, weights and card after so many steps."""
+        networks = {"prior": self.prior.state_dict(), "average": self.average.state_dict(), "optimiser": self.optimiser.state_dict()}
+        with replaced(self.checkpoint) as new:
+            torch.save({"step": steps, "made_of": self.made_of, **networks, "means": dict(means)}, new)
+        self.write(steps)
+
+    def write(self, steps: int) -> None:
+        """Weights and card alone."""
+        save_prior(self.outcome(), self.out, model_card(self.volumes, self.options, steps))
+
+
 def _train(team: Team, threads: ExitStack, volumes, out: Path, options: TrainOptions, log, validation, show) -> Prior:
     if options.batch % team.size:
         raise ValueError(f"a batch of {options.batch} cannot be shared by {team.size} processes; choose a multiple")
     threads.enter_context(one_cpu_each(team.device))
     torch.manual_seed(options.seed)
-    prior = first_prior(options, team.device)
-    average, origin = (copy.deepcopy(prior).requires_grad_(False) for _ in range(2))
-    share = options.start_share if options.start_from else 0.0
-    optimiser = torch.optim.AdamW(prior.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
-    checkpoint = out.with_suffix(".checkpoint")
-    origins = made_of(volumes, options)
-    start, means = _resume(checkpoint, origins, prior, average, optimiser)
+    run = Run(volumes, out, options, team.device)
     varied = dict(vary_sharpness=options.vary_sharpness, vary_contrast=options.vary_contrast, phantoms=options.phantoms)
     pool = SlicePool(volumes, options.voxel_mm, options.crop, seed=options.seed, **varied)
     held_out = Validation(validation, options.seed) if validation and team.leads else None
-    shared, curve = team.wrap(prior), Curve(out.with_suffix(".csv") if team.leads else None, start, means)
+    shared, curve = team.wrap(run.prior), Curve(out.with_suffix(".csv") if team.leads else None, run.start, run.means)
     workers = default_workers(team) if options.workers is None else options.workers
-    lessons = rehearse(pool, prior, start, options, team) if options.own_states else None
-    steps = range(start, options.steps)
+    lessons = rehearse(pool, run.prior, run.start, options, team) if options.own_states else None
+    steps = range(run.start, options.steps)
     batches = threads.enter_context(pool.ahead(lambda step: draw_batch(pool, step, options, team.device), steps, workers))
     began = saved = time.monotonic()
     for step, (clean, voxel_mm, sigma, noise) in zip(steps, batches, strict=True):
-        loss = denoising_loss(shared, *(team.share(t) for t in (clean, sigma, prior.unit_noise(noise))), prior.sigma_data)
+        loss = denoising_loss(shared, *(team.share(t) for t in (clean, sigma, run.prior.unit_noise(noise))), run.prior.sigma_data)
         total = loss.mean()
         if lessons:
             lesson = lesson_loss(shared, next(lessons)).mean()  # every process works through the same scans
@@ -130,30 +167,33 @@ def _train(team: Team, threads: ExitStack, volumes, out: Path, options: TrainOpt
             curve.add_lesson(lesson.detach())
         if not bool(torch.isfinite(team.gather(total.detach()[None])).all()):  # before a step that would spoil the weights of all
             raise ValueError(f"the loss became {total.item()} at step {step}; lower the learning rate")
-        improve(prior, average, optimiser, total, step, options)
+        run.improve(total, step)
         curve.add(team.gather(loss.detach()).cpu(), sigma, voxel_mm)
-        last = step + 1 == options.steps
         if not team.leads:
             continue
-        if held_out and ((step + 1) % options.validate_every == 0 or last):
-            written = mixture(average, origin, share)
-            measured = held_out.measure(written)
-            log(f"step {step + 1}  held out: " + ", ".join(f"{name} {value:.2f} dB" for name, value in measured.items()))
-            curve.note(measured)
-            show(step + 1, held_out.images(written))
-        if (step + 1) % 100 == 0 or last:
-            left = (time.monotonic() - began) / (step + 1 - start) * (options.steps - step - 1)
-            log(f"step {step + 1}/{options.steps}  {curve.report()}  {left / 60:.0f} min left")
-            curve.write(step + 1)
-        between_scans = not lessons or (step + 1) % Rehearsal.config.sweeps == 0
+        done, last = step + 1, step + 1 == options.steps
+        if held_out and (done % options.validate_every == 0 or last):
+            curve.note(_validate(held_out, run.outcome(), done, log, show))
+        if done % 100 == 0 or last:
+            left = (time.monotonic() - began) / (done - run.start) * (options.steps - done)
+            log(f"step {done}/{options.steps}  {curve.report()}  {left / 60:.0f} min left")
+            curve.write(done)
+        between_scans = not lessons or done % Rehearsal.config.sweeps == 0
         if (time.monotonic() - saved > options.save_every_s and between_scans) or last:
-            _save(checkpoint, step + 1, origins, prior, average, optimiser, curve.values)
-            save_prior(mixture(average, origin, share), out, model_card(volumes, options, step + 1))
+            run.save(done, curve.values)
             saved = time.monotonic()
-    if start >= options.steps and team.leads:  # it had ended: written again, perhaps with another share
-        log(f"nothing is left to train: {checkpoint} has {start} of {options.steps} steps; {out} is written again")
-        save_prior(mixture(average, origin, share), out, model_card(volumes, options, start))
-    return mixture(average, origin, share)
+    if run.start >= options.steps and team.leads:  # it had ended: written again, perhaps with another share
+        log(f"nothing is left to train: {run.checkpoint} has {run.start} of {options.steps} steps; {out} is written again")
+        run.write(run.start)
+    return run.outcome()
+
+
+def _validate(held_out: Validation, prior: Prior, step: int, log: Callable[[str], None], show: Callable[[int, Tensor], None]) -> dict[str, float]:
+    """Measure on volumes that are not trained on, and show it."""
+    measured = held_out.measure(prior)
+    log(f"step {step}  held out: " + ", ".join(f"{name} {value:.2f} dB" for name, value in measured.items()))
+    show(step, held_out.images(prior))
+    return measured
 
 
 def rehearse(pool: SlicePool, prior: Prior, start: int, options: TrainOptions, team: Team) -> Iterator[Lesson]:
@@ -168,17 +208,6 @@ def mixture(average: Prior, origin: Prior, share: float) -> Prior:
     mixed = copy.deepcopy(average)
     move_weights(mixed, origin, share)
     return mixed
-
-
-def improve(prior: Prior, average: Prior, optimiser: torch.optim.Optimizer, loss: Tensor, step: int, options: TrainOptions) -> None:
-    """One step down `loss`, and of the running mean of the weights, which is short at first."""
-    for group in optimiser.param_groups:
-        group["lr"] = options.learning_rate * schedule(step, options.steps)
-    optimiser.zero_grad(set_to_none=True)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(prior.parameters(), 1.0)
-    optimiser.step()
-    move_weights(average, prior, 1 - min(options.ema_decay, (1 + step) / (10 + step)))
 
 
 def first_prior(options: TrainOptions, device: torch.device | str = "cpu") -> Prior:
@@ -369,12 +398,6 @@ def _differences(was: dict, now: dict) -> str:
 
 def _few(names: list[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _save(checkpoint: Path, step: int, origins: dict, prior: Prior, average: Prior, optimiser, means: dict[str, float]) -> None:
-    networks = {"prior": prior.state_dict(), "average": average.state_dict(), "optimiser": optimiser.state_dict()}
-    with replaced(checkpoint) as new:
-        torch.save({"step": step, "made_of": origins, **networks, "means": dict(means)}, new)
 
 
 def _resume(checkpoint: Path, origins: dict, prior: Prior, average: Prior, optimiser) -> tuple[int, dict[str, float]]:
