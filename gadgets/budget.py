@@ -5,13 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-import ismrmrd
-
-from .flags import LAST_BIT, NOISE_BIT, SKIP_BITS, volume_key
-from .gather import SINCE
 from .geometry import ScanError, announced, read_geometry
 from .volume import Scan
 
@@ -20,10 +16,10 @@ FEWEST = 0.02  # of all lines; R = 16 cut off after a third
 
 
 class Budget:
-    """Watches that the k-space of one connection, and each of its images, stays below `max_gib`.
+    """Sees to it that the k-space of one connection, and each of its images, stays below `max_gib`.
 
     Raises:
-        ScanError: on `admit` from the header alone, on `watch` once the lines tell more than the header did.
+        ScanError: at once by the header alone, on `check` once the lines tell more than the header did.
     """
 
     def __init__(self, header, max_gib: float):
@@ -51,7 +47,7 @@ class Budget:
             raise ScanError(f"the scan's k-space needs {nbytes / 2**30:.2g} GiB, and {free / 2**30:.2g} GiB of this machine's memory are free now: send it again later")
 
     def check(self, coils: int, volumes: int) -> None:
-        """Refuse what would not fit."""
+        """ScanError if so many volumes of k-space, gathered side by side, would not fit."""
         if self.nbytes(coils) * volumes > self.max_bytes:
             gib = self.nbytes(coils) * volumes / 2**30
             z, y, x = self.geometry.shape
@@ -63,24 +59,6 @@ class Budget:
     def nbytes(self, coils: int) -> int:
         """Bytes of one volume's k-space."""
         return 8 * coils * math.prod(self.geometry.shape)
-
-    def watch(self, items: Iterable) -> Iterator:
-        """Pass `items` on, counting the volumes that are being gathered side by side: those of repetitions that did not end too."""
-        repetition, volumes, ended, coils = -1, set(), set(), 0
-        for item in items:
-            if isinstance(item, ismrmrd.Acquisition) and not item.flags & (NOISE_BIT | SKIP_BITS):
-                idx = item.idx
-                if item.flags & LAST_BIT:
-                    ended.add(idx.repetition)
-                if idx.repetition > repetition:
-                    repetition = idx.repetition
-                    volumes = {key for key in volumes if key[2] not in ended and key[2] >= repetition - SINCE}
-                key = volume_key(idx)
-                if key not in volumes or item.active_channels > coils:
-                    volumes.add(key)
-                    coils = max(coils, item.active_channels)
-                    self.check(coils, len(volumes))
-            yield item
 
 
 def _announced_volumes(header) -> int:

@@ -30,6 +30,9 @@ class Host:
         """The items of a scan on their way in; may refuse the scan with a ScanError."""
         return items
 
+    def admit(self, coils: int, volumes: int) -> None:
+        """May refuse, with a ScanError, to gather so many volumes side by side."""
+
     def answer(self, question: str) -> str:
         """Reply to a query in the middle of a scan; nothing if nobody is there to reply."""
         return ""
@@ -74,7 +77,7 @@ def run_scan(wire: Wire, header_xml: bytes, sources: list[Mapping[str, Any]], ho
         readers.append(Ahead(intake.worth_it(scans), to_the_end=True))
         return readers[-1]
 
-    images = reconstruct(header, items, prior, options, progress, intake.turn(progress.say), ahead)
+    images = reconstruct(header, items, prior, options, progress, intake.turn(progress.say), ahead, host.admit)
     try:
         for image in images:
             wire.send_item(image)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import ismrmrd
 import numpy as np
@@ -31,18 +31,26 @@ SINCE_LACKING = 8  # one is over that lacks its last flag, where its first one w
 AS_LONG = "the lines are as long as without readout oversampling, which other lines of the scan have"
 MAX_NOISE_SAMPLES = 1 << 24  # more make the covariance no better
 INTEGRATED = ("embedded", "interleaved")
+Admit = Callable[[int, int], None]
 
 
-def gather(header: ismrmrd.xsd.ismrmrdHeader, items: Iterable) -> Iterator[Scan]:
+def no_limit(coils: int, volumes: int) -> None:
+    """There is memory for all."""
+
+
+def gather(header: ismrmrd.xsd.ismrmrdHeader, items: Iterable, admit: Admit = no_limit) -> Iterator[Scan]:
     """Yield each volume once its last line has arrived (a later repetition began, or the input ended).
 
     Volumes are told apart by slice (slab), contrast, repetition, set and phase; averages are summed.
     Items are acquisitions or Gadgetron's buffers of them; others (waveforms) are left aside.
 
+    Args:
+        admit: told before each new volume its coils and how many are then gathered side by side; may raise.
+
     Raises:
         ScanError: when there is nothing to reconstruct.
     """
-    gatherer = Gatherer(header)
+    gatherer = Gatherer(header, admit)
     found = 0
     for item in items:
         for scan in gatherer.take(item):
@@ -58,8 +66,8 @@ def gather(header: ismrmrd.xsd.ismrmrdHeader, items: Iterable) -> Iterator[Scan]
 class Gatherer:
     """State behind `gather`: lines in, finished volumes out."""
 
-    def __init__(self, header: ismrmrd.xsd.ismrmrdHeader):
-        self.geometry = read_geometry(header)
+    def __init__(self, header: ismrmrd.xsd.ismrmrdHeader, admit: Admit = no_limit):
+        self.geometry, self.admit = read_geometry(header), admit
         self.header, self.promised = header, announced(header)
         self.readout = Readout(self.geometry)
         self.volumes: dict[tuple[int, ...], Volume] = {}
@@ -191,6 +199,7 @@ class Gatherer:
         return self.offered[1] if self.offered and self.offered[0] == key and len(self.offered[1]) == coils else None
 
     def _volume(self, key: tuple[int, ...], coils: int, kspace: np.ndarray | None = None) -> Volume:
+        self.admit(coils, len(self.volumes) + 1)
         volume = self.volumes[key] = Volume(self.geometry, coils, kspace)
         for name, value in zip(KEY, key):
             self.seen.setdefault(name, set()).add(value)

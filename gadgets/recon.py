@@ -19,7 +19,7 @@ from recon_core.trust import doubts
 
 from .failure import Failures, free_gpu_memory, noted, raise_if_any, sentence
 from .flags import volume_name
-from .gather import gather
+from .gather import Admit, gather, no_limit
 from .geometry import ScanError
 from .images import SERIES, make_images
 from .options import Options
@@ -36,7 +36,7 @@ def alone() -> AbstractContextManager[Hurry]:
     return contextlib.nullcontext(patient)
 
 
-def reconstruct(header, items: Iterable, prior, options: Options, report: Report = lambda stage, facts: None, turn: Turn = alone, ahead: Callable = iter) -> Iterator[ismrmrd.Image]:
+def reconstruct(header, items: Iterable, prior, options: Options, report: Report = lambda stage, facts: None, turn: Turn = alone, ahead: Callable = iter, admit: Admit = no_limit) -> Iterator[ismrmrd.Image]:
     """Yield the images of a 3D Cartesian scan, the CG-SENSE preview before the diffusion volume, and its error map, if wanted, after it.
 
     A volume that fails does not take the others, nor its own preview, with it.
@@ -49,13 +49,14 @@ def reconstruct(header, items: Iterable, prior, options: Options, report: Report
         report: told (stage, facts) as the work goes on.
         turn: context of one volume's computing (a queue for the device); its value says why to stop early, or nothing.
         ahead: given the iterator of gathered volumes, returns one (that reads on meanwhile).
+        admit: told before each new volume its coils and how many are then gathered side by side; may raise, for want of memory.
 
     Raises:
         ValueError: a scan or an image that cannot be, after all that could be was yielded; the message is for the user.
     """
     failures: Failures = {}
     number = 0
-    for number, scan in enumerate(ahead(gather(header, items))):
+    for number, scan in enumerate(ahead(gather(header, items, admit))):
         report("gathered", {"shape": list(scan.kspace.shape), "sampled": float((scan.counts > 0).float().mean()), "warnings": scan.warnings})
         volume = volume_name(number, scan.head.idx)
         with noted(failures, volume), turn() as hurry:

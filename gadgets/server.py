@@ -220,16 +220,20 @@ class ServerHost(Host):
         return self.server.prior(options)
 
     def take_in(self, header, header_xml: bytes, items: Iterable) -> Iterable:
-        """The items, watched and recorded; ScanError if the server takes no scan, or not this one."""
+        """The items, recorded; ScanError if the server takes no scan, or not this one."""
         server = self.server
         if server.retiring.is_set():
             raise ScanError("this server is shutting down and takes no new scan: send it again when the server is back")
         if server.counts.open > server.limits.connections:
             raise ScanError(f"this server has {server.limits.connections} open scans already: send it again later")
-        budget = Budget(header, server.limits.max_gib)
+        self.budget = Budget(header, server.limits.max_gib)
         if server.keep is not None:
             self.handler.recording = server.keep.record(header_xml)
-        return budget.watch(self._recorded(items))
+        return self._recorded(items)
+
+    def admit(self, coils: int, volumes: int) -> None:
+        """ScanError if there is no memory for them."""
+        self.budget.check(coils, volumes)
 
     def answer(self, question: str) -> str:
         """The server's reply, as without a scan."""

@@ -247,3 +247,11 @@ def buffers_to(server, path, remove_oversampling):
         peer.run(scan)
     assert peer.closed and not peer.errors and len(peer.images) == 2
     return peer.images
+
+
+def test_volumes_in_gadgetrons_buffers_take_memory_too(full):
+    header, lines, _ = full
+    message = parsed(recon_data(header, [line_like(line, contrast=contrast) for contrast in (0, 1) for line in lines]))
+    counted = []
+    assert len(list(gather(header, [message], lambda coils, volumes: counted.append((coils, volumes))))) == 2
+    assert counted == [(2, 1), (2, 2)]
