@@ -8,6 +8,7 @@ import struct
 import ismrmrd
 import numpy as np
 
+from ..header import parse_header
 from . import peer as p
 from .buffers import recon_data
 from .case import case, expect, same, told
@@ -116,6 +117,16 @@ def odd_lines(bench: Bench) -> str:
     same_pixels(answer, bench)
     expect("1 line had another number of channels or samples" in comment(answer) and "1 line without channels" in comment(answer), f"no count of them: {comment(answer)}")
     return "same pixels, the comment counts both"
+
+
+@case("the lines at the centre of k-space get lost: images all the same, and the comment says what is wrong with them")
+def lost_centre(bench: Bench) -> str:
+    encoding = parse_header(bench.header).encoding[0].encodingLimits
+    e1, e2 = encoding.kspace_encoding_step_1.center, encoding.kspace_encoding_step_2.center
+    answer = scan(bench, [line for line in bench.lines if line.flags & NOISE or abs(line.idx.kspace_encode_step_1 - e1) > 1 or line.idx.kspace_encode_step_2 != e2])
+    expect(answer.closed and len(answer.images) == len(bench.expected), f"{len(answer.images)} images")
+    expect("no line came at the centre of k-space" in comment(answer), f"the comment does not say so: {comment(answer)}")
+    return comment(answer)[:110]
 
 
 @case("a contrast none of whose lines can be used: images of the other, and a sentence that names it")
