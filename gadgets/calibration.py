@@ -9,7 +9,7 @@ import ismrmrd
 from .failure import of_lines
 from .geometry import Geometry, ScanError, read_geometry
 from .readout import Readout
-from .volume import Grid
+from .volume import Grid, shift_between
 
 ENOUGH = 0.5  # of the lines of the fullest calibration: those with fewer are strays
 Place = tuple[int, int, int, int]  # slice, contrast, set, phase
@@ -55,6 +55,13 @@ class Calibrations:
         waiting, self.unsure = self.unsure, []
         for line, key in waiting:
             self.add(line, key)
+
+    def move(self, image: Geometry) -> None:
+        """Go on with another centre of the image's k-space; lines of its own encoding that came already are moved."""
+        shift = shift_between(self.image, image)
+        for grid in (grid for grids in self.grids.values() for grid in grids.values() if not grid.foreign):
+            grid.move(shift)
+        self.image, self.encodings[0] = image, (image, self.encodings[0][1])
 
     def of(self, key: tuple[int, ...], coils: int) -> tuple[Grid | None, list[str]]:
         """Calibration lines of volume `key`, and what the user should know.
@@ -104,7 +111,7 @@ class Calibrations:
         """Geometry and readout of an encoding whose phase encodes fit the image's, else None."""
         if number not in self.encodings:
             try:
-                own = read_geometry(self.header, number).settled()
+                own = read_geometry(self.header, number).refitted((True, True))
                 fits = all(abs(a / b - 1) < 0.01 for a, b in zip(own.encoded_fov_mm[1:], self.image.encoded_fov_mm[1:]))
                 self.encodings[number] = (own, Readout(self.image, own)) if fits else None
                 self.notes += [f"of the calibration, {note}" for note in own.warnings] if fits else []

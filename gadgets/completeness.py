@@ -8,7 +8,7 @@ from .flags import END_BIT, PAIRS
 from .geometry import Geometry
 
 INCOMPLETE = "the scan seems incomplete: "
-UNANNOUNCED = 3  # steps from one line to the next, where the header does not say that lines are left out and many are
+NO_CENTRE = f"{INCOMPLETE}no line came at the centre of k-space; brightness and contrast are wrong"
 ELLIPSE = 0.7  # the corners may be left out (pi/4), and a little more
 
 
@@ -25,12 +25,41 @@ def missing_volumes(promised: dict[str, int], seen: dict[str, set[int]]) -> list
     return [f"{INCOMPLETE}the header announces {count} {name}s, {came} came" for name, count, came in short if came < count]
 
 
-def missing_centre(geometry: Geometry, counts: np.ndarray) -> list[str]:
-    """Whether no line [z y] came within the announced acceleration of k = 0, where brightness and contrast come from."""
-    unannounced = max(geometry.acceleration) == 1 and (counts > 0).mean() < ELLIPSE
-    steps = (UNANNOUNCED, UNANNOUNCED) if unannounced else geometry.acceleration[::-1]
-    around = tuple(slice(max(0, n // 2 - step + 1), n // 2 + step) for n, step in zip(counts.shape, steps))
-    return [] if counts[around].any() else [f"{INCOMPLETE}no line came at the centre of k-space, brightness and contrast are wrong"]
+def hole_at_centre(counts: np.ndarray) -> np.ndarray:
+    """Places [z y] of a hole at k = 0, none if there is none: it reaches farther from any line than others in the middle half of what came, whatever the pattern."""
+    filled, centre = counts > 0, tuple(n // 2 for n in counts.shape)
+    if not filled.any() or filled[centre]:
+        return np.zeros_like(filled)
+    covered, reach = _grown(filled), 1
+    while not covered[centre]:
+        covered, reach = _grown(covered), reach + 1
+    far = ~_grown(filled, reach - 1)  # as far from any line as k = 0
+    hole, before = np.zeros_like(filled), None
+    hole[centre] = True
+    while not np.array_equal(hole, before):
+        hole, before = _grown(hole) & far, hole
+    middle = _middle_half(filled)
+    if (hole & ~middle).any() or (far & middle & ~hole).any():  # a gap between lines, or one of several
+        return np.zeros_like(filled)
+    return _grown(hole, reach - 1) & ~filled
+
+
+def _middle_half(filled: np.ndarray) -> np.ndarray:
+    """Places [z y] at most a fourth of the matrix from k = 0, and not beyond the first and last lines."""
+    near = []
+    for axis, n in enumerate(filled.shape):
+        some, place = np.flatnonzero(filled.any(axis=1 - axis)), np.arange(n)
+        near.append((abs(place - n // 2) <= max(1, n // 4)) & (place >= some[0]) & (place <= some[-1]))
+    return np.logical_and.outer(*near)
+
+
+def _grown(filled: np.ndarray, steps: int = 1) -> np.ndarray:
+    """True [z y] and what lies within so many places of it."""
+    for _ in range(steps):
+        padded = np.pad(filled, 1)
+        z, y = filled.shape
+        filled = np.logical_or.reduce([padded[i : i + z, j : j + y] for i in range(3) for j in range(3)])
+    return filled
 
 
 def missing_lines(geometry: Geometry, counts: np.ndarray) -> list[str]:

@@ -23,6 +23,7 @@ from .readout import Readout
 from .recon_data import ReconBit, ReconData, ReconDataError, take_lines
 from .volume import Scan, Volume
 
+DOUBTFUL = 2  # lines, no more than which do not move the centre of k-space
 STRAYS = 8  # so many lines that come late do not make repetitions interleaved
 SETTLED = 128  # lines, the least size of a repetition in the rules below
 IN_A_ROW = 0.5  # of its size as lines of a later one in a row: one that lacks nothing the header announces, but its last flag, is over
@@ -83,6 +84,7 @@ class Gatherer:
         self.ended: set[int] = set()  # repetitions whose last line was flagged, with no volume begun since
         self.seen: dict[str, set[int]] = {name: set() for name in self.promised}
         self.notes: list[str] = []
+        self.doubtful: list[ismrmrd.Acquisition] = []  # lines that the header's centre puts outside of the matrix, and another one inside
         self.given: set[tuple[int, ...]] = set()
         self.offered: tuple[tuple[int, ...], np.ndarray] | None = None  # a block of lines that may become its volume's array
         self.series: dict[tuple[int, ...], float] = {}
@@ -148,6 +150,9 @@ class Gatherer:
         key = volume_key(idx)
         if line.encoding_space_ref:
             self.others[line.encoding_space_ref] += 1
+        elif self.geometry.fitting != (None, None) and any(self.geometry.beyond((idx.kspace_encode_step_1, idx.kspace_encode_step_2))):
+            yield from self._doubt(line, key)
+            return
         if is_calibration_only(flags) and self.geometry.calibration not in INTEGRATED:
             self.calibrating += 1
             self.calibrations.add(line, key)
@@ -159,6 +164,24 @@ class Gatherer:
                 self.late += 1
             else:
                 self._image(line, key)
+
+    def _doubt(self, line: ismrmrd.Acquisition, key: tuple[int, ...]) -> Iterator[Scan]:
+        """Keep a line that bears out another centre of k-space than the header's; once there are more than strays, take that one for the whole scan."""
+        volume = self.volumes.get(key)
+        if volume is not None and len(volume.grid.kspace) != line.active_channels:
+            volume.grid.unfit += 1
+            return
+        self.doubtful.append(line)
+        if len(self.doubtful) <= DOUBTFUL:
+            return
+        steps = [self.geometry.beyond((line.idx.kspace_encode_step_1, line.idx.kspace_encode_step_2)) for line in self.doubtful]
+        self.geometry = self.geometry.refitted(tuple(any(axis) for axis in zip(*steps)))
+        for volume in self.volumes.values():
+            volume.move(self.geometry)
+        self.calibrations.move(self.geometry)
+        waiting, self.doubtful = self.doubtful, []
+        for line in waiting:
+            yield from self.add(line)
 
     def _add_noise(self, line: ismrmrd.Acquisition) -> None:
         """Keep a noise line, scaled to the dwell time of the first one that tells its own: its power goes with 1/dwell."""
@@ -249,6 +272,8 @@ class Gatherer:
             remarks.append(of_lines(foreign, "{lines} of another encoding space {were} left out"))
         if self.channelless:
             remarks.append(of_lines(self.channelless, "{lines} without channels {were} left out"))
+        if self.doubtful:
+            remarks.append(of_lines(len(self.doubtful), "{lines} lay outside the encoded matrix and {were} left out"))
         if self.late:
             remarks.append(of_lines(self.late, "{lines} of volumes that were handed out already {were} left out"))
         scan.warnings += [*self.notes, *remarks, *notes]

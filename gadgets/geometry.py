@@ -9,6 +9,7 @@ import ismrmrd
 
 MAX_MATRIX = 65535  # what an image header can hold
 MAX_IMAGE_BYTES = 64 << 30
+LEAST_SIDE = 16  # of the matrix, one over it, lies on either side of k = 0 in any scan of partial Fourier
 STEPS = ("kspace_encoding_step_1", "kspace_encoding_step_2")
 
 
@@ -22,7 +23,7 @@ class Geometry:
 
     `readout` is the length of a gathered line, without oversampling; `acceleration` is along E1, E2;
     `calibration` is the header's calibration mode, empty if it states none. `fitting` is another centre (E1, E2) with which
-    all announced steps would lie in the matrix, where the header's puts some outside (else None): the lines will tell (see `settled`).
+    all announced steps would lie in the matrix, where the header's puts some outside (else None): the lines will tell (see `beyond`).
     """
 
     encoded_matrix: tuple[int, int, int]
@@ -53,27 +54,33 @@ class Geometry:
         (cy, cz), (_, ny, nz) = self.centre, self.encoded_matrix
         return step_2 + nz // 2 - cz, step_1 + ny // 2 - cy
 
-    def settled(self, beyond: tuple[bool, bool] = (True, True)) -> Geometry:
-        """The same with the centre that the lines bear out: the header's, unless lines came that it puts outside of the matrix (`beyond`, along E1, E2).
+    def beyond(self, steps: tuple[int, int]) -> tuple[bool, bool]:
+        """Along which of E1, E2 a line bears out the other centre: announced, and outside of the matrix with the header's."""
+        return tuple(
+            fitting is not None and low <= step <= high and not 0 <= step + n // 2 - stated < n
+            for fitting, (low, high), step, n, stated in zip(self.fitting, self.limits, steps, self.encoded_matrix[1:], self.centre)
+        )
 
-        Scans of partial Fourier often announce the steps of the whole matrix with the centre of what was acquired;
-        other headers name a centre that cannot be.
-        """
-        if self.fitting == (None, None):
-            return self
-        centre, limits, notes = list(self.centre), list(self.limits), []
-        for axis, fitting in enumerate(self.fitting):
-            if fitting is None:
-                continue
-            (low, high), stated, n = self.limits[axis], self.centre[axis], self.encoded_matrix[1 + axis]
-            lost = f"the header's centre {stated} of {STEPS[axis]} would put {_lost(low, high, stated, n)} of the steps {low} to {high} outside of its matrix {n}"
-            if beyond[axis]:
-                centre[axis] = fitting
-                notes.append(f"{lost}: {fitting} assumed")
-            else:
-                limits[axis] = max(low, stated - n // 2), min(high, stated + (n - 1) // 2)
-                notes.append(f"{lost}: none of those came")
-        return replace(self, centre=tuple(centre), limits=tuple(limits), warnings=(*self.warnings, *notes), fitting=(None, None))
+    def refitted(self, axes: tuple[bool, bool]) -> Geometry:
+        """With the other centre along those of E1, E2 where lines have borne it out."""
+        centre, fitting, notes = list(self.centre), list(self.fitting), list(self.warnings)
+        for axis in (axis for axis in (0, 1) if axes[axis] and fitting[axis] is not None):
+            notes.append(f"{self._doubt(axis)}: {fitting[axis]} assumed")
+            centre[axis], fitting[axis] = fitting[axis], None
+        return replace(self, centre=tuple(centre), fitting=tuple(fitting), warnings=tuple(notes))
+
+    def settled(self) -> Geometry:
+        """With the header's centre where it is still in doubt, and the steps that it leaves: scans of partial Fourier often announce those of the whole matrix."""
+        limits, notes = list(self.limits), list(self.warnings)
+        for axis in (axis for axis in (0, 1) if self.fitting[axis] is not None):
+            (low, high), stated, n = limits[axis], self.centre[axis], self.encoded_matrix[1 + axis]
+            limits[axis] = max(low, stated - n // 2), min(high, stated + (n - 1) // 2)
+            notes.append(f"{self._doubt(axis)}: none of those came")
+        return replace(self, limits=tuple(limits), warnings=tuple(notes), fitting=(None, None)) if self.fitting != (None, None) else self
+
+    def _doubt(self, axis: int) -> str:
+        (low, high), stated, n = self.limits[axis], self.centre[axis], self.encoded_matrix[1 + axis]
+        return f"the header's centre {stated} of {STEPS[axis]} would put {_lost(low, high, stated, n)} of the steps {low} to {high} outside of its matrix {n}"
 
 
 def read_geometry(header: ismrmrd.xsd.ismrmrdHeader, number: int = 0) -> Geometry:
@@ -130,8 +137,12 @@ def _limits(encoding, name: str, size: int) -> tuple[tuple[int, int], int, int |
     after = (size - 1) // 2
     lost = _lost(low, high, centre, size)
     if lost > size // 10 and high - low < size:
-        return (low, high), centre, min(max(centre, high - after), low + size // 2), notes
-    if lost:
+        fitting = min(max(centre, high - after), low + size // 2)
+        if min(centre - low, high - centre) >= size / LEAST_SIDE:
+            return (low, high), centre, fitting, notes
+        notes.append(f"the header's centre {centre} of {name} would put {lost} of the steps {low} to {high} outside of its matrix {size}: {fitting} assumed")
+        centre = fitting
+    elif lost:
         notes.append(f"the header's limits {low} to {high} of {name} with centre {centre} exceed its matrix {size}: lines outside the matrix are left out")
     return (max(low, centre - size // 2), min(high, centre + after)), centre, None, notes
 

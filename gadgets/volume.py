@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 
 import ismrmrd
 import numpy as np
 import torch
 
-from .completeness import missing_centre, missing_lines
+from .completeness import NO_CENTRE, hole_at_centre, missing_lines
 from .failure import of_lines
 from .flags import BOTH_BIT, REVERSE_BIT
 from .geometry import Geometry, ScanError
@@ -53,7 +52,6 @@ class Grid:
             raise ScanError(f"the header asks for {nbytes / 2**30:.0f} GiB of k-space ({coils} coils, matrix {geometry.shape}); the limit is {MAX_VOLUME_BYTES >> 30} GiB")
         self.kspace = np.zeros((coils, *geometry.shape), np.complex64) if kspace is None else kspace
         self.counts = np.zeros(geometry.shape[:2], np.float32)
-        self.beyond = [False, False]  # along E1, E2: lines came that the header's centre puts outside, and another one inside
         self.lines = self.filled = self.outside = self.unfit = self.uncentred = 0
         self.lengths: dict[str, int] = {}  # what was assumed of lines that are longer or shorter than the header says
         self.foreign = False
@@ -65,23 +63,13 @@ class Grid:
         if own is not image:
             self.foreign = True
             z, y = z + image.shape[0] // 2 - own.shape[0] // 2, y + image.shape[1] // 2 - own.shape[1] // 2
-        elif image.fitting != (None, None):
-            y, z = (self._turned(axis, step, place, image) for axis, step, place in ((0, idx.kspace_encode_step_1, y), (1, idx.kspace_encode_step_2, z)))
         if 0 <= z < self.counts.shape[0] and 0 <= y < self.counts.shape[1]:
             return z, y
         self.outside += 1
         return None
 
-    def _turned(self, axis: int, step: int, place: int, image: Geometry) -> int:
-        """The place of an announced step, at the other end of the matrix where the centre is in doubt and it would lie outside; it is turned back in the end."""
-        (low, high), size = image.limits[axis], image.encoded_matrix[1 + axis]
-        if image.fitting[axis] is None or 0 <= place < size or not low <= step <= high:
-            return place
-        self.beyond[axis] = True
-        return place % size
-
-    def turn(self, shift: tuple[int, int]) -> None:
-        """Move all lines by `shift` (z, y), around the ends."""
+    def move(self, shift: tuple[int, int]) -> None:
+        """Move all lines by `shift` (z, y); none reaches an end."""
         for coil in self.kspace:  # one by one, to need no second array
             coil[:] = np.roll(coil, shift, (0, 1))
         self.counts = np.roll(self.counts, shift, (0, 1))
@@ -124,6 +112,11 @@ class Grid:
         return out
 
 
+def shift_between(old: Geometry, new: Geometry) -> tuple[int, int]:
+    """By how many places (z, y) lines move from one centre to another."""
+    return tuple(before - after for before, after in zip(old.centre[::-1], new.centre[::-1]))
+
+
 class Volume:
     """One volume under construction: its grid, and what its lines said."""
 
@@ -138,6 +131,7 @@ class Volume:
         self.calibrating = np.zeros(self.geometry.shape[:2], bool)
         self.head: ismrmrd.AcquisitionHeader | None = None
         self.nearest, self.judged = np.inf, (0, False)
+        self.other_nearest, self.other_head = np.inf, None  # to the other centre, where the header's is in doubt
         self.averages = self.duplicates = self.certain = 0
         self.strange: set[tuple[int, int]] = set()  # places of lines unlike the others
 
@@ -191,17 +185,33 @@ class Volume:
         distance = abs(place[0] - self.geometry.shape[0] // 2) + abs(place[1] - self.geometry.shape[1] // 2)
         if distance < self.nearest:
             self.nearest, self.head = distance, head()
+        if self.geometry.fitting != (None, None):
+            self._note_for_the_other_centre(place, head)
+
+    def _note_for_the_other_centre(self, place: tuple[int, int], head) -> None:
+        shift = shift_between(self.geometry, self.geometry.refitted((True, True)))
+        distance = sum(abs(at + by - n // 2) for at, by, n in zip(place, shift, self.geometry.shape))
+        if distance < self.other_nearest:
+            self.other_nearest, self.other_head = distance, head()
+
+    def move(self, geometry: Geometry) -> None:
+        """Go on with another centre; lines that came already are moved."""
+        shift = shift_between(self.geometry, geometry)
+        self.geometry = geometry
+        self.grid.move(shift)
+        self.averages_at, self.calibrating = (np.roll(array, shift, (0, 1)) for array in (self.averages_at, self.calibrating))
+        self.strange = {(z + shift[0], y + shift[1]) for z, y in self.strange}
+        self.nearest, self.head, self.judged = self.other_nearest, self.other_head, (0, False)
 
     def lacks_nothing(self, averages: int) -> bool:
         """Whether as many lines and averages came as the header announces; the answer is kept until another line comes."""
         if self.judged[0] != self.grid.lines:
-            geometry = self.geometry if any(self.grid.beyond) else self.geometry.settled((False, False))
-            self.judged = self.grid.lines, self.averages >= averages and not missing_lines(geometry, self.grid.counts)
+            self.judged = self.grid.lines, self.averages >= averages and not missing_lines(self.geometry.settled(), self.grid.counts)
         return self.judged[1]
 
     def scan(self, noise: torch.Tensor | None, calibration: Grid | None) -> Scan:
         """The finished volume with what the user should know of it."""
-        calibration = self._settle(calibration)
+        self.geometry = self.geometry.settled()
         scan = Scan(self.geometry, torch.from_numpy(self.grid.kspace), torch.from_numpy(self.grid.counts), self.head or self.first, noise)
         scan.warnings += [*self.geometry.warnings, *self.grid.warnings("")]
         if self.duplicates:
@@ -211,39 +221,30 @@ class Volume:
             scan.calibration = self._calibration(calibration)
             scan.warnings += calibration.warnings("calibration ")
         scan.warnings += missing_lines(self.geometry, self.grid.counts)
-        scan.warnings += missing_centre(self.geometry, self.grid.counts) if self.grid.filled else []
+        if self.grid.filled and hole_at_centre(self.grid.counts).any():
+            scan.warnings.append(NO_CENTRE)
         return scan
 
-    def _settle(self, calibration: Grid | None) -> Grid | None:
-        """Decide where k = 0 lies, and turn the lines there; the calibration, which others share, as a copy."""
-        before = self.geometry
-        ours = [self.grid, *([calibration] if calibration is not None and not calibration.foreign else [])]
-        self.geometry = before.settled(tuple(any(grid.beyond[axis] for grid in ours) for axis in (0, 1)))
-        shift = tuple(old - new for old, new in zip(before.centre[::-1], self.geometry.centre[::-1]))
-        if shift == (0, 0):
-            return calibration
-        self.grid.turn(shift)
-        self.calibrating = np.roll(self.calibrating, shift, (0, 1))
-        if len(ours) == 2:
-            calibration = copy.copy(calibration)
-            calibration.kspace = calibration.kspace.copy()
-            calibration.turn(shift)
-        return calibration
-
     def _take_centre(self, calibration: Grid) -> list[str]:
-        """Take calibration lines for the image too if it has none of them and the header does not say whose they are, or if it has no centre."""
-        there, remark = calibration.counts > 0, ""
+        """Take calibration lines for the image too if it has none of them and the header does not say whose they are; or into a hole at its centre."""
         if calibration.foreign or not self.grid.lines:
             return []
+        there = calibration.counts > 0
         if self.geometry.calibration in ("", "other") and not self.calibrating.any() and not (self.grid.counts[there] > 0).any():
             remark = "the calibration lines serve the image too: it has none of its own there, and the header names no calibration mode"
-        elif self.geometry.calibration != "external" and missing_centre(self.geometry, self.grid.counts):
-            there &= self.grid.counts == 0
-            remark = "no line of the image came at the centre of k-space: calibration lines serve there, brightness and contrast are theirs"
-        if not remark:
-            return []
+        else:
+            there &= self._hole()
+            if not there.any() or not np.isfinite(energy := np.square(np.abs(calibration.kspace[:, there])).sum()) or not energy:
+                return []
+            remark = "no line of the image came at the centre of k-space: calibration lines serve there; brightness and contrast are theirs"
         self.grid.kspace[:, there], self.grid.counts[there] = calibration.kspace[:, there], calibration.counts[there]
         return [remark]
+
+    def _hole(self) -> np.ndarray:
+        """Places [z y] of a hole at the centre that calibration lines of the same scan may fill; none if more than that is missing."""
+        if self.geometry.calibration == "external" or missing_lines(self.geometry, self.grid.counts):
+            return np.zeros(self.grid.counts.shape, bool)
+        return hole_at_centre(self.grid.counts)
 
     def _calibration(self, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
         """Calibration lines, and the imaging lines that serve as such where there are none."""
