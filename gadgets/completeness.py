@@ -9,6 +9,7 @@ from .geometry import Geometry
 
 INCOMPLETE = "the scan seems incomplete: "
 NO_CENTRE = f"{INCOMPLETE}no line came at the centre of k-space; brightness and contrast are wrong"
+AROUND = 3  # times the reach of a hole: how far around it others are looked for
 ELLIPSE = 0.7  # the corners may be left out (pi/4), and a little more
 
 
@@ -26,7 +27,7 @@ def missing_volumes(promised: dict[str, int], seen: dict[str, set[int]]) -> list
 
 
 def hole_at_centre(counts: np.ndarray) -> np.ndarray:
-    """Places [z y] of a hole at k = 0, none if there is none: it reaches farther from any line than others in the middle half of what came, whatever the pattern."""
+    """Places [z y] of a hole at k = 0, none if there is none: it reaches farther from any line than others around it, whatever the pattern."""
     filled, centre = counts > 0, tuple(n // 2 for n in counts.shape)
     if not filled.any() or filled[centre]:
         return np.zeros_like(filled)
@@ -38,18 +39,21 @@ def hole_at_centre(counts: np.ndarray) -> np.ndarray:
     hole[centre] = True
     while not np.array_equal(hole, before):
         hole, before = _grown(hole) & far, hole
-    middle = _middle_half(filled)
-    if (hole & ~middle).any() or (far & middle & ~hole).any():  # a gap between lines, or one of several
+    distance = np.maximum.outer(*(abs(np.arange(n) - n // 2) for n in filled.shape))
+    gap = bool((hole & (distance > AROUND * reach)).any())  # between lines, from one end to the other
+    if gap or (far & ~hole & _around(filled, AROUND * reach)).any():
         return np.zeros_like(filled)
     return _grown(hole, reach - 1) & ~filled
 
 
-def _middle_half(filled: np.ndarray) -> np.ndarray:
-    """Places [z y] at most a fourth of the matrix from k = 0, and not beyond the first and last lines."""
+def _around(filled: np.ndarray, radius: int) -> np.ndarray:
+    """Places [z y] as near as that to k = 0, of a narrow k-space farther along it, but not beyond the first and last lines."""
+    wanted, sides = (2 * radius + 1) ** 2, sorted(filled.shape)
+    radius = max(radius, -(-wanted // min(2 * radius + 1, sides[0])) // 2)
     near = []
     for axis, n in enumerate(filled.shape):
         some, place = np.flatnonzero(filled.any(axis=1 - axis)), np.arange(n)
-        near.append((abs(place - n // 2) <= max(1, n // 4)) & (place >= some[0]) & (place <= some[-1]))
+        near.append((abs(place - n // 2) <= radius) & (place >= some[0]) & (place <= some[-1]))
     return np.logical_and.outer(*near)
 
 
