@@ -104,10 +104,10 @@ def _check(came: Counter, volumes: int, expect: int | None) -> None:
     if not came:
         raise SendError("the server ended the scan without sending an image")
     if expect is not None and came.total() < expect:
-        raise SendError(f"expected {expect} images, {came.total()} came")
+        raise SendError(f"expected {of_images(expect, '{images}')}, {came.total()} came")
     short = [series for series, count in sorted(came.items()) if count < volumes]
     if expect is None and short:
-        raise SendError(f"the scan has {volumes} volumes, but series {short[0]} has only {came[short[0]]} images")
+        raise SendError(f"the scan has {volumes} volumes, but series {short[0]} has only {of_images(came[short[0]], '{images}')}")
 
 
 def _is_of_an_image(line: ismrmrd.Acquisition) -> bool:

@@ -60,7 +60,7 @@ class ScanFile:
         names = set(table.dtype.names or ()) if isinstance(table, h5py.Dataset) else set()
         if not {"head", "data"} <= names or table.shape[1:] not in ((), (1,)):
             raise FileError(f"{self.group.name}/data of {self.file.filename} is no table of acquisitions (head, traj, data)")
-        samples = h5py.check_vlen_dtype(table.dtype["data"])
+        samples = h5py.check_vlen_dtype(table.dtype["data"]) or table.dtype["data"].base
         if samples != np.float32:  # h5py returns the bytes of others unchanged and calls them float32
             raise FileError(f"the samples of {self.group.name}/data of {self.file.filename} are stored as {samples}, expected {np.dtype(np.float32)}: write them as little-endian float32")
 
@@ -104,16 +104,26 @@ class ScanFile:
             raise FileError(f"{reason}; {of_lines(lost, '{lines} of the file {were} left out')}")
 
     def waveforms(self) -> Iterator[ismrmrd.Waveform]:
-        """All waveforms in order."""
-        rows = self.group["waveforms"][()] if "waveforms" in self.group else ()
-        for head, row in zip(by_name(rows["head"], ismrmrd.hdf5.waveform_header_dtype), rows) if len(rows) else ():
+        """All waveforms in order that can be read; then, if there were others, FileError."""
+        try:
+            rows = self.group["waveforms"][()] if "waveforms" in self.group else np.empty(0, ismrmrd.hdf5.waveform_dtype)
+        except OSError as error:
+            raise FileError(f"the waveforms of the scan file are damaged and were left out: {error}") from None
+        lost = 0
+        for head, row in zip(by_name(rows["head"], ismrmrd.hdf5.waveform_header_dtype), rows):
             waveform = ismrmrd.Waveform(head.tobytes())
-            waveform.data[:] = row["data"].reshape(waveform.data.shape)
-            yield waveform
+            if row["data"].size == waveform.data.size:
+                waveform.data[:] = row["data"].reshape(waveform.data.shape)
+                yield waveform
+            else:
+                lost += 1
+        if lost:
+            raise FileError(f"waveforms of the scan file have other sizes than they announce: {lost} of {len(rows)} were left out")
 
     def items(self) -> Iterator[ismrmrd.Acquisition | ismrmrd.Waveform]:
-        """Acquisitions and waveforms, each waveform before the first acquisition that is not earlier."""
-        waveforms = self.waveforms()
+        """Acquisitions and waveforms, each waveform before the first acquisition that is not earlier; FileError as of both, in the end."""
+        damage: list[FileError] = []
+        waveforms = until_damaged(self.waveforms(), damage)
         waiting = next(waveforms, None)
         for line in self.acquisitions():
             while waiting is not None and waiting.time_stamp <= line.acquisition_time_stamp:
@@ -123,6 +133,16 @@ class ScanFile:
         if waiting is not None:
             yield waiting
             yield from waveforms
+        for error in damage:
+            raise error
+
+
+def until_damaged(items: Iterator, damage: list[FileError]) -> Iterator:
+    """`items` up to a FileError, which is put into `damage`: what came before it is worth something."""
+    try:
+        yield from items
+    except FileError as error:
+        damage.append(error)
 
 
 def open_hdf5(path: str | Path) -> h5py.File:

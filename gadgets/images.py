@@ -148,8 +148,11 @@ def frame_of(scan: Scan) -> tuple[Frame, list[str]]:
     head, notes = scan.head, []
     given = np.array([head.read_dir, head.phase_dir, head.slice_dir], float)
     directions = _of_unit_length(given) if np.isfinite(given).all() else given
+    lacks = [name for name, direction in zip(("read", "phase", "slice"), given) if not direction.any()]
     if np.allclose(directions @ directions.T, np.eye(3), rtol=0, atol=RIGHT_ANGLE):
-        if not np.allclose(given, directions, rtol=0, atol=RIGHT_ANGLE):
+        if lacks:
+            notes.append(f"the lines have no {lacks[0]} direction: the one at right angles to the others, right-handed, was assumed")
+        elif not np.allclose(given, directions, rtol=0, atol=RIGHT_ANGLE):
             notes.append("the lines' directions are not all of length 1: where they point was taken")
     else:
         what = "contradicting" if given.any() else "no"

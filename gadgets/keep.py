@@ -35,7 +35,7 @@ class FailedScans:
 
     def __init__(self, folder: str | Path, gib: float = 10.0):
         if not 0 < gib <= MOST_GIB:
-            raise ValueError(f"failed scans may take above 0 and at most {MOST_GIB:g} GiB, got {gib:g}")
+            raise ValueError(f"the room for failed scans must be above 0 and at most {MOST_GIB:g} GiB, got {gib:g}")
         self.folder, self.max_bytes = Path(folder), int(gib * 2**30)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from .options import OptionsError, error_sentence, make_options, read_yaml
 from .recon import reconstruct
 
 WHOLE = 0.7  # of k-space: the corners may be left out, or a part of one side
+log = logging.getLogger("slicediff")
 VOLUMES = (".nii.gz", ".nii", ".npy", ".h5", ".hdf5", ".mrd")
 
 
@@ -94,9 +96,12 @@ def _from_scan(path: Path) -> list[Volume]:
     shares: list[float] = []
     with ScanFile(path) as scan:
         images = list(reconstruct(parse_header(scan.header_xml), scan.acquisitions(), None, options, lambda stage, facts: shares.append(facts["sampled"]) if stage == "gathered" else None))
-    if min(shares) < WHOLE:
-        raise FileError(f"{path} is undersampled ({min(shares):.0%} of k-space was acquired): a prior learns from whole scans")
-    return [_from_image(f"{path.name}#{n}" if n else path.name, image) for n, image in enumerate(images)]
+    whole = [(n, image) for n, (image, share) in enumerate(zip(images, shares, strict=True)) if share >= WHOLE]
+    if not whole:
+        raise FileError(f"{path} is undersampled ({max(shares):.0%} of k-space was acquired): a prior learns from whole scans")
+    if len(whole) < len(images):
+        log.warning("of %s only %d of %d volumes are whole: the others were left out", path, len(whole), len(images))
+    return [_from_image(f"{path.name}#{n}" if n else path.name, image) for n, image in whole]
 
 
 def _from_images(path: Path) -> list[Volume]:

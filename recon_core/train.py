@@ -165,8 +165,9 @@ def _train(team: Team, threads: ExitStack, volumes, out: Path, options: TrainOpt
             lesson = lesson_loss(shared, next(lessons)).mean()  # every process works through the same scans
             total = total + options.own_states * lesson
             curve.add_lesson(lesson.detach())
-        if not bool(torch.isfinite(team.gather(total.detach()[None])).all()):  # before a step that would spoil the weights of all
-            raise ValueError(f"the loss became {total.item()} at step {step}; lower the learning rate")
+        totals = team.gather(total.detach()[None])
+        if not bool(torch.isfinite(totals).all()):  # before a step that would spoil the weights of all
+            raise ValueError(f"the loss became {totals.mean().item()} at step {step}; lower the learning rate")
         run.improve(total, step)
         curve.add(team.gather(loss.detach()).cpu(), sigma, voxel_mm)
         if not team.leads:
@@ -353,7 +354,7 @@ class Validation:
         self.slices: dict[float, Tensor] = {}
         for mm in self.VOXEL_MM:
             slices, drawn_mm = SlicePool(volumes, (mm, mm), crop=96, size=6, seed=seed).batch(0, 12)
-            fine = drawn_mm < 1.01 * mm  # slices of coarser volumes keep their size: they are no measure of this one
+            fine = drawn_mm < 1.2 * mm  # as near as whole voxels allow; slices of coarser volumes keep their size: they are no measure of this one
             if bool(fine.any()):
                 self.slices[mm] = slices[fine]
         self.slices = self.slices or {round(float(drawn_mm.max()), 1): slices}

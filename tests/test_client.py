@@ -100,8 +100,8 @@ def test_a_time_stamp_of_another_day_holds_nothing_up():
 
 @pytest.mark.parametrize("answers,expect,message", [
     (b"", None, "without sending an image"),
-    (an_image(1, 1) + an_image(1, 2) + an_image(2, 1), None, "the scan has 2 volumes, but series 2 has only 1 images"),
-    (an_image(2, 1), None, "series 2 has only 1 images"),
+    (an_image(1, 1) + an_image(1, 2) + an_image(2, 1), None, "the scan has 2 volumes, but series 2 has only 1 image"),
+    (an_image(2, 1), None, "series 2 has only 1 image"),
     (an_image(2, 1) + an_image(2, 2), 3, "expected 3 images, 2 came"),
     (an_image(2, 1) + an_image(2, 2) + text("ERROR: no weights"), None, r"^no weights \(2 images were received\)"),
     (text("[Connection Main Thread/Stream/external] ERROR: Errors received: x"), None, "^Errors received: x"),

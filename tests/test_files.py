@@ -14,7 +14,7 @@ from test_mouths import running
 
 from gadgets.cli import main
 from gadgets.client import SendError, send_scan
-from gadgets.files import ScanFile, ScanWriter, join_partitions, read_images
+from gadgets.files import FileError, ScanFile, ScanWriter, join_partitions, read_images
 from gadgets.images import make_images
 from gadgets.options import make_options
 from gadgets.protocol import SimulateOptions
@@ -118,6 +118,34 @@ def test_a_bad_row_costs_its_line_and_is_told_after_the_images(tmp_path, capsys)
     with running({"method": "tv", "preview": False}, lambda options: None) as server, ScanFile(tmp_path / "s.h5") as scan:
         with pytest.raises(SendError, match=re.escape(f"the scan could not be sent whole: {said} (2 images were received)")):
             list(send_scan(scan, *server.server_address[:2], "default"))
+
+
+def test_a_file_without_a_readable_row_is_told_as_such(tmp_path, capsys, scan_path):
+    def spoil(rows):
+        rows["head"]["number_of_samples"] = 77
+        return rows
+
+    rewritten(scan_path, tmp_path / "s.h5", spoil)
+    code, out, err = run(capsys, "recon", tmp_path / "s.h5", tmp_path / "i.h5", "--method", "cg", "--input-group", "study/one")
+    assert code == 1 and not out and err.startswith("slicediff: acquisition 0 announces 4 x 77 samples")
+
+
+def test_damaged_waveforms_cost_no_line(tmp_path):
+    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=1, pattern="full", noise_lines=0, waveforms=True))
+    with ScanFile(next(tmp_path.glob("*.h5"))) as scan:
+        waveforms = list(scan.waveforms())
+    with ScanWriter(tmp_path / "new.h5", header.toXML()) as file:
+        for item in (*lines, *waveforms):
+            file.append(item)
+    with h5py.File(tmp_path / "new.h5", "a") as file:
+        row = file["dataset/waveforms"][1]
+        row["head"]["number_of_samples"] = 7777
+        file["dataset/waveforms"][1] = row
+    got = []
+    with ScanFile(tmp_path / "new.h5") as scan, pytest.raises(FileError, match=f"1 of {len(waveforms)} were left out"):
+        for item in scan.items():
+            got.append(item)
+    assert len(waveforms) > 2 and len(got) == len(lines) + len(waveforms) - 1
 
 
 def test_a_file_that_another_program_writes_to_is_no_damaged_file(tmp_path, capsys, scan_path):

@@ -244,7 +244,9 @@ def test_directions_of_another_length_say_where_the_volume_lies_all_the_same(dir
     (image,) = make_images(point((8, 10, 12), (1, 1, 1)), scan, make_options({"output": "float32"}), HEADER, 1, 0, "name", [])
     head = image.getHead()
     np.testing.assert_allclose([head.read_dir, head.phase_dir, head.slice_dir], DIRECTIONS, atol=1e-6)
-    assert image.meta["ImageComment"] == "name; the lines' directions are not all of length 1: where they point was taken"
+    lacks = next((name for name, direction in zip(("read", "phase", "slice"), directions) if not direction.any()), "")
+    said = f"the lines have no {lacks} direction: the one at right angles to the others, right-handed, was assumed" if lacks else "the lines' directions are not all of length 1: where they point was taken"
+    assert image.meta["ImageComment"] == f"name; {said}"
 
 
 @pytest.mark.parametrize("directions,word", [

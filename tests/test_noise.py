@@ -47,6 +47,17 @@ def test_silent_coils_are_left_out_without_noise_lines_too(silent, said):
     assert both[0].warnings == [*both[1].warnings[:1], f"{said} no signal: dead, left out", *both[1].warnings[1:]]
 
 
+@pytest.mark.parametrize("clean", [(1,), (0, 1), (0, 1, 3)])
+def test_coils_without_noise_far_out_are_kept(clean):
+    """Their signal is there; the noise level is that of the others."""
+    kspace = random_complex(4, 24, 20, 16)
+    kspace[list(clean)] = 0
+    kspace[:, 8:16, 6:14] += 40
+    measurement = measure(kspace, torch.ones(24, 20), (2.0, 2.0, 2.0))
+    assert not any("no signal" in warning for warning in measurement.warnings) and measurement.sigma > 0
+    assert bool((measurement.mixing.abs().sum(0) > 0).all())
+
+
 @pytest.mark.parametrize("noise", [torch.zeros(2, 100), torch.ones(2, 3), torch.full((2, 100), float("nan"))])
 def test_noise_lines_of_no_use_leave_an_estimate_and_a_warning(noise):
     kspace = random_complex(2, 24, 20, 8)

@@ -141,8 +141,8 @@ def test_places_for_failed_scans_that_cannot_be(tmp_path, capsys):
     (tmp_path / "file").touch()
     for arguments, said in (
         (("--keep-failed", tmp_path / "file"), "failed scans cannot be kept in"),
-        (("--keep-failed", tmp_path, "--keep-failed-gib", -1), "failed scans may take above 0"),
-        (("--keep-failed", tmp_path, "--keep-failed-gib", "nan"), "failed scans may take above 0"),
+        (("--keep-failed", tmp_path, "--keep-failed-gib", -1), "the room for failed scans must be above 0"),
+        (("--keep-failed", tmp_path, "--keep-failed-gib", "nan"), "the room for failed scans must be above 0"),
     ):
         assert main(["serve", "--port", "0", "--method", "cg", *map(str, arguments)]) == 1
         assert capsys.readouterr().err.strip().splitlines()[-1].startswith(f"slicediff: {said}")

@@ -247,6 +247,8 @@ def test_validation_asks_each_slice_once_and_knows_its_size(volumes):
     prior.register_forward_hook(lambda *_: asked.append(1))
     measured = Validation([coarse], 0).measure(prior)
     assert set(measured) == {f"psnr {mm} mm sigma {sigma}" for mm in (2, 4) for sigma in (0.05, 0.2)} and len(asked) == 4
+    uneven = Volume("uneven", phantom((45, 45, 45)).numpy(), (1.0, 1.0, 1.0))
+    assert set(Validation([uneven], 0).slices) == {1.0, 2.0, 4.0}  # 2.045 and 4.09 mm, as whole voxels allow
     assert set(Validation([Volume("coarser", volumes[0].data, (5.0, 5.0, 5.0))], 0).measure(prior)) == {f"psnr 5 mm sigma {sigma}" for sigma in (0.05, 0.2)}
 
 

@@ -4,10 +4,11 @@ import h5py
 import nibabel
 import numpy as np
 import pytest
-from conftest import small_object
+from conftest import load_small_scan, small_object
 
 from gadgets.cli import main
-from gadgets.files import FileError, read_images
+from gadgets.files import FileError, ScanWriter, read_images
+from gadgets.protocol import SimulateOptions
 from gadgets.training import find_volumes, load_volumes
 
 
@@ -71,6 +72,15 @@ def test_of_our_own_images_only_the_wanted_ones_are_learned_from(tmp_path):
     (volume,) = load_volumes([tmp_path / "i.h5"])
     (final,) = [image for image in read_images(tmp_path / "i.h5", "g") if image.image_series_index == 2]
     assert np.array_equal(volume.data, final.data[0])
+
+
+def test_volumes_of_a_scan_that_are_not_whole_are_left_out(tmp_path):
+    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=1, pattern="full", noise_lines=0, repetitions=2))
+    with ScanWriter(tmp_path / "cut.h5", header.toXML()) as file:
+        for line in lines[: len(lines) * 3 // 4]:
+            file.append(line)
+    (volume,) = load_volumes([tmp_path / "cut.h5"])
+    assert volume.name == "cut.h5"
 
 
 def test_what_nothing_can_be_learned_from_is_told(tmp_path):

@@ -29,6 +29,7 @@ def test_a_slow_peer_that_goes_on_reading_gets_all_of_a_large_message(kind):
     """The timeout is for a peer that takes nothing at all."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
+        theirs.settimeout(5)
         wire, text, got = kind(ours, timeout_s=0.5), "x" * 4_000_000, 0
         sender = threading.Thread(target=wire.send_text, args=(text,))
         sender.start()

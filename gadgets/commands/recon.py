@@ -72,7 +72,8 @@ def _reconstruct(arguments: argparse.Namespace, options: Options, display: Displ
     Raises:
         FileError: after the images of what can be read of a file that is damaged.
     """
-    from ..files import FileError, ScanFile
+    from ..failure import sentence
+    from ..files import FileError, ScanFile, until_damaged
     from ..geometry import read_geometry
     from ..header import parse_header
     from ..images import SERIES, image_kind, notes_of
@@ -86,20 +87,15 @@ def _reconstruct(arguments: argparse.Namespace, options: Options, display: Displ
         prior = load_prior_for(options)
         display.stage("prior", {})
         damage: list[FileError] = []
-        for image in reconstruct(header, until_it_fails(scan.acquisitions(), FileError, damage), prior, options, display.stage):
-            writer.write(image)
-            display.note(notes_of(image))
-            yield image
+        try:
+            for image in reconstruct(header, until_damaged(scan.acquisitions(), damage), prior, options, display.stage):
+                writer.write(image)
+                display.note(notes_of(image))
+                yield image
+        except ValueError as error:  # volumes that failed, perhaps for want of what the file has lost
+            raise FileError("; ".join(sentence(e) for e in (*damage, error))) from error if damage else error
         for error in damage:
             raise error
-
-
-def until_it_fails(items: Iterator, kind: type[Exception], failures: list[Exception]) -> Iterator:
-    """`items` up to a failure of that kind, which is put into `failures`: what came before it is worth an image."""
-    try:
-        yield from items
-    except kind as error:
-        failures.append(error)
 
 
 def _write_copies(arguments: argparse.Namespace, images: list[ismrmrd.Image]) -> None:
