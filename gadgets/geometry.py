@@ -75,7 +75,7 @@ class Geometry:
         for axis in (axis for axis in (0, 1) if self.fitting[axis] is not None):
             (low, high), stated, n = limits[axis], self.centre[axis], self.encoded_matrix[1 + axis]
             limits[axis] = max(low, stated - n // 2), min(high, stated + (n - 1) // 2)
-            notes.append(f"{self._doubt(axis)}: none of those came")
+            notes.append(f"{self._doubt(axis)}: it was kept, as those did not come")
         return replace(self, limits=tuple(limits), warnings=tuple(notes), fitting=(None, None)) if self.fitting != (None, None) else self
 
     def _doubt(self, axis: int) -> str:
