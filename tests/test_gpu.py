@@ -5,12 +5,14 @@ import pytest
 import torch
 from conftest import run_chain
 from test_adaptation import plane
+from test_variational import VOXEL, problem
 
 from gadgets.options import make_options
 from gadgets.solve import load_prior_for, prior_of
 from recon_core.adaptation import reconstruct_adapted
 from recon_core.cg_sense import cg_sense
 from recon_core.gaussians import Gaussians
+from recon_core.measurement import measure
 from recon_core.neural_field import NeuralField
 from recon_core.prior import load_prior
 from recon_core.representation import Grid
@@ -82,3 +84,14 @@ def test_the_prior_in_function_space_is_the_cpus():
         noisy = 0.2 * prior.unit_noise(white.to(device), (1.0, 3.0))
         found[device] = prior(noisy, 0.2, (1.0, 3.0)).cpu()
     assert float((found["cuda"] - found["cpu"]).norm() / found["cpu"].norm()) < 5e-3
+
+
+def test_coil_maps_that_the_gpu_has_no_room_for_stay_in_the_hosts_memory(monkeypatch):
+    kspace, mask, noise, _ = problem(shape=(40, 44, 36), coils=6, acs=16, snr=30.0)
+    there = measure(kspace, mask, VOXEL, noise, device="cuda")
+    monkeypatch.setattr("recon_core.measurement._home", lambda *_: torch.device("cpu"))
+    here = measure(kspace, mask, VOXEL, noise, device="cuda")
+    assert here.operator.maps.device.type == "cpu" and there.operator.maps.device.type == "cuda"
+    images = [cg_sense(measurement) for measurement in (there, here)]
+    assert all(image.device.type == "cuda" for image in images)
+    assert float((images[1] - images[0]).norm() / images[0].norm()) < 1e-3
