@@ -15,7 +15,7 @@ import ismrmrd
 
 from . import wire as w
 from .failure import of_images, sentence
-from .files import ScanFile
+from .scan_files import ScanFile
 from .flags import NOISE_BIT, SKIP_BITS, is_calibration_only, volume_key
 
 TICK_S = 0.0025  # of time stamps

@@ -14,7 +14,8 @@ from recon_core.metrics import object_mask, psnr
 
 from .client import send_scan
 from .figure import draw_comparison
-from .files import ImageWriter, ScanFile, affine, write_nifti
+from .image_files import ImageWriter, affine, write_nifti
+from .scan_files import ScanFile
 from .header import parse_header
 from .options import make_options
 from .protocol import SimulateOptions

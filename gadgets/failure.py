@@ -35,12 +35,16 @@ def sentence(error: BaseException) -> str:
 
 def of_lines(count: int, text: str, kind: str = "") -> str:
     """`text` with its {lines}, {were} and {have} for so many of a `kind`: "1 line", "was", "has"; "3 calibration lines", "were", "have"."""
-    return text.format(lines=f"{count} {kind}line" + "s" * (count != 1), were="was" if count == 1 else "were", have="has" if count == 1 else "have")
+    return _of("lines", count, text, f"{kind}line")
 
 
 def of_images(count: int, text: str) -> str:
     """The same of {images}."""
-    return text.format(images=f"{count} image" + "s" * (count != 1), were="was" if count == 1 else "were", have="has" if count == 1 else "have")
+    return _of("images", count, text, "image")
+
+
+def _of(name: str, count: int, text: str, one: str) -> str:
+    return text.format(**{name: f"{count} {one}" + "s" * (count != 1)}, were="was" if count == 1 else "were", have="has" if count == 1 else "have")
 
 
 def log_failure(what: str, error: BaseException, level: int = logging.ERROR) -> None:

@@ -145,7 +145,7 @@ class Recording:
 
 def _convert(spool: Path, place: FailedScans) -> Path | None:
     """Spool file, locked by whoever calls, to HDF5; without room on the disk the spool is removed and None returned."""
-    from .files import ScanWriter
+    from .scan_files import ScanWriter
 
     number = spool.name.removesuffix(SPOOL).split("-")[-1]
     target = place.folder / f"failed-{time.strftime('%Y%m%d-%H%M%S')}-{number}.h5"

@@ -14,7 +14,9 @@ from pydantic import ValidationError
 from recon_core.train import TrainOptions
 from recon_core.volumes import Volume, read_volume
 
-from .files import FileError, ScanFile, open_hdf5, read_images, scans_in
+from .files import FileError, open_hdf5
+from .image_files import read_images
+from .scan_files import ScanFile, scans_in
 from .header import parse_header
 from .images import SERIES
 from .options import OptionsError, error_sentence, make_options, read_yaml

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from gadgets.files import ScanFile
+from gadgets.scan_files import ScanFile
 from gadgets.gather import gather
 from gadgets.header import parse_header
 from gadgets.options import make_options

@@ -12,7 +12,7 @@ import ismrmrd
 
 from gadgets import wire as w
 from gadgets.conformance.buffers import buckets, recon_data
-from gadgets.files import ScanFile
+from gadgets.scan_files import ScanFile
 from gadgets.header import parse_header
 
 

@@ -19,7 +19,9 @@ from gadgets import version
 from gadgets.cli import main
 from gadgets.commands.train import OPTIONS
 from gadgets.demo import EXAMPLE
-from gadgets.files import FileError, ImageWriter, ScanFile, ScanWriter, read_images
+from gadgets.files import FileError
+from gadgets.image_files import ImageWriter, read_images
+from gadgets.scan_files import ScanFile, ScanWriter
 from gadgets.flags import NOISE_BIT
 from gadgets.header import parse_header
 from gadgets.protocol import SimulateOptions

@@ -15,7 +15,7 @@ from peers import GadgetronPeer
 
 from gadgets.cli import main
 from gadgets.client import SendError, send_scan, _Pace
-from gadgets.files import ScanFile, ScanWriter
+from gadgets.scan_files import ScanFile, ScanWriter
 from gadgets.protocol import SimulateOptions
 
 

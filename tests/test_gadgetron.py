@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from conftest import run_chain
 
-from gadgets.files import ScanFile, read_images
+from gadgets.image_files import read_images
+from gadgets.scan_files import ScanFile
 from recon_core.prior import load_prior
 
 pytestmark = pytest.mark.gadgetron

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import line_like, load_small_scan, run_chain
 
-from gadgets.files import affine, write_nifti, write_png
+from gadgets.image_files import affine, write_nifti, write_png
 from gadgets.flags import NOISE_BIT
 from gadgets.geometry import Geometry
 from gadgets.images import make_images, to_pixels, to_recon_matrix

@@ -12,7 +12,7 @@ from test_variational import VOXEL, last, problem
 
 from gadgets.display import Display
 from gadgets.failure import ReconError
-from gadgets.files import ScanFile
+from gadgets.scan_files import ScanFile
 from gadgets.header import parse_header
 from gadgets.options import make_options
 from gadgets.recon import alone, reconstruct

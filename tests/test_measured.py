@@ -8,7 +8,7 @@ from benchmarks.scans import to_kspace, write_scan
 from conftest import DATA
 
 from gadgets.cli import main
-from gadgets.files import read_images
+from gadgets.image_files import read_images
 from recon_core.cg_sense import cg_sense
 from recon_core.fft import fft, ifft
 from recon_core.measurement import measure

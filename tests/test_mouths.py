@@ -16,7 +16,8 @@ from gadgets.cli import main
 from gadgets.client import SendError, send_scan
 from gadgets.conversation import Host, Intake
 from gadgets.external import answer_gadgetron
-from gadgets.files import ScanFile, read_images
+from gadgets.image_files import read_images
+from gadgets.scan_files import ScanFile
 from gadgets.server import Server
 from gadgets.solve import load_prior_for
 from gadgets.wire import ACQUISITION, ERROR, HEADER, IMAGE, QUERY, TEXT, Wire

@@ -14,7 +14,7 @@ from conftest import gathered, line_like, load_small_scan, run_chain
 from peers import GadgetronPeer, run_execute, same_images
 
 from gadgets.conformance.buffers import recon_data
-from gadgets.files import ScanFile
+from gadgets.scan_files import ScanFile
 from gadgets.gather import gather
 from gadgets.keep import FailedScans
 from gadgets.protocol import SimulateOptions

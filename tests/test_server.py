@@ -18,7 +18,7 @@ from gadgets.address import AddressError
 from gadgets.budget import Budget, free_memory, worth_an_image
 from gadgets.cli import main
 from gadgets.failure import ReconError
-from gadgets.files import ScanFile
+from gadgets.scan_files import ScanFile
 from gadgets.flags import LAST_BIT, NOISE_BIT
 from gadgets.gather import ScanError, gather
 from gadgets.header import parse_header
@@ -237,7 +237,7 @@ def test_a_kill_in_the_middle_of_the_conversion_leaves_nothing_behind_for_good(s
     for line in lines:
         recording.add(line)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("gadgets.files.ScanWriter.append", killed)
+        patch.setattr("gadgets.scan_files.ScanWriter.append", killed)
         patch.setattr("gadgets.keep.Recording._close", lambda self: self.file.close())  # a kill closes no more than this
         recording.keep()
     assert {path.suffix for path in tmp_path.iterdir()} == {".spool", ".partial"}

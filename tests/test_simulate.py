@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import line_like, run_chain, small_object
 
-from gadgets.files import ScanFile, affine
+from gadgets.image_files import affine
+from gadgets.scan_files import ScanFile
 from gadgets.header import parse_header
 from gadgets.options import make_options
 from gadgets.protocol import SimulateOptions

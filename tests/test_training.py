@@ -7,7 +7,9 @@ import pytest
 from conftest import load_small_scan, small_object
 
 from gadgets.cli import main
-from gadgets.files import FileError, ScanWriter, read_images
+from gadgets.files import FileError
+from gadgets.image_files import read_images
+from gadgets.scan_files import ScanWriter
 from gadgets.protocol import SimulateOptions
 from gadgets.training import find_volumes, load_volumes
 

@@ -11,7 +11,7 @@ from conftest import load_small_scan, random_complex, run_chain, small_object
 
 from gadgets import recon, solve
 from gadgets.failure import ReconError
-from gadgets.files import ScanFile
+from gadgets.scan_files import ScanFile
 from gadgets.flags import NOISE_BIT
 from gadgets.header import parse_header
 from gadgets.options import make_options

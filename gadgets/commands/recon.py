@@ -16,7 +16,7 @@ from .arguments import add_options, given_options
 if TYPE_CHECKING:
     import ismrmrd
 
-    from ..files import ImageWriter
+    from ..image_files import ImageWriter
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +35,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Reconstruct; 0 when all images were written. If some could not be made, the others are written all the same."""
     from ..failure import ReconError, of_images, sentence
-    from ..files import ImageWriter
+    from ..image_files import ImageWriter
 
     options = make_options(given_options(arguments))
     _check_places(arguments)
@@ -73,7 +73,8 @@ def _reconstruct(arguments: argparse.Namespace, options: Options, display: Displ
         FileError: after the images of what can be read of a file that is damaged.
     """
     from ..failure import sentence
-    from ..files import FileError, ScanFile, until_damaged
+    from ..files import FileError
+    from ..scan_files import ScanFile, until_damaged
     from ..geometry import read_geometry
     from ..header import parse_header
     from ..images import SERIES, image_kind, notes_of
@@ -93,14 +94,16 @@ def _reconstruct(arguments: argparse.Namespace, options: Options, display: Displ
                 display.note(notes_of(image))
                 yield image
         except ValueError as error:  # volumes that failed, perhaps for want of what the file has lost
-            raise FileError("; ".join(sentence(e) for e in (*damage, error))) from error if damage else error
+            if not damage:
+                raise
+            raise FileError("; ".join(sentence(e) for e in (*damage, error))) from error
         for error in damage:
             raise error
 
 
 def _write_copies(arguments: argparse.Namespace, images: list[ismrmrd.Image]) -> None:
     """NIfTI and PNG, where they were asked for."""
-    from ..files import join_partitions, write_nifti, write_png
+    from ..image_files import join_partitions, write_nifti, write_png
     from ..images import SERIES
 
     volumes = join_partitions(images)

@@ -28,7 +28,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Send the scan; 0 when all images that it promises came."""
     from ..client import send_scan
     from ..failure import of_images
-    from ..files import ImageWriter, ScanFile, check_apart
+    from ..files import check_apart
+    from ..image_files import ImageWriter
+    from ..scan_files import ScanFile
     from ..images import notes_of
 
     check_apart(arguments.scan, arguments.images)

@@ -208,7 +208,7 @@ def lost_solver(bench: Bench) -> str:
 
 @case("the raw data of a failed scan are kept and can be reconstructed from the file", limit_s=15, needs="process")
 def replay(bench: Bench) -> str:
-    from ..files import ScanFile
+    from ..scan_files import ScanFile
 
     before = set(bench.kept.glob("failed-*.h5"))
     bench.scan(prior="nonesuch")

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import ScanFile
+from ..scan_files import ScanFile
 from ..simulate import SimulateOptions, simulate
 from . import peer as p
 

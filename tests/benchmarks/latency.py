@@ -23,7 +23,7 @@ from scans import save_table
 from gadgets.conformance.peer import ACQUISITION, CLOSE, IMAGE, Peer, close, config_name, gadgetron_config, text_message
 from gadgets.conformance.peer import HEADER as HEADER_ID
 from gadgets.demo import EXAMPLE
-from gadgets.files import ScanFile
+from gadgets.scan_files import ScanFile
 from gadgets.header import parse_header
 from gadgets.options import make_options
 from gadgets.recon import reconstruct

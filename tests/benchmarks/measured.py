@@ -22,7 +22,7 @@ import torch
 from scans import save_table, to_kspace, write_scan
 
 from gadgets.cli import main as slicediff
-from gadgets.files import read_images
+from gadgets.image_files import read_images
 from recon_core.metrics import object_mask, psnr
 from recon_core.simulate import sampling_mask
 

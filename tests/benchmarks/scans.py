@@ -10,7 +10,7 @@ import ismrmrd
 import numpy as np
 import torch
 
-from gadgets.files import ScanWriter
+from gadgets.scan_files import ScanWriter
 from gadgets.protocol import SimulateOptions, make_header
 from recon_core.fft import fft
 
