@@ -24,7 +24,7 @@ setup(
         "ismrmrd>=1.14.2,<1.16",  # acquisitions, images, headers; 1.14.1 and before write broken XML
         "xsdata>=24.5",  # headers, more tolerantly than ismrmrd lets it (which needs it anyway)
         "gadgetron>=1.4.1,<2",  # starts us from <execute>
-        "h5py>=3.7",  # block-wise reading of ISMRMRD files (ismrmrd needs it anyway)
+        "h5py>=3.10",  # block-wise reading of ISMRMRD files (ismrmrd needs it anyway)
         "pyyaml>=6",  # presets
         "pydantic>=2.6,<3",  # validated options with an error for each wrong value
         "safetensors>=0.4.3",  # weights without pickle

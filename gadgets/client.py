@@ -51,8 +51,7 @@ def send_scan(
     Raises:
         SendError: when the server cannot be reached, reports an error, or sends fewer images than expected.
     """
-    with _connected(host, port) as sock:
-        wire = w.Wire(sock, timeout_s)
+    with _connected(host, port) as sock, w.Wire(sock, timeout_s) as wire:
         sender = _Sender(scan, wire, config, on_sent, realtime)
         sender.start()
         came, failure, gone = Counter(), "", ""
@@ -79,8 +78,7 @@ def send_scan(
 
 def ask(host: str, port: int, question: str, timeout_s: float = 10.0) -> str:
     """A server's answer to a query; SendError if there is none."""
-    with _connected(host, port) as sock:
-        wire = w.Wire(sock, timeout_s)
+    with _connected(host, port) as sock, w.Wire(sock, timeout_s) as wire:
         wire.send_query(question)
         wire.close()
         try:

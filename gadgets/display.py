@@ -29,7 +29,8 @@ class Display:
         return self
 
     def __exit__(self, *exception) -> None:
-        self.bars.stop()
+        if not self.bars.disable:  # rich before 14.3 would print an empty line
+            self.bars.stop()
 
     def say(self, text: str) -> None:
         """Show a line; "sweep 3/30" or "error map 3/30" moves its bar instead."""

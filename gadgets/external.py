@@ -17,8 +17,8 @@ log = logging.getLogger("slicediff")
 
 def slice_diffusion(connection) -> None:
     """Reconstruct the scan of one Gadgetron connection (after its handshake); its owner closes it."""
-    wire = Wire(connection.socket.socket)
-    answer_gadgetron(wire, connection.raw_bytes.config, connection.raw_bytes.header)
+    with Wire(connection.socket.socket) as wire:
+        answer_gadgetron(wire, connection.raw_bytes.config, connection.raw_bytes.header)
 
 
 def answer_gadgetron(wire: Wire, config_xml: bytes, header_xml: bytes, defaults: dict | None = None, host: Host | None = None) -> bool:

@@ -131,7 +131,7 @@ def _join(parts: list[ismrmrd.Image], number: int) -> ismrmrd.Image:
     """One image of partitions in order; the place of pixel n//2 is that of the partition n//2."""
     joined = ismrmrd.Image.from_array(np.concatenate([part.data[0] for part in parts]), transpose=False)
     head, (x, y, z) = parts[len(parts) // 2].getHead(), parts[0].field_of_view
-    head.matrix_size, head.field_of_view, head.image_index = joined.matrix_size, (x, y, z * len(parts)), number
+    head.matrix_size, head.field_of_view, head.image_index = joined.getHead().matrix_size, (x, y, z * len(parts)), number
     joined.setHead(head)
     joined.meta = parts[0].meta
     return joined

@@ -132,8 +132,14 @@ class Wire:
             return True
 
     def release(self) -> None:
-        """Let go of the socket, which stays its owner's to close."""
+        """Let go of the socket, which stays its owner's to close; until then its `close` does not reach the peer."""
         self.stream.close()
+
+    def __enter__(self) -> Wire:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.release()
 
     def drain(self) -> None:
         """Read and forget what the peer still sends, so that closing does not destroy our last words."""

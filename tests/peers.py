@@ -57,7 +57,10 @@ class GadgetronPeer:
                 yield struct.pack("<H", 1008) + line.to_bytes()
 
     def _receive(self) -> None:
-        stream = self.sock.makefile("rb")
+        with self.sock.makefile("rb") as stream:
+            self._take(stream)
+
+    def _take(self, stream) -> None:
         while True:
             kind = struct.unpack("<H", self._exactly(stream, 2))[0]
             if kind == 4:
@@ -106,6 +109,7 @@ class ClientPeer:
         return self
 
     def __exit__(self, *exception):
+        self.wire.release()
         self.sock.close()
 
     def talk(self, scan: ScanFile | None, name: str = "default", text: str | None = None, lines: int | None = None, close: bool = True):

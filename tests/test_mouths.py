@@ -106,15 +106,13 @@ def test_what_comes_in_the_middle_of_a_scan(full):
 def test_answers_do_not_cut_into_what_is_being_sent():
     """Two threads, one connection: messages come out whole."""
     ours, theirs = socket.socketpair()
-    with ours, theirs:
-        wire, peer = Wire(ours), Wire(theirs, timeout_s=20)
+    with ours, theirs, Wire(ours) as wire, Wire(theirs, timeout_s=20) as peer:
         threads = [threading.Thread(target=lambda text=text: [wire.send_text(text * 300_000) for _ in range(10)]) for text in "ab"]
         for thread in threads:
             thread.start()
         texts = [text for _, (_, text) in zip(range(20), peer.messages())]
         for thread in threads:
             thread.join()
-        wire.release(), peer.release()
     assert all(set(text) in ({"a"}, {"b"}) and len(text) == 300_000 for text in texts)
 
 
@@ -184,8 +182,7 @@ def test_unknown_configuration_is_refused_by_name(server, scan_path, expected):
 def test_a_name_may_come_as_text(server, scan_path):
     """Some hosts send the name of a configuration where others send its XML."""
     for name, count in (("fast", 2), ("slicediff_connect.xml\0", 2), ("nonesuch", 0)):
-        with ScanFile(scan_path) as scan, socket.create_connection(server.server_address[:2]) as sock:
-            wire = Wire(sock, 60)
+        with ScanFile(scan_path) as scan, socket.create_connection(server.server_address[:2]) as sock, Wire(sock, 60) as wire:
             wire.send_config(name)
             wire.send_header(scan.header_xml)
             for line in scan.acquisitions():
@@ -201,8 +198,7 @@ def test_a_hosts_own_parameters_are_left_aside_and_named(server, scan_path):
 
 
 def test_images_instead_of_raw_data_are_told(server, scan_path, expected):
-    with ScanFile(scan_path) as scan, socket.create_connection(server.server_address[:2]) as sock:
-        wire = Wire(sock, 60)
+    with ScanFile(scan_path) as scan, socket.create_connection(server.server_address[:2]) as sock, Wire(sock, 60) as wire:
         wire.send_config_file("default")
         wire.send_header(scan.header_xml)
         for image in expected:
@@ -214,8 +210,7 @@ def test_images_instead_of_raw_data_are_told(server, scan_path, expected):
 
 def test_a_client_is_told_at_once_what_is_refused(server, scan_path):
     """Not after the scan, which a client may take minutes to send."""
-    with ScanFile(scan_path) as scan, socket.create_connection(server.server_address[:2]) as sock:
-        wire = Wire(sock, 10)
+    with ScanFile(scan_path) as scan, socket.create_connection(server.server_address[:2]) as sock, Wire(sock, 10) as wire:
         wire.send_config_file("nonesuch")
         wire.send_header(scan.header_xml)
         messages = wire.messages()
@@ -260,11 +255,9 @@ def test_who_sends_on_after_an_unknown_message_gets_the_sentence(scan_path):
 
     def gadget():
         sock, _ = listener.accept()
-        with sock:
-            wire = Wire(sock)
+        with sock, Wire(sock) as wire:
             answer_gadgetron(wire, b"<configuration/>", xml)
             wire.close()
-            wire.release()
 
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as sock:
         thread = threading.Thread(target=gadget)

@@ -216,13 +216,13 @@ def test_the_wire_reads_it_and_a_cut_is_an_error(noiseless_path, full):
         with ours, theirs:
             sender = threading.Thread(target=lambda: (theirs.sendall(sent), theirs.shutdown(socket.SHUT_WR)))
             sender.start()
-            wire = Wire(ours, timeout_s=10)
-            if len(sent) > 1000:
-                ((kind, item),) = wire.messages()
-                assert kind == RECON_DATA and item.bits[0].data.data.shape[-1] == 24
-            else:
-                with pytest.raises(WireError, match="ended before its CLOSE"):
-                    list(wire.messages())
+            with Wire(ours, timeout_s=10) as wire:
+                if len(sent) > 1000:
+                    ((kind, item),) = wire.messages()
+                    assert kind == RECON_DATA and item.bits[0].data.data.shape[-1] == 24
+                else:
+                    with pytest.raises(WireError, match="ended before its CLOSE"):
+                        list(wire.messages())
             sender.join()
 
 

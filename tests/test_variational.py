@@ -300,7 +300,7 @@ def test_averages_weigh_as_their_number():
     kspace, mask, noise, _ = problem()
     once = measure(kspace, mask, VOXEL, noise)
     twice = measure(2 * kspace, 2 * mask, VOXEL, np.sqrt(2) * noise)
-    torch.testing.assert_close(np.sqrt(2) * twice.adjoint, once.adjoint, rtol=1e-4, atol=1e-3)
+    assert float((np.sqrt(2) * twice.adjoint - once.adjoint).abs().max() / once.adjoint.abs().max()) < 1e-3
     assert twice.sigma == pytest.approx(once.sigma / np.sqrt(2))
 
 

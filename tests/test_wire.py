@@ -15,9 +15,8 @@ from gadgets.wire import ACQUISITION, TEXT, QueuedWire, Wire, WireError
 @pytest.fixture
 def pair():
     ours, theirs = socket.socketpair()
-    yield Wire(ours, timeout_s=5), theirs
-    ours.close()
-    theirs.close()
+    with ours, theirs, Wire(ours, timeout_s=5) as wire:
+        yield wire, theirs
 
 
 def an_acquisition():
@@ -41,14 +40,23 @@ def test_a_slow_peer_that_goes_on_reading_gets_all_of_a_large_message(kind):
         assert time.monotonic() - began > 1
         if kind is QueuedWire:
             wire.flush()
+        wire.release()
 
 
 def test_a_peer_that_takes_nothing_is_given_up():
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        wire = Wire(ours, timeout_s=0.2)
-        with pytest.raises(TimeoutError):
+        with Wire(ours, timeout_s=0.2) as wire, pytest.raises(TimeoutError):
             wire.send_text("x" * 4_000_000)
+
+
+def test_the_peer_hears_of_a_close_after_the_wire_was_released():
+    ours, theirs = socket.socketpair()
+    with theirs:
+        theirs.settimeout(5)
+        with ours, Wire(ours):
+            pass
+        assert theirs.recv(1) == b""
 
 
 def test_golden_bytes(pair):
