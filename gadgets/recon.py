@@ -95,7 +95,8 @@ def look(scan: Scan, options: Options, report: Report) -> tuple[Measurement, tor
 
 def _look(scan: Scan, options: Options, device: torch.device, report: Report, louder: float = 1.0) -> tuple[Measurement, torch.Tensor]:
     reference = scan.phase_reference.get(len(scan.kspace))
-    measurement = measure(scan.kspace, scan.counts, scan.geometry.voxel_mm, scan.noise, scan.calibration, options.coils, device, reference, louder, options.error_map, scan.brightness)
+    how = dict(coils=options.coils, device=device, phase_reference=reference, louder=louder, keep_lines=options.error_map, brightness=scan.brightness)
+    measurement = measure(scan.kspace, scan.counts, scan.geometry.voxel_mm, scan.noise, scan.calibration, **how)
     scan.phase_reference.setdefault(len(scan.kspace), measurement.mixing[0].cpu())
     report("measured", {"coils": measurement.operator.maps.shape[1], "acs": list(measurement.acs), "warnings": scan.warnings + measurement.warnings})
     preview = cg_sense(measurement)

@@ -100,6 +100,7 @@ def measure(
     voxel_mm: tuple[float, float, float],
     noise: Tensor | None = None,
     calibration: tuple[Tensor, Tensor] | None = None,
+    *,
     coils: int = 12,
     device: str | torch.device = "cpu",
     phase_reference: Tensor | None = None,
