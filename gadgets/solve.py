@@ -18,7 +18,6 @@ from recon_core.measurement import Measurement, measure
 from recon_core.methods import METHODS
 from recon_core.metrics import object_mask
 from recon_core.prior import Prior, PriorError, load_prior
-from recon_core.scale import intensity_scale
 from recon_core.state import State
 from recon_core.trust import Trust, judge
 from recon_core.variational import VariationalConfig
@@ -86,7 +85,7 @@ def estimate_error(measurement: Measurement, preview: torch.Tensor, prior, optio
         raise ReconError(f"the error map was not made: {sentence(error)}") from error
     if stopped:
         raise ReconError(f"the error map was not made: {stopped[0]}")
-    scale, inside = intensity_scale(preview, measurement.voxel_mm), object_mask(preview)
+    scale, inside = measurement.brightness(preview), object_mask(preview)
     percent = 100 * float(volume[inside].abs().square().mean().sqrt()) / scale
     return Outcome(volume, f"estimated error of {METHODS[options.method].title}", [f"the error is estimated at {percent:.2g} % of tissue brightness, root mean square inside the object"])
 

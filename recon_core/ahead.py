@@ -35,7 +35,7 @@ class Ahead(Iterator):
     def __init__(self, source: Iterable, room: int = 1, to_the_end: bool = False):
         self.items: queue.Queue = queue.Queue(room)
         self.closed, self.to_the_end = threading.Event(), to_the_end
-        self.thread = threading.Thread(target=self._run, args=(source,), name="ahead", daemon=True)
+        self.thread = threading.Thread(target=self._run, args=(source,), name=threading.current_thread().name, daemon=True)  # the log tells whose work it does
         self.thread.start()
 
     def take(self, wait_s: float | None = None) -> Any:

@@ -30,6 +30,8 @@ class Measurement:
     `adjoint` is A^H y [z y x]; `energy` is ||y||^2, for the data misfit without keeping y;
     sigma is the noise of y per real part, `sigma_shown` what the scan's own outer lines show of it at most (0: unknown);
     `mixing` [virtual coils coils] made y from the coils. `lines` is y [virtual coils z y x] itself, where the prior may learn from it (pupil.py) or the error is to be estimated (jackknife.py).
+    `tissue` is the brightness of tissue where the scan itself shows it badly: a lattice of lines whose centre came with a
+    separate calibration alone. A^H y is R times too dark there.
     """
 
     operator: Sense
@@ -44,6 +46,7 @@ class Measurement:
     sigma_shown: float = 0.0
     warnings: list[str] = field(default_factory=list)
     lines: Tensor | None = None
+    tissue: float | None = None
 
     def to(self, device: str | torch.device) -> Measurement:
         """The same on `device`."""
@@ -88,9 +91,13 @@ class Measurement:
         found = min(self.misfit(image), self.sigma_shown / self.sigma)
         return found if found > QUIET else 1.0
 
+    def brightness(self, image: Tensor) -> float:
+        """Of tissue, by `image` [z y x] unless the calibration knows better."""
+        return intensity_scale(image, self.voxel_mm) if self.tissue is None else self.tissue
+
     def in_tissue_units(self, image: Tensor) -> tuple[float, float, Tensor, Tensor]:
         """(scale, noise level / scale, image / scale, A^H y / scale), the prior's units, with the scale of `image` [z y x]."""
-        scale = intensity_scale(image, self.voxel_mm)
+        scale = self.brightness(image)
         return scale, self.noise_level(image) / scale, image / scale, self.adjoint / scale
 
 
@@ -155,7 +162,9 @@ def measure(
     samples = int((mask > 0).sum()) * data.shape[0] * data.shape[-1]
     sigma, shown = (level / most**0.5 for level in (whitened.sigma, whitened.shown))
     kept = data if keep_lines or len(usable_axes(operator.shape)) == 1 else None
-    return Measurement(operator, operator.adjoint(data), energy_of(data), samples, sigma, voxel_mm, acs_size, mixing, whitened.known, shown, warnings, kept)
+    adjoint = operator.adjoint(data)
+    tissue = _calibrated_brightness(operator, adjoint, acs, voxel_mm) if calibration is not None and _thin(find_acs(counts), counts.shape) else None
+    return Measurement(operator, adjoint, energy_of(data), samples, sigma, voxel_mm, acs_size, mixing, whitened.known, shown, warnings, kept, tissue)
 
 
 def inner(a: Tensor, b: Tensor) -> float:
@@ -193,6 +202,31 @@ def _calibration_block(reference: Tensor, lines: Tensor, factor: Tensor, mixing:
     block = cut_acs(reference, size)
     averaged = centre_crop_or_pad(factor * lines.sqrt(), size).square().mean().sqrt()
     return _mix(mixing, block * centre_crop_or_pad(factor, block.shape[1:3])[..., None]), size, float(averaged)
+
+
+def _thin(size: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether calibration lines of `size` (z, y) are too few for coil maps."""
+    return any(n < min(MIN_ACS, full) for n, full in zip(size, shape))
+
+
+def _calibrated_brightness(operator: Sense, adjoint: Tensor, acs: Tensor, voxel_mm: tuple[float, float, float]) -> float | None:
+    """Brightness of tissue in the image of the calibration lines, times the factor that makes it explain y best; None if there is none.
+
+    Calibration may be of another contrast or gain; of A x no more than its own part of k-space is compared with y.
+    """
+    if not acs.numel():
+        return None
+    image, maps = torch.zeros_like(adjoint), operator.coil_maps()
+    for coil, of_coil in zip(acs, maps):
+        image += of_coil.to(image.device).conj() * _low_resolution(coil.to(image.device), operator.shape)
+    explained = inner(image, operator.normal(image))
+    found = float(torch.vdot(image.flatten(), adjoint.flatten()).abs())
+    return found / explained * intensity_scale(image, voxel_mm) if found and explained else None
+
+
+def _low_resolution(coil: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Image [z y x] of `shape` of a block that cut_acs made [z y x]."""
+    return centre_crop_or_pad(ifft(centre_crop_or_pad(coil, (*shape[:2], widened(shape[2]))), (0, 1, 2)), shape)
 
 
 def _innermost(kspace: Tensor, counts: Tensor, lines: int = 64) -> Tensor:
@@ -247,8 +281,7 @@ def _maps(acs: Tensor, sigma: float, size: tuple[int, int], whole: tuple[int, ..
     everywhere = torch.ones(shape, device=home)
     if whole[0] == 1:
         return torch.ones(whole, dtype=acs.dtype, device=home), everywhere, []
-    thin = [n for n, full in zip(size, shape) if n < min(MIN_ACS, full)]
-    if thin:
+    if _thin(size, shape):
         few = (
             f"calibration lines cover only {size[0]} x {size[1]} (z x y) of the k-space centre, "
             f"{MIN_ACS} x {MIN_ACS} are wanted: coil maps were made from a smoothed image and may be poor"
@@ -262,9 +295,9 @@ def _support(acs: Tensor, shape: tuple[int, int, int]) -> Tensor:
 
     Maps that are zero in air remove a third to a half of the unknowns (about 1 dB for CG-SENSE).
     """
-    energy, whole = torch.zeros(shape, device=acs.device), (*shape[:2], widened(shape[2]))
+    energy = torch.zeros(shape, device=acs.device)
     for coil in acs * _window(acs):  # one by one, to hold one image and not all of them
-        energy += centre_crop_or_pad(ifft(centre_crop_or_pad(coil, whole), (0, 1, 2)), shape).abs().square()
+        energy += _low_resolution(coil, shape).abs().square()
     blurred = energy.sqrt()
     inside = blurred > 0.025 * torch.quantile(evenly(blurred, 100_000), 0.99)
     grow = [min(5, n if n % 2 else n - 1) for n in inside.shape]

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .measurement import Measurement
-from .scale import intensity_scale
 from .slices import Denoiser
 from .state import State
 
@@ -49,7 +48,7 @@ def reconstruct_wavelet(
     """
     random = torch.Generator().manual_seed(seed)
     threshold = config.strength * measurement.noise_level(start)
-    sigma = threshold / intensity_scale(start, measurement.voxel_mm)
+    sigma = threshold / measurement.brightness(start)
     x = ahead = start
     t = 1.0
     for iteration in range(1, config.iterations + 1):

@@ -90,10 +90,10 @@ def test_a_sentence_names_the_volumes_that_failed_and_stays_short(tmp_path):
     (RuntimeError("CUDA error: an illegal memory access was encountered"), "the GPU failed, and it will until this process is started again"),
 ])  # fmt: skip
 def test_a_gpu_that_cannot_take_the_preview_leaves_it_to_the_cpu(scan_path, prior, monkeypatch, failure, reason):
-    def small_gpu(*args):
-        if any(isinstance(a, torch.device) and a.type == "cuda" for a in args):
+    def small_gpu(*args, device, **how):
+        if device.type == "cuda":
             raise failure
-        return measure(*args)
+        return measure(*args, device=device, **how)
 
     monkeypatch.setattr(recon, "measure", small_gpu)
     for module in (recon, solve):

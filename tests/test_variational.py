@@ -356,6 +356,22 @@ def test_separate_calibration_lines_make_the_maps():
     assert measurement.acs[0] >= 9
 
 
+@pytest.mark.parametrize("gain", [1.0, 0.2])
+def test_a_lattice_without_a_centre_square_takes_its_brightness_from_the_calibration(gain):
+    """Whatever gain that has; A^H y alone is four times too dark, CG-SENSE was half as bright and so was what the prior took for tissue."""
+    kspace, _, noise, reference = problem(coils=8, acceleration=1.0)
+    calibration, lattice = torch.zeros(24, 28), torch.zeros(24, 28)
+    calibration[5:19, 7:21] = lattice[::2, ::2] = 1
+    measurement = measure(kspace * lattice[..., None], lattice, VOXEL, noise, (gain * kspace * calibration[..., None], calibration))
+    true = intensity_scale(reference, VOXEL) / float(noise.abs().square().mean().sqrt() / 2**0.5)
+    assert measurement.tissue == pytest.approx(true, rel=0.1)
+    assert intensity_scale(measurement.adjoint, VOXEL) < 0.5 * true
+    assert intensity_scale(cg_sense(measurement), VOXEL) == pytest.approx(true, rel=0.2)
+    assert measurement.in_tissue_units(cg_sense(measurement))[0] == measurement.tissue
+    own = measure(kspace * (lattice + calibration).clamp_max(1)[..., None], (lattice + calibration).clamp_max(1), VOXEL, noise, (kspace * calibration[..., None], calibration))
+    assert own.tissue is None
+
+
 def test_an_estimated_noise_level_is_bounded_by_the_residual():
     """Six coils, fully sampled, noise half of what was estimated: the least-squares residual tells."""
     shape, coils = (16, 18, 14), 6
