@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import logging
 import socket
 import socketserver
 import threading
+import time
 
 log = logging.getLogger("slicediff")
+PASSING = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED}  # troubles of one moment: listen on
+RETRY_S = 0.1
 
 
 class AddressError(Exception):
@@ -70,8 +73,30 @@ class Listening(socketserver.TCPServer):
         self.others.append(listener)
 
         def accept() -> None:
-            with contextlib.suppress(OSError):  # closed
-                while True:
-                    self.process_request(*listener.accept())
+            while True:
+                try:
+                    self._take(*listener.accept())
+                except OSError as error:
+                    if error.errno not in PASSING:
+                        return  # closed
+                    log.error("a connection on %s could not be taken: %s", host, error.strerror)
+                    time.sleep(RETRY_S)
 
         threading.Thread(target=accept, name="accept", daemon=True).start()
+
+    def _take(self, connection: socket.socket, peer) -> None:
+        try:
+            self.process_request(connection, peer)
+        except RuntimeError as error:  # no thread can be started
+            log.error("the connection with %s could not be taken: %s", peer, error)
+            self.shutdown_request(connection)
+
+    def get_request(self) -> tuple[socket.socket, object]:
+        """The next connection; where there is no descriptor for it, that is told, and not asked again at once."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in PASSING:
+                log.error("a connection could not be taken: %s", error.strerror)
+                time.sleep(RETRY_S)
+            raise

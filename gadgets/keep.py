@@ -38,7 +38,7 @@ class FailedScans:
             raise ValueError(f"the room for failed scans must be above 0 and at most {MOST_GIB:g} GiB, got {gib:g}")
         self.folder, self.max_bytes = Path(folder), int(gib * 2**30)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # headers tell who the patient is
         except FileExistsError:
             raise NotADirectoryError(f"failed scans cannot be kept in {folder}: it is a file") from None
         probe = self.folder / f"probe-{os.getpid()}{SPOOL}"
@@ -51,8 +51,8 @@ class FailedScans:
         """Begin to record a scan."""
         return Recording(self, header_xml)
 
-    def prune(self) -> None:
-        """Remove the oldest scans until the rest is small enough."""
+    def prune(self, newest: Path | None = None) -> None:
+        """Remove the oldest scans until the rest is small enough; `newest` stays whatever the clock said of the others."""
         with self.pruning:
             scans = []
             for path in self.folder.glob("failed-*.h5"):
@@ -62,6 +62,8 @@ class FailedScans:
             for _, size, path in sorted(scans):
                 if total <= self.max_bytes:
                     return
+                if path == newest:
+                    continue
                 total -= size
                 path.unlink(missing_ok=True)
                 log.warning("removed %s: the failed scans took more than %.3g GiB", path, self.max_bytes / 2**30)
@@ -81,7 +83,7 @@ class Recording:
         self.place, self.bytes, self.lines, self.file = place, 0, 0, None
         self.path = place.folder / f"scan-{os.getpid()}-{time.time_ns()}{SPOOL}"
         try:
-            self.file = open(self.path, "wb", buffering=0)  # a killed process has lost nothing
+            self.file = open(self.path, "wb", buffering=0, opener=_private)  # unbuffered: a killed process has lost nothing
             _lock(self.file)
         except OSError as error:
             self._give_up(error)
@@ -143,6 +145,10 @@ class Recording:
         self.path.unlink(missing_ok=True)
 
 
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
 def _convert(spool: Path, place: FailedScans) -> Path | None:
     """Spool file, locked by whoever calls, to HDF5; without room on the disk the spool is removed and None returned."""
     from .scan_files import ScanWriter
@@ -157,9 +163,10 @@ def _convert(spool: Path, place: FailedScans) -> Path | None:
             with ScanWriter(partial, stream.read(struct.unpack("<I", stream.read(4))[0])) as writer:
                 for line in _lines(stream):
                     writer.append(line)
+        partial.chmod(0o600)
         partial.rename(target)
         log.warning("the failed scan was kept: %s", target)
-        place.prune()
+        place.prune(target)
     except (OSError, RuntimeError, ValueError, struct.error) as error:  # h5py tells of a full disk in several ways
         log.error("the raw data of a failed scan could not be kept: %s", error)
     partial.unlink(missing_ok=True)

@@ -68,6 +68,8 @@ def reconstruct(header, items: Iterable, prior, options: Options, report: Report
             outcome = solve(measurement, preview, prior, options, report, hurry)
             if not (outcome.failure and options.preview):
                 yield from images(outcome.volume, series=SERIES["final"], name=outcome.name, notes=notes + outcome.remarks)
+            for text in outcome.remarks:
+                log.warning("%s: %s", volume, text)
             for text in outcome.failure:
                 failures.setdefault(text, []).append(volume)
             if options.error_map and not outcome.failure:

@@ -106,6 +106,7 @@ class Handler(socketserver.BaseRequestHandler):
     server: Server
 
     def setup(self) -> None:
+        threading.current_thread().name = "{}:{}".format(*self.client_address[:2])  # in the log; threads of this scan inherit it
         limits = self.server.limits
         self.request.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in KEEPALIVE.items():

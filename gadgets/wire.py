@@ -39,6 +39,10 @@ class WireError(Exception):
     """The stream broke its protocol or ended early; the message is one sentence."""
 
 
+class PeerGone(OSError):
+    """Nobody takes what is sent; the message is one sentence."""
+
+
 class Wire:
     """Reads and writes messages on a connected socket.
 
@@ -301,7 +305,7 @@ class QueuedWire(Wire):
 
     def _send(self, data: bytes) -> None:
         if self.failure is not None:
-            raise OSError(f"the peer takes no more messages: {self.failure}")
+            raise PeerGone(f"the peer takes no more messages: {self.failure}")
         self.outgoing.put(data)
 
     def _write(self) -> None:

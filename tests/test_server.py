@@ -1,7 +1,11 @@
 """What the server grants: turns, memory, addresses, a page of health, a folder of failed scans."""
 
+import errno
 import json
+import logging
+import os
 import re
+import socket
 import sys
 import threading
 import time
@@ -162,6 +166,41 @@ def test_addresses(host, reachable, prior):
         server.shutdown()
 
 
+def test_a_moment_without_descriptors_ends_no_address(prior, monkeypatch, caplog):
+    monkeypatch.setattr("gadgets.address.resolve", lambda host, port: [(socket.AF_INET, (host, port)) for host in ("127.0.0.1", "127.0.0.2")])
+    troubles, accept = [errno.EMFILE] * 3 + [errno.ECONNABORTED], socket.socket.accept
+
+    def flaky(listener):
+        if troubles:
+            listener.settimeout(0.05)  # the listener of the other address waits for ever
+            raise OSError(troubles.pop(), "no descriptor")
+        listener.settimeout(None)
+        return accept(listener)
+
+    with Server(("both", 0), FAST, lambda options: prior) as server:
+        monkeypatch.setattr(socket.socket, "accept", flaky)
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        for address in ("127.0.0.2", "127.0.0.1") * 3:
+            with ClientPeer((address, server.server_address[1])) as peer:
+                assert peer.talk(None) == ([], [])
+        server.shutdown()
+    assert troubles == [] and "could not be taken" in caplog.text
+
+
+def test_log_lines_tell_whose_scan_it_is(scan_path, prior, caplog):
+    """By the thread's name, also of what is computed in other threads; an image that was cut short leaves a line."""
+    caplog.set_level(logging.INFO, "slicediff")
+    with running(FAST | {"sweeps": 900, "deadline_s": 0.5, "method": "diffusion"}, lambda options: prior) as server:
+        with ClientPeer(server.server_address) as peer, ScanFile(scan_path) as scan:
+            name = "{}:{}".format(*peer.sock.getsockname())
+            peer.talk(scan)
+        while server.talking:
+            time.sleep(0.01)
+    of_scan = [record for record in caplog.records if "connection from" not in record.message]
+    assert {record.threadName for record in of_scan} == {name}
+    assert any("stopped at the deadline of 0.5 s" in record.message and record.levelno == logging.WARNING for record in of_scan)
+
+
 def get(port, path):
     with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as reply:
         return reply.read().decode()
@@ -218,6 +257,7 @@ def test_failed_scans_are_kept_oldest_removed_first(scan_path, prior, tmp_path):
     assert same_images(run_chain(kept[0], prior), run_chain(scan_path, prior))
     FailedScans(tmp_path, 2.5 * kept[0].stat().st_size / 2**30).prune()
     assert sorted(tmp_path.iterdir()) == sorted(kept[1:])
+    assert {path.stat().st_mode & 0o777 for path in kept[1:]} == {0o600}
     tiny = FailedScans(tmp_path, 1e-6).record(header)
     for line in lines:
         tiny.add(line)
@@ -245,6 +285,22 @@ def test_a_kill_in_the_middle_of_the_conversion_leaves_nothing_behind_for_good(s
     (found,) = tmp_path.iterdir()
     with ScanFile(found) as kept:
         assert len(kept) == len(lines)
+
+
+def test_a_clock_that_was_put_back_removes_no_new_scan(scan_path, tmp_path):
+    with ScanFile(scan_path) as scan:
+        header, lines = scan.header_xml, list(scan.acquisitions())
+    kept = []
+    for _ in range(2):
+        place = FailedScans(tmp_path, 1.5 * kept[0].stat().st_size / 2**30 if kept else 1.0)
+        for path in kept:
+            os.utime(path, (time.time() + 86400,) * 2)
+        recording = place.record(header)
+        for line in lines:
+            recording.add(line)
+        kept.append(recording.keep())
+        time.sleep(0.01)
+    assert list(tmp_path.iterdir()) == kept[1:]
 
 
 def test_old_scans_are_removed_by_several_threads_at_once(tmp_path):
