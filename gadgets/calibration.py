@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import ismrmrd
+import numpy as np
 
 from .failure import of_lines
 from .geometry import Geometry, ScanError, read_geometry
@@ -12,6 +13,7 @@ from .readout import Readout
 from .volume import Grid, shift_between
 
 ENOUGH = 0.5  # of the lines of the fullest calibration: those with fewer are strays
+AWAY_MM, TURNED_DEGREES = 5.0, 3.0  # of calibration against the image; maps are smooth
 Place = tuple[int, int, int, int]  # slice, contrast, set, phase
 
 
@@ -48,6 +50,7 @@ class Calibrations:
         if where is not None:
             its = max(oversampling, self._of_image(key[1])) if own[0] is self.image else oversampling
             grid.add(line, where, own[1], its)
+            grid.head = grid.head or line.getHead()
 
     def image_has(self, contrast: int, oversampling: int) -> None:
         """Be told the oversampling of the image's lines."""
@@ -118,6 +121,19 @@ class Calibrations:
             except (ScanError, IndexError):
                 self.encodings[number] = None
         return self.encodings[number]
+
+
+def lies_elsewhere(image: ismrmrd.AcquisitionHeader, calibration: ismrmrd.AcquisitionHeader) -> list[str]:
+    """What to tell of calibration whose headers place it away from the image: the maps are then those of another place."""
+    frames = [np.array([head.position, head.read_dir, head.phase_dir, head.slice_dir], float) for head in (image, calibration)]
+    if not np.isfinite(frames).all():
+        return []
+    away = float(np.linalg.norm(frames[0][0] - frames[1][0]))
+    lengths = np.prod([np.linalg.norm(frame[1:], axis=1) for frame in frames], axis=0)
+    cosines = np.divide((frames[0][1:] * frames[1][1:]).sum(1), lengths, out=np.ones(3), where=lengths > 0)
+    turned = float(np.degrees(np.arccos(cosines.clip(-1, 1))).max())
+    found = [f"{away:.0f} mm away"] * (away > AWAY_MM) + [f"turned by {turned:.0f} degrees"] * (turned > TURNED_DEGREES)
+    return [f"the calibration lines are of a place {' and '.join(found)} from that of the image: the coil maps do not fit it"] if found else []
 
 
 def _place(key: tuple[int, ...]) -> Place:

@@ -14,7 +14,7 @@ import ismrmrd
 import numpy as np
 import torch
 
-from .calibration import Calibrations
+from .calibration import Calibrations, lies_elsewhere
 from .completeness import missing_ends, missing_volumes
 from .failure import of_lines
 from .flags import BOTH_BIT, CALIBRATION_BIT, FIRST_BIT, KEY, LAST_BIT, NOISE_BIT, SKIP_BITS, is_calibration_only, volume_key
@@ -263,6 +263,10 @@ class Gatherer:
         calibration, more = self.calibrations.of(key, len(volume.grid.kspace))
         scan = volume.scan(noise, calibration)
         remarks += more
+        if calibration is not None and scan.calibration is not None and calibration.head is not None:
+            remarks += lies_elsewhere(scan.head, calibration.head)
+        if volume.geometry.calibration == "interleaved" and calibration is None:
+            remarks.append("calibration is interleaved over the repetitions: each of them, and its coil maps, is made of its own lines alone")
         if volume.oversampling == 0 and any(self.calibrations.oversampling.values()):
             remarks.append(f"{AS_LONG}: it was taken for removed")
         if volume.oversampling and volume.grid.filled and not volume.certain:

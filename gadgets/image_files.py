@@ -139,7 +139,7 @@ def _join(parts: list[ismrmrd.Image], number: int) -> ismrmrd.Image:
 
 def write_nifti(image: ismrmrd.Image, path: str | Path) -> None:
     """Write one 3D image as NIfTI in RAS millimetres, magnitude as float32 in the units before scaling."""
-    pixels = np.abs(image.data[0]).astype(np.float32) * float(image.meta.get("RescaleSlope", 1))
+    pixels = np.abs(image.data[0]).astype(np.float32) / float(image.meta.get("GADGETRON_ScaleRatio", 1))
     save_nifti(pixels, affine(image.getHead()), path)
 
 

@@ -87,7 +87,7 @@ def to_pixels(volume: torch.Tensor, output: str, scale: float | None = None) -> 
     """Pixels of the wanted type, the factor they were multiplied by, and how many voxels had to be cut.
 
     uint16 (12 bit): the factor given, else the one that puts the 99.9th percentile at 2/3, so that half as much
-    again finds room, in this volume and in later ones. Computed where the volume is; only pixels leave the GPU.
+    again finds room in later volumes; less if this one would be cut (small bright things in much air). Computed where the volume is; only pixels leave the GPU.
     """
     if output == "complex64":
         return volume.to(torch.complex64).cpu().numpy(), 1.0, 0
@@ -95,7 +95,8 @@ def to_pixels(volume: torch.Tensor, output: str, scale: float | None = None) -> 
     if output == "float32":
         return magnitude.cpu().numpy(), 1.0, 0
     if scale is None:
-        scale = FULL_SCALE * 2 / 3 / (float(np.percentile(evenly(magnitude, SAMPLED).cpu(), 99.9)) or 1.0)
+        usual, most = float(np.percentile(evenly(magnitude, SAMPLED).cpu(), 99.9)), float(magnitude.max())
+        scale = FULL_SCALE / (max(1.5 * usual, most) or 1.5)
     scaled = magnitude.mul_(scale).round_()
     saturated = int((scaled > FULL_SCALE).sum())
     return scaled.clamp_(max=FULL_SCALE).to(torch.int16).cpu().numpy().view(np.uint16), scale, saturated
@@ -117,7 +118,7 @@ def make_meta(scan: Scan, frame: Frame, pixels: np.ndarray, scale: float, name: 
         "SeriesDescription": _ascii(f"{protocol} {name}".strip()),
         "GADGETRON_WindowCenter": window["Center"], "WindowCenter": window["Center"],
         "GADGETRON_WindowWidth": window["Width"], "WindowWidth": window["Width"],
-        "GADGETRON_ScaleRatio": f"{scale:.9g}", "GADGETRON_ScaleOffset": "0", "RescaleSlope": f"{1 / scale:.9g}", "RescaleIntercept": "0",
+        "GADGETRON_ScaleRatio": f"{scale:.9g}", "GADGETRON_ScaleOffset": "0",  # no RescaleSlope: a console would apply the window to what it makes of the pixels
         "ImageRowDir": read, "ImageColumnDir": phase, "ImageSliceNormDir": slices,
         "read_dir": read, "phase_dir": phase, "slice_dir": slices,
         "Keep_image_geometry": "1",
@@ -131,15 +132,15 @@ def _about_the_scan(scan: Scan, header) -> dict:
     """What the header says of protocol and timing (ms), under the names of both conventions."""
     information, sequence = header.measurementInformation, header.sequenceParameters
     out = {}
-    for ours, theirs in (("measurementID", "measurementID"), ("protocolName", "protocolName"), ("patientPosition", "PatientPosition")):
+    for ours, theirs in (("measurementID", "measurementID"), ("protocolName", "protocolName"), ("patientPosition", "patient_position")):
         value = getattr(information, ours, None)
         if value:
             out[theirs] = _ascii(str(getattr(value, "value", value)))
     idx = scan.head.idx
     for ours, names, number in (("TE", ("GADGETRON_TE", "EchoTime"), idx.contrast), ("TI", ("GADGETRON_TI", "InversionTime"), idx.contrast or idx.set)):
         times = list(getattr(sequence, ours, None) or [])
-        if times:
-            out |= dict.fromkeys(names, f"{times[min(number, len(times) - 1)]:g}")
+        if len(times) == 1 or number < len(times):  # none rather than that of another image
+            out |= dict.fromkeys(names, f"{times[number if number < len(times) else 0]:g}")
     return out
 
 
@@ -193,7 +194,7 @@ def _image(pixels: np.ndarray, head, frame: Frame, z: int, partitions: int, seri
     out.image_series_index, out.image_index = series, index
     if partitions > 1:
         out.slice = head.idx.slice * partitions + z
-    image.meta = ismrmrd.Meta({**meta, "GADGETRON_ImageNumber": str(index)})
+    image.meta = ismrmrd.Meta({**meta, "GADGETRON_ImageNumber": str(index), "PatientPosition": [f"{v:.6f}" for v in position]})  # Gadgetron's word for the place
     out.attribute_string_len = len(image.attribute_string.encode())
     image.setHead(out)
     return image

@@ -55,6 +55,7 @@ class Grid:
         self.lines = self.filled = self.outside = self.unfit = self.uncentred = 0
         self.lengths: dict[str, int] = {}  # what was assumed of lines that are longer or shorter than the header says
         self.foreign = False
+        self.head: ismrmrd.AcquisitionHeader | None = None  # of the first line, of calibration
 
     def place(self, line: ismrmrd.Acquisition, own: Geometry, image: Geometry) -> tuple[int, int] | None:
         """Where a line of encoding `own` belongs, as z, y; None, and counted, if it is outside the matrix."""

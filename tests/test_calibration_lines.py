@@ -48,6 +48,25 @@ def test_separate_lines_stay_out_of_the_image(scan_with):
     torch.testing.assert_close(scan.calibration[0][:, where], 3 * scan.kspace[:, where])
 
 
+@pytest.mark.parametrize("changes, told", [
+    (dict(position=(3.0, 0.0, 0.0)), ""),
+    (dict(position=(12.0, -5.0, 0.0)), "13 mm away"),
+    (dict(read_dir=(0.0, 1.0, 0.0), phase_dir=(-1.0, 0.0, 0.0)), "turned by 90 degrees"),
+    (dict(position=(float("nan"), 0.0, 0.0)), ""),
+])  # fmt: skip
+def test_calibration_of_another_place_is_told(scan_with, changes, told):
+    header, lines = scan_with("separate")
+    here = dict(position=(0.0, 0.0, 0.0), read_dir=(1.0, 0.0, 0.0), phase_dir=(0.0, 1.0, 0.0), slice_dir=(0.0, 0.0, 1.0))
+    calibration = [flagged(line, ONLY, **{**here, **changes}) for place, line in lines.items() if in_centre(place)]
+    scan = gathered(header, [*calibration, *(line_like(line, **here) for line in lines.values())])
+    assert scan.warnings == ([f"the calibration lines are of a place {told} from that of the image: the coil maps do not fit it"] if told else [])
+
+
+def test_interleaved_calibration_is_told(scan_with):
+    header, lines = scan_with("interleaved")
+    assert [text for text in gathered(header, lines.values()).warnings if "interleaved over the repetitions" in text]
+
+
 def test_integrated_lines_are_image_lines(scan_with):
     """Those off the lattice are flagged as calibration alone, yet belong to the same measurement."""
     header, lines = scan_with("embedded")
