@@ -17,6 +17,7 @@ from recon_core.measurement import Measurement, measure
 from recon_core.methods import METHODS
 from recon_core.trust import doubts
 
+from .budget import check_memory, to_compute
 from .failure import Failures, free_gpu_memory, noted, raise_if_any, sentence
 from .flags import volume_name
 from .gather import Admit, gather, no_limit
@@ -68,8 +69,6 @@ def reconstruct(header, items: Iterable, prior, options: Options, report: Report
             outcome = solve(measurement, preview, prior, options, report, hurry)
             if not (outcome.failure and options.preview):
                 yield from images(outcome.volume, series=SERIES["final"], name=outcome.name, notes=notes + outcome.remarks)
-            for text in outcome.remarks:
-                log.warning("%s: %s", volume, text)
             for text in outcome.failure:
                 failures.setdefault(text, []).append(volume)
             if options.error_map and not outcome.failure:
@@ -96,10 +95,13 @@ def look(scan: Scan, options: Options, report: Report) -> tuple[Measurement, tor
 
 
 def _look(scan: Scan, options: Options, device: torch.device, report: Report, louder: float = 1.0) -> tuple[Measurement, torch.Tensor]:
-    reference = scan.phase_reference.get(len(scan.kspace))
+    coils, *shape = scan.kspace.shape
+    if device.type == "cpu":  # scans that came meanwhile may have taken what was free
+        check_memory(to_compute(coils, shape, options.coils), "its image needs")
+    reference = scan.phase_reference.get(coils)
     how = dict(coils=options.coils, device=device, phase_reference=reference, louder=louder, keep_lines=options.error_map, brightness=scan.brightness)
     measurement = measure(scan.kspace, scan.counts, scan.geometry.voxel_mm, scan.noise, scan.calibration, **how)
-    scan.phase_reference.setdefault(len(scan.kspace), measurement.mixing[0].cpu())
+    scan.phase_reference.setdefault(coils, measurement.mixing[0].cpu())
     report("measured", {"coils": measurement.operator.maps.shape[1], "acs": list(measurement.acs), "warnings": scan.warnings + measurement.warnings})
     preview = cg_sense(measurement)
     excess = measurement.excess_noise(preview)

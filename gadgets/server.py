@@ -227,7 +227,7 @@ class ServerHost(Host):
             raise ScanError("this server is shutting down and takes no new scan: send it again when the server is back")
         if server.counts.open > server.limits.connections:
             raise ScanError(f"this server has {server.limits.connections} open scans already: send it again later")
-        self.budget = Budget(header, server.limits.max_gib)
+        self.budget = Budget(header, server.limits.max_gib, server.options.coils if device_of(server.options).type == "cpu" else 0)
         if server.keep is not None:
             self.handler.recording = server.keep.record(header_xml)
         return self._recorded(items)

@@ -66,7 +66,10 @@ def solve(measurement: Measurement, preview: torch.Tensor, prior, options: Optio
         _let_go(error)
         reason = f"{name} failed and the {PREVIEW} stands: {sentence(error)}"
         return Outcome(preview, PREVIEW, [reason], [reason])
-    return Outcome(volume, name, [*remarks, f"CAUTION: {why}: compare with the preview"] if why else remarks)
+    remarks += [f"CAUTION: {why}: compare with the preview"] * bool(why)
+    for text in remarks:
+        log.warning("%s: %s", name, text)
+    return Outcome(volume, name, remarks)
 
 
 def estimate_error(measurement: Measurement, preview: torch.Tensor, prior, options: Options, report: Report, hurry: Hurry = patient) -> Outcome:
@@ -87,7 +90,7 @@ def estimate_error(measurement: Measurement, preview: torch.Tensor, prior, optio
         raise ReconError(f"the error map was not made: {stopped[0]}")
     scale, inside = measurement.brightness(preview), object_mask(preview)
     percent = 100 * float(volume[inside].abs().square().mean().sqrt()) / scale
-    return Outcome(volume, f"estimated error of {METHODS[options.method].title}", [f"the error is estimated at {percent:.2g} % of tissue brightness, root mean square inside the object"])
+    return Outcome(volume, f"estimated error of {METHODS[options.method].title}", [f"the error is estimated at {percent:.2g} % of tissue brightness, root mean square of the complex image inside the object"])
 
 
 def _let_go(error: Exception) -> None:
@@ -101,7 +104,7 @@ def iterate(start: Callable[[], Iterator[State]], options: Options, report: Repo
     """The last volume, or the last in time with a remark; the sweeps run in a thread that can be left behind.
 
     Raises:
-        Unfinished: if there was not even time for one sweep.
+        Unfinished: if there was not even time for one sweep, or for all of a method that has no image before its last.
         ReconError: for a volume that is not finite.
     """
     began, state, solver = time.monotonic(), None, Ahead(sweeps_of(start))
@@ -121,6 +124,8 @@ def iterate(start: Callable[[], Iterator[State]], options: Options, report: Repo
     if not bool(torch.isfinite(torch.view_as_real(state.volume)).all()):
         raise ReconError("its image holds NaN or infinity and was not sent")
     early = reason and state.sweep < state.sweeps
+    if early and not METHODS[options.method].anytime:
+        raise Unfinished(f"stopped {reason} after {state.sweep} of {state.sweeps} steps, and {METHODS[options.method].title} has no image before its last")
     return state.volume, [f"stopped {reason} after {state.sweep} of {state.sweeps} sweeps"] if early else []
 
 

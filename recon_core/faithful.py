@@ -4,7 +4,7 @@ Adam on the voxels, or on another representation of the volume (arXiv 2412.18584
 gradient of the data term that of a truncated diffusion objective on random slabs of all three orientations, every
 slice noised at a random level of its own. The network's Jacobian is replaced by the identity ("stabilised"), which leaves x - D(x + s n) as the direction;
 the weight of a slice is its own, s (Mardani et al., arXiv 2305.04391), so that a slice at s pulls with
-1 / sqrt(1 + s^2), s in the published units. A prior in function space (neural_operator.py) is told the voxels and given smooth noise.
+1 / sqrt(1 + s^2), s in the published units; the published code takes one mean weight for all slices instead. A prior in function space (neural_operator.py) is told the voxels and given smooth noise.
 """
 
 from __future__ import annotations

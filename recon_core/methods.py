@@ -30,7 +30,7 @@ class Method:
 
     `weights` names the prior that suits the method, "" if it has none: `small` has learned from the states of
     `diffusion` too, `small-white`, of white noise alone, is the one to sample with. `larger` names the one to take
-    instead on a GPU, where the larger network costs seconds.
+    instead on a GPU, where the larger network costs seconds. `anytime`: every state is of use, not the last one alone.
     """
 
     title: str
@@ -39,6 +39,7 @@ class Method:
     weights: str = ""
     larger: str = ""
     iterative: bool = True
+    anytime: bool = True
 
     @property
     def uses_prior(self) -> bool:
@@ -70,9 +71,9 @@ METHODS = {
     "field": Method("slice diffusion as published, neural field", reconstruct_faithful, FaithfulConfig(iterations=400, slabs=5, patience=100, representation=NeuralField), "small-white"),
     "gaussians": Method("slice diffusion as published, Gaussians", reconstruct_faithful, FaithfulConfig(representation=Gaussians), "small-white"),
     "operator": Method("slice diffusion as published, prior in function space", reconstruct_faithful, FaithfulConfig(), "operator"),
-    "dds": Method("posterior sampling DDS", reconstruct_posterior, PosteriorConfig(axis=0), "small-white"),
-    "tpdm": Method("posterior sampling TPDM", reconstruct_posterior, PosteriorConfig(), "small-white"),
-    "mbir": Method("posterior sampling DiffusionMBIR", reconstruct_posterior, PosteriorConfig(axis=0, tv=0.02), "small-white"),
+    "dds": Method("posterior sampling DDS", reconstruct_posterior, PosteriorConfig(axis=0, pull=1.0), "small-white", anytime=False),
+    "tpdm": Method("posterior sampling TPDM", reconstruct_posterior, PosteriorConfig(), "small-white", anytime=False),
+    "mbir": Method("posterior sampling DiffusionMBIR", reconstruct_posterior, PosteriorConfig(axis=0, tv=0.02), "small-white", anytime=False),
     "pnp": Method("plug-and-play ADMM", reconstruct_plug_and_play, PlugAndPlayConfig(), "small"),
     "wavelet": Method("l1-wavelet", reconstruct_wavelet, WaveletConfig()),
     "tv": Method("total variation", reconstruct_total_variation, TotalVariationConfig()),

@@ -14,7 +14,7 @@ from .representation import Representation, Shape
 
 FINEST, FACTOR, LEVELS = 1.5, 2.0, 4  # voxels of the finest mesh between points of the finest grid, from grid to grid, how many
 FEATURES, WIDTH = 8, 64
-RATE = 1e-2  # of Adam
+RATE, PUBLISHED = 1e-2, 1.2  # of Adam; of brightness, in tissue units, where it is as published
 
 
 class NeuralField(Representation):
@@ -36,8 +36,8 @@ class NeuralField(Representation):
         self.to(start.device)
 
     def groups(self, rate: float) -> list[dict]:
-        """A rate of its own, whatever brightness is."""
-        return [{"params": list(self.parameters()), "lr": RATE}]
+        """A rate of its own, RATE where that of brightness is the published one."""
+        return [{"params": list(self.parameters()), "lr": RATE * rate / PUBLISHED}]
 
     def forward(self, shape: Shape) -> Tensor:
         out = torch.cat([interpolate(grid, shape) for grid in self.grids], -1)

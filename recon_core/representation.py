@@ -18,7 +18,7 @@ class Representation(nn.Module):
     """`forward(shape)` is the complex volume [z y x] on a mesh of `shape` over the field of view, differentiable.
 
     Every class is made from (start, finest, seed): the image to begin with [z y x], in tissue brightness, the shape of the
-    finest mesh that it will be asked for, and the seed of what is random at its start. One that does not have that image by then comes close to it in `fit_steps`.
+    finest mesh that it will be asked for, and the seed of what is random at its start. One that does not have that image by then takes `fit_steps` towards it.
     """
 
     fit_steps = 0

@@ -1,7 +1,8 @@
 """Variational 3D reconstruction with a 2D prior on random slices of three orientations.
 
-Minimises ||A x - y||^2 / (2 sigma^2) + sum over slices of a truncated diffusion objective
-(arXiv 2412.18584), by splitting: each sweep denoises slices of one random orientation at an annealed noise
+Minimises ||A x - y||^2 / (2 sigma^2) + a prior on all slices, of which only the denoiser is known. arXiv 2412.18584
+follows the gradient of a diffusion objective on slices that are noised at random (faithful.py); here the problem is
+split, as annealed plug-and-play does (Zhang et al., arXiv 2008.13751), and no noise is added: each sweep denoises slices of one random orientation at an annealed noise
 level and in a random pose, with momentum from the sweep before, then solves the data term exactly against
 the result (conjugate gradients on independent 2D problems). The denoiser is never differentiated
 ("stabilised Jacobian"). A part of what it took away is given back to the next one: ADMM's dual variable, damped.

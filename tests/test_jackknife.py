@@ -131,7 +131,7 @@ def test_the_chain_sends_it_last(scan_path, prior):
     assert "estimated error of slice diffusion" in error.meta["SeriesDescription"]
     preview = torch.from_numpy(images[0].data[0].copy())
     percent = 100 * float(np.sqrt((error.data[0][object_mask(preview)] ** 2).mean())) / intensity_scale(preview, (2.0, 2.0, 2.0))
-    told = re.search(r"the error is estimated at ([\d.]+) % of tissue brightness, root mean square inside the object", error.meta["ImageComment"])
+    told = re.search(r"the error is estimated at ([\d.]+) % of tissue brightness, root mean square of the complex image inside the object", error.meta["ImageComment"])
     assert float(told[1]) == pytest.approx(percent, rel=0.1)
     assert final.data.shape == error.data.shape and 0 < float(error.data.max()) < float(final.data.max())
     assert [list(getattr(image.getHead(), "position")) for image in (final, error)][0] == list(error.getHead().position)

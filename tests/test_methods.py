@@ -189,6 +189,22 @@ def test_variation_across_one_slice_is_none():
     torch.testing.assert_close(x, volume)
 
 
+@pytest.mark.parametrize("name", ["dds", "mbir"])
+def test_a_plane_is_sampled_as_the_slice_it_is(name, scan):
+    """Across z a plane has no slices but lines of one voxel."""
+    kspace, mask, noise, _ = problem(shape=(32, 36, 1), snr=15.0)
+    measurement, seen = measure(kspace, mask, VOXEL, noise), set()
+    next(METHODS[name].run(measurement, lambda slices, sigma: seen.add(tuple(slices.shape[2:])) or slices, cg_sense(measurement), METHODS[name].config, 0))
+    assert seen and all(min(shape) >= 32 for shape in seen)
+
+
+def test_the_rate_of_a_neural_field_may_be_set(scan, prior):
+    measurement, _ = scan
+    config = replace(METHODS["field"].config, iterations=1)
+    first, second = (last(METHODS["field"].run(measurement, prior, cg_sense(measurement), replace(config, learning_rate=rate), 0)).volume for rate in (2.0, 0.5))
+    assert float((first - second).norm() / first.norm()) > 1e-3
+
+
 @pytest.mark.parametrize("name, fewer", [("tpdm", {"steps": 12, "pull": 1.0}), ("pnp", {"iterations": 4})])
 def test_compared_methods_with_the_shipped_prior_beat_cg_sense(name, fewer, scan):
     measurement, reference = scan

@@ -32,6 +32,12 @@ def images_and_error(path, prior, **options):
     return images, str(caught.value)
 
 
+def test_a_sampler_that_is_stopped_leaves_the_preview(scan_path):
+    """Halfway its image is far worse than CG-SENSE."""
+    images, error = images_and_error(scan_path, lambda x, sigma: time.sleep(0.02) or x, method="tpdm", deadline_s=0.5)
+    assert len(images) == 1 and re.search("stopped at the deadline of 0.5 s after [0-9]+ of 80 steps, and posterior sampling TPDM has no image before its last", error)
+
+
 def raising(x, sigma):
     raise RuntimeError("the solver is broken")
 
