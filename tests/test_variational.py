@@ -290,9 +290,21 @@ def test_the_support_is_where_the_blurred_object_is_and_two_voxels_more(shape, b
     z, y, x = shape
     acs[0, z // 2 - 10 : z // 2 + 10, y // 2 - 10 : y // 2 + 10, x // 2 - 10 : x // 2 + 10] = 1
     acs = cut_acs(fft(acs, (1, 2)), (32, 32))
-    inside = support(acs, shape) > 0
+    inside = support(acs, shape, 1.0) > 0
     width = int(inside[z // 2, :, x // 2].sum())
     assert blurred + 3 <= width <= blurred + 8  # ripples of the blur are grown too
+
+
+def test_what_stands_out_of_the_noise_is_no_air():
+    """A vial at 1 % of the bright one: signal where its SNR is high, air where it is lost in the noise."""
+    shape = (32, 40, 36)
+    image = torch.zeros(1, *shape, dtype=torch.complex64)
+    image[:, 8:20, 6:18, 8:20], image[:, 20:28, 26:36, 22:32] = 1, 0.01
+    for snr, seen in ((20, True), (0.25, False)):
+        sigma = 0.01 / snr
+        noisy = fft(image, (1, 2)) + sigma * random_complex(1, *shape)
+        found = support(cut_acs(noisy, (20, 20)), shape, sigma / 2**0.5)
+        assert bool(found[24, 31, 27]) is seen and bool(found[14, 12, 14])
 
 
 def test_averages_weigh_as_their_number():
