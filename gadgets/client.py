@@ -82,11 +82,16 @@ def ask(host: str, port: int, question: str, timeout_s: float = 10.0) -> str:
         wire.send_query(question)
         wire.close()
         try:
-            answers = [item[1] for kind, item in wire.messages() if kind == w.RESPONSE]
+            answers, said = [], ""
+            for kind, item in wire.messages():
+                if kind == w.RESPONSE:
+                    answers.append(item[1])
+                elif kind in (w.TEXT, w.ERROR):
+                    said = f": {ERROR_TEXT.sub('', item)}"
         except w.WireError as error:
             raise SendError(f"the server at {host} port {port} did not answer: {error}") from None
     if not answers:
-        raise SendError(f"the server at {host} port {port} did not answer the query {question!r}")
+        raise SendError(f"the server at {host} port {port} did not answer the query {question!r}{said}")
     return answers[0]
 
 

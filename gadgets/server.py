@@ -91,7 +91,7 @@ class Server(Listening, socketserver.ThreadingTCPServer):
         scans = {"done": self.counts.done, "failed": self.counts.failed}
         scans |= {"receiving": max(0, open_ - running - queued), "queued": queued, "running": running}
         return {
-            "ready": not self.retiring.is_set(), "version": version(), "device": str(device_of(self.options)), "prior": prior_of(self.options) or None,
+            "ready": not self.retiring.is_set() and open_ < self.limits.connections, "version": version(), "device": str(device_of(self.options)), "prior": prior_of(self.options) or None,
             "scans": scans, "uptime_s": round(time.monotonic() - self.counts.began, 1), **process_facts(),
         }  # fmt: skip
 
@@ -196,7 +196,7 @@ class Handler(socketserver.BaseRequestHandler):
         from . import version
 
         known = {"gadgetron::info": lambda: f"gadgetron-slicediff {version()}", "gadgetron::version": version, "slicediff::health": lambda: json.dumps(self.server.health())}
-        return known[question]() if question in known else f"unknown query {question!r}; known are {', '.join(known)}"
+        return known[question]() if question in known else f"unknown query {question[:100]!r}; known are {', '.join(known)}"
 
     def _linger(self) -> None:
         """Let the peer close first, but not for ever: closing with its bytes unread would destroy our last message."""

@@ -13,7 +13,7 @@ from conftest import run_chain
 from peers import ClientPeer, GadgetronPeer, run_execute, same_images
 
 from gadgets.cli import main
-from gadgets.client import SendError, send_scan
+from gadgets.client import SendError, ask, send_scan
 from gadgets.conversation import Host, Intake
 from gadgets.external import answer_gadgetron
 from gadgets.image_files import read_images
@@ -228,7 +228,8 @@ def test_idle_connections_have_an_end(server, scan_path, expected, monkeypatch):
             time.sleep(0.01)
         with ClientPeer(server.server_address) as peer:
             assert list(peer.wire.messages()) == [(5, "ERROR: this server has 2 connections already: come back later")]
-            peer.wire.release()
+        with pytest.raises(SendError, match="did not answer the query .*: this server has [23] connections already"):
+            ask(*server.server_address[:2], "slicediff::health")
     while server.talking:
         time.sleep(0.01)
     assert same_images(client(server, scan_path)[0], expected)

@@ -228,6 +228,10 @@ def test_health_page_and_metrics(scan_path, prior):
         while server.counts.open:  # counted once the last byte is sent
             time.sleep(0.01)
         facts = json.loads(get(port, "/healthz"))
+        server.counts.add(open=server.limits.connections)
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            get(port, "/healthz")
+        server.counts.add(open=-server.limits.connections)
         assert facts["ready"] and facts["scans"]["done"] == 1 and facts["scans"]["failed"] == 1 and facts["device"] == "cpu"
         metrics = get(port, "/metrics")
         assert re.search(r'(?m)^slicediff_scans_total\{outcome="done"\} 1.0$', metrics) and re.search(r"(?m)^slicediff_rss_mib \d", metrics)

@@ -59,6 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.health_port is not None:
             page = HealthPage((arguments.host, arguments.health_port), server.health)
             print(f"slicediff: health on {arguments.host} port {page.server_address[1]}", flush=True)
+        facts = server.health()
+        logging.getLogger("slicediff").info("slicediff %s on %s with %s", facts["version"], facts["device"], f"prior {facts['prior']}" if facts["prior"] else "no prior")
         _retire_on_signals(server)
         print(f"slicediff: serving on {arguments.host} port {server.server_address[1]}", flush=True)
         server.serve_forever(poll_interval=0.1)
