@@ -46,5 +46,5 @@ def test_files_that_are_named_exist():
     """Result files and programs of the benchmarks, in both texts."""
     here = Path(__file__).parent / "benchmarks"
     named = set(re.findall(r"(\w+\.(?:csv|py))", MEASURED)) | set(re.findall(r"tests/benchmarks/(?:results/)?(\w+\.\w+)", README))
-    known = {path.name for folder in (here, here / "results", here.parents[1] / "recon_core") for path in folder.iterdir()}
+    known = {path.name for folder in (here, here / "results", here.parent, here.parents[1] / "recon_core") for path in folder.iterdir()}
     assert len(named) > 30 and named <= known, named - known
