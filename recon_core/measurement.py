@@ -20,7 +20,7 @@ from .slices import usable_axes
 QUIET = 1.5  # noise of the scan over that of its noise lines from which they are not believed
 WORK_ARRAYS = 3  # data, maps and a copy of them on the way
 KEPT_ARRAYS = 2  # data that stay, and a part of them
-DARK, DARKEST, SEEN = 0.025, 0.005, 6.0  # of what is bright, the same at the highest SNR, times the noise: where the object ends
+DARK, DARKEST, SEEN = 0.025, 0.005, 15.0  # of what is bright, the same at the highest SNR, times the noise: where the object ends
 TRUSTED = 2.0  # times the middle count: what more averages of some lines gain, errors of the maps there take from all others
 
 
