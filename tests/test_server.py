@@ -94,7 +94,7 @@ def test_memory_that_others_have_taken_is_told(scan_path, monkeypatch):
     monkeypatch.setattr("gadgets.budget.free_memory", lambda: 600_000)
     with pytest.raises(ScanError, match="needs 0.00065 GiB, and 0.00056 GiB of this machine's memory are free now"):
         Budget(header, 1)
-    with pytest.raises(ScanError, match="the scan's k-space and image need 0.0[0-9]+ GiB, and 0.00056 GiB"):
+    with pytest.raises(ScanError, match="the scan's k-space and image need 0.1[0-9]+ GiB, and 0.00056 GiB"):
         Budget(header, 1, virtual=12)
 
 
@@ -106,7 +106,7 @@ def test_a_volume_whose_image_has_no_room_left_is_told_and_the_next_scan_works(s
             free = [1 << 40, 600_000]  # at the header; once its turn has come
             patch.setattr("gadgets.budget.free_memory", lambda: free.pop(0))
             images, texts = client(server, scan_path)
-        assert not images and "its image needs 0.0" in texts[-1] and "are free now: send it again later" in texts[-1]
+        assert not images and "its image needs 0.1" in texts[-1] and "are free now: send it again later" in texts[-1]
         assert same_images(client(server, scan_path)[0], expected)
 
 
