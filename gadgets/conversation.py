@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from recon_core.ahead import Ahead
@@ -26,9 +26,8 @@ class Host:
 
         return load_prior_for(options)
 
-    def take_in(self, header, header_xml: bytes, items: Iterable) -> Iterable:
-        """The items of a scan on their way in; may refuse the scan with a ScanError."""
-        return items
+    def take_in(self, header) -> None:
+        """May refuse the scan with a ScanError."""
 
     def admit(self, coils: int, volumes: int) -> None:
         """May refuse, with a ScanError, to gather so many volumes side by side."""
@@ -64,20 +63,16 @@ def run_scan(wire: Wire, header_xml: bytes, sources: list[Mapping[str, Any]], ho
     from .recon import reconstruct
 
     header, intake, progress = parse_header(header_xml), Intake(wire, host, first, header_xml), Progress(notify)
-    items, sent, readers = host.take_in(header, header_xml, intake), 0, []
-    try:
-        options = make_options(*sources)
-        prior = host.load_prior(options)
-    except Exception:
-        for _ in items:  # whoever records the scan shall have all of it
-            pass
-        raise
+    sent, readers = 0, []
+    host.take_in(header)
+    options = make_options(*sources)
+    prior = host.load_prior(options)
 
     def ahead(scans):
         readers.append(Ahead(intake.worth_it(scans), to_the_end=True))
         return readers[-1]
 
-    images = reconstruct(header, items, prior, options, progress, intake.turn(progress.say), ahead, host.admit)
+    images = reconstruct(header, intake, prior, options, progress, intake.turn(progress.say), ahead, host.admit)
     try:
         for image in images:
             wire.send_item(image)

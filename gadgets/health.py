@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +15,8 @@ from pathlib import Path
 from recon_core.ahead import left_behind
 
 from .address import Listening
+
+log = logging.getLogger("slicediff")
 
 
 class HealthError(Exception):
@@ -62,6 +66,11 @@ class HealthPage(Listening, ThreadingHTTPServer):
         self.facts, self.metrics = facts, metrics_of(facts)
         super().__init__(address, _Page)
         threading.Thread(target=self.serve_forever, name="health", daemon=True).start()
+
+    def handle_error(self, request, client_address) -> None:
+        """A probe that went away before its answer is no event; anything else is."""
+        gone = isinstance(sys.exc_info()[1], OSError)
+        log.log(logging.DEBUG if gone else logging.ERROR, "the health page could not answer %s", client_address[0], exc_info=not gone)
 
 
 class _Page(BaseHTTPRequestHandler):

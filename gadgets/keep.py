@@ -44,12 +44,18 @@ class FailedScans:
         probe = self.folder / f"probe-{os.getpid()}{SPOOL}"
         probe.touch()
         probe.unlink()
-        self.pruning = threading.Lock()
+        self.pruning, self.counting, self.recorded = threading.Lock(), threading.Lock(), 0
         self._recover()
 
     def record(self, header_xml: bytes) -> Recording:
         """Begin to record a scan."""
         return Recording(self, header_xml)
+
+    def count(self, nbytes: int) -> int:
+        """Bytes of all running recordings after `nbytes` more (or fewer)."""
+        with self.counting:
+            self.recorded += nbytes
+            return self.recorded
 
     def prune(self, newest: Path | None = None) -> None:
         """Remove the oldest scans until the rest is small enough; `newest` stays whatever the clock said of the others."""
@@ -124,8 +130,8 @@ class Recording:
             return
         self.bytes += len(data)
         try:
-            if self.bytes > self.place.max_bytes:
-                raise OSError(f"the scan alone takes more than {self.place.max_bytes / 2**30:.3g} GiB")
+            if self.place.count(len(data)) > self.place.max_bytes:
+                raise OSError(f"the scans that are running take more than {self.place.max_bytes / 2**30:.3g} GiB, {self.bytes / 2**30:.3g} of them this one")
             if self.file.write(data) < len(data):
                 raise OSError(f"the disk with {self.place.folder} is full")
         except OSError as error:
@@ -137,6 +143,8 @@ class Recording:
 
     def _close(self) -> None:
         file, self.file = self.file, None
+        self.place.count(-self.bytes)
+        self.bytes = 0
         try:
             if file is not None:
                 file.close()

@@ -9,7 +9,7 @@ import socket
 import socketserver
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from . import wire as w
@@ -166,6 +166,9 @@ class Handler(socketserver.BaseRequestHandler):
     def _scan(self, config: tuple[int, str] | None, header_xml: bytes) -> None:
         self.server.counts.add(open=1)
         self.counted, host = True, ServerHost(self)
+        if self.server.keep is not None:  # first of all: whatever fails, all that comes is kept
+            self.recording = self.server.keep.record(header_xml)
+            self.wire.tap = self.recording.add
         self.wire.be_patient_for(self.server.limits.timeout_s)
         if self.gadgetron:
             self.well = answer_gadgetron(self.wire, config[1].encode(), header_xml, self.server.defaults, host)
@@ -220,17 +223,14 @@ class ServerHost(Host):
         """The server's loaded prior."""
         return self.server.prior(options)
 
-    def take_in(self, header, header_xml: bytes, items: Iterable) -> Iterable:
-        """The items, recorded; ScanError if the server takes no scan, or not this one."""
+    def take_in(self, header) -> None:
+        """ScanError if the server takes no scan, or not this one."""
         server = self.server
         if server.retiring.is_set():
             raise ScanError("this server is shutting down and takes no new scan: send it again when the server is back")
         if server.counts.open > server.limits.connections:
             raise ScanError(f"this server has {server.limits.connections} open scans already: send it again later")
         self.budget = Budget(header, server.limits.max_gib, server.options.coils if device_of(server.options).type == "cpu" else 0)
-        if server.keep is not None:
-            self.handler.recording = server.keep.record(header_xml)
-        return self._recorded(items)
 
     def admit(self, coils: int, volumes: int) -> None:
         """ScanError if there is no memory for them."""
@@ -250,12 +250,6 @@ class ServerHost(Host):
         gone = lambda: "because the peer is gone" if self.handler.wire.gone() else ""  # noqa: E731
         with self.server.turns.turn(lambda place: tell(f"waiting for the device, place {place} in line"), gone):
             yield
-
-    def _recorded(self, items: Iterable) -> Iterator:
-        for item in items:
-            if self.handler.recording is not None:
-                self.handler.recording.add(item)
-            yield item
 
 
 def options_of_config(config: tuple[int, str] | None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import ismrmrd
 import numpy as np
@@ -58,6 +58,7 @@ class Wire:
         self.sock, self.timeout_s, self.max_bytes, self.max_buffer_bytes = sock, timeout_s, max_bytes, max_buffer_bytes
         self.stream = sock.makefile("rb", buffering=1 << 20)
         self.ended = self.heard = self.lost = False
+        self.tap: Callable[[object], None] | None = None  # is shown every item of the scan, whoever reads it
         self.sending = threading.Lock()  # who reads the scan answers questions while images are sent
 
     def read(self, nbytes: int) -> bytes:
@@ -119,7 +120,10 @@ class Wire:
                 return
             if kind not in readers:
                 raise self._out_of_step(f"received message id {kind}, which is unknown here or out of step: the stream cannot be read on")
-            yield kind, readers[kind]()
+            item = readers[kind]()
+            if self.tap is not None and kind in SCAN_ITEMS:
+                self.tap(item)
+            yield kind, item
 
     def be_patient_for(self, timeout_s: float | None) -> None:
         """From now on wait this long for the peer's next byte."""

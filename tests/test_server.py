@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import socket
+import struct
 import sys
 import threading
 import time
@@ -239,6 +240,7 @@ def test_health_page_and_metrics(scan_path, prior):
         with pytest.raises(urllib.error.HTTPError, match="503"):
             get(port, "/healthz")
         page.shutdown()
+        page.server_close()
 
 
 @pytest.mark.parametrize("host,reachable", [("localhost", ["127.0.0.1"]), ("::", ["127.0.0.1", "[::1]"]), ("::1", ["[::1]"])])
@@ -253,6 +255,24 @@ def test_health_page_is_on_the_addresses_of_the_server(host, reachable):
             with urllib.request.urlopen(request, timeout=10) as reply:
                 assert (reply.status, reply.read()) == (200, b"")
         page.shutdown()
+        page.server_close()
+
+
+def test_a_probe_that_goes_away_is_no_event(caplog, capfd):
+    page = HealthPage(("127.0.0.1", 0), lambda: {"ready": True, "scans": {}})
+    try:
+        with caplog.at_level(logging.DEBUG, "slicediff"):
+            probe = socket.create_connection(page.server_address)
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closes with a reset
+            probe.send(b"GET ")
+            probe.close()
+            end = time.monotonic() + 10
+            while "could not answer" not in caplog.text and time.monotonic() < end:
+                time.sleep(0.02)
+    finally:
+        page.shutdown()
+        page.server_close()
+    assert [r.levelno for r in caplog.records] == [logging.DEBUG] and capfd.readouterr().err == ""
 
 
 def test_metrics_without_their_package_are_a_sentence(capsys, monkeypatch):
@@ -280,6 +300,39 @@ def test_failed_scans_are_kept_oldest_removed_first(scan_path, prior, tmp_path):
     for line in lines:
         tiny.add(line)
     assert tiny.keep() is None and not list(tmp_path.glob("*.spool"))
+
+
+@pytest.mark.parametrize(
+    "name, text, limits, said",
+    [("nonesuch", None, {}, "unknown configuration"), ("default", "{not JSON", {}, "JSON"), ("default", None, {"max_gib": 1e-6}, "--max-gib")],
+)
+def test_a_scan_that_is_refused_at_once_is_kept_all_the_same(scan_path, prior, tmp_path, name, text, limits, said):
+    with running(FAST, lambda options: prior, keep=FailedScans(tmp_path), **limits) as server, ClientPeer(server.server_address) as peer:
+        with ScanFile(scan_path) as scan:
+            images, texts = peer.talk(scan, name, text)
+    assert not images and any(said in said_text for said_text in texts)
+    end = time.monotonic() + 10
+    while not (kept := list(tmp_path.glob("failed-*.h5"))) and time.monotonic() < end:
+        time.sleep(0.02)
+    (kept,) = kept
+    assert same_images(run_chain(kept, prior), run_chain(scan_path, prior))
+
+
+def test_running_recordings_share_the_room(scan_path, tmp_path):
+    """What does not fit is given up, and makes room for others."""
+    with ScanFile(scan_path) as scan:
+        header, lines = scan.header_xml, list(scan.acquisitions())
+    place = FailedScans(tmp_path, 1.5 * sum(len(line.to_bytes()) for line in lines) / 2**30)
+    first, second = place.record(header), place.record(header)
+    for line in lines:
+        first.add(line)
+    for line in lines:
+        second.add(line)
+    assert second.keep() is None and first.keep() is not None
+    third = place.record(header)
+    for line in lines:
+        third.add(line)
+    assert third.keep() is not None and place.count(0) == 0
 
 
 def test_a_kill_in_the_middle_of_the_conversion_leaves_nothing_behind_for_good(scan_path, tmp_path, monkeypatch):

@@ -30,8 +30,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     for name, (unit, what) in SERVE_LIMITS.items():
         default = getattr(Limits, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, metavar=unit, help=f"{what} (default: {default:g})")
-    parser.add_argument("--keep-failed", type=Path, metavar="DIR", help="keep the raw data of failed scans here, for `slicediff recon`")
-    parser.add_argument("--keep-failed-gib", type=float, default=10.0, metavar="GIB", help="remove the oldest of them beyond this (default: 10)")
+    parser.add_argument("--keep-failed", type=Path, metavar="DIR", help="keep the raw data of scans that failed or were refused here, for `slicediff recon`")
+    parser.add_argument("--keep-failed-gib", type=float, default=10.0, metavar="GIB", help="remove the oldest of them beyond this; running scans may take as much again (default: 10)")
     parser.add_argument("--health-port", type=port, metavar="PORT", help="answer HTTP /healthz and /metrics here (needs prometheus-client)")
     parser.add_argument("--test-faults", action="store_true", help=argparse.SUPPRESS)
     parser.set_defaults(run=run)
