@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from recon_core.measurement import Measurement, measure
 from recon_core.methods import METHODS
 from recon_core.metrics import object_mask
 from recon_core.prior import Prior, PriorError, load_prior
+from recon_core.simulate import sampling_mask
 from recon_core.state import State
 from recon_core.trust import Trust, judge
 from recon_core.variational import VariationalConfig
@@ -153,12 +155,15 @@ def states(measurement: Measurement, preview: torch.Tensor, prior, options: Opti
 
 
 def warm_up(prior, options: Options) -> None:
-    """Run one sweep on a tiny volume: what loads on first use (kernels, plans, threads) is loaded then."""
+    """Run one sweep on a tiny volume and on a thin slab, with one round of learning: what loads on first use (kernels, plans, threads, an optimiser) is loaded then."""
     device, random = device_of(options), torch.Generator().manual_seed(0)
-    kspace = torch.randn(2, 16, 16, 16, dtype=torch.complex64, generator=random)
-    measurement = measure(kspace, torch.ones(16, 16), (4.0, 4.0, 4.0), device=device)
-    for _ in states(measurement, cg_sense(measurement), prior, options.model_copy(update={"sweeps": 1})) if METHODS[options.method].iterative else ():
-        pass
+    once = options.model_copy(update={"sweeps": 1, "adapt": min(1, options.adapt)})
+    for shape in ((16, 16, 16), (32, 32, 6)) if METHODS[options.method].iterative else ():
+        mask = torch.from_numpy(sampling_mask(shape[:2], 2, acs=8))
+        kspace = torch.randn(8, *shape, dtype=torch.complex64, generator=random) * mask[..., None]
+        measurement = measure(kspace, mask.float(), (4.0, 4.0, 4.0), device=device)
+        for _ in itertools.islice(states(measurement, cg_sense(measurement), prior, once), 2):  # a sweep and a round of learning
+            pass
 
 
 def load_prior_for(options: Options) -> Prior | None:

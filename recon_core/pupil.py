@@ -45,12 +45,16 @@ class Pupil:
         self.random = torch.Generator().manual_seed(seed)
         self.network = copy.deepcopy(prior).float().requires_grad_(True)
         self.average = copy.deepcopy(self.network).requires_grad_(False)
-        self.optimiser = torch.optim.Adam(self.network.parameters(), lr=RATE, betas=(0.9, 0.99))
         taken = torch.fft.fftshift(measurement.operator.weights > 0)
         self.judging = self._some(taken, JUDGING)
         self.others = taken & ~self.judging
         self.importance = importance(taken, measurement.acs)
         self.rounds = self.spent = 0
+
+    @cached_property
+    def optimiser(self) -> torch.optim.Adam:
+        """Made when it is needed: a process's first one takes torch seconds, which the first image should not wait for."""
+        return torch.optim.Adam(self.network.parameters(), lr=RATE, betas=(0.9, 0.99))
 
     @cached_property
     def meshes(self) -> tuple[Measurement, Measurement]:

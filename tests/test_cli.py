@@ -61,13 +61,13 @@ def test_recon_tells_what_the_comments_tell(tmp_path, capsys):
             file.append(line)
             if line.idx.repetition < 2 and number % 10 == 0 and not line.flags & NOISE_BIT:
                 file.append(line)
-    code, out, err = run(capsys, "recon", tmp_path / "twice.h5", tmp_path / "i.h5", "--device", "cpu", "--sweeps", 1000, "--deadline-s", 3, "--json")
+    code, out, err = run(capsys, "recon", tmp_path / "twice.h5", tmp_path / "i.h5", "--device", "cpu", "--sweeps", 1000, "--deadline-s", 1.5, "--json")
     comments = [image.meta["ImageComment"] for image in read_images(tmp_path / "i.h5")]
     told = [line.removeprefix("slicediff: note: ") for line in err.splitlines()]
     assert code == 0 and len(comments) == 6 and len(told) == len(set(told)) and json.loads(out.splitlines()[-1])["warnings"] == told
     assert {note for comment in comments for note in comment.split("; ")[1:]} == set(told)
     assert sum("lines came more than once" in note for note in told) == 1 and "came more than once" not in comments[5]
-    assert any("stopped at the deadline of 3 s after" in note for note in told)
+    assert any("stopped at the deadline of 1.5 s after" in note for note in told)
 
 
 def test_recon_writes_what_there_is_and_names_what_failed(tmp_path, capsys):

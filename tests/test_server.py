@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -273,6 +274,19 @@ def test_a_probe_that_goes_away_is_no_event(caplog, capfd):
         page.shutdown()
         page.server_close()
     assert [r.levelno for r in caplog.records] == [logging.DEBUG] and capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("adapt, loaded", [(20, True), (0, False)])
+def test_a_warm_server_has_loaded_what_learning_needs(adapt, loaded):
+    """A process's first optimiser takes torch seconds; no patient shall wait for them, and nobody who does not learn."""
+    code = f"""if True:
+        import sys
+        from gadgets.options import make_options
+        from gadgets.solve import load_prior_for, warm_up
+        options = make_options({{"device": "cpu", "adapt": {adapt}}})
+        warm_up(load_prior_for(options), options)
+        print("torch._dynamo" in sys.modules)"""
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split() == [str(loaded)]
 
 
 def test_metrics_without_their_package_are_a_sentence(capsys, monkeypatch):
