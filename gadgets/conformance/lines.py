@@ -29,6 +29,7 @@ PROTOCOLS = {
     "no noise lines": dict(noise_lines=0),
     "averages": dict(averages=2),
     "a regular lattice": dict(pattern="regular"),
+    "a regular lattice with separate calibration": dict(pattern="regular", calibration="separate"),
 }
 
 
