@@ -9,6 +9,7 @@ import ismrmrd
 
 MAX_MATRIX = 65535  # what an image header can hold
 MAX_IMAGE_BYTES = 64 << 30
+HALVED = 1.5  # times the reconstructed matrix
 LEAST_SIDE = 16  # of the matrix, one over it, lies on either side of k = 0 in any scan of partial Fourier
 STEPS = ("kspace_encoding_step_1", "kspace_encoding_step_2")
 
@@ -104,7 +105,7 @@ def read_geometry(header: ismrmrd.xsd.ismrmrdHeader, number: int = 0) -> Geometr
     readout = max(1, min(encoded[0], round(encoded[0] * recon_fov[0] / encoded_fov[0])))
     acceleration, calibration = _parallel(encoding)
     return Geometry(
-        encoded, encoded_fov, recon, recon_fov, centre, limits, readout, (*notes[0], *notes[1]), acceleration, calibration, fitting,
+        encoded, encoded_fov, recon, recon_fov, centre, limits, readout, (*notes[0], *notes[1], *_halved(encoded, encoded_fov, recon, recon_fov)), acceleration, calibration, fitting,
     )  # fmt: skip
 
 
@@ -150,6 +151,13 @@ def _limits(encoding, name: str, size: int) -> tuple[tuple[int, int], int, int |
 def _lost(low: int, high: int, centre: int, size: int) -> int:
     """How many of the steps a centre puts outside of the matrix."""
     return max(0, centre - size // 2 - low) + max(0, high - centre - (size - 1) // 2)
+
+
+def _halved(encoded, encoded_fov, recon, recon_fov) -> list[str]:
+    """A note on a readout that the header wants at half its resolution: more often its field of view was written without the oversampling."""
+    if encoded[0] < HALVED * recon[0] or abs(encoded_fov[0] / recon_fov[0] - 1) > 0.01:
+        return []
+    return [f"the header wants {recon[0]} voxels of {encoded[0]} along the readout over the same field of view of {recon_fov[0]:g} mm: if the image is too narrow, its encoded field of view lacks the oversampling"]
 
 
 def _parallel(encoding) -> tuple[tuple[int, int], str]:

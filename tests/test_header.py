@@ -73,6 +73,14 @@ def test_a_geometry_that_cannot_be_is_refused(old, new, message):
         read_geometry(parse_header(changed(old, new)))
 
 
+@pytest.mark.parametrize("fov, told", [("22.0", True), ("44.0", False)])
+def test_an_encoded_field_of_view_without_its_oversampling_is_told(fov, told):
+    """It may be a readout at half its resolution: the header is believed."""
+    geometry = read_geometry(parse_header(changed("<x>44.0</x>", f"<x>{fov}</x>")))
+    assert (geometry.encoded_matrix[0], geometry.recon_matrix[0], geometry.readout) == (44, 22, 44 if told else 22)
+    assert ["lacks the oversampling" in note for note in geometry.warnings] == [True] * told
+
+
 def test_images_that_would_take_all_memory_are_refused():
     large = XML
     for axis, n in (("x", 22), ("y", 24), ("z", 20)):
