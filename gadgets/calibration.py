@@ -84,6 +84,8 @@ class Calibrations:
         for _, _, grid in here:
             channels[len(grid.kspace)] += grid.lines
         remarks += [of_lines(count, f"{{lines}} {{have}} {other} channels, the scan {coils}, and {{were}} not used", "calibration ") for other, count in channels.items()]
+        if not filled and (empty := sum(grid.empty for grids in self.grids.values() for grid in grids.values())):
+            remarks.append(of_lines(empty, "{lines} held nothing but zeros and {were} left out", "calibration "))
         if filled and not here:
             remarks.append("the calibration lines are of other slabs: none is of use here")
         return None, remarks

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 
 from .calibration import Calibrations, lies_elsewhere
+from .centre import centre_offset
 from .completeness import missing_ends, missing_volumes
 from .failure import of_lines
 from .flags import BOTH_BIT, CALIBRATION_BIT, FIRST_BIT, KEY, LAST_BIT, NOISE_BIT, SKIP_BITS, is_calibration_only, volume_key
 from .geometry import ScanError, announced, noise_bandwidth, read_geometry
 from .readout import Readout
 from .recon_data import ReconBit, ReconData, ReconDataError, take_lines
-from .volume import Scan, Volume
+from .volume import Grid, Scan, Volume
 
 DOUBTFUL = 2  # lines, no more than which do not move the centre of k-space
 STRAYS = 8  # so many lines that come late do not make repetitions interleaved
@@ -85,6 +86,7 @@ class Gatherer:
         self.seen: dict[str, set[int]] = {name: set() for name in self.promised}
         self.notes: list[str] = []
         self.doubtful: list[ismrmrd.Acquisition] = []  # lines that the header's centre puts outside of the matrix, and another one inside
+        self.echoes: dict[int, int] = {}  # of each contrast, by how many samples its lines misplace it
         self.given: set[tuple[int, ...]] = set()
         self.offered: tuple[tuple[int, ...], np.ndarray] | None = None  # a block of lines that may become its volume's array
         self.series: dict[tuple[int, ...], float] = {}
@@ -259,8 +261,10 @@ class Gatherer:
         return self.lines - self.newest[repetition] > (SINCE_LACKING if lacking else SINCE) * size
 
     def _scan(self, volume: Volume, key: tuple[int, ...], notes: list[str]) -> Scan:
+        self._centre_lines(volume)
         noise, brightness, remarks = self._noise(volume)
         calibration, more = self.calibrations.of(key, len(volume.grid.kspace))
+        remarks += self._centre_echoes(volume, key[1], calibration)
         scan = volume.scan(noise, calibration)
         remarks += more
         if calibration is not None and scan.calibration is not None and calibration.head is not None:
@@ -283,6 +287,25 @@ class Gatherer:
         scan.warnings += [*self.notes, *remarks, *notes]
         scan.series, scan.phase_reference, scan.brightness = self.series, self.phase_reference, brightness
         return scan
+
+    def _centre_lines(self, volume: Volume) -> None:
+        """Put k = 0 where this volume's strongest lines are, for the whole scan, where that is far from where the header has it."""
+        offset = centre_offset(volume.grid.energy)
+        if any(offset):
+            self.geometry = volume.geometry.settled().recentred(offset)
+            for one in (volume, *self.volumes.values()):
+                one.move(self.geometry)
+            self.calibrations.move(self.geometry)
+
+    def _centre_echoes(self, volume: Volume, contrast: int, calibration: Grid | None) -> list[str]:
+        """Put the echo in the middle of the readout where lines say it was elsewhere, alike for all volumes of a contrast; what the user should know."""
+        offset = self.echoes[contrast] = volume.grid.centre_echo(self.echoes.get(contrast))
+        if calibration is not None:
+            calibration.centre_echo()
+            if calibration.foreign:
+                calibration.move(tuple(-n for n in centre_offset(calibration.energy)))
+        side = "beyond" if offset > 0 else "before"
+        return [f"the echo lies {abs(offset)} samples (without oversampling) {side} the place that the lines tell: it was taken from there"] if offset else []
 
     def _noise(self, volume: Volume) -> tuple[torch.Tensor | None, float, list[str]]:
         """[coils samples] scaled to the noise of one gathered sample, the brightness of images in its units, and what the user should know.

@@ -9,6 +9,7 @@ import ismrmrd
 
 MAX_MATRIX = 65535  # what an image header can hold
 MAX_IMAGE_BYTES = 64 << 30
+SMALLEST_MM = 0.02  # voxels of images; microscopes for rodents come near
 HALVED = 1.5  # times the reconstructed matrix
 LEAST_SIDE = 16  # of the matrix, one over it, lies on either side of k = 0 in any scan of partial Fourier
 STEPS = ("kspace_encoding_step_1", "kspace_encoding_step_2")
@@ -70,6 +71,13 @@ class Geometry:
             centre[axis], fitting[axis] = fitting[axis], None
         return replace(self, centre=tuple(centre), fitting=tuple(fitting), warnings=tuple(notes))
 
+    def recentred(self, offset: tuple[int, int]) -> Geometry:
+        """With k = 0 so many lines (z, y) farther on."""
+        centre = tuple(stated + by for stated, by in zip(self.centre, offset[::-1]))
+        limits = tuple((max(low, at - n // 2), min(high, at + (n - 1) // 2)) for (low, high), at, n in zip(self.limits, centre, self.encoded_matrix[1:]))
+        notes = [f"the strongest lines lie {abs(by)} lines {'beyond' if by > 0 else 'before'} the header's centre {stated} of {name}: {at} assumed" for by, stated, name, at in zip(offset[::-1], self.centre, STEPS, centre) if by]
+        return replace(self, centre=centre, limits=limits, warnings=(*self.warnings, *notes))
+
     def settled(self) -> Geometry:
         """With the header's centre where it is still in doubt, and the steps that it leaves: scans of partial Fourier often announce those of the whole matrix."""
         limits, notes = list(self.limits), list(self.warnings)
@@ -94,18 +102,19 @@ def read_geometry(header: ismrmrd.xsd.ismrmrdHeader, number: int = 0) -> Geometr
         raise ScanError("the header has no encoding: matrix and field of view are unknown")
     encoding = header.encoding[number]
     kind = getattr(encoding.trajectory, "value", encoding.trajectory)
-    if kind not in (None, "cartesian"):
+    if str(kind or "cartesian").lower() != "cartesian":
         raise ScanError(f"expected a cartesian trajectory, the header says {kind!r}")
     if encoding.encodedSpace is None or encoding.reconSpace is None:
         raise ScanError("the header lacks encodedSpace or reconSpace")
     encoded, recon = _matrix(encoding.encodedSpace), _matrix(encoding.reconSpace)
     encoded_fov, recon_fov = _fov(encoding.encodedSpace), _fov(encoding.reconSpace)
     _check_image(encoded_fov, recon, recon_fov)
-    limits, centre, fitting, notes = zip(*(_limits(encoding, name, size) for name, size in zip(STEPS, encoded[1:])))
+    limits, centre, fitting, told = zip(*(_limits(encoding, name, size) for name, size in zip(STEPS, encoded[1:])))
+    notes = (*told[0], *told[1], *_halved(encoded, encoded_fov, recon, recon_fov), *_tiny(recon, recon_fov))
     readout = max(1, min(encoded[0], round(encoded[0] * recon_fov[0] / encoded_fov[0])))
     acceleration, calibration = _parallel(encoding)
     return Geometry(
-        encoded, encoded_fov, recon, recon_fov, centre, limits, readout, (*notes[0], *notes[1], *_halved(encoded, encoded_fov, recon, recon_fov)), acceleration, calibration, fitting,
+        encoded, encoded_fov, recon, recon_fov, centre, limits, readout, notes, acceleration, calibration, fitting,
     )  # fmt: skip
 
 
@@ -129,14 +138,16 @@ def _limits(encoding, name: str, size: int) -> tuple[tuple[int, int], int, int |
     if limit is None or limit.maximum is None:
         return (0, size - 1), size // 2, None, [f"the header has no limits for {name}: centre {size // 2} assumed"] if size > 1 else []
     low, high, centre = limit.minimum or 0, limit.maximum, limit.center
-    if high < low:
-        return (0, size - 1), size // 2, None, [f"the header's limits of {name} run from {low} to {high}: 0 to {size - 1} with centre {size // 2} assumed"]
+    if high < low or high == low < size - 1:
+        return (0, size - 1), size // 2, None, [f"the header's limits of {name} run from {low} to {high}: 0 to {size - 1} with centre {size // 2} assumed"] * (size > 1)
     notes = []
     if centre is None or not low <= centre <= high:
         notes.append(f"the header's centre {centre} of {name} lies outside {low} to {high}: {(low + high + 1) // 2} assumed")
         centre = (low + high + 1) // 2
     after = (size - 1) // 2
     lost = _lost(low, high, centre, size)
+    if lost == 1 and high - low + 1 == size:  # (high - low) / 2, rounded down by who wrote it
+        centre, lost = low + size // 2, 0
     if lost > size // 10 and high - low < size:
         fitting = min(max(centre, high - after), low + size // 2)
         if min(centre - low, high - centre) >= size / LEAST_SIDE:
@@ -158,6 +169,12 @@ def _halved(encoded, encoded_fov, recon, recon_fov) -> list[str]:
     if encoded[0] < HALVED * recon[0] or abs(encoded_fov[0] / recon_fov[0] - 1) > 0.01:
         return []
     return [f"the header wants {recon[0]} voxels of {encoded[0]} along the readout over the same field of view of {recon_fov[0]:g} mm: if the image is too narrow, its encoded field of view lacks the oversampling"]
+
+
+def _tiny(recon, recon_fov) -> list[str]:
+    """A note on voxels that no scanner can have."""
+    size = min(mm / n for mm, n in zip(recon_fov, recon))
+    return [f"the header's voxels are of {size:.2g} mm: was its field of view written in metres? Its unit is mm"] if size < SMALLEST_MM else []
 
 
 def _parallel(encoding) -> tuple[tuple[int, int], str]:

@@ -16,7 +16,7 @@ from .geometry import ScanError
 NAMESPACE = b'xmlns="http://www.ismrm.org/ISMRMRD"'
 TOLERANT = ParserConfig(fail_on_unknown_properties=False)  # a newer schema's elements are left aside
 NUMBERS = ("matrixSizeType", "fieldOfViewMm", "limitType", "accelerationFactorType")
-MORE_NUMBERS = ("receiverChannels", "relativeReceiverNoiseBandwidth", "TE", "TI")
+MAY_BE_EMPTY = ("receiverChannels", "relativeReceiverNoiseBandwidth", "TE", "TI")  # converters write what they do not know so
 warnings.filterwarnings("ignore", category=ConverterWarning)  # where a word matters it is told below
 
 
@@ -36,10 +36,13 @@ def parse_header(xml: bytes | str):
 def _check_numbers(node) -> None:
     """ScanError for a word in the place of a number that is needed; elsewhere it is let be: anonymised headers have odd dates."""
     for name, value in vars(node).items():
+        if name in MAY_BE_EMPTY:
+            value = [item for item in value if item != ""] if isinstance(value, list) else None if value == "" else value
+            setattr(node, name, value)
         for item in value if isinstance(value, list) else [value]:
             if is_dataclass(item):
                 _check_numbers(item)
-            elif isinstance(item, str) and (type(node).__name__ in NUMBERS or name in MORE_NUMBERS):
+            elif isinstance(item, str) and (type(node).__name__ in NUMBERS or name in MAY_BE_EMPTY):
                 raise ScanError(f"the ISMRMRD header cannot be read: expected a number for {type(node).__name__.removesuffix('Type')} {name}, got {item!r}")
 
 

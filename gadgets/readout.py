@@ -8,6 +8,7 @@ import numpy as np
 from .geometry import Geometry
 
 SHARE = 2  # so many lines without a sign of oversampling, for each that shows it, are short ones of an oversampled scan
+BEYOND = 16  # one over it of the matrix, beyond which no line reaches on either side
 OVERSAMPLED = 1.5  # times the header's matrix: more samples than this are readout oversampling that it does not tell of
 
 
@@ -42,8 +43,10 @@ class Readout:
     def echo(self, line: ismrmrd.Acquisition) -> tuple[slice, int, bool]:
         """Which samples count, where the echo lies among them, and whether that had to be assumed."""
         first, last = line.discard_pre, max(line.discard_pre, line.number_of_samples - line.discard_post)
-        middle = not line.center_sample and last - first > self.full - self.full // 2  # it would reach beyond k-space: nobody wrote the place
-        return slice(first, last), (last - first) // 2 if middle else line.center_sample - first, middle
+        samples, centre = last - first, line.center_sample - first
+        beyond = max(samples - centre - (self.full + 1) // 2, centre - self.full // 2) if 0 <= centre < samples <= self.full else 0
+        middle = beyond > (self.full // BEYOND if line.center_sample else 0)  # so many samples would lie outside of k-space: nobody knew the place
+        return slice(first, last), samples // 2 if middle else centre, middle
 
     def oversampling(self, line: ismrmrd.Acquisition) -> int:
         """What the line alone shows of its oversampling: none where its samples reach no further than they would without."""

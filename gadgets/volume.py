@@ -8,6 +8,7 @@ import ismrmrd
 import numpy as np
 import torch
 
+from .centre import echo_offset, move_echo
 from .completeness import NO_CENTRE, hole_at_centre, missing_lines
 from .failure import of_lines
 from .flags import BOTH_BIT, REVERSE_BIT
@@ -51,8 +52,9 @@ class Grid:
         if nbytes > MAX_VOLUME_BYTES:
             raise ScanError(f"the header asks for {nbytes / 2**30:.0f} GiB of k-space ({coils} coils, matrix {geometry.shape}); the limit is {MAX_VOLUME_BYTES >> 30} GiB")
         self.kspace = np.zeros((coils, *geometry.shape), np.complex64) if kspace is None else kspace
-        self.counts = np.zeros(geometry.shape[:2], np.float32)
-        self.lines = self.filled = self.outside = self.unfit = self.uncentred = 0
+        self.counts, self.energy = (np.zeros(geometry.shape[:2], np.float32) for _ in range(2))  # energy of the strongest line of each place
+        self.lines = self.filled = self.outside = self.unfit = self.uncentred = self.empty = 0
+        self.echo_moved = False
         self.lengths: dict[str, int] = {}  # what was assumed of lines that are longer or shorter than the header says
         self.foreign = False
         self.head: ismrmrd.AcquisitionHeader | None = None  # of the first line, of calibration
@@ -70,10 +72,24 @@ class Grid:
         return None
 
     def move(self, shift: tuple[int, int]) -> None:
-        """Move all lines by `shift` (z, y); none reaches an end."""
+        """Move all lines by `shift` (z, y); those that come to lie outside of the matrix are counted."""
+        gone = shifted(np.ones(self.counts.shape, bool), tuple(-n for n in shift)) == 0
+        self.outside += int(self.counts[gone].sum())
+        self.kspace[:, gone] = 0
         for coil in self.kspace:  # one by one, to need no second array
             coil[:] = np.roll(coil, shift, (0, 1))
-        self.counts = np.roll(self.counts, shift, (0, 1))
+        self.counts, self.energy = (shifted(array, shift) for array in (self.counts, self.energy))
+        self.lines, self.filled = int(self.counts.sum()), int((self.counts > 0).sum())
+
+    def centre_echo(self, offset: int | None = None) -> int:
+        """Move the echo to the middle, by `offset` samples or as the lines themselves show it; returns by how many, once and for all."""
+        if self.echo_moved:
+            return 0
+        offset = echo_offset(self.kspace, self.energy) if offset is None else offset
+        if offset:
+            move_echo(self.kspace, offset)
+        self.echo_moved = True
+        return offset
 
     def add(self, line: ismrmrd.Acquisition, place: tuple[int, int], readout: Readout, oversampling: int) -> bool:
         """Add a line at its place, turned if it was read backwards; False, and counted, if it does not fit."""
@@ -83,7 +99,11 @@ class Grid:
         if len(data) != len(self.kspace) or not 0 <= centre < samples:
             self.unfit += 1
             return False
+        if not data[:, centre].any() and not data.any():
+            self.empty += 1
+            return False
         self.uncentred += assumed
+        self.energy[place] = max(self.energy[place], np.vdot(data, data).real)
         if line.flags & REVERSE_BIT:
             data, centre = data[:, ::-1], samples - 1 - centre
         if samples > readout.full:
@@ -107,10 +127,20 @@ class Grid:
             out.append(of_lines(self.outside, "{lines} lay outside the encoded matrix and {were} left out", kind))
         if self.unfit:
             out.append(of_lines(self.unfit, "{lines} had another number of channels or samples than most, no samples or no echo and {were} left out", kind))
+        if self.empty:
+            out.append(of_lines(self.empty, "{lines} held nothing but zeros and {were} taken for not acquired", kind))
         out += [of_lines(count, f"{{lines}} {text}", kind) for text, count in self.lengths.items()]
         if self.uncentred:
-            out.append(of_lines(self.uncentred, "{lines} had centre sample 0 and more than half a readout: the middle was assumed", kind))
+            out.append(of_lines(self.uncentred, "{lines} had a centre sample that puts others beyond k-space: the middle was assumed", kind))
         return out
+
+
+def shifted(array: np.ndarray, shift: tuple[int, int]) -> np.ndarray:
+    """[z y] moved by `shift`, zeros (or false) where nothing comes from."""
+    out = np.zeros_like(array)
+    there, here = ([slice(max(0, sign * n), len_ + min(0, sign * n)) for n, len_ in zip(shift, array.shape)] for sign in (1, -1))
+    out[tuple(there)] = array[tuple(here)]
+    return out
 
 
 def shift_between(old: Geometry, new: Geometry) -> tuple[int, int]:
@@ -200,9 +230,9 @@ class Volume:
         shift = shift_between(self.geometry, geometry)
         self.geometry = geometry
         self.grid.move(shift)
-        self.averages_at, self.calibrating = (np.roll(array, shift, (0, 1)) for array in (self.averages_at, self.calibrating))
+        self.averages_at, self.calibrating = (shifted(array, shift) for array in (self.averages_at, self.calibrating))
         self.strange = {(z + shift[0], y + shift[1]) for z, y in self.strange}
-        self.nearest, self.head, self.judged = self.other_nearest, self.other_head, (0, False)
+        self.nearest, self.head, self.judged = self.other_nearest, self.other_head or self.head, (0, False)
 
     def lacks_nothing(self, averages: int) -> bool:
         """Whether as many lines and averages came as the header announces; the answer is kept until another line comes."""

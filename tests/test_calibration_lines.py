@@ -193,14 +193,14 @@ def test_what_was_assumed_of_an_external_encoding_is_told(scan_with):
     assert scan.warnings == ["of the calibration, the header's centre 900 of kspace_encoding_step_1 lies outside 0 to 12: 6 assumed"]
 
 
-@pytest.mark.parametrize("value,said", [(float("nan"), "hold NaN, infinity or numbers too large to square"), (0.0, "hold nothing but zeros")])
+@pytest.mark.parametrize("value,said", [(float("nan"), "hold NaN, infinity or numbers too large to square"), (0.0, "held nothing but zeros")])
 def test_calibration_of_no_use_leaves_the_image_its_own_centre(scan_with, value, said):
     header, lines = scan_with("separate")
     calibration = [flagged(line, ONLY, data=line.data * value) for place, line in lines.items() if in_centre(place)]
     options = make_options({"method": "cg", "device": "cpu", "output": "float32"})
     (image,) = reconstruct(header, [*calibration, *lines.values()], None, options)
     (expected,) = reconstruct(header, list(lines.values()), None, options)
-    assert (image.data == expected.data).all() and f"the calibration lines {said} and were left out" in image.meta["ImageComment"]
+    assert (image.data == expected.data).all() and f"calibration lines {said} and were left out" in image.meta["ImageComment"]
 
 
 def test_calibration_that_contrasts_share_holds_the_image_lines_of_none_but_ones_own(full):

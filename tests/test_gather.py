@@ -489,7 +489,7 @@ def test_a_centre_sample_that_nobody_wrote_is_assumed_and_said(full):
     expected = gathered(header, lines).kspace
     scan = gathered(header, [line_like(line, center_sample=0) for line in lines])
     assert torch.equal(scan.kspace, expected)
-    assert scan.warnings == ["130 lines had centre sample 0 and more than half a readout: the middle was assumed"]
+    assert scan.warnings == ["130 lines had a centre sample that puts others beyond k-space: the middle was assumed"]
     half = gathered(header, [line_like(line, line.data[:, 12:], center_sample=0) for line in lines])
     assert half.warnings == [] and not torch.equal(half.kspace, expected)
 

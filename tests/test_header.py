@@ -1,5 +1,7 @@
 """Headers as they come: damaged, foreign, of other versions and encodings."""
 
+import re
+
 import pytest
 
 from gadgets.budget import Budget
@@ -95,3 +97,32 @@ def test_images_that_would_take_all_memory_are_refused():
 def test_versions_are_stripped_however_they_are_written():
     for version in (b"<version>15</version>", b"<version >15</version >", b"<v:version>1</v:version>", b"<version/>"):
         assert strip_version(b"<a>" + version + b"<b/></a>\0") == b"<a><b/></a>"
+
+
+@pytest.mark.filterwarnings("ignore:Failed to convert")
+@pytest.mark.parametrize("element", ["receiverChannels", "relativeReceiverNoiseBandwidth"])
+def test_numbers_that_are_left_empty_are_not_told(element):
+    text = re.sub(f"<{element}>[^<]*<".encode(), f"<{element}><".encode(), XML)
+    header = parse_header(text)
+    assert text != XML and getattr(header.acquisitionSystemInformation, element) is None and read_geometry(header).shape == (20, 24, 22)
+    with pytest.raises(ScanError, match=f"expected a number for .* {element}, got 'many'"):
+        parse_header(text.replace(f"<{element}><".encode(), f"<{element}>many<".encode()))
+
+
+def test_limits_of_nothing_are_none():
+    """Converters write 0 to 0 where they know nothing."""
+    geometry = read_geometry(parse_header(re.sub(rb"(<kspace_encoding_step_2>\s*<minimum>0</minimum>\s*)<maximum>19</maximum>\s*<center>10</center>", rb"\1<maximum>0</maximum><center>0</center>", XML)))
+    assert geometry.limits[1] == (0, 19) and geometry.centre[1] == 10
+    assert geometry.warnings == ("the header's limits of kspace_encoding_step_2 run from 0 to 0: 0 to 19 with centre 10 assumed",)
+
+
+def test_a_centre_that_was_rounded_down_loses_no_line():
+    geometry = read_geometry(parse_header(changed("<center>12</center>", "<center>11</center>")))
+    assert geometry.centre == (12, 10) and geometry.limits[0] == (0, 23) and not geometry.warnings
+
+
+@pytest.mark.filterwarnings("ignore:Failed to convert")
+def test_a_field_of_view_in_metres_is_told_and_a_capital_is_cartesian():
+    small = re.sub(rb"<([xyz])>([\d.]+\.0)</", lambda m: b"<%s>%.4f</" % (m[1], float(m[2]) / 1000), XML).replace(b">cartesian<", b">Cartesian<")
+    (note,) = read_geometry(parse_header(small)).warnings
+    assert "voxels are of 0.001 mm: was its field of view written in metres" in note

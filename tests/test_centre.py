@@ -1,0 +1,89 @@
+"""Where k = 0 lies by the lines themselves, against what header and lines say of it."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import gathered, line_like, load_small_scan
+
+from gadgets.centre import centre_offset, echo_offset
+from gadgets.flags import NOISE_BIT
+from gadgets.gather import gather
+from gadgets.simulate import SimulateOptions
+
+SHAPE = (26, 36, 32)
+
+
+def scan_of(folder, **options):
+    """Header and lines of a scan of the phantom."""
+    return load_small_scan(folder, SimulateOptions(**{"coils": 3, "pattern": "full", "noise_lines": 4, **options}), SHAPE)[:2]
+
+
+def misplaced(header, steps=("kspace_encoding_step_1", "kspace_encoding_step_2")):
+    """The header with the middle of its limits for their centre, as converters write that do not know it."""
+    header = copy.deepcopy(header)
+    for name in steps:
+        limit = getattr(header.encoding[0].encodingLimits, name)
+        limit.center = (limit.maximum + 1) // 2
+    return header
+
+
+def similar(scan, other, sign=1):
+    """Whether k-space is the same up to rounding."""
+    return bool((scan.counts == other.counts).all()) and float((scan.kspace - sign * other.kspace).norm()) < 1e-5 * float(other.kspace.norm())
+
+
+@pytest.mark.parametrize("options", [{}, {"pattern": "regular", "acceleration": 4, "acs": 10}, {"repetitions": 2}, {"contrasts": 2}])
+def test_partial_fourier_whose_centre_is_the_middle_of_what_came(tmp_path, options):
+    header, lines = scan_of(tmp_path, partial_fourier=(0.6, 0.6), **options)
+    right, moved = (list(gather(head, lines)) for head in (header, misplaced(header)))
+    assert len(right) == len(moved) and all(similar(*pair) for pair in zip(moved, right))
+    said = [w for w in moved[0].warnings if w not in right[0].warnings]
+    assert len(said) == 2 and all("lines before the header's centre" in w for w in said), said
+
+
+def test_calibration_moves_with_the_image(tmp_path):
+    header, lines = scan_of(tmp_path, partial_fourier=(0.6, 0.6), pattern="poisson", acceleration=3, acs=10, calibration="separate")
+    right, moved = gathered(header, lines), gathered(misplaced(header), lines)
+    assert similar(moved, right) and all(torch.equal(a, b) for a, b in zip(moved.calibration, right.calibration))
+
+
+@pytest.mark.parametrize("partial_echo, said", [(0.6, "the echo lies 7 samples (without oversampling) before the place that the lines tell"), (0.95, "")])
+def test_an_echo_said_to_be_in_the_middle(tmp_path, partial_echo, said):
+    header, lines = scan_of(tmp_path, partial_echo=partial_echo, contrasts=2)
+    wrong = [line if line.flags & NOISE_BIT else line_like(line, center_sample=line.number_of_samples // 2) for line in lines]
+    for scan, right in zip(gather(header, wrong), gather(header, lines)):
+        assert [w for w in scan.warnings if w not in right.warnings] == ([f"{said}: it was taken from there"] if said else [])
+        if said:  # by a whole number of samples: half of one may be left, which is a phase
+            torch.testing.assert_close(scan.kspace.abs(), right.kspace.abs(), atol=1e-5 * float(right.kspace.abs().max()), rtol=0)
+
+
+def test_spikes_noise_and_a_lost_centre_move_nothing(tmp_path):
+    header, lines = scan_of(tmp_path)
+    spiked = [line_like(line, line.data + 1e4 * (number in (40, 300, 700))) for number, line in enumerate(lines)]
+    centre = {line.idx.kspace_encode_step_1: line for line in lines if line.idx.kspace_encode_step_2 == 13 and abs(line.idx.kspace_encode_step_1 - 18) <= 1}
+    lost = [line for line in lines if line not in centre.values()]
+    random = np.random.default_rng(0)
+    noise = [line_like(line, (random.standard_normal((2, *line.data.shape)) * [[[1]], [[1j]]]).sum(0)) for line in lines]
+    for some in (lines, spiked, lost, noise, lines[:200], lines[:430], lines[-300:]):
+        assert not [w for w in gathered(header, some).warnings if "strongest lines" in w or "the echo lies" in w]
+
+
+def test_the_scans_own_phase_is_left_to_it(tmp_path):
+    """Three periods over the field of view, as fields drift and gradients lag."""
+    header, lines = scan_of(tmp_path)
+    moved = [line if line.flags & NOISE_BIT else line_like(line, center_sample=line.center_sample + 4, kspace_encode_step_1=(line.idx.kspace_encode_step_1 + 3) % 36) for line in lines]
+    assert gathered(header, moved).warnings == []
+
+
+def test_offsets_of_energies():
+    z, y = np.indices((40, 48))
+    energy = np.exp(-((z - 20 - 7) ** 2 + (y - 24 + 9) ** 2) / 8.0)
+    assert centre_offset(energy) == (7, -9)
+    assert centre_offset(energy * (z % 3 == 0) * (y % 2 == 1)) == (7, -9)
+    assert centre_offset(energy + np.exp(-((z - 20) ** 2 + (y - 24) ** 2) / 8.0)) == (0, 0)  # as strong where it should be
+    assert centre_offset(energy * (z > 28)) == (0, 0)  # strongest at an edge
+    assert centre_offset(energy * ((abs(z - 20) > 6) | (abs(y - 24) > 6))) == (0, 0)  # nothing came where it should be
+    assert centre_offset(np.zeros((40, 48))) == centre_offset(np.ones((2, 3))) == (0, 0)
+    assert echo_offset(np.zeros((2, 40, 48, 16), np.complex64), energy) == 0
