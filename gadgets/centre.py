@@ -12,6 +12,7 @@ STRONGEST = 9  # lines that are asked; a spike is in few of them
 AGREED, NEAR = 6, 4  # so many of them lie so near to their middle
 AWAY, AWAY_READOUT = 4, 3  # lines, samples without oversampling: up to there it is the scan's own phase
 STRONGER = 4.0  # times the energy of any line about the stated centre
+EMPTY = 0.02  # of the energy, in the outer halves of a readout that is empty there
 CLEAR = 4.0  # times the mean energy of a line's samples, at its peak
 
 
@@ -56,6 +57,13 @@ def echo_offset(kspace: np.ndarray, energy: np.ndarray) -> int:
     clear = power.max(axis=1) > CLEAR * power.mean(axis=1)
     agreed = (abs(peaks - found) <= 1) & clear
     return found if abs(found) > AWAY_READOUT and agreed.sum() >= AGREED else 0
+
+
+def narrow(kspace: np.ndarray, energy: np.ndarray) -> bool:
+    """Whether the strongest lines [coils z y x], x in image space, show nothing in the outer halves of the readout."""
+    places, n = strongest_lines(energy), kspace.shape[-1]
+    power = np.square(np.abs(kspace[:, places[:, 0], places[:, 1]])).sum(axis=(0, 1))
+    return bool(power[n // 4 : n - n // 4].sum() > (1 - EMPTY) * power.sum())
 
 
 def move_echo(kspace: np.ndarray, offset: int) -> None:

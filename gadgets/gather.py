@@ -15,11 +15,12 @@ import numpy as np
 import torch
 
 from .calibration import Calibrations, lies_elsewhere
-from .centre import centre_offset
+from .centre import centre_offset, narrow
 from .completeness import missing_ends, missing_volumes
 from .failure import of_lines
 from .flags import BOTH_BIT, CALIBRATION_BIT, FIRST_BIT, KEY, LAST_BIT, NOISE_BIT, SKIP_BITS, is_calibration_only, volume_key
 from .geometry import ScanError, announced, noise_bandwidth, read_geometry
+from .partitions import Partitions
 from .readout import Readout
 from .recon_data import ReconBit, ReconData, ReconDataError, take_lines
 from .volume import Grid, Scan, Volume
@@ -72,6 +73,7 @@ class Gatherer:
         self.geometry, self.admit = read_geometry(header), admit
         self.header, self.promised = header, announced(header)
         self.readout = Readout(self.geometry)
+        self.partitions = Partitions(self.geometry, header)
         self.volumes: dict[tuple[int, ...], Volume] = {}
         self.calibrations = Calibrations(header, self.geometry, self.readout)
         self.noise: list[np.ndarray] = []
@@ -139,6 +141,7 @@ class Gatherer:
         if flags & NOISE_BIT:
             self._add_noise(line)
             return
+        line = self.partitions(line) if line.idx.slice or not self.partitions.decided else line
         idx = line.idx
         self.flags[idx.repetition] = self.flags.get(idx.repetition, 0) | flags
         if flags & LAST_BIT and not line.encoding_space_ref:  # other encodings have counters of their own
@@ -155,7 +158,8 @@ class Gatherer:
         elif self.geometry.fitting != (None, None) and any(self.geometry.beyond((idx.kspace_encode_step_1, idx.kspace_encode_step_2))):
             yield from self._doubt(line, key)
             return
-        if is_calibration_only(flags) and self.geometry.calibration not in INTEGRATED:
+        external = line.encoding_space_ref and self.geometry.calibration == "external"  # whether flagged or not
+        if external or (is_calibration_only(flags) and self.geometry.calibration not in INTEGRATED):
             self.calibrating += 1
             self.calibrations.add(line, key)
         elif line.encoding_space_ref:
@@ -204,7 +208,8 @@ class Gatherer:
 
     def finish(self, before: int | None = None) -> Iterator[Scan]:
         """Hand out and forget all volumes, or those of repetitions below `before`."""
-        notes = missing_volumes(self.promised, self.seen) if before is None else []
+        promised = {name: count for name, count in self.promised.items() if name != "slice" or not self.partitions.are_slices}
+        notes = missing_volumes(promised, self.seen) if before is None else []
         for key in sorted(key for key in self.volumes if before is None or key[2] < before):
             volume = self.volumes.pop(key)
             self.given.add(key)
@@ -273,18 +278,23 @@ class Gatherer:
             remarks.append("calibration is interleaved over the repetitions: each of them, and its coil maps, is made of its own lines alone")
         if volume.oversampling == 0 and any(self.calibrations.oversampling.values()):
             remarks.append(f"{AS_LONG}: it was taken for removed")
+        elif volume.oversampling == 0 and not volume.grid.lengths and self.readout.full_length > self.readout.cut_length and narrow(volume.grid.kspace, volume.grid.energy):
+            remarks.append("the lines are as long as without readout oversampling and the image is empty on both sides: if it is too narrow, they have it, and less resolution than the header says")
         if volume.oversampling and volume.grid.filled and not volume.certain:
             remarks.append(f"{AS_LONG}: they were taken for shorter, of less resolution")
         foreign = self.foreign + self.calibrations.foreign
         if foreign:
             remarks.append(of_lines(foreign, "{lines} of another encoding space {were} left out"))
+        if foreign > self.lines:
+            remarks.append(f"CAUTION: only {self.lines} lines are of the first encoding space, which the image is made of: is it another one's?")
         if self.channelless:
             remarks.append(of_lines(self.channelless, "{lines} without channels {were} left out"))
         if self.doubtful:
             remarks.append(of_lines(len(self.doubtful), "{lines} lay outside the encoded matrix and {were} left out"))
         if self.late:
             remarks.append(of_lines(self.late, "{lines} of volumes that were handed out already {were} left out"))
-        scan.warnings += [*self.notes, *remarks, *notes]
+        scan.warnings += [*self.notes, *self.partitions.notes, *remarks, *notes]
+        scan.flaw = scan.flaw or self.partitions.flaw(volume.grid.counts, self.seen.get("slice", ()))
         scan.series, scan.phase_reference, scan.brightness = self.series, self.phase_reference, brightness
         return scan
 

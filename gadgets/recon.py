@@ -79,6 +79,8 @@ def reconstruct(header, items: Iterable, prior, options: Options, report: Report
 
 def look(scan: Scan, options: Options, report: Report) -> tuple[Measurement, torch.Tensor]:
     """The inverse problem and its CG-SENSE image [z y x]; on the CPU, with a note, if the GPU cannot take the scan."""
+    if scan.flaw:
+        raise ScanError("; ".join([scan.flaw, *scan.warnings]))
     if not scan.counts.any():
         raise ScanError("; ".join(["none of its lines could be used", *scan.warnings]))
     try:

@@ -16,6 +16,7 @@ from .geometry import Geometry, ScanError
 from .readout import Readout
 
 MAX_VOLUME_BYTES = 64 << 30
+BOTH_WAYS = 0.1  # of the lines
 DECIDED = 16  # places filled from which a volume of short lines stays one, whatever the rest of the scan shows
 
 
@@ -26,7 +27,7 @@ class Scan:
     `head` is the header of the acquired line nearest the k-space centre, or of the first one if none could be used; `series` (scales, by series, contrast
     and set) and `phase_reference` (by number of coils) are shared by all volumes of a scan, for what must be the same
     in all of their images. `brightness` brings an image in units of the noise to those of the scan's first volume,
-    whose lines may have another dwell time.
+    whose lines may have another dwell time. `flaw` says why no image can be made of it, if so.
     """
 
     geometry: Geometry
@@ -39,6 +40,7 @@ class Scan:
     series: dict[tuple[int, ...], float] = field(default_factory=dict)
     phase_reference: dict[int, torch.Tensor] = field(default_factory=dict)
     brightness: float = 1.0
+    flaw: str = ""
 
 
 class Grid:
@@ -53,7 +55,7 @@ class Grid:
             raise ScanError(f"the header asks for {nbytes / 2**30:.0f} GiB of k-space ({coils} coils, matrix {geometry.shape}); the limit is {MAX_VOLUME_BYTES >> 30} GiB")
         self.kspace = np.zeros((coils, *geometry.shape), np.complex64) if kspace is None else kspace
         self.counts, self.energy = (np.zeros(geometry.shape[:2], np.float32) for _ in range(2))  # energy of the strongest line of each place
-        self.lines = self.filled = self.outside = self.unfit = self.uncentred = self.empty = 0
+        self.lines = self.filled = self.outside = self.unfit = self.uncentred = self.empty = self.reversed = 0
         self.echo_moved = False
         self.lengths: dict[str, int] = {}  # what was assumed of lines that are longer or shorter than the header says
         self.foreign = False
@@ -105,6 +107,7 @@ class Grid:
         self.uncentred += assumed
         self.energy[place] = max(self.energy[place], np.vdot(data, data).real)
         if line.flags & REVERSE_BIT:
+            self.reversed += 1
             data, centre = data[:, ::-1], samples - 1 - centre
         if samples > readout.full:
             done = f"{oversampling}-fold readout oversampling was assumed" if oversampling > 1 else "the outer ones were cut"
@@ -254,6 +257,10 @@ class Volume:
         scan.warnings += missing_lines(self.geometry, self.grid.counts)
         if self.grid.filled and hole_at_centre(self.grid.counts).any():
             scan.warnings.append(NO_CENTRE)
+        if min(self.grid.reversed, self.grid.lines - self.grid.reversed) > BOTH_WAYS * self.grid.lines:
+            scan.warnings.append("CAUTION: lines of both readout directions make up this image, as in EPI: they were not corrected for each other, ghosts may follow")
+        if self.grid.outside > self.grid.lines > 0:
+            scan.flaw = f"{self.grid.outside} lines lay outside the encoded matrix and {self.grid.lines} in it: the header is not that of these lines"
         return scan
 
     def _take_centre(self, calibration: Grid) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -13,6 +14,7 @@ from .interpolation import interpolate
 MAX_ACS = 32  # more sharpens nothing and costs time
 ACS_READOUT = 24
 MIN_ACS = 8
+LATTICE_BLOCK, LARGEST_SHIFT, ALIKE = 24, 6, 0.9  # lines; of those of a lattice, so many come to lie on others
 READOUT_MARGIN = 1 / 8  # of the readout, empty, on each side
 SQUARINGS = 10
 MATRICES_AT_ONCE = 2048  # fit a CPU's cache
@@ -33,6 +35,23 @@ def find_acs(mask: Tensor) -> tuple[int, int]:
         if z * y > best[0] * best[1]:
             best = (z, y)
     return best
+
+
+def folding(mask: Tensor) -> int:
+    """How many times the image of a `mask` [z y] lies over itself: the acceleration of its lattice about k = 0, 1 if there is none.
+
+    A lattice is one that two shifts map onto itself, of which the pair with the smallest cell counts; lines at random are none.
+    """
+    block = centre_crop_or_pad((mask > 0).cpu(), [min(n, LATTICE_BLOCK) for n in mask.shape])
+    if not block.any():
+        return 1
+    shifts = [(n, 0) if axis == 0 else (0, n) for axis, n in enumerate(block.shape) if n == 1]  # nothing is folded there
+    for z, y in itertools.product(range(min(block.shape[0], LARGEST_SHIFT + 1)), range(-LARGEST_SHIFT, LARGEST_SHIFT + 1)):
+        if (z, y) > (0, 0) and abs(y) < block.shape[1]:
+            here, there = block[z:, max(0, y) : block.shape[1] + min(0, y)], block[: block.shape[0] - z, max(0, -y) : block.shape[1] - max(0, y)]
+            if here.any() and float((here & there).sum()) > ALIKE * float(here.sum()):
+                shifts.append((z, y))
+    return min((abs(a[0] * b[1] - a[1] * b[0]) for a, b in itertools.combinations(shifts, 2) if a[0] * b[1] != a[1] * b[0]), default=1)
 
 
 def in_phase(maps: Tensor, mixing: Tensor, reference: Tensor) -> Tensor:

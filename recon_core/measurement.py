@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .coils import MIN_ACS, compression_matrix, cut_acs, estimate_coil_maps, find_acs, in_phase, low_resolution_maps, widened
+from .coils import MIN_ACS, compression_matrix, cut_acs, estimate_coil_maps, find_acs, folding, in_phase, low_resolution_maps, widened
 from .fft import centre_crop_or_pad, ifft
 from .noise import whiten
 from .scale import evenly, intensity_scale
@@ -287,7 +287,9 @@ def _maps(acs: Tensor, sigma: float, size: tuple[int, int], whole: tuple[int, ..
             f"calibration lines cover only {size[0]} x {size[1]} (z x y) of the k-space centre, "
             f"{MIN_ACS} x {MIN_ACS} are wanted: coil maps were made from a smoothed image and may be poor"
         )
-        return low_resolution_maps(all_lines(), counts), everywhere, [few]
+        folded = folding(counts)
+        lattice = f"CAUTION: the lines are a lattice and nothing tells the coils apart: the image is folded {folded} times"
+        return low_resolution_maps(all_lines(), counts), everywhere, [few] + [lattice] * (folded > 1)
     return estimate_coil_maps(acs, shape, sigma, home=home), _support(acs, shape, sigma).to(home), []
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from conftest import random_complex
 
-from recon_core.coils import MATRICES_AT_ONCE, compression_matrix, cut_acs, dominant_eigenvectors, estimate_coil_maps, find_acs, in_phase, low_resolution_maps
+from recon_core.coils import MATRICES_AT_ONCE, compression_matrix, cut_acs, dominant_eigenvectors, estimate_coil_maps, find_acs, folding, in_phase, low_resolution_maps
 from recon_core.fft import centre_crop_or_pad, fft
+from recon_core.measurement import measure
 from recon_core.simulate import coil_sensitivity, loop_sensitivities, phantom
 
 
@@ -187,3 +188,29 @@ def write_cfl(path, array):
 def read_cfl(path):
     dims = [int(n) for n in path.with_suffix(".hdr").read_text().splitlines()[1].split()]
     return np.fromfile(path.with_suffix(".cfl"), np.complex64).reshape(dims, order="F")
+
+
+def lattice(z: int, y: int, shift: int, shape=(64, 80)) -> torch.Tensor:
+    """Every z-th partition and y-th line, shifted from one partition to the next."""
+    mask = torch.zeros(shape)
+    for number, row in enumerate(mask[::z]):
+        row[shift * number % y :: y] = 1
+    return mask
+
+
+def test_how_often_a_lattice_folds_the_image():
+    cases = [(1, 1, 0, 1), (1, 2, 0, 2), (2, 1, 0, 2), (2, 2, 1, 4), (3, 2, 1, 6), (1, 4, 2, 4)]
+    assert [folding(lattice(*case[:3])) for case in cases] == [case[3] for case in cases]
+    assert folding(lattice(1, 3, 0, (1, 96))) == 3 and folding(torch.zeros(8, 8)) == 1
+    random = torch.Generator().manual_seed(0)
+    for share in (0.1, 0.3, 0.5, 0.8, 0.95):
+        assert folding(torch.rand(64, 80, generator=random) < share) == 1
+    assert folding((torch.rand(80, generator=random) < 0.4).expand(64, 80)) == 1
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_a_folded_image_is_told(calibrated):
+    mask = lattice(2, 2, 0, (20, 24))
+    mask[6:15, 8:17] = calibrated
+    said = measure(random_complex(4, 20, 24, 8) * mask[..., None], mask, (1.0, 1.0, 1.0)).warnings
+    assert sum("CAUTION" in w and "the image is folded 4 times" in w for w in said) == (not calibrated)
