@@ -11,13 +11,13 @@ import math
 import torch
 from torch import Tensor
 
-from .representation import Representation, Shape
+from .representation import PUBLISHED, Representation, Shape
 
 SHARE = 0.5  # Gaussians per voxel of the object
 WIDTH = 0.6  # of each at first, in units of their spacing
 REACH = 2.5  # standard deviations to the side of the cube
 WIDEST = 4  # voxels of the scan's mesh from the middle of a cube to its side, at most
-PLACE_RATE, WIDTH_RATE = 0.05, 0.02  # of Adam, for places in voxels and for the logarithm of widths
+RATE, PLACE_RATE, WIDTH_RATE = 0.06, 0.05, 0.02  # of Adam, for amplitudes in tissue units, places in voxels and the logarithm of widths
 AT_ONCE = 1 << 20  # voxels of cubes in memory
 EMPTY = 0.05  # of tissue brightness, where there is no object
 
@@ -25,7 +25,7 @@ EMPTY = 0.05  # of tissue brightness, where there is no object
 class Gaussians(Representation):
     """Places and widths are in voxels of `start`; `factor` [gaussians 3 3], lower triangular, is the root of the inverse covariance."""
 
-    fit_steps = 20
+    fit_steps = 100
 
     def __init__(self, start: Tensor, finest: Shape, seed: int = 0):
         super().__init__()
@@ -46,9 +46,9 @@ class Gaussians(Representation):
         self.to(start.device)
 
     def groups(self, rate: float) -> list[dict]:
-        """Brightness at `rate`, places and widths at their own."""
+        """Rates of their own, that of amplitudes RATE where that of brightness is the published one: many Gaussians make up one voxel."""
         return [
-            {"params": [self.amplitudes], "lr": rate},
+            {"params": [self.amplitudes], "lr": RATE * rate / PUBLISHED},
             {"params": [self.places], "lr": PLACE_RATE},
             {"params": [self.logarithms, self.shears], "lr": WIDTH_RATE},
         ]

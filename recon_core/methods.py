@@ -71,7 +71,7 @@ METHODS = {
     "field": Method("slice diffusion as published, neural field", reconstruct_faithful, FaithfulConfig(iterations=400, slabs=5, patience=100, representation=NeuralField), "small-white"),
     "gaussians": Method("slice diffusion as published, Gaussians", reconstruct_faithful, FaithfulConfig(representation=Gaussians), "small-white"),
     "operator": Method("slice diffusion as published, prior in function space", reconstruct_faithful, FaithfulConfig(), "operator"),
-    "dds": Method("posterior sampling DDS", reconstruct_posterior, PosteriorConfig(axis=0, pull=1.0), "small-white", anytime=False),
+    "dds": Method("posterior sampling DDS", reconstruct_posterior, PosteriorConfig(axis=2), "small-white", anytime=False),
     "tpdm": Method("posterior sampling TPDM", reconstruct_posterior, PosteriorConfig(), "small-white", anytime=False),
     "mbir": Method("posterior sampling DiffusionMBIR", reconstruct_posterior, PosteriorConfig(axis=0, tv=0.02), "small-white", anytime=False),
     "pnp": Method("plug-and-play ADMM", reconstruct_plug_and_play, PlugAndPlayConfig(), "small"),

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .interpolation import interpolate
-from .representation import Representation, Shape
+from .representation import PUBLISHED, Representation, Shape
 
 FINEST, FACTOR, LEVELS = 1.5, 2.0, 4  # voxels of the finest mesh between points of the finest grid, from grid to grid, how many
 FEATURES, WIDTH = 8, 64
-RATE, PUBLISHED = 1e-2, 1.2  # of Adam; of brightness, in tissue units, where it is as published
+RATE = 1e-2  # of Adam
 
 
 class NeuralField(Representation):

@@ -27,8 +27,8 @@ from .wavelet import soft_threshold
 class PosteriorConfig:
     """sigma in tissue brightness, per real part; `pull` weighs the denoised volume against the unit-norm data.
 
-    Of pulls 0.3, 1, 3 and 10, 3 was best for TPDM and DiffusionMBIR on a head left out of training, 1 for DDS. The image
-    is one sample, not the mean of many.
+    Of pulls 0.3, 1, 3 and 10, 3 was best for each of the three on a head left out of training. DDS makes an image of each
+    readout position, which has all its data to itself. The image is one sample, not the mean of many.
     """
 
     steps: int = 80

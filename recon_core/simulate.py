@@ -157,8 +157,9 @@ def _regular(shape: tuple[int, int], acceleration: float) -> np.ndarray:
 
 def _poisson(shape: tuple[int, int], wanted: float, centre: np.ndarray, seed: int) -> np.ndarray:
     """Variable-density Poisson disc inside the k-space ellipse; bisection on the disc size."""
-    low, high = 0.1, 2.0 * math.sqrt(shape[0] * shape[1] / wanted)
-    mask = centre
+    acceleration = shape[0] * shape[1] / wanted
+    widest = 2.0 * (acceleration if min(shape) == 1 else math.sqrt(acceleration))  # along a single row nothing is gained from the other axis
+    low, high, mask = 0.1, widest, centre
     for _ in range(10):
         middle = (low + high) / 2
         mask = centre | _throw_darts(shape, middle, seed)

@@ -78,7 +78,7 @@ def to_voxel_mm(volume: Tensor, voxel_mm: Sequence[float], target_mm: Sequence[f
     out, sizes = volume, []
     for axis, (mm, target) in enumerate(zip(voxel_mm, target_mm)):
         n = out.shape[axis]
-        size = max(8, min(n, round(n * mm / target)))
+        size = max(min(8, n), min(n, round(n * mm / target)))
         sizes.append(mm * n / size)
         spectrum = centre_crop_or_pad(fft(out, (axis,)).movedim(axis, -1), (size,))
         if taper:
