@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .adaptation import reconstruct_adapted
+from .cg_sense import STRENGTH_AS_IMAGE, cg_sense
 from .faithful import FaithfulConfig, reconstruct_faithful
 from .gaussians import Gaussians
 from .measurement import Measurement
@@ -61,7 +62,7 @@ def _zero_filled(measurement: Measurement, prior: None, start: Tensor, config: N
 
 
 def _cg_sense(measurement: Measurement, prior: None, start: Tensor, config: None, seed: int) -> Iterator[State]:
-    yield State(1, 1, 0.0, start, 0)
+    yield State(1, 1, 0.0, cg_sense(measurement, strength=STRENGTH_AS_IMAGE), 0)
 
 
 METHODS = {
