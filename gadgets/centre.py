@@ -11,7 +11,7 @@ import numpy as np
 STRONGEST = 9  # lines that are asked; a spike is in few of them
 AGREED, NEAR = 6, 4  # so many of them lie so near to their middle
 AWAY, AWAY_READOUT = 4, 3  # lines, samples without oversampling: up to there it is the scan's own phase
-STRONGER = 4.0  # times the energy of any line about the stated centre
+ABOUT, STRONGER = 2, 4.0  # lines about the stated centre, and times the energy of any of them
 EMPTY = 0.02  # of the energy, in the outer halves of a readout that is empty there
 CLEAR = 4.0  # times the mean energy of a line's samples, at its peak
 
@@ -33,7 +33,7 @@ def centre_offset(energy: np.ndarray) -> tuple[int, int]:
     peak = places[agreed][np.argmax(energy[tuple(places[agreed].T)])] if agreed.any() else middle
     away = peak - middle
     z, y = np.indices(energy.shape)
-    about = energy[(abs(z - middle[0]) <= NEAR) & (abs(y - middle[1]) <= NEAR)]
+    about = energy[(abs(z - middle[0]) <= ABOUT) & (abs(y - middle[1]) <= ABOUT)]
     if agreed.sum() < AGREED or not 0 < STRONGER * about.max() <= np.median(energy[tuple(places[agreed].T)]):  # no line about the middle: it was lost, or has not come yet
         return 0, 0
     return tuple(int(by) if abs(by) > AWAY and _both_sides(energy, int(at), axis) else 0 for axis, (by, at) in enumerate(zip(away, peak)))

@@ -24,15 +24,17 @@ class Partitions:
         steps = 0 if limit is None or limit.maximum is None else limit.maximum - (limit.minimum or 0)
         self.are_slices = self.count > 1 and steps == 0 and announced(header).get("slice") == self.count
         self.decided = self.are_slices or self.count == 1
+        self.equal: set[int] = set()  # slices all of whose lines have the same number as a partition
         self.notes: list[str] = []
 
     def __call__(self, line: ismrmrd.Acquisition) -> ismrmrd.Acquisition:
         slice_, step = line.idx.slice, line.idx.kspace_encode_step_2
         if not self.decided and slice_ != step:
             self.decided = True  # slabs
-        elif not self.decided and slice_:
-            self.decided = self.are_slices = True
-        if not self.are_slices or not slice_:
+        elif not self.decided:
+            self.equal.add(slice_)
+            self.decided = self.are_slices = len(self.equal) > 1
+        if not slice_ or (self.decided and not self.are_slices):
             return line
         self.notes = [f"the slice counter runs over the {self.count} partitions of the matrix: taken for kspace_encode_step_2"]
         out = ismrmrd.Acquisition(ismrmrd.AcquisitionHeader.from_buffer_copy(bytes(line.getHead())), line.data)  # a copy: the line is its owner's

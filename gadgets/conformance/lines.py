@@ -196,6 +196,20 @@ def contradictions(bench: Bench) -> str:
     return "same pixels three times, each time with the assumption"
 
 
+@case("what converters write: the middle for a centre they do not know, zeros for lines that never were, slices for partitions; the comment tells", limit_s=20)
+def converters(bench: Bench) -> str:
+    header, lines, _ = bench.simulated(partial_fourier=(0.6, 1.0))
+    right, moved = scan(bench, lines, header), scan(bench, lines, header.replace(b"<center>2</center>", b"<center>7</center>"))
+    expect(len(right.images) == 2 and [image[2] for image in moved.images] == [image[2] for image in right.images], "another centre, other pixels")
+    expect("5 lines before the header's centre 7" in comment(moved), f"the centre is not told: {comment(moved)}")
+    there = {(line.idx.kspace_encode_step_1, line.idx.kspace_encode_step_2) for line in imaging(bench)}
+    empty = [changed(bench.lines[-1], np.zeros_like(bench.lines[-1].data), flags=0, kspace_encode_step_1=y, kspace_encode_step_2=z) for y in range(24) for z in range(20) if (y, z) not in there]
+    expect(f"{len(empty)} lines held nothing but zeros" in same_pixels(scan(bench, [*empty, *bench.lines]), bench), "zeros are not told")
+    slices = [changed(line, slice=line.idx.kspace_encode_step_2) for line in bench.lines]
+    expect("taken for kspace_encode_step_2" in same_pixels(scan(bench, slices), bench), "slices are not told")
+    return f"the same pixels three times; {len(empty)} lines of zeros"
+
+
 @case("an image that cannot be is refused by its header")
 def impossible_image(bench: Bench) -> str:
     head, tail = bench.header.split(b"<reconSpace>")
