@@ -26,6 +26,7 @@ class Gaussians(Representation):
     """Places and widths are in voxels of `start`; `factor` [gaussians 3 3], lower triangular, is the root of the inverse covariance."""
 
     fit_steps = 100
+    fit_settles = True
 
     def __init__(self, start: Tensor, finest: Shape, seed: int = 0):
         super().__init__()

@@ -6,6 +6,8 @@ that of its own voxel size. Beside the grid here there are `neural_field.py` and
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -19,21 +21,24 @@ class Representation(nn.Module):
     """`forward(shape)` is the complex volume [z y x] on a mesh of `shape` over the field of view, differentiable.
 
     Every class is made from (start, finest, seed): the image to begin with [z y x], in tissue brightness, the shape of the
-    finest mesh that it will be asked for, and the seed of what is random at its start. One that does not have that image by then takes `fit_steps` towards it.
+    finest mesh that it will be asked for, and the seed of what is random at its start. One that does not have that image by then takes `fit_steps` towards it,
+    the last ones ever shorter if it `fit_settles`.
     """
 
     fit_steps = 0
+    fit_settles = False
 
     def groups(self, rate: float) -> list[dict]:
         """Parameters and step lengths for Adam; `rate` is that of brightness, PUBLISHED where it is as published."""
         return [{"params": list(self.parameters()), "lr": rate}]
 
     def fit(self, start: Tensor, rate: float) -> None:
-        """`fit_steps` of Adam towards `start` [z y x] in the least-squares sense, the last ones ever shorter."""
+        """`fit_steps` of Adam towards `start` [z y x] in the least-squares sense."""
         if not self.fit_steps:
             return
         optimiser = torch.optim.Adam(self.groups(rate), betas=(0.9, 0.99))
-        decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, self.fit_steps)
+        length = lambda step: 0.5 + 0.5 * math.cos(math.pi * step / self.fit_steps) if self.fit_settles else 1.0  # noqa: E731
+        decay = torch.optim.lr_scheduler.LambdaLR(optimiser, length)
         with torch.enable_grad():
             for _ in range(self.fit_steps):
                 optimiser.zero_grad()

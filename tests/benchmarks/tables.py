@@ -4,8 +4,8 @@
 
 The main README's first: what slice diffusion gains. Then PSNR of every method at one acceleration per voxel size, then slice diffusion less the best of our classical methods and
 less tuned BART at all accelerations; the seconds of each stage on a GPU; of the measured scans the error of
-each image itself on the lines it was not given, and its PSNR against the image of all lines; and the estimated error
-beside the true one.
+each image itself on the lines it was not given, and its PSNR against the image of all lines; what becomes of small
+lesions; and the estimated error beside the true one.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ def main() -> None:
     print(f"\naccelerations\n\n{margins(found)}")
     print(f"\non a GPU\n\n{stages('chain_speed_cuda')}")
     print(f"\nmeasured\n\n{errors(scans)}\n\n{against_all_lines(scans)}")
+    print(f"\nsmall lesions\n\n{lesions('lesions')}")
     print(f"\nestimated error\n\n{estimated_errors('error_map')}")
 
 
@@ -188,6 +189,23 @@ def estimated_errors(name: str) -> str:
                 found[row["volume"], round(float(row["voxel_mm"])), round(float(row["snr"]))] = cell
     for volume in (v for v in VOLUMES if any(v in key for key in found)):
         lines.append(line([VOLUMES[volume], *(found.get((volume, *column), "") for column in columns)]))
+    return "\n".join(lines)
+
+
+def lesions(name: str) -> str:
+    """Share of the contrast that lesions keep, by size and contrast, and the contrast that errors look like; means over the volumes, their range for what errors look like."""
+    kept: dict[tuple, list[float]] = {}
+    false: dict[tuple, list[float]] = {}
+    with (RESULTS / f"{name}.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            size, contrast = f"{float(row['diameter_mm']):g} mm", f"{100 * float(row['contrast']):g} %"
+            kept.setdefault((row["method"], size, contrast), []).append(float(row["kept"]))
+            false.setdefault((row["method"], size), []).append(float(row["false"]))
+    sizes, contrasts = (list(dict.fromkeys(key[i] for key in kept)) for i in (1, 2))
+    lines = [line(["kept, at " + " / ".join(contrasts), *sizes, *(f"errors like {size}" for size in sizes)]), rule(1 + 2 * len(sizes))]
+    for method in (m for m in METHODS if any(m == key[0] for key in kept)):
+        shares = [" / ".join(f"{100 * sum(v) / len(v):.0f}" for v in (kept[method, size, contrast] for contrast in contrasts)) + " %" for size in sizes]
+        lines.append(line([METHODS[method], *shares, *(f"{min(false[method, size]):.0f} to {max(false[method, size]):.0f} %" for size in sizes)]))
     return "\n".join(lines)
 
 
