@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 import time
@@ -27,7 +28,7 @@ class ImageWriter:
 
     def __init__(self, path: str | Path, group: str | None = None):
         _check_writable(Path(path))
-        self.path, self.group, self.count = Path(path), group or time.strftime("%Y-%m-%d %H:%M:%S"), 0
+        self.path, self.group, self.count = Path(path), group or _new_group(Path(path)), 0
 
     def check(self, series: int, dtype: np.dtype, shape: tuple[int, ...]) -> None:
         """FileError if images [channels z y x] of this type and size cannot join those that the series has already, or the disk is full.
@@ -87,6 +88,15 @@ def _pixel_type(stored: np.dtype) -> np.dtype:
 def _words(dtype: np.dtype, shape: tuple[int, ...]) -> str:
     channels, z, y, x = shape
     return f"{dtype} images of {x} x {y} x {z}" + f" with {channels} channels" * (channels > 1)
+
+
+def _new_group(path: Path) -> str:
+    """The time, as gadgetron_ismrmrd_client names its groups; with a number if another run of this second has it."""
+    name, known = time.strftime("%Y-%m-%d %H:%M:%S"), []
+    if path.exists():
+        with open_hdf5(path) as file:
+            known = list(file)
+    return next(found for number in itertools.count(1) if (found := f"{name} ({number})" if number > 1 else name) not in known)
 
 
 def _check_writable(path: Path) -> None:

@@ -308,6 +308,17 @@ def test_serve_and_send_as_processes(tmp_path, capsys, scan_path):
     assert np.array_equal(first, second)
 
 
+def test_runs_of_the_same_second_have_groups_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.strftime", lambda form: "2026-01-01 00:00:00")
+    for number in (1, 2, 3):
+        image = ismrmrd.Image.from_array(np.full((4, 4, 4), number, np.float32), transpose=False)
+        image.image_series_index = 1
+        ImageWriter(tmp_path / "i.h5").write(image)
+        assert float(read_images(tmp_path / "i.h5")[0].data.max()) == number
+    with h5py.File(tmp_path / "i.h5") as file:
+        assert list(file) == ["2026-01-01 00:00:00", "2026-01-01 00:00:00 (2)", "2026-01-01 00:00:00 (3)"]
+
+
 def test_train_from_a_folder_with_a_config(tmp_path, capsys):
     folder = tmp_path / "volumes"
     folder.mkdir()
