@@ -63,6 +63,7 @@ class Calibrations:
         """Go on with another centre of the image's k-space; lines of its own encoding that came already are moved."""
         shift = shift_between(self.image, image)
         for grid in (grid for grids in self.grids.values() for grid in grids.values() if not grid.foreign):
+            grid.kspace = grid.kspace.copy()  # volumes that were handed out may be computed with it now
             grid.move(shift)
         self.image, self.encodings[0] = image, (image, self.encodings[0][1])
 
