@@ -20,7 +20,7 @@ from pathlib import Path
 from problems import Problem, simulated
 from scans import read_table, save_table
 
-from recon_core.cg_sense import cg_sense
+from recon_core.cg_sense import STRENGTH_AS_IMAGE, cg_sense
 from recon_core.methods import METHODS, Method
 from recon_core.metrics import psnr
 from recon_core.prior import load_prior
@@ -72,7 +72,8 @@ def run(problem: Problem, method: Method, prior, prior_voxel_mm: float) -> dict:
     start, began = cg_sense(problem.measurement), time.monotonic()
     for state in method.run(problem.measurement, prior, start, config, 0):
         pass
-    found = {"cg": round(psnr(start.cpu(), problem.truth, problem.inside), 2), "psnr": round(psnr(state.volume.cpu(), problem.truth, problem.inside), 2)}
+    classical = cg_sense(problem.measurement, strength=STRENGTH_AS_IMAGE)
+    found = {"cg": round(psnr(classical.cpu(), problem.truth, problem.inside), 2), "psnr": round(psnr(state.volume.cpu(), problem.truth, problem.inside), 2)}
     return {**problem.facts, **found, "evaluations": state.network_evaluations, "seconds": round(time.monotonic() - began, 1)}
 
 

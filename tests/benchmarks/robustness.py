@@ -18,7 +18,7 @@ import numpy as np
 from problems import simulated
 from scans import read_table, save_table
 
-from recon_core.cg_sense import cg_sense
+from recon_core.cg_sense import STRENGTH_AS_IMAGE, cg_sense
 from recon_core.metrics import psnr
 from recon_core.prior import load_prior
 from recon_core.variational import VariationalConfig, reconstruct_variational
@@ -63,7 +63,8 @@ def run(prior, arguments, path: Path, voxel_mm: float, coils: int, acceleration:
     """One protocol with every weight."""
     problem = simulated(path, voxel_mm, coils, acceleration, snr, acs=12 if voxel_mm > 3 else 16 if voxel_mm > 1.5 else 24, readout=arguments.readout, device=arguments.device)
     preview = cg_sense(problem.measurement)
-    row = {**problem.facts, "cg": round(psnr(preview.cpu(), problem.truth, problem.inside), 2)}
+    classical = cg_sense(problem.measurement, strength=STRENGTH_AS_IMAGE)
+    row = {**problem.facts, "cg": round(psnr(classical.cpu(), problem.truth, problem.inside), 2)}
     for weight in arguments.weights:
         for state in reconstruct_variational(problem.measurement, prior, preview, VariationalConfig(prior_weight=weight)):
             pass

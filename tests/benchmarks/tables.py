@@ -205,7 +205,7 @@ def lesions(name: str) -> str:
     lines = [line(["kept, at " + " / ".join(contrasts), *sizes, *(f"errors like {size}" for size in sizes)]), rule(1 + 2 * len(sizes))]
     for method in (m for m in METHODS if any(m == key[0] for key in kept)):
         shares = [" / ".join(f"{100 * sum(v) / len(v):.0f}" for v in (kept[method, size, contrast] for contrast in contrasts)) + " %" for size in sizes]
-        lines.append(line([METHODS[method], *shares, *(f"{min(false[method, size]):.0f} to {max(false[method, size]):.0f} %" for size in sizes)]))
+        lines.append(line([METHODS[method], *shares, *(" to ".join(dict.fromkeys(f"{edge(false[method, size]):.0f}" for edge in (min, max))) + " %" for size in sizes)]))
     return "\n".join(lines)
 
 
