@@ -50,14 +50,15 @@ class Rehearsal:
     Args:
         pool: whose volumes are scanned, of every voxel size and contrast that it draws.
         pixels: about how many of a sweep are learned from.
+        side: of the parts of slices that are learned from, at most.
         seed: of everything random.
     """
 
     config = VariationalConfig(held=0.0)  # a run that learned from states of a held level too came out 0.1 to 0.3 dB worse at 2 mm
     voxels = (120_000, 200_000)  # of a scan: some seconds of work
 
-    def __init__(self, pool: SlicePool, pixels: int, seed: int = 0):
-        self.pool, self.pixels, self.seed = pool, pixels, seed
+    def __init__(self, pool: SlicePool, pixels: int, side: int = 64, seed: int = 0):
+        self.pool, self.pixels, self.side, self.seed = pool, pixels, side, seed
 
     def lessons(self, prior: Callable, first: int = 0, device: torch.device | str = "cpu", workers: int = 0) -> Iterator[Lesson]:
         """A lesson of every sweep of each scan from number `first` on, without end; `prior` may change between them.
@@ -72,15 +73,16 @@ class Rehearsal:
             measurement, truth = measurement.to(device), truth.to(device)
             start = cg_sense(measurement)
             truth, box = truth / intensity_scale(start, measurement.voxel_mm), object_box(measurement.operator.maps)
+            solver = of_few_shapes(prior) if measurement.operator.device.type == "cuda" else prior
             told: list = []
-            for _ in reconstruct_variational(measurement, prior, start, self.config, int(rng.integers(1 << 31)), watch=lambda *what: told.append(what)):
+            for _ in reconstruct_variational(measurement, solver, start, self.config, int(rng.integers(1 << 31)), watch=lambda *what: told.append(what)):
                 volume, sigma, axis, pose = told.pop()
-                given, right = (v[box].movedim(axis, 0) for v in (volume, truth))
-                some = torch.from_numpy(rng.permutation(len(given))[: max(1, self.pixels // given[0].numel())]).to(given.device)
-                yield Lesson(_channels(given[some]), _channels(right[some]), sigma, pose)
+                both = torch.stack([v[box].movedim(axis, 0) for v in (volume, truth)])
+                given, right = _parts(both, self.side, self.pixels, rng)
+                yield Lesson(_channels(given), _channels(right), sigma, pose)
 
     def _scans(self, first: int, workers: int) -> Iterator[tuple[Measurement, Tensor]]:
-        ahead = dict(prefetch_factor=2, multiprocessing_context=_server_of_processes()) if workers else {}
+        ahead = dict(prefetch_factor=2, multiprocessing_context=server_of_processes()) if workers else {}
         for scan in DataLoader(_Scans(self), batch_size=None, sampler=itertools.count(first), num_workers=workers, **ahead):
             if isinstance(scan, ValueError):
                 raise scan
@@ -102,7 +104,7 @@ class Rehearsal:
         raise ValueError(f"no scan could be made of {DRAWS} draws from the training volumes: own_states needs objects of {SMALLEST} voxels and more, along two sides at least")
 
 
-def _server_of_processes() -> multiprocessing.context.BaseContext:
+def server_of_processes() -> multiprocessing.context.BaseContext:
     """Forks of a process that never saw CUDA, which would break, and that has imported all this once for all of them."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -126,6 +128,29 @@ def lesson_loss(prior: Callable[[Tensor, Tensor], Tensor], lesson: Lesson) -> Te
     """Squared error of each slice [slices] that the prior leaves, over the mean of what it was given."""
     error = (lesson.pose.seen_by(prior)(lesson.given, lesson.sigma) - lesson.truth).square().mean(dim=(1, 2, 3))
     return error / (lesson.given - lesson.truth).square().mean().clamp_min((NOTHING_WRONG * lesson.sigma) ** 2)
+
+
+def of_few_shapes(prior: Callable[[Tensor, float], Tensor]) -> Callable[[Tensor, float], Tensor]:
+    """`prior` on slices padded to sides, and a number, that are multiples of 32: cuDNN plans every shape anew, for longer than the slices take."""
+
+    def denoise(slices: Tensor, sigma: float) -> Tensor:
+        count, _, height, width = slices.shape
+        padded = F.pad(slices, (0, -width % 32, 0, -height % 32), mode="replicate")
+        padded = torch.cat([padded, padded[:1].expand(-count % 32, -1, -1, -1)]).contiguous(memory_format=torch.channels_last)
+        return prior(padded, sigma)[:count, :, :height, :width]
+
+    return denoise
+
+
+def _parts(slices: Tensor, side: int, pixels: int, rng: np.random.Generator) -> Tensor:
+    """Random parts of about so many pixels together, [... parts h w] of `slices` [... slices h w]; h and w multiples of 8 or all there is, so that few shapes occur."""
+    count, *sides = slices.shape[-3:]
+    height, width = (min(side, n - n % 8 or n) for n in sides)
+    parts = max(1, pixels // (height * width))
+    number = rng.permutation(count)[:parts] if parts <= count else rng.integers(count, size=parts)
+    top, left = (rng.integers(n - part + 1, size=parts) for n, part in zip(sides, (height, width)))
+    where = (number[:, None, None], top[:, None, None] + np.arange(height)[:, None], left[:, None, None] + np.arange(width))
+    return slices[(..., *(torch.from_numpy(w).to(slices.device) for w in where))]
 
 
 def _channels(planes: Tensor) -> Tensor:

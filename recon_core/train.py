@@ -1,4 +1,4 @@
-"""Train a slice prior on volumes: one file, from top to bottom.
+"""Train a slice prior on volumes.
 
     slicediff train VOLUMES... --out prior.safetensors
     torchrun --nproc-per-node 4 -m gadgets.cli train VOLUMES... --out prior.safetensors
@@ -13,8 +13,6 @@ the options that decide what is learned may not.
 from __future__ import annotations
 
 import copy
-import csv
-import math
 import os
 import time
 from collections import Counter
@@ -22,18 +20,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from .batches import Batches
+from .curve import Curve
 from .prior import TRAINED_MM, Prior, find_weights, half_is_faster, load_prior, move_weights, read_card, replaced, save_prior
 from .rehearsal import Lesson, Rehearsal, lesson_loss
 from .team import Team
+from .validation import Validation
 from .volumes import SlicePool, Volume
 
-SIGMA_BINS = (0.008, 0.03, 0.1, 0.3, 1.0, 2.0)
-VOXEL_BINS_MM = (0.5, 1.0, 1.5, 2.5, 4.0)
 MAY_CHANGE = {"steps", "save_every_s", "validate_every", "device", "start_share", "workers", "scan_workers"}  # options, when a run is resumed
 
 
@@ -151,28 +149,26 @@ def _train(team: Team, threads: ExitStack, volumes, out: Path, options: TrainOpt
     run = Run(volumes, out, options, team.device)
     varied = dict(vary_sharpness=options.vary_sharpness, vary_contrast=options.vary_contrast, phantoms=options.phantoms)
     pool = SlicePool(volumes, options.voxel_mm, options.crop, seed=options.seed, **varied)
+    batches = Batches(pool, options.batch, options.sigma_range, options.seed)
     held_out = Validation(validation, options.seed) if validation and team.leads else None
     shared, curve = team.wrap(run.prior), Curve(out.with_suffix(".csv") if team.leads else None, run.start, run.means)
     workers = default_workers(team) if options.workers is None else options.workers
     lessons = rehearse(pool, run.prior, run.start, options, team) if options.own_states else None
     steps = range(run.start, options.steps)
-    batches = threads.enter_context(pool.ahead(lambda step: draw_batch(pool, step, options, team.device), steps, workers))
+    settled_every = Rehearsal.config.sweeps if team.device.type == "cuda" else 1  # a GPU would wait at each step for what is asked about it
     began = saved = time.monotonic()
-    for step, (clean, voxel_mm, sigma, noise) in zip(steps, batches, strict=True):
-        loss = denoising_loss(shared, *(team.share(t) for t in (clean, sigma, run.prior.unit_noise(noise))), run.prior.sigma_data)
-        total = loss.mean()
-        if lessons:
-            lesson = lesson_loss(shared, next(lessons)).mean()  # every process works through the same scans
-            total = total + options.own_states * lesson
-            curve.add_lesson(lesson.detach())
-        totals = team.gather(total.detach()[None])
-        if not bool(torch.isfinite(totals).all()):  # before a step that would spoil the weights of all
-            raise ValueError(f"the loss became {totals.mean().item()} at step {step}; lower the learning rate")
+    for step, batch in zip(steps, threads.enter_context(batches.ahead(steps, workers, team.device)), strict=True):
+        loss = denoising_loss(shared, *(team.share(t) for t in (batch.clean, batch.sigma, run.prior.unit_noise(batch.noise))), run.prior.sigma_data)
+        lesson = lesson_loss(shared, next(lessons)).mean() if lessons else torch.zeros((), device=team.device)  # every process works through the same scans
+        total = loss.mean() + options.own_states * lesson
         run.improve(total, step)
-        curve.add(team.gather(loss.detach()).cpu(), sigma, voxel_mm)
+        curve.add(step, team.gather(total.detach()[None]), team.gather(loss.detach()), lesson.detach() if lessons else None, batch)
+        done, last = step + 1, step + 1 == options.steps
+        settled = done % settled_every == 0 or last
+        if settled:
+            curve.settle()
         if not team.leads:
             continue
-        done, last = step + 1, step + 1 == options.steps
         if held_out and (done % options.validate_every == 0 or last):
             curve.note(_validate(held_out, run.outcome(), done, log, show))
         if done % 100 == 0 or last:
@@ -180,7 +176,7 @@ def _train(team: Team, threads: ExitStack, volumes, out: Path, options: TrainOpt
             log(f"step {done}/{options.steps}  {curve.report()}  {left / 60:.0f} min left")
             curve.write(done)
         between_scans = not lessons or done % Rehearsal.config.sweeps == 0
-        if (time.monotonic() - saved > options.save_every_s and between_scans) or last:
+        if (time.monotonic() - saved > options.save_every_s and between_scans and settled) or last:
             run.save(done, curve.values)
             saved = time.monotonic()
     if run.start >= options.steps and team.leads:  # it had ended: written again, perhaps with another share
@@ -200,7 +196,7 @@ def _validate(held_out: Validation, prior: Prior, step: int, log: Callable[[str]
 def rehearse(pool: SlicePool, prior: Prior, start: int, options: TrainOptions, team: Team) -> Iterator[Lesson]:
     """Lessons from the solver's own states, as many pixels each as the batch has; a resumed run goes on with the scan after the last whole one."""
     workers = default_workers(team, 10) if options.scan_workers is None else options.scan_workers
-    rehearsal = Rehearsal(copy.copy(pool), options.batch * options.crop**2, options.seed)
+    rehearsal = Rehearsal(copy.copy(pool), options.batch * options.crop**2, options.crop, options.seed)
     return rehearsal.lessons(prior, -(-start // Rehearsal.config.sweeps), team.device, workers)
 
 
@@ -255,22 +251,6 @@ def one_cpu_each(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def draw_batch(pool: SlicePool, step: int, options: TrainOptions, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Clean slices of this step and unit noise on `device`, and on the CPU their voxel sizes and noise levels."""
-    clean, voxel_mm = pool.batch(step, options.batch, device)
-    sigma, noise = draw_noise(clean, step, options)
-    return clean, voxel_mm, sigma, noise.to(device)
-
-
-def draw_noise(clean: Tensor, step: int, options: TrainOptions) -> tuple[Tensor, Tensor]:
-    """Noise level [slices] (log-normal, truncated) and unit noise like `clean` for this step."""
-    rng = np.random.default_rng([options.seed, 3, step])
-    low, high = options.sigma_range
-    sigma = np.exp(rng.normal(math.log(0.1), 1.2, len(clean))).clip(low, high)
-    noise = rng.standard_normal(clean.shape, dtype=np.float32)
-    return torch.from_numpy(sigma).float(), torch.from_numpy(noise)
-
-
 def denoising_loss(prior: Callable[[Tensor, Tensor], Tensor], clean: Tensor, sigma: Tensor, noise: Tensor, sigma_data: float) -> Tensor:
     """Per-slice weighted squared error [slices]; weight as in arXiv 2206.00364, table 1."""
     noisy = (clean + sigma[:, None, None, None] * noise).contiguous(memory_format=torch.channels_last)
@@ -294,90 +274,6 @@ def model_card(volumes: Sequence[Volume], options: TrainOptions, steps: int) -> 
         "orientations": "axial, coronal, sagittal",
         "intensity_scale": "sum|v|^3/sum|v|^2 at 8 mm is 1",
     }
-
-
-class Curve:
-    """Running mean of the loss per noise level and per voxel size, kept as CSV; a resumed run goes on with it.
-
-    Args:
-        path: of the .csv; None for none.
-        start: step the run begins with; 0 begins a new file.
-        means: running means at that step; the file's last row may be many steps older.
-    """
-
-    def __init__(self, path: Path | None, start: int, means: dict[str, float] | None = None):
-        self.path, self.values, self.notes = path, dict(means or {}), {}
-        if path is None:
-            return
-        text = path.read_text() if start and path.is_file() else ""
-        kept = [row for row in csv.reader(text.splitlines()) if int(row[0]) <= start]
-        with path.open("w", newline="") as file:
-            csv.writer(file).writerows(kept)
-
-    def add(self, loss: Tensor, sigma: Tensor, voxel_mm: Tensor) -> None:
-        """Losses [slices] with their noise levels and voxel sizes."""
-        for name, value, bins in (("sigma", sigma, SIGMA_BINS), ("mm", voxel_mm, VOXEL_BINS_MM)):
-            for low, high in zip(bins, bins[1:]):
-                inside = loss[(value >= low) & (value < high * 1.0001)]
-                if inside.numel():
-                    key, new = f"{name}<{high:g}", float(inside.mean())
-                    self.values[key] = 0.99 * self.values.get(key, new) + 0.01 * new
-
-    def add_lesson(self, loss: Tensor) -> None:
-        """Share of the error in the solver's own states that the prior leaves."""
-        self.values["own states"] = 0.99 * self.values.get("own states", float(loss)) + 0.01 * float(loss)
-
-    def note(self, measured: dict[str, float]) -> None:
-        """Validation to stand in the next row."""
-        self.notes = measured
-
-    def report(self) -> str:
-        """The losses in one line."""
-        return "loss " + " ".join(f"{key} {value:.4f}" for key, value in sorted(self.values.items()))
-
-    def write(self, step: int) -> None:
-        """Append a row to the file."""
-        with self.path.open("a", newline="") as file:
-            writer = csv.writer(file)
-            for key, value in sorted({**self.values, **self.notes}.items()):
-                writer.writerow([step, key, f"{value:.5f}"])
-        self.notes = {}
-
-
-class Validation:
-    """Denoising of fixed slices that are not trained on, per voxel size and noise level."""
-
-    VOXEL_MM = (1.0, 2.0, 4.0)
-    SIGMAS = (0.05, 0.2)
-
-    def __init__(self, volumes: Sequence[Volume], seed: int):
-        self.slices: dict[float, Tensor] = {}
-        for mm in self.VOXEL_MM:
-            slices, drawn_mm = SlicePool(volumes, (mm, mm), crop=96, size=6, seed=seed).batch(0, 12)
-            fine = drawn_mm < 1.2 * mm  # as near as whole voxels allow; slices of coarser volumes keep their size: they are no measure of this one
-            if bool(fine.any()):
-                self.slices[mm] = slices[fine]
-        self.slices = self.slices or {round(float(drawn_mm.max()), 1): slices}
-
-    def measure(self, prior: Prior) -> dict[str, float]:
-        """PSNR in dB against tissue brightness, 20 log10(1 / rms |error|), by name."""
-        out = {}
-        for mm, clean in self.slices.items():
-            for sigma in self.SIGMAS:
-                error = (self._denoise(prior, clean, sigma, mm)[1] - clean).square().sum(1).mean().sqrt()
-                out[f"psnr {mm:g} mm sigma {sigma:g}"] = -20 * math.log10(float(error))
-        return out
-
-    def images(self, prior: Prior) -> Tensor:
-        """Magnitudes [noisy|denoised|clean slices h w] of two slices per voxel size at the larger noise level."""
-        rows = [(*self._denoise(prior, slices[:2], self.SIGMAS[-1], mm), slices[:2]) for mm, slices in self.slices.items()]
-        return torch.stack([torch.cat(column).norm(dim=1) for column in zip(*rows)])
-
-    @staticmethod
-    def _denoise(prior: Prior, clean: Tensor, sigma: float, mm: float) -> tuple[Tensor, Tensor]:
-        noisy = clean + sigma * prior.unit_noise(torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)), (mm, mm))
-        with torch.no_grad():
-            return noisy, prior(noisy.to(next(prior.parameters()).device), sigma, (mm, mm)).float().cpu()
 
 
 def made_of(volumes: Sequence[Volume], options: TrainOptions) -> dict:

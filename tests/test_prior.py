@@ -32,7 +32,7 @@ def test_slices_that_are_not_finite_are_refused(value):
     x = torch.zeros(1, 2, 16, 16)
     x[0, 1, 3, 3] = value
     with pytest.raises(ValueError, match="NaN or infinity"):
-        Prior("small")(x, 0.1)
+        Prior("small").eval()(x, 0.1)
 
 
 def test_trained_prior_removes_noise_and_knows_no_batch():

@@ -1,9 +1,10 @@
-"""Training batches per second, made in the loop and by threads ahead of it, beside what a network would take.
+"""Training batches per second, made in the loop, by threads ahead of it and by threads in a process of their own.
 
-    python tests/benchmarks/batch_speed.py VOLUMES... [--batch 32] [--steps 120] [--workers 0 1 2 4] [--network-ms 12]
+    python tests/benchmarks/batch_speed.py VOLUMES... [--batch 32] [--steps 120] [--workers 0 1 2 4] [--launches 1000]
 
-`--network-ms` is how long the loop does nothing between two batches, as it does while a GPU computes a step. The
-first batch waits for the whole pool; it is timed by itself. Prints only: the numbers are those of the volumes given.
+Between two batches the loop does what it does beside a GPU: it launches `--launches` small operations. `loop` is how long
+that takes, which whoever else wants the interpreter prolongs. The first batch waits for the whole pool; it is timed by
+itself. Prints only: the numbers are those of the volumes given.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ import argparse
 import time
 from pathlib import Path
 
+import torch
+
 from gadgets.training import load_volumes
-from recon_core.train import TrainOptions, draw_batch
+from recon_core.batches import Batches
+from recon_core.train import TrainOptions
 from recon_core.volumes import SlicePool
 
 
@@ -24,25 +28,29 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2, 4])
-    parser.add_argument("--network-ms", type=float, default=0.0)
+    parser.add_argument("--launches", type=int, default=1000)
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     volumes, options = load_volumes(arguments.volumes), TrainOptions(batch=arguments.batch)
-    for workers in arguments.workers:
-        pool = SlicePool(volumes, options.voxel_mm, options.crop)
-        first_s, rest_s = measure(pool, options, arguments.steps, workers, arguments.network_ms / 1000)
-        volumes_per_s = arguments.steps / pool.refresh / rest_s
-        print(f"workers {workers}  first batch {first_s:.1f} s, then {arguments.steps / rest_s:.1f} batches/s ({volumes_per_s:.2f} volumes/s)", flush=True)
+    for workers, elsewhere in ((n, where) for n in arguments.workers for where in ((False, True) if n else (False,))):
+        batches = Batches(SlicePool(volumes, options.voxel_mm, options.crop), options.batch)
+        first_s, rest_s, loop_s = measure(batches, arguments.steps, workers, elsewhere, arguments.launches)
+        where = "in a process of their own" if elsewhere else "beside the loop"
+        print(f"{workers} threads {where}: first batch {first_s:.1f} s, then {arguments.steps / rest_s:.1f} batches/s, loop {1000 * loop_s / arguments.steps:.1f} ms", flush=True)
 
 
-def measure(pool: SlicePool, options: TrainOptions, steps: int, workers: int, network_s: float) -> tuple[float, float]:
-    """Seconds until the first batch, and for `steps` after it."""
-    began = time.perf_counter()
-    with pool.ahead(lambda step: draw_batch(pool, step, options), range(steps + 1), workers) as batches:
-        next(batches)
+def measure(batches: Batches, steps: int, workers: int, elsewhere: bool, launches: int) -> tuple[float, float, float]:
+    """Seconds until the first batch, for `steps` after it, and of the loop's own operations among them."""
+    began, loop_s, little = time.perf_counter(), 0.0, torch.zeros(8)
+    with batches.ahead(range(steps + 1), workers, elsewhere=elsewhere) as made:
+        next(made)
         first = time.perf_counter()
-        for _ in batches:
-            time.sleep(network_s)
-        return first - began, time.perf_counter() - first
+        for _ in made:
+            start = time.perf_counter()
+            for _ in range(launches):
+                little.add_(1)
+            loop_s += time.perf_counter() - start
+        return first - began, time.perf_counter() - first, loop_s
 
 
 if __name__ == "__main__":

@@ -1,0 +1,89 @@
+"""Batches to learn denoising from: clean slices, noise levels and noise, made ahead of the training loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from .rehearsal import server_of_processes
+from .volumes import ROOM, SlicePool
+
+
+class Batch(NamedTuple):
+    """Slices [slices 2 h w] and unit noise like them on the device of the network; voxel sizes and noise levels [slices] on the CPU."""
+
+    clean: Tensor
+    voxel_mm: Tensor
+    sigma: Tensor
+    noise: Tensor
+
+
+class Batches:
+    """A batch for every step; everything follows from (seed, step).
+
+    Args:
+        pool: to cut slices from.
+        slices: per batch.
+        sigma_range: noise levels, in tissue brightness.
+        seed: of the noise.
+    """
+
+    def __init__(self, pool: SlicePool, slices: int, sigma_range: tuple[float, float] = (0.008, 2.0), seed: int = 0):
+        self.pool, self.slices, self.sigma_range, self.seed = pool, slices, sigma_range, seed
+
+    def make(self, step: int) -> Batch:
+        """That of a step; noise levels are log-normal, truncated."""
+        clean, voxel_mm = self.pool.batch(step, self.slices)
+        rng = np.random.default_rng([self.seed, 3, step])
+        sigma = np.exp(rng.normal(math.log(0.1), 1.2, len(clean))).clip(*self.sigma_range)
+        noise = rng.standard_normal(clean.shape, dtype=np.float32)
+        return Batch(clean, voxel_mm, torch.from_numpy(sigma).float(), torch.from_numpy(noise))
+
+    @contextmanager
+    def ahead(self, steps: range, workers: int, device: torch.device | str = "cpu", elsewhere: bool | None = None) -> Iterator[Iterator[Batch]]:
+        """Those of all steps, in order and on `device`, computed by `workers` threads ahead of whoever takes them.
+
+        Args:
+            elsewhere: whether those threads are in a process of their own; by default for a GPU. In the same process they
+                take the interpreter from a loop that has a thousand kernels to launch in every step
+                (tests/benchmarks/batch_speed.py).
+        """
+        device = torch.device(device)
+        on_gpu = device.type == "cuda"
+        if not workers or not (on_gpu if elsewhere is None else elsewhere):
+            with self.pool.ahead(self.make, steps, workers) as batches:
+                yield (_moved(batch, device) for batch in batches)
+            return
+        loader = DataLoader(_Elsewhere(self, steps, workers), batch_size=None, num_workers=1, prefetch_factor=ROOM, multiprocessing_context=server_of_processes(), pin_memory=on_gpu)
+        made = (_moved(batch, device) for batch in loader)
+        try:
+            yield made
+        finally:
+            made.close()  # and with it the process
+
+
+class _Elsewhere(IterableDataset):
+    """Batches as the process hands them over that makes them; a ValueError instead of being raised, or its sentence would drown in a traceback."""
+
+    def __init__(self, batches: Batches, steps: range, workers: int):
+        self.batches, self.steps, self.workers = batches, steps, workers
+
+    def __iter__(self) -> Iterator[Batch | ValueError]:
+        try:
+            with self.batches.ahead(self.steps, self.workers) as made:
+                yield from made
+        except ValueError as error:
+            yield error
+
+
+def _moved(batch: Batch | ValueError, device: torch.device) -> Batch:
+    if isinstance(batch, ValueError):
+        raise batch
+    return batch._replace(clean=batch.clean.to(device, non_blocking=True), noise=batch.noise.to(device, non_blocking=True))

@@ -1,0 +1,75 @@
+"""The curve of a training run: its losses, and what validation found."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .batches import Batch
+
+SIGMA_BINS = (0.008, 0.03, 0.1, 0.3, 1.0, 2.0)
+VOXEL_BINS_MM = (0.5, 1.0, 1.5, 2.5, 4.0)
+
+
+class Curve:
+    """Running mean of the loss per noise level and per voxel size, kept as CSV; a resumed run goes on with it.
+
+    Args:
+        path: of the .csv; None for none.
+        start: step the run begins with; 0 begins a new file.
+        means: running means at that step; the file's last row may be many steps older.
+    """
+
+    def __init__(self, path: Path | None, start: int, means: dict[str, float] | None = None):
+        self.path, self.values, self.notes, self.pending = path, dict(means or {}), {}, []
+        if path is None:
+            return
+        text = path.read_text() if start and path.is_file() else ""
+        kept = [row for row in csv.reader(text.splitlines()) if int(row[0]) <= start]
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows(kept)
+
+    def add(self, step: int, totals: Tensor, loss: Tensor, lesson: Tensor | None, batch: Batch) -> None:
+        """What a step left, to be looked at by `settle`: all processes' totals, the losses [slices] of a batch, and the lesson's."""
+        self.pending.append((step, totals, loss, lesson, batch.sigma, batch.voxel_mm))
+
+    def settle(self) -> None:
+        """Take into the means what was added.
+
+        Raises:
+            ValueError: if a total was not finite; nothing may be written of a run after that.
+        """
+        for step, totals, loss, lesson, sigma, voxel_mm in self.pending:
+            if not bool(torch.isfinite(totals).all()):
+                raise ValueError(f"the loss became {totals.mean().item()} at step {step}; lower the learning rate")
+            loss = loss.cpu()
+            for name, value, bins in (("sigma", sigma, SIGMA_BINS), ("mm", voxel_mm, VOXEL_BINS_MM)):
+                for low, high in zip(bins, bins[1:]):
+                    inside = loss[(value >= low) & (value < high * 1.0001)]
+                    if inside.numel():
+                        self._mean(f"{name}<{high:g}", float(inside.mean()))
+            if lesson is not None:  # share of the error in the solver's own states that the prior leaves
+                self._mean("own states", float(lesson))
+        self.pending.clear()
+
+    def _mean(self, key: str, new: float) -> None:
+        self.values[key] = 0.99 * self.values.get(key, new) + 0.01 * new
+
+    def note(self, measured: dict[str, float]) -> None:
+        """Validation to stand in the next row."""
+        self.notes = measured
+
+    def report(self) -> str:
+        """The losses in one line."""
+        return "loss " + " ".join(f"{key} {value:.4f}" for key, value in sorted(self.values.items()))
+
+    def write(self, step: int) -> None:
+        """Append a row to the file."""
+        with self.path.open("a", newline="") as file:
+            writer = csv.writer(file)
+            for key, value in sorted({**self.values, **self.notes}.items()):
+                writer.writerow([step, key, f"{value:.5f}"])
+        self.notes = {}
