@@ -32,12 +32,12 @@ class VariationalConfig:
     of k-space was sampled (R = 1: all), the better the image bears a strong prior. Data noisier than `noisy` (SNR below
     16) bear more of one in proportion, where noise lines tell so: an estimate may be twice too high, with one coil most.
     sigma falls to n / 2, not lower, and stays there for `held` of the sweeps, so that slices of all orientations have
-    their turn at the end: up to R = 8 or so 12 sweeps are then about as good as 24 that fall all the way (results/bench_*.csv;
-    at R = 12 and with one coil they are not). `dual` is the share given back: 0 is half-quadratic splitting, whose pull
+    their turn at the end: 24 sweeps are then no more than 0.1 dB better than 12 at R = 4, up to 0.4 dB at R = 8 and 0.5 dB
+    at R = 12 (results/bench_fine.csv). `dual` is the share given back: 0 is half-quadratic splitting, whose pull
     x - D(x) falls short of the prior's gradient, 1 is ADMM, which trusts the denoiser to be the prior's own. Where
     slices of one orientation alone are of use it is 0, and so is `held`: on measured single planes and thin slabs both did harm.
     There 1 / R counts as at least `alone`: planes and thin slabs of held-out heads want no weaker prior above R = 3
-    (0.04 to 0.85 dB at R = 4 and 8, -0.07 to 0.21 dB for slabs at 4 mm; results/bench_planes.csv).
+    (0.04 to 0.85 dB at R = 4 and 8, -0.07 to 0.21 dB for slabs at 4 mm; bench.py --set diffusion.alone=0).
     `adapt` is not of this file: rounds of learning from the scan itself (adaptation.py).
     """
 

@@ -1,6 +1,6 @@
 """What becomes of small lesions, and how large a lesion the errors of an image would pass for.
 
-    python tests/benchmarks/lesions.py VOLUMES... [--voxel-mm 2] [--acceleration 8] [--acs 20] [--snr 30] [--methods cg tv wavelet diffusion]
+    python tests/benchmarks/lesions.py VOLUMES... [--voxel-mm 2] [--acceleration 8] [--acs 20] [--snr 30] [--readout 64] [--methods cg tv wavelet diffusion]
 
 Soft-edged spheres, brighter and darker than the tissue by --contrasts of its brightness, at random places inside the object, 16 mm
 apart. Each scan is simulated with and without them, with the same lines and noise. `kept` is the contrast of a lesion in the
@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--acceleration", type=float, default=8.0)
     parser.add_argument("--acs", type=int, default=20)
     parser.add_argument("--snr", type=float, default=30.0)
+    parser.add_argument("--readout", type=int, help="only so many readout positions, in the middle of the volume (1 mm volumes in less time)")
     parser.add_argument("--diameters", type=float, nargs="+", default=[4.0, 6.0, 8.0], help="mm")
     parser.add_argument("--contrasts", type=float, nargs="+", default=[0.1, 0.2, 0.4])
     parser.add_argument("--layouts", type=int, default=3, help="scans of each volume, with lesions at other places")
@@ -89,11 +90,12 @@ def labelled(method: str, prior: str) -> str:
 def lesions_of(path: Path, methods: list[str], arguments) -> list[dict]:
     """Rows of one volume, method by method."""
     data, voxel_mm, _, _ = load_object(path)
-    scan = dict(voxel_mm=arguments.voxel_mm, coils=8, acceleration=arguments.acceleration, snr=arguments.snr, acs=arguments.acs, device=arguments.device)
+    scan = dict(voxel_mm=arguments.voxel_mm, coils=8, acceleration=arguments.acceleration, snr=arguments.snr, acs=arguments.acs, readout=arguments.readout, device=arguments.device)
     plain, found = simulated(path, **scan), {}
     images = {method: image_of(method, plain, arguments) for method in methods}
     for layout in range(arguments.layouts):
-        lesions = placed(data, voxel_mm, arguments.diameters, arguments.contrasts, layout)
+        reach_mm = plain.truth.shape[2] * plain.measurement.voxel_mm[2] / 2 - max(arguments.diameters) / 2 - AROUND_MM
+        lesions = placed(data, voxel_mm, arguments.diameters, arguments.contrasts, reach_mm, layout)
         with tempfile.TemporaryDirectory() as folder:
             problem = simulated(with_lesions(path, data, voxel_mm, lesions, Path(folder)), **scan)
         for method in methods:
@@ -124,8 +126,8 @@ def image_of(name: str, problem: Problem, arguments) -> Tensor:
     return image * (image * problem.truth)[problem.inside].sum() / image[problem.inside].square().sum()
 
 
-def placed(data: Tensor, voxel_mm: tuple[float, ...], diameters: list[float], contrasts: list[float], seed: int) -> list[Lesion]:
-    """Lesions of all sizes and contrasts in turn, of both signs, at random places inside the object that are APART_MM apart."""
+def placed(data: Tensor, voxel_mm: tuple[float, ...], diameters: list[float], contrasts: list[float], reach_mm: float, seed: int) -> list[Lesion]:
+    """Lesions of all sizes and contrasts in turn, of both signs, at random places inside the object, along x not farther than `reach_mm` from its middle, that are APART_MM apart."""
     random = torch.Generator().manual_seed(seed)
     bright = data > DEEP * intensity_scale(data, voxel_mm)
     window = [2 * round((max(diameters) / 2 + AROUND_MM) / mm / 3) + 1 for mm in voxel_mm]  # two thirds: folded sulci are inside too
@@ -134,7 +136,7 @@ def placed(data: Tensor, voxel_mm: tuple[float, ...], diameters: list[float], co
     candidates = candidates[torch.randperm(len(candidates), generator=random)[:20000]]
     places, kinds = torch.empty(0, 3), [(d, sign * c) for d in diameters for c in contrasts for sign in (1, -1)]
     for place in (candidates - torch.tensor([n // 2 for n in data.shape])) * torch.tensor(voxel_mm):
-        if not len(places) or float((places - place).norm(dim=1).min()) > APART_MM:
+        if abs(float(place[2])) <= reach_mm and (not len(places) or float((places - place).norm(dim=1).min()) > APART_MM):
             places = torch.cat([places, place[None]])
     return [Lesion(tuple(place.tolist()), *kinds[(number + seed) % len(kinds)]) for number, place in enumerate(places)]
 

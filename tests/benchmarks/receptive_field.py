@@ -18,7 +18,7 @@ from torch import Tensor
 
 from recon_core.prior import Prior, load_prior
 
-SIGMAS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+SIGMAS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0)
 SHARES = (0.5, 0.9, 0.99)
 
 
