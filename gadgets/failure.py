@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections.abc import Iterator
 
-from recon_core.device_failure import ran_out_of_memory
+from recon_core.device_failure import lost_the_gpu, ran_out_of_memory
 
 log = logging.getLogger("slicediff")
 LONGEST = 1000  # letters of a sentence
 INTERNAL = "internal error, "
 MOST_NAMES = 3  # of volumes in a sentence
 Failures = dict[str, list[str]]  # what was wrong: with which volumes
+gpu_lost = threading.Event()  # to this process: a call to the GPU would fail or hang, until it is started again
 
 
 class ReconError(ValueError):
@@ -48,7 +50,9 @@ def _of(name: str, count: int, text: str, one: str) -> str:
 
 
 def log_failure(what: str, error: BaseException, level: int = logging.ERROR) -> None:
-    """To the log, with the traceback only where the sentence cannot tell all."""
+    """To the log, with the traceback only where the sentence cannot tell all; a GPU that is lost is remembered."""
+    if lost_the_gpu(error):
+        gpu_lost.set()
     text = sentence(error)
     log.log(level, "%s: %s", what, text, exc_info=error if text.startswith(INTERNAL) else None)
 
@@ -60,7 +64,7 @@ def free_gpu_memory() -> None:
     import torch
 
     gc.collect()
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not gpu_lost.is_set():
         with contextlib.suppress(RuntimeError):  # a lost GPU has nothing to give back
             torch.cuda.empty_cache()
 

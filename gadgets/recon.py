@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -12,13 +11,13 @@ import ismrmrd
 import torch
 
 from recon_core.cg_sense import cg_sense
-from recon_core.device_failure import why_the_cpu
+from recon_core.device_failure import GPU_LOST, why_the_cpu
 from recon_core.measurement import Measurement, measure
 from recon_core.methods import METHODS
 from recon_core.trust import doubts
 
 from .budget import check_memory, to_compute
-from .failure import Failures, free_gpu_memory, noted, raise_if_any, sentence
+from .failure import Failures, free_gpu_memory, gpu_lost, log_failure, noted, raise_if_any
 from .flags import volume_name
 from .gather import Admit, gather, no_limit
 from .geometry import ScanError
@@ -28,8 +27,6 @@ from .solve import PREVIEW, Hurry, Report, device_of, estimate_error, patient, s
 from .volume import Scan
 
 Turn = Callable[[], AbstractContextManager[Hurry]]
-
-log = logging.getLogger("slicediff")
 
 
 def alone() -> AbstractContextManager[Hurry]:
@@ -60,21 +57,26 @@ def reconstruct(header, items: Iterable, prior, options: Options, report: Report
     for number, scan in enumerate(ahead(gather(header, items, admit))):
         report("gathered", {"shape": list(scan.kspace.shape), "sampled": float((scan.counts > 0).float().mean()), "warnings": scan.warnings})
         volume = volume_name(number, scan.head.idx)
+        images = partial(make_images, scan=scan, options=options, header=header, number=number)
         with noted(failures, volume), turn() as hurry:
-            measurement, preview = look(scan, options, report)
-            notes = scan.warnings + measurement.warnings
-            images = partial(make_images, scan=scan, options=options, header=header, number=number)
-            if METHODS[options.method].iterative and options.preview:
-                yield from images(preview, series=SERIES["preview"], name=PREVIEW, notes=notes)
-            outcome = solve(measurement, preview, prior, options, report, hurry)
-            if not (outcome.failure and options.preview):
-                yield from images(outcome.volume, series=SERIES["final"], name=outcome.name, notes=notes + outcome.remarks)
-            for text in outcome.failure:
+            for text in (yield from images_of(scan, prior, options, images, report, hurry)):
                 failures.setdefault(text, []).append(volume)
-            if options.error_map and not outcome.failure:
-                doubt = estimate_error(measurement, preview, prior, options, report, hurry)
-                yield from images(doubt.volume, series=SERIES["error"], name=doubt.name, notes=notes + doubt.remarks)
     raise_if_any(failures, number + 1)
+
+
+def images_of(scan: Scan, prior, options: Options, images: Callable[..., list[ismrmrd.Image]], report: Report, hurry: Hurry) -> Generator[ismrmrd.Image, None, list[str]]:
+    """Yield the images of one volume; returns what kept the wanted one from being made. All that it held is let go at its end."""
+    measurement, preview = look(scan, options, report)
+    notes = scan.warnings + measurement.warnings
+    if METHODS[options.method].iterative and options.preview:
+        yield from images(preview, series=SERIES["preview"], name=PREVIEW, notes=notes)
+    outcome = solve(measurement, preview, prior, options, report, hurry)
+    if not (outcome.failure and options.preview):
+        yield from images(outcome.volume, series=SERIES["final"], name=outcome.name, notes=notes + outcome.remarks)
+    if options.error_map and not outcome.failure:
+        doubt = estimate_error(measurement, preview, prior, options, report, hurry)
+        yield from images(doubt.volume, series=SERIES["error"], name=doubt.name, notes=notes + doubt.remarks)
+    return outcome.failure
 
 
 def look(scan: Scan, options: Options, report: Report) -> tuple[Measurement, torch.Tensor]:
@@ -83,14 +85,16 @@ def look(scan: Scan, options: Options, report: Report) -> tuple[Measurement, tor
         raise ScanError("; ".join([scan.flaw, *scan.warnings]))
     if not scan.counts.any():
         raise ScanError("; ".join(["none of its lines could be used", *scan.warnings]))
-    try:
-        return _look(scan, options, device_of(options), report)
-    except RuntimeError as error:
-        reason = why_the_cpu(error)
-        if not reason:
-            raise
-        log.error("the CPU takes over: %s", sentence(error))
-    free_gpu_memory()
+    device, reason = device_of(options), GPU_LOST
+    if device.type == "cpu" or not gpu_lost.is_set():
+        try:
+            return _look(scan, options, device, report)
+        except RuntimeError as error:
+            reason = why_the_cpu(error)
+            if not reason:
+                raise
+            log_failure("the CPU takes over", error)
+        free_gpu_memory()
     measurement, preview = _look(scan, options, torch.device("cpu"), report)
     measurement.warnings.append(f"{reason}: CG-SENSE was computed on the CPU")
     return measurement, preview

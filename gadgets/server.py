@@ -18,7 +18,7 @@ from .budget import Budget
 from .chain import is_gadgetron_peer, options_of_config_name, properties_of
 from .conversation import Host, run_scan
 from .external import answer_gadgetron
-from .failure import log_failure, sentence
+from .failure import free_gpu_memory, gpu_lost, log_failure, sentence
 from .geometry import ScanError
 from .health import Counts, process_facts
 from .keep import FailedScans, Recording
@@ -57,6 +57,7 @@ class Server(Listening, socketserver.ThreadingTCPServer):
         self.lock, self.turns, self.counts = threading.Lock(), Turns(self.limits.slots), Counts()
         self.retiring, self.out_of_time = threading.Event(), threading.Event()
         self.talking: set[Handler] = set()
+        self.gave_way = False
         super().__init__(address, Handler)
 
     def prior(self, options):
@@ -83,6 +84,15 @@ class Server(Listening, socketserver.ThreadingTCPServer):
         _wait_while(lambda: self.talking, LINGER_S)
         self.shutdown()
 
+    def give_way(self) -> None:
+        """Retire, once, as the GPU is lost to this process: whoever watches over it should start another."""
+        with self.lock:
+            if self.gave_way:
+                return
+            self.gave_way = True
+        log.error("the GPU is lost to this process, which therefore ends: start it again")
+        threading.Thread(target=self.retire, name="retiring", daemon=True).start()
+
     def health(self) -> dict:
         """Facts for the query slicediff::health and the health page."""
         from . import version
@@ -91,7 +101,7 @@ class Server(Listening, socketserver.ThreadingTCPServer):
         scans = {"done": self.counts.done, "failed": self.counts.failed}
         scans |= {"receiving": max(0, open_ - running - queued), "queued": queued, "running": running}
         return {
-            "ready": not self.retiring.is_set() and open_ < self.limits.connections, "version": version(), "device": str(device_of(self.options)), "prior": prior_of(self.options) or None,
+            "ready": not self.retiring.is_set() and open_ < self.limits.connections and not gpu_lost.is_set(), "gpu_lost": gpu_lost.is_set(), "version": version(), "device": str(device_of(self.options)), "prior": prior_of(self.options) or None,
             "scans": scans, "uptime_s": round(time.monotonic() - self.counts.began, 1), **process_facts(),
         }  # fmt: skip
 
@@ -129,6 +139,8 @@ class Handler(socketserver.BaseRequestHandler):
         finally:
             if self.counted:
                 self.server.counts.add(open=-1, **{"done" if self.well else "failed": 1})
+            if gpu_lost.is_set():
+                self.server.give_way()
         self._linger()
 
     def finish(self) -> None:
@@ -250,6 +262,8 @@ class ServerHost(Host):
         gone = lambda: "because the peer is gone" if self.handler.wire.gone() else ""  # noqa: E731
         with self.server.turns.turn(lambda place: tell(f"waiting for the device, place {place} in line"), gone):
             yield
+        if device_of(self.server.options).type == "cuda" and not self.server.turns.waiting:
+            free_gpu_memory()  # Gadgetron's own gadgets may want the same GPU
 
 
 def options_of_config(config: tuple[int, str] | None) -> dict[str, Any]:

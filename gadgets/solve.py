@@ -24,7 +24,7 @@ from recon_core.state import State
 from recon_core.trust import Trust, judge
 from recon_core.variational import VariationalConfig
 
-from .failure import ReconError, Unfinished, free_gpu_memory, log_failure, sentence
+from .failure import ReconError, Unfinished, free_gpu_memory, gpu_lost, log_failure, sentence
 from .options import Options
 
 Report = Callable[[str, dict], None]
@@ -66,6 +66,8 @@ def solve(measurement: Measurement, preview: torch.Tensor, prior, options: Optio
     except Exception as error:  # the boundary: an image anyway
         log_failure(f"{name} failed, the preview stands", error)
         _let_go(error)
+        if gpu_lost.is_set() and not options.preview and measurement.operator.device.type == "cuda":
+            raise  # the preview was not sent and cannot be had from there any more
         reason = f"{name} failed and the {PREVIEW} stands: {sentence(error)}"
         return Outcome(preview, PREVIEW, [reason], [reason])
     remarks += [f"CAUTION: {why}: compare with the preview"] * bool(why)
@@ -121,6 +123,9 @@ def iterate(start: Callable[[], Iterator[State]], options: Options, report: Repo
         log.info("the solver ended before its last sweep")
     finally:
         solver.close(WATCH_S)
+    if time.monotonic() - moved > HANG_S and device_of(options).type == "cuda":
+        gpu_lost.set()  # whatever is asked of it now waits behind what hangs
+        raise Unfinished(f"stopped {reason}: the GPU hangs, and it is not asked again before this process is started again")
     if state is None:
         raise Unfinished(f"stopped {reason} before its first sweep ended")
     if not bool(torch.isfinite(torch.view_as_real(state.volume)).all()):

@@ -7,8 +7,10 @@ SHORTAGE = (
     "can't allocate memory",
     "not enough memory",
     "alloc_failed",  # cuFFT, cuBLAS, cuSOLVER and cuDNN
+    "status_not_initialized",  # cuBLAS and cuDNN, where their handle finds no room
     "unable to find an engine",  # cuDNN, where no algorithm's workspace fits
 )
+GPU_LOST = "the GPU failed, and it will until this process is started again"
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
@@ -18,10 +20,15 @@ def ran_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in SHORTAGE)
 
 
+def lost_the_gpu(error: BaseException) -> bool:
+    """Whether no later call of this process to the GPU will succeed: an illegal access, a memory fault, a GPU off the bus."""
+    return isinstance(error, RuntimeError) and str(error).startswith("CUDA error") and not ran_out_of_memory(error)
+
+
 def why_the_cpu(error: RuntimeError) -> str:
     """Why the CPU must take over what failed with `error` on the GPU; empty if it need not, as it would fail there too."""
     if ran_out_of_memory(error):
         return "the GPU's memory does not hold this scan"
-    if str(error).startswith("CUDA error"):  # an illegal access, a memory fault: all later calls of this process fail
-        return "the GPU failed, and it will until this process is started again"
+    if lost_the_gpu(error):
+        return GPU_LOST
     return ""

@@ -19,6 +19,7 @@ from .slices import usable_axes
 
 QUIET = 1.5  # noise of the scan over that of its noise lines from which they are not believed
 WORK_ARRAYS = 3  # data, maps and a copy of them on the way
+SINGLE_VOLUMES = 14  # beside them: 12 coils of 320 x 320 x 256 peak at 9.4 GiB (tests/benchmarks/chain_speed.py)
 KEPT_ARRAYS = 2  # data that stay, and a part of them
 DARK, DARKEST, SEEN = 0.025, 0.005, 15.0  # of what is bright, the same at the highest SNR, times the noise: where the object ends
 TRUSTED = 2.0  # times the middle count: what more averages of some lines gain, errors of the maps there take from all others
@@ -265,7 +266,7 @@ def _home(coils: int, shape: tuple[int, int, int], device: torch.device, warning
     if device.type != "cuda":
         return device
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # of earlier volumes, free for this one
-    needed, free = arrays * 8 * (coils + 3) * math.prod(shape), torch.cuda.mem_get_info(device)[0] + cached
+    needed, free = 8 * (arrays * coils + SINGLE_VOLUMES) * math.prod(shape), torch.cuda.mem_get_info(device)[0] + cached
     if needed <= free:
         return device
     warnings.append(f"the GPU has {free / 2**30:.1f} GiB free, {coils} coils need {needed / 2**30:.1f} GiB: coil maps stay in the host's memory")

@@ -71,7 +71,7 @@ class Prior(nn.Module):
         """
         if not self.training and not torch.compiler.is_compiling() and not bool(torch.isfinite(x).all()):
             raise ValueError("the slices given to the prior hold NaN or infinity")
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(x.shape[0])
+        sigma = sigma.to(x.device, torch.float32).expand(x.shape[0]) if torch.is_tensor(sigma) else torch.full(x.shape[:1], sigma, dtype=torch.float32, device=x.device)
         s = sigma[:, None, None, None]
         total = torch.sqrt(s**2 + self.sigma_data**2)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.in_bf16):

@@ -56,7 +56,7 @@ class Team:
 
     def share(self, batch: Tensor) -> Tensor:
         """This rank's part of a batch [n ...], on its device."""
-        return batch[self.rank :: self.size].to(self.device)
+        return batch[self.rank :: self.size].to(self.device, non_blocking=True)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model with gradients averaged over the team."""

@@ -86,7 +86,7 @@ def reconstruct_variational(
         rho = weight * (noise / sigma) ** 2
         noisy = x + config.momentum * (x - previous) + returned * (sigma / last_sigma) ** 2  # rho returned stays
         axis = axes.pop()
-        chosen = some_slices(denoised[box].shape[axis], config.slice_fraction, random)
+        chosen = some_slices(denoised[box].shape[axis], config.slice_fraction, random).to(x.device)
         across(denoised, axis)[chosen] = across(noisy, axis)[chosen]  # slices that are not drawn keep their last
         pose = draw_pose(random)
         watch(noisy, sigma, axis, pose)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -306,6 +307,23 @@ def test_serve_and_send_as_processes(tmp_path, capsys, scan_path):
             server.kill()
     first, second = (read_images(tmp_path / f"{name}.h5")[1].data for name in ("first", "second"))
     assert np.array_equal(first, second)
+
+
+def test_a_server_that_lost_its_gpu_answers_and_ends_with_another_exit_code(tmp_path, capsys, scan_path):
+    """So that whoever watches over it starts another."""
+    code = "import sys; from gadgets.cli import main; sys.exit(main())"
+    serve = [sys.executable, "-W", "ignore", "-c", code, "serve", "--port", "0", "--sweeps", "2", "--device", "cpu", "--test-faults", "--grace-s", "5"]
+    shipped = (Path(__file__).parents[1] / "config_xml" / "slicediff_connect.xml").read_text()
+    (chain := tmp_path / "chain.xml").write_text(re.sub(r'(name="prior" value=)"[^"]*"', r'\1"test-gpu-lost"', shipped))
+    with subprocess.Popen(serve, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            port = server.stdout.readline().split()[-1]
+            code, out, err = run(capsys, "send", scan_path, tmp_path / "first.h5", "--port", port, "--config", chain)
+            assert code == 1 and "an illegal memory access" in err and len(read_images(tmp_path / "first.h5")) == 1, err
+            assert server.wait(20) == 1
+            assert "the GPU is lost to this process, which therefore ends" in server.stderr.read()
+        finally:
+            server.kill()
 
 
 def test_runs_of_the_same_second_have_groups_of_their_own(tmp_path, monkeypatch):

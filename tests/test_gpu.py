@@ -1,5 +1,10 @@
 """On a CUDA device: the same images as on the CPU."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -35,6 +40,36 @@ def test_the_gpu_gives_the_cpus_image_and_its_error_map(scan_path, method):
     away = lambda of: np.linalg.norm(of["cuda"] - of["cpu"]) / np.linalg.norm(of["cpu"])  # noqa: E731
     assert away(images) < 5e-3, "TF32 convolutions may differ by this much"
     assert away(maps) < 5e-2
+
+
+def test_the_default_there_gives_the_image_of_single_precision(scan_path):
+    """The larger prior, in bf16."""
+    options = {"output": "float32", "preview": False, "adapt": 0}
+    (expected,) = run_chain(scan_path, load_prior("base", "cpu", half=False), **options)
+    (image,) = run_chain(scan_path, load_prior_for(make_options({})), device="cuda", **options)
+    assert np.linalg.norm(image.data - expected.data) / np.linalg.norm(expected.data) < 5e-3
+
+
+def test_where_the_context_is_spoiled_the_cpu_answers(scan_path):
+    """Scan after scan, in a process of its own, whose GPU no other test could use."""
+    code = """
+import sys
+import torch
+from conftest import run_chain
+from gadgets.failure import ReconError, gpu_lost
+try:
+    torch.zeros(2, device="cuda")[torch.tensor([9], device="cuda")]
+    torch.cuda.synchronize()
+except RuntimeError as error:
+    print(error)
+for _ in range(2):
+    assert run_chain(sys.argv[1], None, method="cg", device="cuda")[0].meta["ImageComments"].count("the GPU failed") == 1
+assert gpu_lost.is_set()
+print("answered twice")
+"""
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, "-c", code, str(scan_path)], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=120)
+    assert "device-side assert" in done.stdout and "answered twice" in done.stdout, done.stderr
 
 
 def test_the_larger_prior_is_taken_there():

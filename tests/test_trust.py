@@ -3,6 +3,7 @@
 import re
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from conftest import load_small_scan, random_complex, run_chain, small_object
 
 from gadgets import recon, solve
-from gadgets.failure import ReconError
+from gadgets.failure import ReconError, Unfinished, gpu_lost
 from gadgets.scan_files import ScanFile
 from gadgets.flags import NOISE_BIT
 from gadgets.header import parse_header
@@ -20,7 +21,15 @@ from recon_core.ahead import Ahead, left_behind
 from recon_core.cg_sense import cg_sense
 from recon_core.fft import fft
 from recon_core.measurement import measure
+from recon_core.state import State
 from recon_core.trust import BARS, Trust, doubts, judge
+
+
+@pytest.fixture
+def gpu():
+    """As if there were one, found again after the test."""
+    yield torch.device("cuda")
+    gpu_lost.clear()
 
 
 def images_and_error(path, prior, **options):
@@ -93,23 +102,59 @@ def test_a_sentence_names_the_volumes_that_failed_and_stays_short(tmp_path):
 @pytest.mark.parametrize("failure,reason", [
     (torch.OutOfMemoryError("CUDA out of memory"), "the GPU's memory does not hold this scan"),
     (RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"), "the GPU's memory does not hold this scan"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), "the GPU's memory does not hold this scan"),
     (RuntimeError("CUDA error: an illegal memory access was encountered"), "the GPU failed, and it will until this process is started again"),
 ])  # fmt: skip
-def test_a_gpu_that_cannot_take_the_preview_leaves_it_to_the_cpu(scan_path, prior, monkeypatch, failure, reason):
-    expected = run_chain(scan_path, lambda x, sigma: x, sweeps=1)[0]  # the preview
+def test_a_gpu_that_cannot_take_the_preview_leaves_it_to_the_cpu(scan_path, prior, monkeypatch, gpu, failure, reason):
+    """One that is lost is not asked again."""
+    expected, asked = run_chain(scan_path, lambda x, sigma: x, sweeps=1)[0], []  # the preview
 
     def small_gpu(*args, device, **how):
         if device.type == "cuda":
+            asked.append(device)
             raise failure
         return measure(*args, device=device, **how)
 
     monkeypatch.setattr(recon, "measure", small_gpu)
     for module in (recon, solve):
-        monkeypatch.setattr(module, "device_of", lambda options: torch.device("cuda"))
-    images, error = images_and_error(scan_path, prior)
-    assert len(images) == 1 and f"{reason}: CG-SENSE was computed on the CPU" in images[0].meta["ImageComments"]
-    assert "the GPU could not take this scan" in error
-    assert np.array_equal(images[0].data, expected.data)
+        monkeypatch.setattr(module, "device_of", lambda options: gpu)
+    for scan in (1, 2):
+        images, error = images_and_error(scan_path, prior)
+        assert len(images) == 1 and f"{reason}: CG-SENSE was computed on the CPU" in images[0].meta["ImageComments"]
+        assert "the GPU could not take this scan" in error
+        assert np.array_equal(images[0].data, expected.data)
+        assert gpu_lost.is_set() == ("illegal" in str(failure)) and len(asked) == (1 if gpu_lost.is_set() else scan)
+
+
+def test_a_gpu_that_hangs_is_asked_for_nothing_more(monkeypatch, gpu):
+    """Not even for what the solver made before: it would wait behind what hangs."""
+    hangs = threading.Event()
+
+    def states():
+        yield State(1, 3, 0.1, None, 0)  # to look at its volume would fail
+        hangs.wait(30)
+
+    monkeypatch.setattr(solve, "HANG_S", 0.5)
+    monkeypatch.setattr(solve, "device_of", lambda options: gpu)
+    with pytest.raises(Unfinished, match="^stopped because no sweep ended within 0.5 s: the GPU hangs, and it is not asked again"):
+        solve.iterate(states, make_options({}), lambda *_: None, solve.patient)
+    hangs.set()
+    assert gpu_lost.is_set()
+
+
+def test_a_volume_is_let_go_before_the_next_one_is_looked_at(tmp_path, monkeypatch, prior):
+    held, alive = [], []
+    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=2, pattern="full", noise_lines=0, repetitions=3), (4, 12, 8))
+
+    def seen(*args, **how):
+        alive.append(sum(measurement() is not None for measurement in held))
+        measurement = measure(*args, **how)
+        held.append(weakref.ref(measurement))
+        return measurement
+
+    monkeypatch.setattr(recon, "measure", seen)
+    images = list(recon.reconstruct(header, lines, prior, make_options({"sweeps": 1, "adapt": 0, "device": "cpu"})))
+    assert len(images) == 6 and alive == [0, 0, 0]
 
 
 def test_an_image_that_explains_the_data_worse_than_the_preview_is_told_apart():

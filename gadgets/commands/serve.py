@@ -39,10 +39,11 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serve until SIGTERM or Ctrl-C."""
+    """Serve until SIGTERM or Ctrl-C, 0; or until the GPU is lost to this process, 1."""
     from recon_core.ahead import left_behind
 
     from ..conformance.faults import load_prior_or_fault
+    from ..failure import gpu_lost
     from ..health import HealthPage
     from ..keep import FailedScans
     from ..server import Server
@@ -61,14 +62,23 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"slicediff: health on {arguments.host} port {page.server_address[1]}", flush=True)
         facts = server.health()
         logging.getLogger("slicediff").info("slicediff %s on %s with %s", facts["version"], facts["device"], f"prior {facts['prior']}" if facts["prior"] else "no prior")
+        if facts["device"] == "cpu" and server.options.device == "auto" and built_for_cuda():
+            logging.getLogger("slicediff").warning("torch is built for CUDA but finds no GPU: scans are computed on the CPU; --device cuda would refuse to start")
         _retire_on_signals(server)
         print(f"slicediff: serving on {arguments.host} port {server.server_address[1]}", flush=True)
         server.serve_forever(poll_interval=0.1)
     if left_behind():  # a solver that hangs would keep the process, or crash it while the interpreter ends
         logging.getLogger("slicediff").error("%d hung solvers are left behind", left_behind())
         logging.shutdown()
-        os._exit(0)
-    return 0
+        os._exit(int(gpu_lost.is_set()))
+    return int(gpu_lost.is_set())
+
+
+def built_for_cuda() -> bool:
+    """Whether this torch could use a GPU; on PyPI that of Linux can."""
+    import torch
+
+    return torch.version.cuda is not None
 
 
 def _retire_on_signals(server) -> None:

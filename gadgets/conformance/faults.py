@@ -36,6 +36,10 @@ def _exhausts_memory(x: torch.Tensor, sigma: float) -> torch.Tensor:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB (simulated)")
 
 
+def _loses_the_gpu(x: torch.Tensor, sigma: float) -> torch.Tensor:
+    raise RuntimeError("CUDA error: an illegal memory access was encountered (simulated)")
+
+
 def _is_nan(x: torch.Tensor, sigma: float) -> torch.Tensor:
     return x * float("nan")
 
@@ -45,5 +49,6 @@ def _forgets_the_data(x: torch.Tensor, sigma: float) -> torch.Tensor:
 
 
 FAULTS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
-    "test-hang": _hangs, "test-slow": _is_slow, "test-raise": _raises, "test-memory": _exhausts_memory, "test-nan": _is_nan, "test-drift": _forgets_the_data,
+    "test-hang": _hangs, "test-slow": _is_slow, "test-raise": _raises, "test-memory": _exhausts_memory, "test-gpu-lost": _loses_the_gpu,
+    "test-nan": _is_nan, "test-drift": _forgets_the_data,
 }  # fmt: skip
