@@ -94,7 +94,7 @@ def lesions_of(path: Path, methods: list[str], arguments) -> list[dict]:
     plain, found = simulated(path, **scan), {}
     images = {method: image_of(method, plain, arguments) for method in methods}
     for layout in range(arguments.layouts):
-        reach_mm = plain.truth.shape[2] * plain.measurement.voxel_mm[2] / 2 - max(arguments.diameters) / 2 - AROUND_MM
+        reach_mm = plain.truth.shape[2] * plain.measurement.voxel_mm[2] / 2 - max(arguments.diameters) / 2 - AROUND_MM if arguments.readout else float("inf")
         lesions = placed(data, voxel_mm, arguments.diameters, arguments.contrasts, reach_mm, layout)
         with tempfile.TemporaryDirectory() as folder:
             problem = simulated(with_lesions(path, data, voxel_mm, lesions, Path(folder)), **scan)
