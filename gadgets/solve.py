@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from recon_core.ahead import Ahead
+from recon_core.ahead import Ahead, Crew
 from recon_core.cg_sense import cg_sense
 from recon_core.device_failure import ran_out_of_memory
 from recon_core.jackknife import estimated_error
@@ -27,6 +27,7 @@ from recon_core.variational import VariationalConfig
 from .failure import ReconError, Unfinished, free_gpu_memory, gpu_lost, log_failure, sentence
 from .options import Options
 
+SOLVERS = Crew()
 Report = Callable[[str, dict], None]
 Hurry = Callable[[], str]
 PREVIEW = "CG-SENSE preview"
@@ -111,7 +112,7 @@ def iterate(start: Callable[[], Iterator[State]], options: Options, report: Repo
         Unfinished: if there was not even time for one sweep, or for all of a method that has no image before its last.
         ReconError: for a volume that is not finite.
     """
-    began, state, solver = time.monotonic(), None, Ahead(sweeps_of(start))
+    began, state, solver = time.monotonic(), None, Ahead(sweeps_of(start), crew=SOLVERS)
     try:
         moved, reason = began, ""
         while not reason and (state is None or state.sweep < state.sweeps):
@@ -167,8 +168,10 @@ def warm_up(prior, options: Options) -> None:
         mask = torch.from_numpy(sampling_mask(shape[:2], 2, acs=8))
         kspace = torch.randn(8, *shape, dtype=torch.complex64, generator=random) * mask[..., None]
         measurement = measure(kspace, mask.float(), (4.0, 4.0, 4.0), device=device)
-        for _ in itertools.islice(states(measurement, cg_sense(measurement), prior, once), 2):  # a sweep and a round of learning
+        solver = Ahead(itertools.islice(states(measurement, cg_sense(measurement), prior, once), 2), crew=SOLVERS)  # a sweep and a round of learning
+        for _ in solver:
             pass
+        solver.close()
 
 
 def load_prior_for(options: Options) -> Prior | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 POLL_S = 0.1
@@ -16,6 +17,69 @@ _END = object()
 def left_behind() -> int:
     """How many threads of this process could not be ended: solvers that hang."""
     return sum(thread.name == LEFT_BEHIND for thread in threading.enumerate())
+
+
+class Crew:
+    """Threads that are kept for the next task, and with them what libraries hold for each thread: torch a cuDNN plan for every shape of slices."""
+
+    def __init__(self):
+        self.lock, self.idle = threading.Lock(), []
+
+    def begin(self, work: Callable[[], None], name: str) -> Task:
+        """Have a thread that is idle, or a new one, do `work` under this name."""
+        with self.lock:
+            hand = self.idle.pop() if self.idle else Hand(self)
+            hand.name = name
+        task = Task(hand, work)
+        hand.tasks.put(task)
+        return task
+
+
+class Task:
+    """Something that a thread of a crew does; it can be waited for, and left behind, like a thread."""
+
+    def __init__(self, hand: Hand, work: Callable[[], None]):
+        self.hand, self.work, self.done = hand, work, threading.Event()
+
+    def join(self, wait_s: float | None = None) -> None:
+        """Wait until it is done, at most so long."""
+        self.done.wait(wait_s)
+
+    def is_alive(self) -> bool:
+        """Whether it is not done yet."""
+        return not self.done.is_set()
+
+    @property
+    def name(self) -> str:
+        """Of its thread."""
+        return self.hand.name
+
+    @name.setter
+    def name(self, name: str) -> None:
+        with self.hand.crew.lock:
+            if self.is_alive():
+                self.hand.name = name
+
+
+class Hand(threading.Thread):
+    """A thread of a crew; it ends after a task with which it was left behind."""
+
+    def __init__(self, crew: Crew):
+        super().__init__(daemon=True)
+        self.crew, self.tasks = crew, queue.SimpleQueue()
+        self.start()
+
+    def run(self) -> None:
+        """One task after the other."""
+        while self.name != LEFT_BEHIND:
+            task = self.tasks.get()
+            task.work()
+            task.work = None  # and what it holds, before anybody hears that it is done
+            with self.crew.lock:
+                task.done.set()
+                if self.name != LEFT_BEHIND:
+                    self.crew.idle.append(self)
+            del task
 
 
 class Ahead(Iterator):
@@ -30,12 +94,17 @@ class Ahead(Iterator):
         source: iterated in the other thread only.
         room: this many items may wait to be taken before the source is made to wait.
         to_the_end: whether the source is run on after `close`.
+        crew: whose threads do it; without, a new thread.
     """
 
-    def __init__(self, source: Iterable, room: int = 1, to_the_end: bool = False):
+    def __init__(self, source: Iterable, room: int = 1, to_the_end: bool = False, crew: Crew | None = None):
         self.items: queue.Queue = queue.Queue(room)
         self.closed, self.to_the_end = threading.Event(), to_the_end
-        self.thread = threading.Thread(target=self._run, args=(source,), name=threading.current_thread().name, daemon=True)  # the log tells whose work it does
+        name = threading.current_thread().name  # the log tells whose work it does
+        if crew:
+            self.thread = crew.begin(partial(self._run, source), name)
+            return
+        self.thread = threading.Thread(target=self._run, args=(source,), name=name, daemon=True)
         self.thread.start()
 
     def take(self, wait_s: float | None = None) -> Any:

@@ -17,7 +17,7 @@ from gadgets.flags import NOISE_BIT
 from gadgets.header import parse_header
 from gadgets.options import make_options
 from gadgets.protocol import SimulateOptions
-from recon_core.ahead import Ahead, left_behind
+from recon_core.ahead import Ahead, Crew, left_behind
 from recon_core.cg_sense import cg_sense
 from recon_core.fft import fft
 from recon_core.measurement import measure
@@ -207,6 +207,46 @@ def test_who_waits_for_an_item_finds_the_end_when_it_is_closed():
     go.set()
     ahead.thread.join(10)
     assert not taker.is_alive() and not ahead.thread.is_alive() and got == []
+
+
+def test_the_threads_of_a_crew_are_kept_but_for_one_that_hangs():
+    crew, go, at_work = Crew(), threading.Event(), []
+
+    def source():
+        at_work.append(threading.current_thread())
+        yield threading.current_thread().name
+
+    for _ in range(3):
+        ahead = Ahead(source(), crew=crew)
+        assert list(ahead) == [threading.current_thread().name] and ahead.close(10)
+    hanging, before = Ahead((go.wait(10) for _ in range(1)), crew=crew), left_behind()
+    assert not hanging.close(0.2) and left_behind() == before + 1
+    assert list(Ahead(source(), crew=crew)) and at_work[0] == at_work[1] == at_work[2] != at_work[3]
+    go.set()
+    at_work[0].join(10)
+    assert not at_work[0].is_alive() and at_work[3].is_alive() and left_behind() == before
+
+
+def test_what_a_crew_worked_on_is_let_go():
+    class Held:
+        pass
+
+    held = Held()
+    known, ahead = weakref.ref(held), Ahead((len(str(what)) for what in [held]), crew=Crew())
+    del held
+    assert len(list(ahead)) == 1 and ahead.close(10) and known() is None
+
+
+def test_solvers_of_one_volume_after_the_other_share_a_thread(scan_path, prior):
+    names = set()
+
+    def seen(x, sigma):
+        names.add(threading.get_ident())
+        return prior(x, sigma)
+
+    for _ in range(2):
+        run_chain(scan_path, seen)
+    assert len(names) == 1
 
 
 def test_a_source_that_must_be_read_to_its_end_is():
