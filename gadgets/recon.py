@@ -11,7 +11,7 @@ import ismrmrd
 import torch
 
 from recon_core.cg_sense import cg_sense
-from recon_core.device_failure import GPU_LOST, why_the_cpu
+from recon_core.device_failure import GPU_LOST, ran_out_of_memory, why_the_cpu
 from recon_core.measurement import Measurement, measure
 from recon_core.methods import METHODS
 from recon_core.trust import doubts
@@ -86,26 +86,30 @@ def look(scan: Scan, options: Options, report: Report) -> tuple[Measurement, tor
     if not scan.counts.any():
         raise ScanError("; ".join(["none of its lines could be used", *scan.warnings]))
     device, reason = device_of(options), GPU_LOST
-    if device.type == "cpu" or not gpu_lost.is_set():
+    if device.type == "cpu":
+        return _look(scan, options, device, report)
+    for spare in () if gpu_lost.is_set() else (False, True):  # at first, and where its memory is short, with coil maps on the host
         try:
-            return _look(scan, options, device, report)
+            return _look(scan, options, device, report, spare)
         except RuntimeError as error:
-            reason = why_the_cpu(error)
+            reason, short = why_the_cpu(error), ran_out_of_memory(error)
             if not reason:
                 raise
-            log_failure("the CPU takes over", error)
+            log_failure("the GPU cannot take it" if spare or not short else "the GPU cannot take it with its coil maps", error)
         free_gpu_memory()
+        if not short:
+            break
     measurement, preview = _look(scan, options, torch.device("cpu"), report)
     measurement.warnings.append(f"{reason}: CG-SENSE was computed on the CPU")
     return measurement, preview
 
 
-def _look(scan: Scan, options: Options, device: torch.device, report: Report, louder: float = 1.0) -> tuple[Measurement, torch.Tensor]:
+def _look(scan: Scan, options: Options, device: torch.device, report: Report, spare: bool = False, louder: float = 1.0) -> tuple[Measurement, torch.Tensor]:
     coils, *shape = scan.kspace.shape
-    if device.type == "cpu":  # scans that came meanwhile may have taken what was free
+    if device.type == "cpu" or spare:  # scans that came meanwhile may have taken what was free
         check_memory(to_compute(coils, shape, options.coils), "its image needs")
     reference = scan.phase_reference.get(coils)
-    how = dict(coils=options.coils, device=device, phase_reference=reference, louder=louder, keep_lines=options.error_map, brightness=scan.brightness)
+    how = dict(coils=options.coils, device=device, phase_reference=reference, louder=louder, keep_lines=options.error_map, brightness=scan.brightness, on_host=spare)
     measurement = measure(scan.kspace, scan.counts, scan.geometry.voxel_mm, scan.noise, scan.calibration, **how)
     scan.phase_reference.setdefault(coils, measurement.mixing[0].cpu())
     report("measured", {"coils": measurement.operator.maps.shape[1], "acs": list(measurement.acs), "warnings": scan.warnings + measurement.warnings})
@@ -113,7 +117,7 @@ def _look(scan: Scan, options: Options, device: torch.device, report: Report, lo
     excess = measurement.excess_noise(preview)
     if excess > 1 and louder == 1:
         del measurement, preview  # or two of them would be held at a time
-        return _look(scan, options, device, report, excess)
+        return _look(scan, options, device, report, spare, excess)
     measurement.warnings += doubts(measurement, preview)
     report("preview", {"warnings": measurement.warnings})
     return measurement, preview

@@ -116,6 +116,7 @@ def measure(
     louder: float = 1.0,
     keep_lines: bool = False,
     brightness: float = 1.0,
+    on_host: bool = False,
 ) -> Measurement:
     """Whiten, average, compress coils, estimate maps.
 
@@ -132,6 +133,8 @@ def measure(
         louder: how many times as noisy as its noise lines the scan is (Measurement.excess_noise).
         keep_lines: keep `lines` of volumes too, for an estimate of the error (jackknife.py).
         brightness: unit of the image, which noise lines make that of the noise, where volumes of other dwell times are to be compared.
+        on_host: keep the arrays of all coils in the host's memory, to be read by the device in parts; otherwise that is
+            done where they do not seem to fit.
 
     Raises:
         ValueError: if nothing was acquired, or samples are not finite.
@@ -153,7 +156,9 @@ def measure(
     if len(mixing) > 1:
         compression = compression_matrix(acs if acs.numel() else _mix(mixing, _innermost(kspace, counts)), min(coils, len(mixing)))
         mixing, acs = compression @ mixing, _mix(compression, acs)
-    home = _home(mixing.shape[0], kspace.shape[1:], torch.device(device), warnings, WORK_ARRAYS + KEPT_ARRAYS * keep_lines)
+    if on_host:
+        warnings.append("the GPU's memory ran short: coil maps stay in the host's memory")
+    home = torch.device("cpu") if on_host else _home(mixing.shape[0], kspace.shape[1:], torch.device(device), warnings, WORK_ARRAYS + KEPT_ARRAYS * keep_lines)
     data = _mix_lines(mixing, kspace, factor, home)
     all_lines = lambda: _mix_lines(mixing, reference, reference_factor * (lines > 0), home)  # noqa: E731
     maps, support, doubts = _maps(acs.to(device), whitened.sigma * averaged, acs_size, (len(mixing), *kspace.shape[1:]), all_lines, lines.to(home))

@@ -121,11 +121,10 @@ def test_the_prior_in_function_space_is_the_cpus():
     assert float((found["cuda"] - found["cpu"]).norm() / found["cpu"].norm()) < 5e-3
 
 
-def test_coil_maps_that_the_gpu_has_no_room_for_stay_in_the_hosts_memory(monkeypatch):
+def test_coil_maps_that_the_gpu_has_no_room_for_stay_in_the_hosts_memory():
     kspace, mask, noise, _ = problem(shape=(40, 44, 36), coils=6, acs=16, snr=30.0)
     there = measure(kspace, mask, VOXEL, noise, device="cuda")
-    monkeypatch.setattr("recon_core.measurement._home", lambda *_: torch.device("cpu"))
-    here = measure(kspace, mask, VOXEL, noise, device="cuda")
+    here = measure(kspace, mask, VOXEL, noise, device="cuda", on_host=True)
     assert here.operator.maps.device.type == "cpu" and there.operator.maps.device.type == "cuda"
     images = [cg_sense(measurement) for measurement in (there, here)]
     assert all(image.device.type == "cuda" for image in images)

@@ -106,14 +106,14 @@ def test_a_sentence_names_the_volumes_that_failed_and_stays_short(tmp_path):
     (RuntimeError("CUDA error: an illegal memory access was encountered"), "the GPU failed, and it will until this process is started again"),
 ])  # fmt: skip
 def test_a_gpu_that_cannot_take_the_preview_leaves_it_to_the_cpu(scan_path, prior, monkeypatch, gpu, failure, reason):
-    """One that is lost is not asked again."""
+    """One whose memory is short is asked again, to leave coil maps on the host; one that is lost is not."""
     expected, asked = run_chain(scan_path, lambda x, sigma: x, sweeps=1)[0], []  # the preview
 
-    def small_gpu(*args, device, **how):
+    def small_gpu(*args, device, on_host, **how):
         if device.type == "cuda":
-            asked.append(device)
+            asked.append(on_host)
             raise failure
-        return measure(*args, device=device, **how)
+        return measure(*args, device=device, on_host=on_host, **how)
 
     monkeypatch.setattr(recon, "measure", small_gpu)
     for module in (recon, solve):
@@ -123,7 +123,7 @@ def test_a_gpu_that_cannot_take_the_preview_leaves_it_to_the_cpu(scan_path, prio
         assert len(images) == 1 and f"{reason}: CG-SENSE was computed on the CPU" in images[0].meta["ImageComments"]
         assert "the GPU could not take this scan" in error
         assert np.array_equal(images[0].data, expected.data)
-        assert gpu_lost.is_set() == ("illegal" in str(failure)) and len(asked) == (1 if gpu_lost.is_set() else scan)
+        assert gpu_lost.is_set() == ("illegal" in str(failure)) and asked == ([False] if gpu_lost.is_set() else [False, True] * scan)
 
 
 def test_a_gpu_that_hangs_is_asked_for_nothing_more(monkeypatch, gpu):
