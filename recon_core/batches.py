@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 
-from .rehearsal import server_of_processes
+from .elsewhere import made_elsewhere
 from .volumes import ROOM, SlicePool
 
 
@@ -61,29 +61,23 @@ class Batches:
             with self.pool.ahead(self.make, steps, workers) as batches:
                 yield (_moved(batch, device) for batch in batches)
             return
-        loader = DataLoader(_Elsewhere(self, steps, workers), batch_size=None, num_workers=1, prefetch_factor=ROOM, multiprocessing_context=server_of_processes(), pin_memory=on_gpu)
-        made = (_moved(batch, device) for batch in loader)
+        made = made_elsewhere(_Steps(self, steps, workers), workers=1, prefetch_factor=ROOM, pin_memory=on_gpu)
         try:
-            yield made
+            yield (_moved(batch, device) for batch in made)
         finally:
-            made.close()  # and with it the process
+            made.close()
 
 
-class _Elsewhere(IterableDataset):
-    """Batches as the process hands them over that makes them; a ValueError instead of being raised, or its sentence would drown in a traceback."""
+class _Steps(IterableDataset):
+    """The batches of `steps`, computed by threads."""
 
     def __init__(self, batches: Batches, steps: range, workers: int):
         self.batches, self.steps, self.workers = batches, steps, workers
 
-    def __iter__(self) -> Iterator[Batch | ValueError]:
-        try:
-            with self.batches.ahead(self.steps, self.workers) as made:
-                yield from made
-        except ValueError as error:
-            yield error
+    def __iter__(self) -> Iterator[Batch]:
+        with self.batches.ahead(self.steps, self.workers) as made:
+            yield from made
 
 
-def _moved(batch: Batch | ValueError, device: torch.device) -> Batch:
-    if isinstance(batch, ValueError):
-        raise batch
+def _moved(batch: Batch, device: torch.device) -> Batch:
     return batch._replace(clean=batch.clean.to(device, non_blocking=True), noise=batch.noise.to(device, non_blocking=True))

@@ -11,7 +11,7 @@ Other lines, which it never learns from, judge whether it became better, and on 
 from __future__ import annotations
 
 import copy
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,10 @@ from .cg_sense import cg_sense
 from .fft import centre_block, centre_crop_or_pad, kspace_crop
 from .measurement import Measurement
 from .mesh import on_finer_mesh
+from .pose import Pose
 from .prior import move_weights
 from .sense import Sense
-from .slices import MIN_SIDE, apply_prior, object_box
+from .slices import MIN_SIDE, Denoiser, apply_prior, object_box
 from .variational import VariationalConfig, reconstruct_variational
 
 RATE = 1e-4  # of Adam
@@ -77,14 +78,13 @@ class Pupil:
         mesh, there = self.meshes[self.rounds % len(self.meshes)], self._window()
         left_out = self._some(self.others, LEFT_OUT)
         part, answer = (mesh.part(_on(mesh, lines), there) for lines in (self.others & ~left_out, left_out))
-        start, told = cg_sense(part), []
+        start, given = cg_sense(part), []
         scale, box = part.in_tissue_units(start)[0], object_box(part.operator.maps)
         seed = int(torch.randint(1 << 31, (), generator=self.random))
-        for state in reconstruct_variational(part, self.network, start, self.config, seed, watch=lambda *what: told.append(what)):
-            volume, sigma, axis, pose = told.pop()
+        for state in reconstruct_variational(part, self.network, start, self.config, seed, denoise=partial(_keeping_graph, given)):
+            whole = torch.zeros_like(state.volume)
             with torch.enable_grad():
-                whole = torch.zeros_like(volume)
-                whole[box] = apply_prior(volume[box].movedim(axis, 0), pose.seen_by(self.network), sigma).movedim(0, axis)
+                whole[box] = given.pop()
                 loss = unexplained(answer.operator, whole * scale, answer.lines, _on(mesh, self.importance))
             if not bool(loss < HOPELESS):
                 self._forget()
@@ -139,6 +139,16 @@ class Pupil:
         signal = self.measurement.adjoint.abs().square().sum(dim=(0, 1)).cpu().unfold(0, width, 1).sum(1)
         first = int(torch.multinomial(signal, 1, generator=self.random))
         return slice(first, first + width)
+
+
+def _keeping_graph(given: list[Tensor], volume: Tensor, prior: Denoiser, sigma: float, axis: int, chosen: Tensor, pose: Pose) -> int:
+    """As denoise_in_pose, in one batch; the denoised volume, to be differentiated by the prior's weights, is added to `given`."""
+    with torch.enable_grad():
+        planes = volume.movedim(axis, 0)
+        denoised = planes.index_copy(0, chosen, apply_prior(planes[chosen], pose.seen_by(prior), sigma)).movedim(0, axis)
+    volume.copy_(denoised.detach())
+    given.append(denoised)
+    return len(chosen)
 
 
 def importance(taken: Tensor, acs: tuple[int, int]) -> Tensor:

@@ -10,24 +10,25 @@ from __future__ import annotations
 
 import itertools
 import math
-import multiprocessing.context
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from .cg_sense import cg_sense
+from .elsewhere import made_elsewhere
 from .fft import fft
 from .measurement import Measurement, measure
 from .pose import Pose
 from .scale import intensity_scale
 from .simulate import coil_sensitivity, loop_sensitivities, sampling_mask, smooth_phase
 from .slices import MIN_SIDE, object_box
-from .variational import VariationalConfig, reconstruct_variational
+from .variational import VariationalConfig, denoise_in_pose, reconstruct_variational
 from .volumes import SlicePool
 
 DRAWS = 100  # of volumes, to find one that can be scanned
@@ -74,19 +75,15 @@ class Rehearsal:
             start = cg_sense(measurement)
             truth, box = truth / intensity_scale(start, measurement.voxel_mm), object_box(measurement.operator.maps)
             solver = of_few_shapes(prior) if measurement.operator.device.type == "cuda" else prior
-            told: list = []
-            for _ in reconstruct_variational(measurement, solver, start, self.config, int(rng.integers(1 << 31)), watch=lambda *what: told.append(what)):
-                volume, sigma, axis, pose = told.pop()
-                both = torch.stack([v[box].movedim(axis, 0) for v in (volume, truth)])
+            states: list = []
+            for _ in reconstruct_variational(measurement, solver, start, self.config, int(rng.integers(1 << 31)), denoise=partial(_noted, states, truth[box])):
+                both, sigma, pose = states.pop()
                 given, right = _parts(both, self.side, self.pixels, rng)
                 yield Lesson(_channels(given), _channels(right), sigma, pose)
 
     def _scans(self, first: int, workers: int) -> Iterator[tuple[Measurement, Tensor]]:
-        ahead = dict(prefetch_factor=2, multiprocessing_context=server_of_processes()) if workers else {}
-        for scan in DataLoader(_Scans(self), batch_size=None, sampler=itertools.count(first), num_workers=workers, **ahead):
-            if isinstance(scan, ValueError):
-                raise scan
-            yield scan
+        numbers = itertools.count(first)
+        return made_elsewhere(_Scans(self), workers, sampler=numbers, prefetch_factor=2) if workers else map(self.scan, numbers)
 
     def scan(self, number: int) -> tuple[Measurement, Tensor]:
         """A scan and the volume [z y x] as its coil maps combine it; drawn anew where there is nothing to see or no room for lines.
@@ -104,24 +101,20 @@ class Rehearsal:
         raise ValueError(f"no scan could be made of {DRAWS} draws from the training volumes: own_states needs objects of {SMALLEST} voxels and more, along two sides at least")
 
 
-def server_of_processes() -> multiprocessing.context.BaseContext:
-    """Forks of a process that never saw CUDA, which would break, and that has imported all this once for all of them."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
-
-
 class _Scans(Dataset):
-    """Scans by number, for processes that make them; a ValueError is handed on instead of raised, or its sentence would drown in a traceback."""
+    """Scans by number, for processes that make them."""
 
     def __init__(self, rehearsal: Rehearsal):
         self.rehearsal = rehearsal
 
-    def __getitem__(self, number: int) -> tuple[Measurement, Tensor] | ValueError:
-        try:
-            return self.rehearsal.scan(number)
-        except ValueError as error:
-            return error
+    def __getitem__(self, number: int) -> tuple[Measurement, Tensor]:
+        return self.rehearsal.scan(number)
+
+
+def _noted(states: list, truth: Tensor, volume: Tensor, prior: Callable, sigma: float, axis: int, chosen: Tensor, pose: Pose) -> int:
+    """denoise_in_pose, but what is given to the prior is added to `states` first, with the truth: slices [2 slices h w], sigma and pose."""
+    states.append((torch.stack([v.movedim(axis, 0) for v in (volume, truth)]), sigma, pose))
+    return denoise_in_pose(volume, prior, sigma, axis, chosen, pose)
 
 
 def lesson_loss(prior: Callable[[Tensor, Tensor], Tensor], lesson: Lesson) -> Tensor:

@@ -55,13 +55,18 @@ class VariationalConfig:
     adapt: int = 20
 
 
+def denoise_in_pose(volume: Tensor, prior: Denoiser, sigma: float, axis: int, chosen: Tensor, pose: Pose) -> int:
+    """Denoise the slices `chosen` across `axis` of `volume` [z y x], in tissue units, in place; returns how many."""
+    return denoise_slices(volume, pose.seen_by(prior), sigma, axis, chosen)
+
+
 def reconstruct_variational(
     measurement: Measurement,
     prior: Denoiser,
     start: Tensor,
     config: VariationalConfig = VariationalConfig(),
     seed: int = 0,
-    watch: Callable[[Tensor, float, int, Pose], None] = lambda *_: None,
+    denoise: Callable[[Tensor, Denoiser, float, int, Tensor, Pose], int] = denoise_in_pose,
 ) -> Iterator[State]:
     """Yield a State after every sweep; stop whenever the time is up, the latest is the best.
 
@@ -70,7 +75,7 @@ def reconstruct_variational(
         prior: D(slices [slices 2 h w], sigma) on slices whose tissue has magnitude about 1.
         start: volume [z y x], the CG-SENSE image.
         seed: of the random slices and poses.
-        watch: told before each denoising of the volume [z y x] in tissue units, sigma, axis and pose (see rehearsal.py).
+        denoise: instead of denoise_in_pose, by whoever learns from what the prior is given (rehearsal.py, pupil.py).
     """
     random = torch.Generator().manual_seed(seed)
     scale, noise, x, target = measurement.in_tissue_units(start)
@@ -89,8 +94,7 @@ def reconstruct_variational(
         chosen = some_slices(denoised[box].shape[axis], config.slice_fraction, random).to(x.device)
         across(denoised, axis)[chosen] = across(noisy, axis)[chosen]  # slices that are not drawn keep their last
         pose = draw_pose(random)
-        watch(noisy, sigma, axis, pose)
-        evaluations += denoise_slices(denoised[box], pose.seen_by(prior), sigma, axis, chosen)
+        evaluations += denoise(denoised[box], prior, sigma, axis, chosen, pose)
         returned = share * (noisy - denoised)
         previous, last_sigma = x, sigma
         x = measurement.operator.solve(target + rho * (denoised - returned), rho, denoised, config.cg_iterations)

@@ -56,7 +56,7 @@ def test_where_the_context_is_spoiled_the_cpu_answers(scan_path):
 import sys
 import torch
 from conftest import run_chain
-from gadgets.failure import ReconError, gpu_lost
+from gadgets.failure import gpu_lost
 try:
     torch.zeros(2, device="cuda")[torch.tensor([9], device="cuda")]
     torch.cuda.synchronize()
