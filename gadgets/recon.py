@@ -23,7 +23,7 @@ from .gather import Admit, gather, no_limit
 from .geometry import ScanError
 from .images import SERIES, make_images
 from .options import Options
-from .solve import PREVIEW, Hurry, Report, device_of, estimate_error, patient, solve
+from .solve import PREVIEW, Hurry, Report, device_of, estimate_error, on_gpu, patient, solve
 from .volume import Scan
 
 Turn = Callable[[], AbstractContextManager[Hurry]]
@@ -90,7 +90,7 @@ def look(scan: Scan, options: Options, report: Report) -> tuple[Measurement, tor
         return _look(scan, options, device, report)
     for spare in () if gpu_lost.is_set() else (False, True):  # at first, and where its memory is short, with coil maps on the host
         try:
-            return _look(scan, options, device, report, spare)
+            return on_gpu(partial(_look, scan, options, device, report, spare))
         except RuntimeError as error:
             reason, short = why_the_cpu(error), ran_out_of_memory(error)
             if not reason:

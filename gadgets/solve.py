@@ -8,12 +8,13 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from recon_core.ahead import Ahead, Crew
 from recon_core.cg_sense import cg_sense
-from recon_core.device_failure import ran_out_of_memory
+from recon_core.device_failure import GpuHangs, ran_out_of_memory
 from recon_core.jackknife import estimated_error
 from recon_core.measurement import Measurement, measure
 from recon_core.methods import METHODS
@@ -135,6 +136,21 @@ def iterate(start: Callable[[], Iterator[State]], options: Options, report: Repo
     if early and not METHODS[options.method].anytime:
         raise Unfinished(f"stopped {reason} after {state.sweep} of {state.sweeps} steps, and {METHODS[options.method].title} has no image before its last")
     return state.volume, [f"stopped {reason} after {state.sweep} of {state.sweeps} sweeps"] if early else []
+
+
+def on_gpu(work: Callable[[], Any]) -> Any:
+    """What `work` returns, done in the thread of the solvers, which may be left behind.
+
+    Raises:
+        GpuHangs: if nothing came for HANG_S.
+    """
+    worker = Ahead(sweeps_of(lambda: iter([work()])), crew=SOLVERS)
+    try:
+        return worker.take(HANG_S)
+    except TimeoutError:
+        raise GpuHangs(f"it did not answer for {HANG_S:g} s") from None
+    finally:
+        worker.close(WATCH_S)
 
 
 def sweeps_of(start: Callable[[], Iterator[State]]) -> Iterator[State]:

@@ -13,6 +13,10 @@ SHORTAGE = (
 GPU_LOST = "the GPU failed, and it will until this process is started again"
 
 
+class GpuHangs(RuntimeError):
+    """The GPU does not answer; whatever else is asked of it waits too."""
+
+
 def ran_out_of_memory(error: BaseException) -> bool:
     """Whether the GPU's or the host's memory was exhausted (torch and CUDA's libraries say so in several ways)."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be imported
@@ -21,8 +25,8 @@ def ran_out_of_memory(error: BaseException) -> bool:
 
 
 def lost_the_gpu(error: BaseException) -> bool:
-    """Whether no later call of this process to the GPU will succeed: an illegal access, a memory fault, a GPU off the bus."""
-    return isinstance(error, RuntimeError) and str(error).startswith("CUDA error") and not ran_out_of_memory(error)
+    """Whether no later call of this process to the GPU will succeed: an illegal access, a memory fault, a GPU off the bus or one that hangs."""
+    return isinstance(error, GpuHangs) or isinstance(error, RuntimeError) and str(error).startswith("CUDA error") and not ran_out_of_memory(error)
 
 
 def why_the_cpu(error: RuntimeError) -> str:

@@ -142,6 +142,29 @@ def test_a_gpu_that_hangs_is_asked_for_nothing_more(monkeypatch, gpu):
     assert gpu_lost.is_set()
 
 
+def test_a_gpu_that_hangs_before_the_preview_leaves_the_scan_to_the_cpu(scan_path, prior, monkeypatch, gpu):
+    """Its first call may be what hangs: of the second scan after a solver that missed its deadline."""
+    hangs, asked, on_cpu = threading.Event(), [], recon._look
+
+    def look(scan, options, device, *how):
+        asked.append(device.type)
+        if device.type == "cuda":
+            hangs.wait(30)
+        return on_cpu(scan, options, torch.device("cpu"), *how)
+
+    (expected,), _ = images_and_error(scan_path, raising)
+    for module in (recon, solve):
+        monkeypatch.setattr(module, "device_of", lambda options: gpu)
+    monkeypatch.setattr(recon, "_look", look)
+    monkeypatch.setattr(solve, "HANG_S", 0.5)
+    for _ in range(2):
+        images, error = images_and_error(scan_path, prior)
+        assert np.array_equal(images[0].data, expected.data) and "the GPU could not take this scan" in error
+        assert "the GPU failed, and it will until this process is started again: CG-SENSE was computed on the CPU" in images[0].meta["ImageComments"]
+    hangs.set()
+    assert gpu_lost.is_set() and asked == ["cuda", "cpu", "cpu"]
+
+
 def test_a_volume_is_let_go_before_the_next_one_is_looked_at(tmp_path, monkeypatch, prior):
     held, alive = [], []
     header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=2, pattern="full", noise_lines=0, repetitions=3), (4, 12, 8))
