@@ -67,9 +67,32 @@ for _ in range(2):
 assert gpu_lost.is_set()
 print("answered twice")
 """
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, "-c", code, str(scan_path)], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=120)
+    done = in_a_process(code, scan_path)
     assert "device-side assert" in done.stdout and "answered twice" in done.stdout, done.stderr
+
+
+def test_where_the_gpu_hangs_the_cpu_answers(scan_path):
+    """A kernel that takes about a minute is in the way of the first scan; the second does not ask."""
+    code = """
+import os, sys
+import torch
+from conftest import run_chain
+from gadgets import solve
+solve.HANG_S = 20
+torch.cuda._sleep(10**11)
+for _ in range(2):
+    assert run_chain(sys.argv[1], None, method="cg", device="cuda")[0].meta["ImageComments"].count("the GPU failed") == 1
+print("answered twice", flush=True)
+os._exit(0)  # as `serve` does: no end of what hangs is waited for
+"""
+    done = in_a_process(code, scan_path)
+    assert "answered twice" in done.stdout, done.stderr
+
+
+def in_a_process(code: str, scan_path: Path) -> subprocess.CompletedProcess:
+    """What `code` printed in a process of its own, which may import from the tests."""
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run([sys.executable, "-c", code, str(scan_path)], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=180)
 
 
 def test_the_larger_prior_is_taken_there():
