@@ -161,6 +161,14 @@ def test_what_is_judged_is_the_slow_mean_of_the_steps(untrained):
     assert 0 < way(pupil.average) < 0.1 * way(pupil.network)
 
 
+def test_what_a_sweep_used_is_what_is_learned_from(untrained):
+    """One evaluation of the network each, not another one with a graph."""
+    pupil, evaluated = pupil_of(plane()[0], untrained), []
+    pupil.network.register_forward_hook(lambda *_: evaluated.append(torch.is_grad_enabled()))
+    pupil.learn()
+    assert evaluated == QUICK.sweeps * [True]
+
+
 def test_what_makes_it_worse_is_not_taken(untrained, monkeypatch):
     monkeypatch.setattr("recon_core.pupil.RATE", 10.0)
     measurement, _ = plane()
