@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,7 +113,7 @@ def iterate(start: Callable[[], Iterator[State]], options: Options, report: Repo
         Unfinished: if there was not even time for one sweep, or for all of a method that has no image before its last.
         ReconError: for a volume that is not finite.
     """
-    began, state, solver = time.monotonic(), None, Ahead(sweeps_of(start), crew=SOLVERS)
+    began, state, solver = time.monotonic(), None, Ahead(items_of(start), crew=SOLVERS)
     try:
         moved, reason = began, ""
         while not reason and (state is None or state.sweep < state.sweeps):
@@ -144,7 +144,7 @@ def on_gpu(work: Callable[[], Any]) -> Any:
     Raises:
         GpuHangs: if nothing came for HANG_S.
     """
-    worker = Ahead(sweeps_of(lambda: iter([work()])), crew=SOLVERS)
+    worker = Ahead(items_of(lambda: [work()]), crew=SOLVERS)
     try:
         return worker.take(HANG_S)
     except TimeoutError:
@@ -153,8 +153,8 @@ def on_gpu(work: Callable[[], Any]) -> Any:
         worker.close(WATCH_S)
 
 
-def sweeps_of(start: Callable[[], Iterator[State]]) -> Iterator[State]:
-    """The states, all made in the thread that asks for them."""
+def items_of(start: Callable[[], Iterable]) -> Iterator:
+    """What `start` gives, all of it made in the thread that asks for it."""
     yield from start()
 
 
