@@ -90,6 +90,7 @@ def estimate_error(measurement: Measurement, preview: torch.Tensor, prior, optio
     try:
         volume, stopped = iterate(lambda: estimated_error(measurement, image_of, options.seed), options, progress, hurry)
     except Exception as error:  # the boundary: the image itself was sent
+        log_failure("the error map failed", error)
         _let_go(error)
         raise ReconError(f"the error map was not made: {sentence(error)}") from error
     if stopped:
@@ -111,6 +112,7 @@ def iterate(start: Callable[[], Iterator[State]], options: Options, report: Repo
 
     Raises:
         Unfinished: if there was not even time for one sweep, or for all of a method that has no image before its last.
+        GpuHangs: if no sweep ended for HANG_S.
         ReconError: for a volume that is not finite.
     """
     began, state, solver = time.monotonic(), None, Ahead(items_of(start), crew=SOLVERS)
@@ -126,8 +128,7 @@ def iterate(start: Callable[[], Iterator[State]], options: Options, report: Repo
     finally:
         solver.close(WATCH_S)
     if time.monotonic() - moved > HANG_S and device_of(options).type == "cuda":
-        gpu_lost.set()  # whatever is asked of it now waits behind what hangs
-        raise Unfinished(f"stopped {reason}: the GPU hangs, and it is not asked again before this process is started again")
+        raise GpuHangs(f"stopped {reason}: the GPU hangs, and it is not asked again before this process is started again")
     if state is None:
         raise Unfinished(f"stopped {reason} before its first sweep ended")
     if not bool(torch.isfinite(torch.view_as_real(state.volume)).all()):

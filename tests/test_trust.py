@@ -4,6 +4,7 @@ import re
 import threading
 import time
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from conftest import load_small_scan, random_complex, run_chain, small_object
 
 from gadgets import recon, solve
-from gadgets.failure import ReconError, Unfinished, gpu_lost
+from gadgets.failure import ReconError, gpu_lost
 from gadgets.scan_files import ScanFile
 from gadgets.flags import NOISE_BIT
 from gadgets.header import parse_header
@@ -136,8 +137,16 @@ def test_a_gpu_that_hangs_is_asked_for_nothing_more(monkeypatch, gpu):
 
     monkeypatch.setattr(solve, "HANG_S", 0.5)
     monkeypatch.setattr(solve, "device_of", lambda options: gpu)
-    with pytest.raises(Unfinished, match="^stopped because no sweep ended within 0.5 s: the GPU hangs, and it is not asked again"):
-        solve.iterate(states, make_options({}), lambda *_: None, solve.patient)
+    monkeypatch.setattr(solve, "states", lambda *_: states())
+    monkeypatch.setattr(solve, "estimated_error", lambda *_: states())
+    scan = SimpleNamespace(operator=SimpleNamespace(device=gpu))
+    hint = "stopped because no sweep ended within 0.5 s: the GPU hangs, and it is not asked again before this process is started again"
+    outcome = solve.solve(scan, preview := torch.ones(2, 2, 2), None, make_options({}), lambda *_: None)
+    assert outcome.volume is preview and outcome.failure == [f"slice diffusion failed and the CG-SENSE preview stands: {hint}"]
+    assert gpu_lost.is_set()
+    gpu_lost.clear()
+    with pytest.raises(ReconError, match=f"^the error map was not made: {hint}$"):
+        solve.estimate_error(scan, preview, None, make_options({}), lambda *_: None)
     hangs.set()
     assert gpu_lost.is_set()
 
