@@ -84,11 +84,11 @@ class Calibrations:
         channels: Counter[int] = Counter()
         for _, _, grid in here:
             channels[len(grid.kspace)] += grid.lines
-        remarks += [of_lines(count, f"{{lines}} {{have}} {other} channels, the scan {coils}, and {{were}} not used", "calibration ") for other, count in channels.items()]
+        remarks += [of_lines(count, f"{{lines}} {{have}} {other} channels instead of the scan's {coils} and {{were}} not used", "calibration ") for other, count in channels.items()]
         if not filled and (empty := sum(grid.empty for grids in self.grids.values() for grid in grids.values())):
-            remarks.append(of_lines(empty, "{lines} held nothing but zeros and {were} left out", "calibration "))
+            remarks.append(of_lines(empty, "{lines} held only zeros and {were} left out", "calibration "))
         if filled and not here:
-            remarks.append("the calibration lines are of other slabs: none is of use here")
+            remarks.append("the calibration lines belong to other slabs: none of them can be used here")
         return None, remarks
 
     def forget(self, before: int) -> None:
@@ -136,7 +136,7 @@ def lies_elsewhere(image: ismrmrd.AcquisitionHeader, calibration: ismrmrd.Acquis
     cosines = np.divide((frames[0][1:] * frames[1][1:]).sum(1), lengths, out=np.ones(3), where=lengths > 0)
     turned = float(np.degrees(np.arccos(cosines.clip(-1, 1))).max())
     found = [f"{away:.0f} mm away"] * (away > AWAY_MM) + [f"turned by {turned:.0f} degrees"] * (turned > TURNED_DEGREES)
-    return [f"the calibration lines are of a place {' and '.join(found)} from that of the image: the coil maps do not fit it"] if found else []
+    return [f"the calibration lines were acquired {' and '.join(found)} from the image: the coil maps do not fit it"] if found else []
 
 
 def _place(key: tuple[int, ...]) -> Place:

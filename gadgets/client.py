@@ -155,7 +155,7 @@ class _Sender(threading.Thread):
         except OSError as error:
             self.failure = f"the server stopped taking the scan: {error}"
         except Exception as error:  # a thread's failure must reach the caller
-            self.fault = f"the scan could not be sent whole: {sentence(error)}"
+            self.fault = f"the scan could not be sent completely: {sentence(error)}"
             with contextlib.suppress(OSError):
                 self.wire.sock.shutdown(socket.SHUT_WR)  # the server makes images of what came
 

@@ -8,7 +8,7 @@ from .flags import END_BIT, PAIRS
 from .geometry import Geometry
 
 INCOMPLETE = "the scan seems incomplete: "
-NO_CENTRE = f"{INCOMPLETE}no line came at the centre of k-space; brightness and contrast are wrong"
+NO_CENTRE = f"{INCOMPLETE}no line was received at the centre of k-space; brightness and contrast are wrong"
 AROUND = 3  # times the reach of a hole: how far around it others are looked for
 ELLIPSE = 0.7  # the corners may be left out (pi/4), and a little more
 
@@ -17,13 +17,13 @@ def missing_ends(flags: int) -> list[str]:
     """Beginnings that were flagged without their ends; `flags` are those of all lines together."""
     if flags & END_BIT:
         return []
-    return [f"{INCOMPLETE}the first line of a {name} was flagged, its last line never came" for name, first, last in PAIRS if flags & first and not flags & last]
+    return [f"{INCOMPLETE}the first line of a {name} was flagged, but its last line never came" for name, first, last in PAIRS if flags & first and not flags & last]
 
 
 def missing_volumes(promised: dict[str, int], seen: dict[str, set[int]]) -> list[str]:
     """Counters of which fewer values came than the header promises."""
     short = ((name, count, len(seen.get(name, ()))) for name, count in promised.items())
-    return [f"{INCOMPLETE}the header announces {count} {name}s, {came} came" for name, count, came in short if came < count]
+    return [f"{INCOMPLETE}the header announces {count} {name}s, {came} {'was' if came == 1 else 'were'} received" for name, count, came in short if came < count]
 
 
 def hole_at_centre(counts: np.ndarray) -> np.ndarray:
@@ -77,12 +77,12 @@ def missing_lines(geometry: Geometry, counts: np.ndarray) -> list[str]:
         first, last = int(steps[0]), int(steps[-1])
         slack = max(2, (high - low) // 10, geometry.acceleration[axis])
         if last < high - slack or first > low + slack:
-            return [f"{INCOMPLETE}{name} was announced from {low} to {high} and came from {first} to {last}"]
+            return [f"{INCOMPLETE}{name} was announced from {low} to {high} but received from {first} to {last}"]
     factor = geometry.acceleration[0] * geometry.acceleration[1]
     whole = np.prod([high - low + 1 for low, high in geometry.limits])
     came = int(filled.sum())
     if came >= ELLIPSE * whole / factor:
         return []
     if factor == 1:
-        return [f"{came} of {whole} phase encodes came though the header announces no acceleration: undersampled at random, or cut off"]
-    return [f"{INCOMPLETE}{came} phase encodes came, {whole // factor} are announced"]
+        return [f"{came} of {whole} phase encodes were received although the header announces no acceleration: undersampled at random, or cut off"]
+    return [f"{INCOMPLETE}{came} phase encodes were received, {whole // factor} were announced"]

@@ -31,7 +31,7 @@ SETTLED = 128  # lines, the least size of a repetition in the rules below
 IN_A_ROW = 0.5  # of its size as lines of a later one in a row: one that lacks nothing the header announces, but its last flag, is over
 SINCE = 4  # of its size as lines since its last one: one of which nobody knows whether it lacks something is over
 SINCE_LACKING = 8  # one is over that lacks its last flag, where its first one was flagged, or averages
-AS_LONG = "the lines are as long as without readout oversampling, which other lines of the scan have"
+AS_LONG = "the lines are too short for the readout oversampling that other lines of the scan have"
 MAX_NOISE_SAMPLES = 1 << 24  # more make the covariance no better
 INTEGRATED = ("embedded", "interleaved")
 Admit = Callable[[int, int], None]
@@ -275,24 +275,24 @@ class Gatherer:
         if calibration is not None and scan.calibration is not None and calibration.head is not None:
             remarks += lies_elsewhere(scan.head, calibration.head)
         if volume.geometry.calibration == "interleaved" and calibration is None:
-            remarks.append("calibration is interleaved over the repetitions: each of them, and its coil maps, is made of its own lines alone")
+            remarks.append("calibration is interleaved over the repetitions: each repetition and its coil maps are made from their own lines only")
         if volume.oversampling == 0 and any(self.calibrations.oversampling.values()):
-            remarks.append(f"{AS_LONG}: it was taken for removed")
+            remarks.append(f"{AS_LONG}: it was assumed to be removed already")
         elif volume.oversampling == 0 and not volume.grid.lengths and self.readout.full_length > self.readout.cut_length and narrow(volume.grid.kspace, volume.grid.energy):
-            remarks.append("the lines are as long as without readout oversampling and the image is empty on both sides: if it is too narrow, they have it, and less resolution than the header says")
+            remarks.append("the lines are as short as without readout oversampling and the image is empty on both sides: if it looks too narrow, they do have oversampling, and a lower resolution than the header says")
         if volume.oversampling and volume.grid.filled and not volume.certain:
-            remarks.append(f"{AS_LONG}: they were taken for shorter, of less resolution")
+            remarks.append(f"{AS_LONG}: they were assumed to have it, at a lower resolution")
         foreign = self.foreign + self.calibrations.foreign
         if foreign:
             remarks.append(of_lines(foreign, "{lines} of another encoding space {were} left out"))
         if foreign > self.lines:
-            remarks.append(f"CAUTION: only {self.lines} lines are of the first encoding space, which the image is made of: is it another one's?")
+            remarks.append(f"CAUTION: only {self.lines} lines belong to the first encoding space, from which the image is made: does it belong to another one?")
         if self.channelless:
             remarks.append(of_lines(self.channelless, "{lines} without channels {were} left out"))
         if self.doubtful:
             remarks.append(of_lines(len(self.doubtful), "{lines} lay outside the encoded matrix and {were} left out"))
         if self.late:
-            remarks.append(of_lines(self.late, "{lines} of volumes that were handed out already {were} left out"))
+            remarks.append(of_lines(self.late, "{lines} of volumes that had already been reconstructed {were} left out"))
         scan.warnings += [*self.notes, *self.partitions.notes, *remarks, *notes]
         scan.flaw = scan.flaw or self.partitions.flaw(volume.grid.counts, self.seen.get("slice", ()))
         scan.series, scan.phase_reference, scan.brightness = self.series, self.phase_reference, brightness
@@ -315,7 +315,7 @@ class Gatherer:
             if calibration.foreign:
                 calibration.move(tuple(-n for n in centre_offset(calibration.energy)))
         side = "beyond" if offset > 0 else "before"
-        return [f"the echo lies {abs(offset)} samples (without oversampling) {side} the place that the lines tell: it was taken from there"] if offset else []
+        return [f"the echo lies {abs(offset)} samples (without oversampling) {side} the centre sample that the lines state: its true place was used"] if offset else []
 
     def _noise(self, volume: Volume) -> tuple[torch.Tensor | None, float, list[str]]:
         """[coils samples] scaled to the noise of one gathered sample, the brightness of images in its units, and what the user should know.
@@ -326,7 +326,7 @@ class Gatherer:
         coils = len(volume.grid.kspace)
         usable = [n for n in self.noise if n.shape[0] == coils]
         if not usable:
-            return None, 1.0, [f"the noise lines have {self.noise[0].shape[0]} channels, the scan {coils}: they were not used"] if self.noise else []
+            return None, 1.0, [f"the noise lines have {self.noise[0].shape[0]} channels instead of the scan's {coils}: they were not used"] if self.noise else []
         samples = sum(n.shape[1] for n in usable)
         if samples < 4 * coils:
             return None, 1.0, [f"the noise lines have {samples} samples for {coils} channels, too few: they were not used"]

@@ -168,7 +168,7 @@ def _halved(encoded, encoded_fov, recon, recon_fov) -> list[str]:
     """A note on a readout that the header wants at half its resolution: more often its field of view was written without the oversampling."""
     if encoded[0] < HALVED * recon[0] or abs(encoded_fov[0] / recon_fov[0] - 1) > 0.01:
         return []
-    return [f"the header wants {recon[0]} voxels of {encoded[0]} along the readout over the same field of view of {recon_fov[0]:g} mm: if the image is too narrow, its encoded field of view lacks the oversampling"]
+    return [f"the header wants {recon[0]} voxels of {encoded[0]} along the readout over the same field of view of {recon_fov[0]:g} mm: if the image looks too narrow, the header's encoded field of view lacks the oversampling"]
 
 
 def _tiny(recon, recon_fov) -> list[str]:

@@ -76,7 +76,7 @@ def _kind(node: h5py.Group, where: str) -> tuple[np.dtype, tuple[int, ...]] | No
     if parts == [None] * 3:
         return None
     if None in parts or len({len(part) for part in parts}) > 1 or parts[2].ndim != 5:
-        raise FileError(f"{where} is damaged or not of images, nothing can be appended to it: give another --group or another file")
+        raise FileError(f"{where} is damaged or holds no images, nothing can be appended to it: give another --group or another file")
     return _pixel_type(parts[2].dtype), parts[2].shape[1:]
 
 

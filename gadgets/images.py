@@ -59,7 +59,7 @@ def make_images(volume: torch.Tensor, scan: Scan, options: Options, header, seri
     if pixels.any():
         scan.series.setdefault(alike, scale)
     if saturated:
-        notes = [*notes, f"{saturated} {'voxel is' if saturated == 1 else 'voxels are'} brighter than {FULL_SCALE} and {'was' if saturated == 1 else 'were'} cut: the first volume fixed the scale of its contrast"]
+        notes = [*notes, f"{saturated} {'voxel is' if saturated == 1 else 'voxels are'} brighter than {FULL_SCALE} and {'was' if saturated == 1 else 'were'} clipped: the first volume of a contrast sets its scale"]
     frame, assumed = frame_of(scan)
     pixels, frame = orient(pixels, frame, options.orientation)
     notes = [*notes, *assumed]
@@ -154,14 +154,14 @@ def frame_of(scan: Scan) -> tuple[Frame, list[str]]:
         if lacks:
             notes.append(f"the lines have no {lacks[0]} direction: the one at right angles to the others, right-handed, was assumed")
         elif not np.allclose(given, directions, rtol=0, atol=RIGHT_ANGLE):
-            notes.append("the lines' directions are not all of length 1: where they point was taken")
+            notes.append("the lines' directions are not all of length 1: they were normalised")
     else:
         what = "contradicting" if given.any() else "no"
-        notes.append(f"the lines have {what} directions: read, phase and slice along the patient's left, posterior and superior assumed")
+        notes.append(f"the lines have {what} directions: read, phase and slice were assumed to point to the patient's left, posterior and superior")
         directions = np.eye(3)
     position = np.array(head.position, float)
     if not np.isfinite(position).all():
-        notes.append("the lines have no finite position: the centre of the magnet assumed")
+        notes.append("the lines have no finite position: the centre of the magnet was assumed")
         position = np.zeros(3)
     return Frame(directions, scan.geometry.recon_fov_mm, position), notes
 

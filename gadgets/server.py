@@ -90,7 +90,7 @@ class Server(Listening, socketserver.ThreadingTCPServer):
             if self.gave_way:
                 return
             self.gave_way = True
-        log.error("the GPU is lost to this process, which therefore ends: start it again")
+        log.error("the GPU is lost to this process, which therefore exits: restart it")
         threading.Thread(target=self.retire, name="retiring", daemon=True).start()
 
     def health(self) -> dict:
@@ -160,7 +160,7 @@ class Handler(socketserver.BaseRequestHandler):
         config: tuple[int, str] | None = None
         if len(self.server.talking) > self.server.limits.connections + SPARE:
             self.well = False
-            return self.wire.send_text(f"ERROR: this server has {len(self.server.talking) - 1} connections already: come back later")
+            return self.wire.send_text(f"ERROR: this server has {len(self.server.talking) - 1} connections already: try again later")
         try:
             for kind, item in self.wire.messages():
                 if kind == w.QUERY:
@@ -191,7 +191,7 @@ class Handler(socketserver.BaseRequestHandler):
             found, others = options_from_json(first[1])
             sources.append(found)
             if others:
-                self.wire.send_text(f"parameters that are no options here were left aside: {', '.join(others)}"[:1000])
+                self.wire.send_text(f"parameters that are not options of this plugin were ignored: {', '.join(others)}"[:1000])
             first = next(self.wire.messages(), None)
         run_scan(self.wire, header_xml, sources, host, self.wire.send_text, first)
 
@@ -260,7 +260,7 @@ class ServerHost(Host):
     def turn(self, tell: Callable[[str], None], hurry: Callable[[], str]) -> Iterator[None]:
         """One of the device's slots; out of time the line moves fast, so it is left only if the peer is gone."""
         gone = lambda: "because the peer is gone" if self.handler.wire.gone() else ""  # noqa: E731
-        with self.server.turns.turn(lambda place: tell(f"waiting for the device, place {place} in line"), gone):
+        with self.server.turns.turn(lambda place: tell(f"waiting for the device, number {place} in the queue"), gone):
             yield
         if device_of(self.server.options).type == "cuda" and not self.server.turns.waiting:
             free_gpu_memory()  # Gadgetron's own gadgets may want the same GPU

@@ -128,7 +128,7 @@ def iterate(start: Callable[[], Iterator[State]], options: Options, report: Repo
     finally:
         solver.close(WATCH_S)
     if time.monotonic() - moved > HANG_S and device_of(options).type == "cuda":
-        raise GpuHangs(f"stopped {reason}: the GPU hangs, and it is not asked again before this process is started again")
+        raise GpuHangs(f"stopped {reason}: the GPU hangs and will not be used again until this process is restarted")
     if state is None:
         raise Unfinished(f"stopped {reason} before its first sweep ended")
     if not bool(torch.isfinite(torch.view_as_real(state.volume)).all()):

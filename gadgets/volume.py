@@ -111,9 +111,9 @@ class Grid:
             data, centre = data[:, ::-1], samples - 1 - centre
         if samples > readout.full:
             done = f"{oversampling}-fold readout oversampling was assumed" if oversampling > 1 else "the outer ones were cut"
-            self._of_another_length(f"{{have}} {samples} samples, the matrix of the header {readout.full}: {done}")
+            self._of_another_length(f"{{have}} {samples} samples instead of the {readout.full} in the header: {done}")
         elif not oversampling and samples < readout.cut:
-            self._of_another_length(f"{{have}} {samples} samples, the matrix of the header {readout.full}: oversampling was taken for removed")
+            self._of_another_length(f"{{have}} {samples} samples instead of the {readout.full} in the header: oversampling was assumed to be removed already")
         readout.add(data, centre, self.kspace[(slice(None), *place)], oversampling)
         self.filled += not self.counts[place]
         self.counts[place] += 1
@@ -129,12 +129,12 @@ class Grid:
         if self.outside:
             out.append(of_lines(self.outside, "{lines} lay outside the encoded matrix and {were} left out", kind))
         if self.unfit:
-            out.append(of_lines(self.unfit, "{lines} had another number of channels or samples than most, no samples or no echo and {were} left out", kind))
+            out.append(of_lines(self.unfit, "{lines} had a different number of channels or samples than most, no samples or no echo and {were} left out", kind))
         if self.empty:
-            out.append(of_lines(self.empty, "{lines} held nothing but zeros and {were} taken for not acquired", kind))
+            out.append(of_lines(self.empty, "{lines} held only zeros and {were} treated as not acquired", kind))
         out += [of_lines(count, f"{{lines}} {text}", kind) for text, count in self.lengths.items()]
         if self.uncentred:
-            out.append(of_lines(self.uncentred, "{lines} had a centre sample that puts others beyond k-space: the middle was assumed", kind))
+            out.append(of_lines(self.uncentred, "{lines} had a centre sample that would put others outside k-space: the middle was assumed", kind))
         return out
 
 
@@ -258,9 +258,9 @@ class Volume:
         if self.grid.filled and hole_at_centre(self.grid.counts).any():
             scan.warnings.append(NO_CENTRE)
         if min(self.grid.reversed, self.grid.lines - self.grid.reversed) > BOTH_WAYS * self.grid.lines:
-            scan.warnings.append("CAUTION: lines of both readout directions make up this image, as in EPI: they were not corrected for each other, ghosts may follow")
+            scan.warnings.append("CAUTION: this image is made from lines of both readout directions, as in EPI, without any correction: expect ghosts")
         if self.grid.outside > self.grid.lines > 0:
-            scan.flaw = f"{self.grid.outside} lines lay outside the encoded matrix and {self.grid.lines} in it: the header is not that of these lines"
+            scan.flaw = f"{self.grid.outside} lines lay outside the encoded matrix and only {self.grid.lines} inside: the header does not belong to these lines"
         return scan
 
     def _take_centre(self, calibration: Grid) -> list[str]:
@@ -269,12 +269,12 @@ class Volume:
             return []
         there = calibration.counts > 0
         if self.geometry.calibration in ("", "other") and not self.calibrating.any() and not (self.grid.counts[there] > 0).any():
-            remark = "the calibration lines serve the image too: it has none of its own there, and the header names no calibration mode"
+            remark = "the calibration lines are used for the image too: it has no lines of its own there, and the header names no calibration mode"
         else:
             there &= self._hole()
             if not there.any() or not np.isfinite(energy := np.square(np.abs(calibration.kspace[:, there])).sum()) or not energy:
                 return []
-            remark = "no line of the image came at the centre of k-space: calibration lines serve there; brightness and contrast are theirs"
+            remark = "no image line was received at the centre of k-space: calibration lines are used there and determine brightness and contrast"
         self.grid.kspace[:, there], self.grid.counts[there] = calibration.kspace[:, there], calibration.counts[there]
         return [remark]
 

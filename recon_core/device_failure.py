@@ -10,7 +10,7 @@ SHORTAGE = (
     "status_not_initialized",  # cuBLAS and cuDNN, where their handle finds no room
     "unable to find an engine",  # cuDNN, where no algorithm's workspace fits
 )
-GPU_LOST = "the GPU failed, and it will until this process is started again"
+GPU_LOST = "the GPU failed and cannot be used until this process is restarted"
 
 
 class GpuHangs(RuntimeError):

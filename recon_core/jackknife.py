@@ -60,7 +60,7 @@ def without_groups(measurement: Measurement, seed: int) -> list[Tensor]:
     taken = torch.fft.fftshift(measurement.operator.weights > 0).cpu()
     there = (taken & ~centre_block(taken.shape, [max(CENTRE, side) for side in measurement.acs])).nonzero()
     if len(there) < 2 * GROUPS:
-        raise ValueError(f"an error cannot be estimated of {len(there)} lines outside of the k-space centre; at least {2 * GROUPS} are needed")
+        raise ValueError(f"the error cannot be estimated from {len(there)} lines outside of the k-space centre; at least {2 * GROUPS} are needed")
     order, kept = torch.randperm(len(there), generator=torch.Generator().manual_seed(seed)), []
     for group in range(GROUPS):
         kept.append(taken.clone())

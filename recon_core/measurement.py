@@ -197,7 +197,7 @@ def _usable(calibration: tuple[Tensor, Tensor] | None) -> tuple[tuple[Tensor, Te
     if not _finite(*calibration):
         return None, ["the calibration lines hold NaN, infinity or numbers too large to square and were left out"]
     if not any(bool(lines.any()) for _, _, lines in _acquired(*calibration)):
-        return None, ["the calibration lines hold nothing but zeros and were left out"]
+        return None, ["the calibration lines hold only zeros and were left out"]
     return calibration, []
 
 
@@ -294,7 +294,7 @@ def _maps(acs: Tensor, sigma: float, size: tuple[int, int], whole: tuple[int, ..
             f"{MIN_ACS} x {MIN_ACS} are wanted: coil maps were made from a smoothed image and may be poor"
         )
         folded = folding(counts)
-        lattice = f"CAUTION: the lines are a lattice and nothing tells the coils apart: the image is folded {folded} times"
+        lattice = f"CAUTION: the undersampling is regular and no calibration separates the coils: the image is aliased {folded}-fold"
         return low_resolution_maps(all_lines(), counts), everywhere, [few] + [lattice] * (folded > 1)
     return estimate_coil_maps(acs, shape, sigma, home=home), _support(acs, shape, sigma).to(home), []
 

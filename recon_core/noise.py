@@ -52,7 +52,7 @@ def whiten(kspace: Tensor, mask: Tensor, factor: Tensor, averages: float, noise:
         try:
             matrix = whitening_matrix(noise)
         except ValueError as error:
-            reason = f"noise lines of no use ({error})"
+            reason = f"unusable noise lines ({error})"
         else:
             found = _by_noise_lines(matrix, kspace, mask, factor, averages, louder)
             return found._replace(matrix=brightness * found.matrix, sigma=brightness * found.sigma, shown=brightness * found.shown)
@@ -80,7 +80,7 @@ def _by_itself(kspace: Tensor, mask: Tensor, factor: Tensor, averages: float, wh
 def left_out(dead: Tensor, why: str) -> str:
     """Which coils (true in `dead` [coils]) are left out, and why, with {have} for their number."""
     numbers = [str(coil) for coil in dead.nonzero()[:, 0].tolist()]
-    return f"coil{'s' * (len(numbers) > 1)} {', '.join(numbers)} (from 0) {why.format(have='has' if len(numbers) == 1 else 'have')}: dead, left out"
+    return f"coil{'s' * (len(numbers) > 1)} {', '.join(numbers)} (counted from 0) {why.format(have='has' if len(numbers) == 1 else 'have')}: dead, left out"
 
 
 def _by_noise_lines(matrix: Tensor, kspace: Tensor, mask: Tensor, factor: Tensor, averages: float, louder: float) -> Whitening:
@@ -88,7 +88,7 @@ def _by_noise_lines(matrix: Tensor, kspace: Tensor, mask: Tensor, factor: Tensor
     warnings = [left_out(dead, "{have} no noise")] if bool(dead.any()) else []
     level = float(estimate_sigma(kspace, mask, factor, matrix).median()) * averages**0.5
     if louder > 1:
-        warnings.append(f"the scan is {louder:.2g} times as noisy as its noise lines (another receiver gain or bandwidth, or motion?): its own level was taken")
+        warnings.append(f"the scan is {louder:.2g} times as noisy as its noise lines (another receiver gain or bandwidth, or motion?): the noise level of the scan itself was used")
     if not 0 < level < 1 / LOUD:
         return Whitening(matrix, louder, True, level, warnings)
     return Whitening(matrix, level, False, level, [*warnings, f"the noise lines are {1 / level:.2g} times louder than the scan: the noise level was estimated from the scan itself"])

@@ -59,7 +59,7 @@ def test_calibration_of_another_place_is_told(scan_with, changes, told):
     here = dict(position=(0.0, 0.0, 0.0), read_dir=(1.0, 0.0, 0.0), phase_dir=(0.0, 1.0, 0.0), slice_dir=(0.0, 0.0, 1.0))
     calibration = [flagged(line, ONLY, **{**here, **changes}) for place, line in lines.items() if in_centre(place)]
     scan = gathered(header, [*calibration, *(line_like(line, **here) for line in lines.values())])
-    assert scan.warnings == ([f"the calibration lines are of a place {told} from that of the image: the coil maps do not fit it"] if told else [])
+    assert scan.warnings == ([f"the calibration lines were acquired {told} from the image: the coil maps do not fit it"] if told else [])
 
 
 def test_interleaved_calibration_is_told(scan_with):
@@ -172,16 +172,16 @@ def test_calibration_lines_that_complete_the_image_are_of_its_own_repetition(sca
 def test_calibration_of_another_slab_or_of_other_coils_is_told(scan_with):
     header, lines = scan_with("separate")
     elsewhere = [flagged(line, ONLY, slice=1) for place, line in lines.items() if in_centre(place)]
-    assert "the calibration lines are of other slabs: none is of use here" in gathered(header, [*elsewhere, *lines.values()]).warnings
+    assert "the calibration lines belong to other slabs: none of them can be used here" in gathered(header, [*elsewhere, *lines.values()]).warnings
     one_coil = [flagged(line, ONLY, data=line.data[:1]) for place, line in lines.items() if in_centre(place)]
-    assert "25 calibration lines have 1 channels, the scan 2, and were not used" in gathered(header, [*one_coil, *lines.values()]).warnings
+    assert "25 calibration lines have 1 channels instead of the scan's 2 and were not used" in gathered(header, [*one_coil, *lines.values()]).warnings
 
 
 def test_the_first_calibration_line_of_other_coils_does_not_decide(scan_with):
     header, lines = scan_with("separate")
     calibration = [flagged(line, ONLY) for place, line in lines.items() if in_centre(place)]
     scan = gathered(header, [flagged(calibration[0], ONLY, data=calibration[0].data[:1]), *calibration, *lines.values()])
-    assert int(scan.calibration[1].sum()) >= 24 and scan.warnings[0].startswith("2 calibration lines had another number of channels")
+    assert int(scan.calibration[1].sum()) >= 24 and scan.warnings[0].startswith("2 calibration lines had a different number of channels")
 
 
 def test_what_was_assumed_of_an_external_encoding_is_told(scan_with):
@@ -193,7 +193,7 @@ def test_what_was_assumed_of_an_external_encoding_is_told(scan_with):
     assert scan.warnings == ["of the calibration, the header's centre 900 of kspace_encoding_step_1 lies outside 0 to 12: 6 assumed"]
 
 
-@pytest.mark.parametrize("value,said", [(float("nan"), "hold NaN, infinity or numbers too large to square"), (0.0, "held nothing but zeros")])
+@pytest.mark.parametrize("value,said", [(float("nan"), "hold NaN, infinity or numbers too large to square"), (0.0, "held only zeros")])
 def test_calibration_of_no_use_leaves_the_image_its_own_centre(scan_with, value, said):
     header, lines = scan_with("separate")
     calibration = [flagged(line, ONLY, data=line.data * value) for place, line in lines.items() if in_centre(place)]

@@ -49,12 +49,12 @@ def test_calibration_moves_with_the_image(tmp_path):
     assert similar(moved, right) and all(torch.equal(a, b) for a, b in zip(moved.calibration, right.calibration))
 
 
-@pytest.mark.parametrize("partial_echo, said", [(0.6, "the echo lies 7 samples (without oversampling) before the place that the lines tell"), (0.95, "")])
+@pytest.mark.parametrize("partial_echo, said", [(0.6, "the echo lies 7 samples (without oversampling) before the centre sample that the lines state"), (0.95, "")])
 def test_an_echo_said_to_be_in_the_middle(tmp_path, partial_echo, said):
     header, lines = scan_of(tmp_path, partial_echo=partial_echo, contrasts=2)
     wrong = [line if line.flags & NOISE_BIT else line_like(line, center_sample=line.number_of_samples // 2) for line in lines]
     for scan, right in zip(gather(header, wrong), gather(header, lines)):
-        assert [w for w in scan.warnings if w not in right.warnings] == ([f"{said}: it was taken from there"] if said else [])
+        assert [w for w in scan.warnings if w not in right.warnings] == ([f"{said}: its true place was used"] if said else [])
         if said:  # by a whole number of samples: half of one may be left, which is a phase
             torch.testing.assert_close(scan.kspace.abs(), right.kspace.abs(), atol=1e-5 * float(right.kspace.abs().max()), rtol=0)
 

@@ -145,7 +145,7 @@ def test_an_image_of_another_kind_harms_none(tmp_path):
     before = (tmp_path / "i.h5").read_bytes()
     for group, image, message in (
         ("g", make(np.complex128), "complex64 images of 4 x 3 x 2 in series 0, and complex128"), ("g", make(np.complex64, (2, 2, 3, 4)), "4 x 3 x 2 with 2 channels came"),
-        ("g", make(np.uint16), "and uint16"), ("scan/data", make(np.uint16), "'scan/data' is no group"), ("odd", make(np.uint16), "damaged or not of images"),
+        ("g", make(np.uint16), "and uint16"), ("scan/data", make(np.uint16), "'scan/data' is no group"), ("odd", make(np.uint16), "damaged or holds no images"),
     ):  # fmt: skip
         with pytest.raises(FileError, match=message):
             ImageWriter(tmp_path / "i.h5", group).write(image)
@@ -321,7 +321,7 @@ def test_a_server_that_lost_its_gpu_answers_and_ends_with_another_exit_code(tmp_
             code, out, err = run(capsys, "send", scan_path, tmp_path / "first.h5", "--port", port, "--config", chain)
             assert code == 1 and "an illegal memory access" in err and len(read_images(tmp_path / "first.h5")) == 1, err
             assert server.wait(20) == 1
-            assert "the GPU is lost to this process, which therefore ends" in server.stderr.read()
+            assert "the GPU is lost to this process, which therefore exits" in server.stderr.read()
         finally:
             server.kill()
 

@@ -213,4 +213,4 @@ def test_a_folded_image_is_told(calibrated):
     mask = lattice(2, 2, 0, (20, 24))
     mask[6:15, 8:17] = calibrated
     said = measure(random_complex(4, 20, 24, 8) * mask[..., None], mask, (1.0, 1.0, 1.0)).warnings
-    assert sum("CAUTION" in w and "the image is folded 4 times" in w for w in said) == (not calibrated)
+    assert sum("CAUTION" in w and "the image is aliased 4-fold" in w for w in said) == (not calibrated)

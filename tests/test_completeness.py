@@ -19,7 +19,7 @@ def incomplete(scan):
 
 def test_an_end_of_k_space_that_never_came(full):
     header, lines, _ = full
-    assert incomplete(gathered(header, [line for line in lines if line.idx.kspace_encode_step_2 < 6]))[0] == "E2 was announced from 0 to 9 and came from 0 to 5"
+    assert incomplete(gathered(header, [line for line in lines if line.idx.kspace_encode_step_2 < 6]))[0] == "E2 was announced from 0 to 9 but received from 0 to 5"
 
 
 def test_too_few_lines_for_the_announced_acceleration(full):
@@ -29,18 +29,18 @@ def test_too_few_lines_for_the_announced_acceleration(full):
     header.encoding[0].parallelImaging.accelerationFactor.kspace_encoding_step_1 = 2
     regular = [line_like(line, flags=0) for line in lines if line.idx.kspace_encode_step_1 % 2 == 0]
     assert incomplete(gathered(header, regular)) == []
-    assert incomplete(gathered(header, regular[::2])) == ["35 phase encodes came, 65 are announced"]
+    assert incomplete(gathered(header, regular[::2])) == ["35 phase encodes were received, 65 were announced"]
 
 
 def test_too_few_lines_without_announced_acceleration(full):
     header, lines, _ = full
     (text,) = gathered(header, [line_like(line, flags=0) for line in lines[::3]]).warnings
-    assert text.startswith("44 of 130 phase encodes came though the header announces no acceleration")
+    assert text.startswith("44 of 130 phase encodes were received although the header announces no acceleration")
 
 
 def test_a_repetition_whose_last_line_never_came(full):
     header, lines, _ = full
-    assert incomplete(gathered(header, lines[:-1])) == ["the first line of a repetition was flagged, its last line never came"]
+    assert incomplete(gathered(header, lines[:-1])) == ["the first line of a repetition was flagged, but its last line never came"]
     ended = line_like(lines[-1], flags=1 << (ismrmrd.ACQ_LAST_IN_MEASUREMENT - 1))
     assert incomplete(gathered(header, [*lines[:-1], ended])) == []
 
@@ -53,7 +53,7 @@ def test_announced_volumes_and_averages_that_never_came(full):
     later = [line_like(line, repetition=1) for line in lines]
     first, second = gather(header, [*lines, *later])
     assert incomplete(first) == []
-    assert incomplete(second) == ["the header announces 2 averages, 1 came", "the header announces 3 repetitions, 2 came"]
+    assert incomplete(second) == ["the header announces 2 averages, 1 was received", "the header announces 3 repetitions, 2 were received"]
 
 
 def test_an_undersampled_scan_is_complete(tmp_path):
@@ -104,7 +104,7 @@ def test_calibration_lines_fill_a_hole_at_the_centre_unless_they_are_of_another_
     bit = 1 << (ismrmrd.ACQ_IS_PARALLEL_CALIBRATION - 1)
     scan = gathered(header, [line_like(line, flags=bit if inside(line) else 0) for line in lines])
     assert torch.equal(scan.kspace, expected.kspace) == taken
-    assert any("calibration lines serve there" in w for w in scan.warnings) == taken
+    assert any("calibration lines are used there" in w for w in scan.warnings) == taken
     assert (NO_CENTRE in scan.warnings) != taken
     assert scan.calibration is not None
 
@@ -118,7 +118,7 @@ def test_what_is_cut_off_or_of_no_use_is_not_filled_from_the_calibration(full):
     square = lambda factor: [line_like(line, factor * line.data, flags=bit) for line in lines if 4 <= line.idx.kspace_encode_step_1 < 9 and 3 <= line.idx.kspace_encode_step_2 < 8]  # noqa: E731
     plain = [line_like(line, flags=0) for line in lines]
     scan = gathered(header, [*square(1), *plain[:30]])
-    assert int(scan.counts.sum()) == 30 and any("and came from 0 to" in text for text in incomplete(scan))
+    assert int(scan.counts.sum()) == 30 and any("but received from 0 to" in text for text in incomplete(scan))
     holed = [line for line in plain if (line.idx.kspace_encode_step_1, line.idx.kspace_encode_step_2) != (6, 5)]
     for factor in (0, np.nan):
         scan = gathered(header, [*square(factor), *holed])

@@ -62,21 +62,21 @@ def test_slices_of_one_partition_each_are_refused(scan):
 def test_lines_of_another_header_are_refused(scan):
     header, lines = copy.deepcopy(scan[0]), scan[1]
     header.encoding[0].encodedSpace.matrixSize.z = header.encoding[0].reconSpace.matrixSize.z = 1
-    with pytest.raises(ValueError, match="117 lines lay outside the encoded matrix and 13 in it: the header is not that of these lines"):
+    with pytest.raises(ValueError, match="117 lines lay outside the encoded matrix and only 13 inside: the header does not belong to these lines"):
         list(reconstruct(header, lines, None, CG))
 
 
 def test_lines_of_both_directions_are_told(scan):
     header, lines = scan
     epi = [line_like(line, line.data[:, ::-1], center_sample=line.number_of_samples - 1 - line.center_sample, flags=line.flags | REVERSE_BIT) if line.idx.kspace_encode_step_1 % 2 else line for line in lines]
-    assert [w for w in gathered(header, epi).warnings if "CAUTION: lines of both readout directions" in w]
+    assert [w for w in gathered(header, epi).warnings if "CAUTION: this image is made from lines of both readout directions" in w]
 
 
 def test_an_image_in_another_encoding_is_told(scan):
     header, lines = copy.deepcopy(scan[0]), scan[1]
     header.encoding.append(copy.deepcopy(header.encoding[0]))
     other = [line_like(line, encoding_space_ref=1) for line in lines if not line.flags & NOISE_BIT]
-    assert "CAUTION: only 60 lines are of the first encoding space, which the image is made of: is it another one's?" in gathered(header, [*lines[:64], *other]).warnings
+    assert "CAUTION: only 60 lines belong to the first encoding space, from which the image is made: does it belong to another one?" in gathered(header, [*lines[:64], *other]).warnings
     with pytest.raises(ScanError, match="130 lines of encoding space 1"):
         list(gather(header, other))
 
@@ -93,6 +93,6 @@ def test_lines_with_half_the_resolution_of_the_header_are_told(scan):
     """As long as lines without oversampling are: only that the object is too narrow tells."""
     header, lines = scan
     coarse = [line if line.flags & NOISE_BIT else line_like(line, line.data[:, 6:18], center_sample=6) for line in lines]
-    narrow = [w for w in gathered(header, coarse).warnings if "if it is too narrow" in w]
+    narrow = [w for w in gathered(header, coarse).warnings if "if it looks too narrow" in w]
     wide = [line if line.flags & NOISE_BIT else line_like(line, np.fft.fft(np.random.default_rng(0).standard_normal((2, 12))) + 0j, center_sample=6) for line in lines]
-    assert len(narrow) == 1 and not [w for w in gathered(header, wide).warnings if "if it is too narrow" in w]
+    assert len(narrow) == 1 and not [w for w in gathered(header, wide).warnings if "if it looks too narrow" in w]

@@ -118,7 +118,7 @@ def test_a_bad_row_costs_its_line_and_is_told_after_the_images(tmp_path, capsys)
     said = "acquisition 30 announces 2 x 77 samples but holds 48; 1 line of the file was left out"
     assert f"{said} (2 images were written)" in err
     with running({"method": "tv", "preview": False}, lambda options: None) as server, ScanFile(tmp_path / "s.h5") as scan:
-        with pytest.raises(SendError, match=re.escape(f"the scan could not be sent whole: {said} (2 images were received)")):
+        with pytest.raises(SendError, match=re.escape(f"the scan could not be sent completely: {said} (2 images were received)")):
             list(send_scan(scan, *server.server_address[:2], "default"))
 
 

@@ -93,7 +93,7 @@ def test_oversampling_that_the_header_does_not_tell_of_is_assumed_and_said(full)
     space.matrixSize.x, space.fieldOfView_mm.x = silent.encoding[0].reconSpace.matrixSize.x, silent.encoding[0].reconSpace.fieldOfView_mm.x
     scan = gathered(silent, lines)
     torch.testing.assert_close(scan.kspace, expected)
-    assert f"{len(lines)} lines have 24 samples, the matrix of the header 12: 2-fold readout oversampling was assumed" in scan.warnings
+    assert f"{len(lines)} lines have 24 samples instead of the 12 in the header: 2-fold readout oversampling was assumed" in scan.warnings
 
 
 def test_samples_beyond_the_matrix_are_cut_and_said(full):
@@ -101,7 +101,7 @@ def test_samples_beyond_the_matrix_are_cut_and_said(full):
     longer = [line_like(line, np.pad(line.data, ((0, 0), (2, 2)), constant_values=1e6), center_sample=line.center_sample + 2) for line in lines]
     scan = gathered(header, longer)
     torch.testing.assert_close(scan.kspace, gathered(header, lines).kspace)
-    assert f"{len(lines)} lines have 28 samples, the matrix of the header 24: the outer ones were cut" in scan.warnings
+    assert f"{len(lines)} lines have 28 samples instead of the 24 in the header: the outer ones were cut" in scan.warnings
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -132,7 +132,7 @@ def test_a_line_without_its_echo_is_counted_and_told(full):
     header, lines, _ = full
     scan = gathered(header, [line_like(lines[0], center_sample=999), line_like(lines[1], discard_post=90), *lines[2:]])
     assert int(scan.counts.sum()) == len(lines) - 2
-    assert any(w.startswith("2 lines had another number of channels or samples than most, no samples or no echo") for w in scan.warnings)
+    assert any(w.startswith("2 lines had a different number of channels or samples than most, no samples or no echo") for w in scan.warnings)
 
 
 @pytest.mark.parametrize("matrix,samples", [(11, 22), (13, 13), (12, 15), (9, 24)])
@@ -217,7 +217,7 @@ def test_repetitions_inside_of_another_counter_are_whole(full, counter):
     for scan in gather(header, running()):
         idx = scan.head.idx
         whole.append(((getattr(idx, counter), idx.repetition), len(consumed) / len(lines)))
-        assert bool((scan.counts == 1).all()) and not any("handed out already" in w for w in scan.warnings)
+        assert bool((scan.counts == 1).all()) and not any("already been reconstructed" in w for w in scan.warnings)
         torch.testing.assert_close(scan.kspace, (1 + idx.repetition + 3 * getattr(idx, counter)) * gathered(header, lines).kspace)
     assert sorted(key for key, _ in whole) == volumes
     assert all(when < 2.1 for key, when in whole if key == (0, 0)) and all(when < 5.1 for key, when in whole if key == (1, 0))
@@ -235,7 +235,7 @@ def test_a_line_that_comes_after_its_volume_was_handed_out_is_told(full):
     header, lines, _ = full
     others = [line_like(line, repetition=1) for line in lines]
     first, second = gather(header, [*lines, *others, lines[3]])
-    assert any("1 line of volumes that were handed out already" in w for w in second.warnings)
+    assert any("1 line of volumes that had already been reconstructed" in w for w in second.warnings)
 
 
 def test_a_repetition_is_handed_out_before_the_next_ends(tmp_path):
@@ -274,7 +274,7 @@ def test_lines_that_do_not_fit_are_counted_and_told(full):
     scan = gathered(header, [*lines, lost, odd])
     assert bool((scan.counts == 1).all())
     assert any(w.startswith("1 line lay outside") for w in scan.warnings)
-    assert any(w.startswith("1 line had another number of channels or samples") for w in scan.warnings)
+    assert any(w.startswith("1 line had a different number of channels or samples") for w in scan.warnings)
 
 
 def removed(line):
@@ -295,7 +295,7 @@ def test_a_line_of_another_length_does_not_decide_for_the_others(full, upstream,
     assert bool((scan.counts <= 1).all()) and int(scan.counts.sum()) >= len(lines) - 2 * first
     torch.testing.assert_close(scan.kspace[:, came], expected.kspace[:, came])
     left_out = 1 + len(lines) - int(scan.counts.sum())
-    assert f"{left_out} line{'s' * (left_out > 1)} had another number of channels or samples than most" in scan.warnings[0]
+    assert f"{left_out} line{'s' * (left_out > 1)} had a different number of channels or samples than most" in scan.warnings[0]
 
 
 def test_odd_lines_among_averages_do_not_outnumber_the_others(full):
@@ -303,7 +303,7 @@ def test_odd_lines_among_averages_do_not_outnumber_the_others(full):
     header, lines, _ = full
     good = [line_like(line, average=average) for average in (0, 1) for line in lines]
     scan = gathered(header, [line for pair in zip(good, (line_like(line, line.data[:1]) for line in good)) for line in pair])
-    assert scan.kspace.shape[0] == 2 and bool((scan.counts == 2).all()) and scan.warnings[0].startswith(f"{len(good)} lines had another number of channels")
+    assert scan.kspace.shape[0] == 2 and bool((scan.counts == 2).all()) and scan.warnings[0].startswith(f"{len(good)} lines had a different number of channels")
     bare = [removed(line) for line in lines]
     short = [line_like(lines[n], lines[n].data[:, 6:18], contrast=1, center_sample=6) for n in (10, 20, 30)]
     long = [line_like(line, contrast=1) for line in lines]
@@ -323,9 +323,9 @@ def test_contrasts_have_readouts_of_their_own(full):
     padded = [line_like(line, np.pad(line.data[:, 6:18], ((0, 0), (6, 6)))) for line in lines]
     for scans in (list(gather(header, [*lines, *short])), list(gather(header, [line for pair in zip(lines, short) for line in pair]))):
         torch.testing.assert_close(scans[1].kspace, gathered(header, padded).kspace)
-        assert "taken for shorter" in scans[1].warnings[0] and scans[0].warnings == []
+        assert "at a lower resolution" in scans[1].warnings[0] and scans[0].warnings == []
     early = list(gather(header, [*short, *lines]))
-    assert "taken for removed" in early[1].warnings[0] and early[0].warnings == []
+    assert "assumed to be removed already" in early[1].warnings[0] and early[0].warnings == []
 
 
 def test_a_volume_taken_for_short_lines_keeps_them(full):
@@ -335,13 +335,13 @@ def test_a_volume_taken_for_short_lines_keeps_them(full):
     scans = list(gather(header, [*lines, *short[0], *(line for pair in zip(*short[1:]) for line in pair)]))
     assert all(bool((scan.counts == 1).all()) for scan in scans[:2])
     assert sum(int(scan.counts.sum()) for scan in scans) >= 4 * len(lines) - 2 * 18
-    assert [any("as long as without readout oversampling" in warning for warning in scan.warnings) for scan in scans] == [False, True, True, True]
+    assert [any("too short for the readout oversampling" in warning for warning in scan.warnings) for scan in scans] == [False, True, True, True]
 
 
 def test_lines_shorter_than_without_oversampling_are_told(full):
     header, lines, _ = full
     scan = gathered(header, [line_like(line, line.data[:, 8:16], center_sample=4) for line in lines])
-    assert scan.warnings == [f"{len(lines)} lines have 8 samples, the matrix of the header 24: oversampling was taken for removed"]
+    assert scan.warnings == [f"{len(lines)} lines have 8 samples instead of the 24 in the header: oversampling was assumed to be removed already"]
 
 
 def test_discarded_samples_show_that_the_oversampling_is_there(full):
@@ -356,7 +356,7 @@ def test_noise_lines_without_a_flag_do_not_decide(full):
     header, lines, _ = full
     noise = [line_like(lines[0], 1e3 * np.ones((2, 100)), center_sample=50) for _ in range(16)]
     scan = gathered(header, [*noise, *lines])
-    assert int(scan.counts.sum()) >= len(lines) - 1 and scan.warnings[0].startswith("17 lines had another number of channels or samples")
+    assert int(scan.counts.sum()) >= len(lines) - 1 and scan.warnings[0].startswith("17 lines had a different number of channels or samples")
 
 
 def test_first_lines_of_other_coils_do_not_decide(full):
@@ -364,7 +364,7 @@ def test_first_lines_of_other_coils_do_not_decide(full):
     header, lines, _ = full
     scan = gathered(header, [line_like(lines[0], lines[0].data[:1]), *lines])
     assert scan.kspace.shape[0] == 2 and int(scan.counts.sum()) == len(lines) - 1
-    assert any(w.startswith("2 lines had another number of channels or samples") for w in scan.warnings)
+    assert any(w.startswith("2 lines had a different number of channels or samples") for w in scan.warnings)
     odd = gathered(header, [*lines[:40], *(line_like(line, line.data[:1]) for line in lines[:39]), *lines[40:]])
     assert odd.kspace.shape[0] == 2 and int(odd.counts.sum()) == len(lines)
 
@@ -458,7 +458,7 @@ def test_strays_do_not_move_the_centre(tmp_path):
     scan = gathered(header, [*lines[:7], *strays, *lines[7:]])
     assert torch.equal(scan.kspace, expected.kspace) and scan.geometry.centre == expected.geometry.centre
     said = " ".join(scan.warnings)
-    assert "2 lines lay outside" in said and "5 lines lay outside" in said and "9 lines had another number of channels" in said
+    assert "2 lines lay outside" in said and "5 lines lay outside" in said and "9 lines had a different number of channels" in said
 
 
 @pytest.mark.parametrize("repetitions", [1, 3])
@@ -489,7 +489,7 @@ def test_a_centre_sample_that_nobody_wrote_is_assumed_and_said(full):
     expected = gathered(header, lines).kspace
     scan = gathered(header, [line_like(line, center_sample=0) for line in lines])
     assert torch.equal(scan.kspace, expected)
-    assert scan.warnings == ["130 lines had a centre sample that puts others beyond k-space: the middle was assumed"]
+    assert scan.warnings == ["130 lines had a centre sample that would put others outside k-space: the middle was assumed"]
     half = gathered(header, [line_like(line, line.data[:, 12:], center_sample=0) for line in lines])
     assert half.warnings == [] and not torch.equal(half.kspace, expected)
 
@@ -504,7 +504,7 @@ def test_calibration_lines_that_are_the_images_centre_serve_both(full):
     marked = [line_like(line, flags=bit if 3 <= line.idx.kspace_encode_step_1 < 10 else 0) for line in lines]
     scan = gathered(header, marked)
     torch.testing.assert_close(scan.kspace, expected)
-    assert bool((scan.counts == 1).all()) and scan.warnings[0].startswith("the calibration lines serve the image too")
+    assert bool((scan.counts == 1).all()) and scan.warnings[0].startswith("the calibration lines are used for the image too")
     apart = gathered(header, [*[line for line in marked if line.flags], *(line_like(line, flags=0) for line in lines)])
     torch.testing.assert_close(apart.kspace, expected)
     assert not apart.warnings and bool((apart.counts == 1).all())
@@ -568,7 +568,7 @@ def test_noise_of_other_coils_is_not_used_and_said(tmp_path):
     header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=2, pattern="full", noise_lines=4))
     lines = [line_like(line, line.data[:1]) if line.is_flag_set(ismrmrd.ACQ_IS_NOISE_MEASUREMENT) else line for line in lines]
     scan = gathered(header, lines)
-    assert scan.noise is None and "the noise lines have 1 channels, the scan 2: they were not used" in scan.warnings
+    assert scan.noise is None and "the noise lines have 1 channels instead of the scan's 2: they were not used" in scan.warnings
 
 
 def test_too_few_noise_samples_are_not_used_and_said(tmp_path):
@@ -591,9 +591,9 @@ def test_memory_is_one_array(tmp_path):
 
 
 @pytest.mark.parametrize("changes,said", [
-    ({"center_sample": 500}, "130 lines had another number of channels or samples than most, no samples or no echo"),
+    ({"center_sample": 500}, "130 lines had a different number of channels or samples than most, no samples or no echo"),
     ({"kspace_encode_step_2": 900}, "130 lines lay outside the encoded matrix"),
-    ({"discard_pre": 500}, "130 lines had another number"),
+    ({"discard_pre": 500}, "130 lines had a different number"),
 ])  # fmt: skip
 def test_a_volume_none_of_whose_lines_can_be_used_is_told(full, changes, said):
     header, lines, _ = full

@@ -140,7 +140,7 @@ def test_a_series_has_one_scale_and_says_what_was_cut():
     assert {i.meta["GADGETRON_ScaleRatio"] for i in (first, second, bright)} == {first.meta["GADGETRON_ScaleRatio"]}
     np.testing.assert_array_equal(other.data, first.data)
     cut = int((bright.data == 4095).sum())
-    assert f"{cut} voxels are brighter than 4095 and were cut" in bright.meta["ImageComments"]
+    assert f"{cut} voxels are brighter than 4095 and were clipped" in bright.meta["ImageComments"]
     assert "cut" not in first.meta["ImageComments"] + second.meta["ImageComments"]
 
 
@@ -152,7 +152,7 @@ def test_the_first_volume_is_not_cut_and_what_is_cut_in_later_ones_is_counted():
     first, later = (next(make_images(v, scan, make_options(), HEADER, 1, n, "name", [])) for n, v in enumerate((volume, 1.3 * volume)))
     assert first.meta["ImageComment"] == "name" and first.data.max() == 4095
     np.testing.assert_allclose(first.data[0, 5, 5, 4:9] / float(first.meta["GADGETRON_ScaleRatio"]), [1, 1.2, 5, 6, 7], rtol=1e-3)  # the way back
-    assert later.meta["ImageComment"].startswith("name; 2 voxels are brighter than 4095 and were cut: the first volume fixed the scale") and int((later.data == 4095).sum()) == 2
+    assert later.meta["ImageComment"].startswith("name; 2 voxels are brighter than 4095 and were clipped: the first volume of a contrast sets its scale") and int((later.data == 4095).sum()) == 2
 
 
 def test_an_empty_first_volume_fixes_no_scale():
@@ -221,7 +221,7 @@ def test_the_inversion_times_of_sets_are_told(full):
 def test_lines_without_a_finite_position_are_told(full):
     header, lines, _ = full
     (image,) = reconstruct(header, [line_like(line, position=(float("nan"), 0.0, 1.0)) for line in lines], None, make_options({"method": "zero-filled", "device": "cpu"}))
-    assert "no finite position: the centre of the magnet assumed" in image.meta["ImageComment"]
+    assert "no finite position: the centre of the magnet was assumed" in image.meta["ImageComment"]
     assert tuple(image.position) == (0.0, 0.0, 0.0)
 
 
@@ -247,7 +247,7 @@ def test_directions_of_another_length_say_where_the_volume_lies_all_the_same(dir
     head = image.getHead()
     np.testing.assert_allclose([head.read_dir, head.phase_dir, head.slice_dir], DIRECTIONS, atol=1e-6)
     lacks = next((name for name, direction in zip(("read", "phase", "slice"), directions) if not direction.any()), "")
-    said = f"the lines have no {lacks} direction: the one at right angles to the others, right-handed, was assumed" if lacks else "the lines' directions are not all of length 1: where they point was taken"
+    said = f"the lines have no {lacks} direction: the one at right angles to the others, right-handed, was assumed" if lacks else "the lines' directions are not all of length 1: they were normalised"
     assert image.meta["ImageComment"] == f"name; {said}"
 
 
@@ -264,7 +264,7 @@ def test_lines_without_directions_lie_along_the_patient(tmp_path, directions, wo
     expected = np.eye(3) if word else np.array(directions)
     np.testing.assert_allclose([head.read_dir, head.phase_dir, head.slice_dir], expected, atol=1e-6)
     np.testing.assert_allclose([[float(v) for v in image.meta[name]] for name in ("read_dir", "phase_dir", "slice_dir")], expected, atol=1e-6)
-    said = f"name; note; the lines have {word} directions: read, phase and slice along the patient's left, posterior and superior assumed"
+    said = f"name; note; the lines have {word} directions: read, phase and slice were assumed to point to the patient's left, posterior and superior"
     assert image.meta["ImageComment"] == (said if word else "name; note")
     write_nifti(image, tmp_path / "x.nii.gz")
     write_png(image, tmp_path / "x.png")

@@ -95,7 +95,7 @@ def test_too_few_lines_are_told():
     mask[6:14, 8:16] = 1
     mask[0, :5] = 1
     few = replace(measurement, operator=measurement.operator.with_mask(mask))
-    with pytest.raises(ValueError, match="of 5 lines outside of the k-space centre; at least 8"):
+    with pytest.raises(ValueError, match="from 5 lines outside of the k-space centre; at least 8"):
         last(estimated_error(few, lambda part: iter(())))
     assert CENTRE == 8
 

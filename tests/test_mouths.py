@@ -194,7 +194,7 @@ def test_a_name_may_come_as_text(server, scan_path):
 
 def test_a_hosts_own_parameters_are_left_aside_and_named(server, scan_path):
     images, texts = client(server, scan_path, text='{"parameters": {"method": "cg", "sweps": 3, "config": "x"}}')
-    assert len(images) == 1 and texts[0] == "parameters that are no options here were left aside: config, sweps"
+    assert len(images) == 1 and texts[0] == "parameters that are not options of this plugin were ignored: config, sweps"
 
 
 def test_images_instead_of_raw_data_are_told(server, scan_path, expected):
@@ -227,7 +227,7 @@ def test_idle_connections_have_an_end(server, scan_path, expected, monkeypatch):
         while len(server.talking) < 2:
             time.sleep(0.01)
         with ClientPeer(server.server_address) as peer:
-            assert list(peer.wire.messages()) == [(5, "ERROR: this server has 2 connections already: come back later")]
+            assert list(peer.wire.messages()) == [(5, "ERROR: this server has 2 connections already: try again later")]
         with pytest.raises(SendError, match="did not answer the query .*: this server has [23] connections already"):
             ask(*server.server_address[:2], "slicediff::health")
     while server.talking:

@@ -32,10 +32,10 @@ def test_a_dead_coil_is_left_out_and_the_image_is_that_of_the_others(dead):
     assert whitening_matrix(noise).shape == (4, 5)
     both = [measure(k, torch.ones(24, 20), (2.0, 2.0, 2.0), n) for k, n in ((kspace, noise), (kspace[live], noise[live]))]
     torch.testing.assert_close(*(cg_sense(m) for m in both), rtol=1e-3, atol=1e-3)
-    assert both[0].warnings == ["coil 2 (from 0) has no noise: dead, left out"] and both[0].sigma_known and not both[1].warnings
+    assert both[0].warnings == ["coil 2 (counted from 0) has no noise: dead, left out"] and both[0].sigma_known and not both[1].warnings
 
 
-@pytest.mark.parametrize("silent,said", [((2,), "coil 2 (from 0) has"), ((0, 2), "coils 0, 2 (from 0) have"), ((0, 2, 3), "coils 0, 2, 3 (from 0) have")])
+@pytest.mark.parametrize("silent,said", [((2,), "coil 2 (counted from 0) has"), ((0, 2), "coils 0, 2 (counted from 0) have"), ((0, 2, 3), "coils 0, 2, 3 (counted from 0) have")])
 def test_silent_coils_are_left_out_without_noise_lines_too(silent, said):
     kspace = random_complex(4, 24, 20, 16)
     kspace[:, 8:16, 6:14] += 40
@@ -64,7 +64,7 @@ def test_noise_lines_of_no_use_leave_an_estimate_and_a_warning(noise):
     kspace[:, 8:16, 6:14] += 40
     given, without = (measure(kspace, torch.ones(24, 20), (2.0, 2.0, 2.0), n) for n in (noise.to(torch.complex64), None))
     torch.testing.assert_close(cg_sense(given), cg_sense(without))
-    assert not given.sigma_known and given.warnings[0].startswith("noise lines of no use (") and "estimated" in given.warnings[0]
+    assert not given.sigma_known and given.warnings[0].startswith("unusable noise lines (") and "estimated" in given.warnings[0]
 
 
 @pytest.mark.parametrize("averages", [1, 4, 9])

@@ -183,7 +183,7 @@ def test_an_aborted_scan_is_recognised_in_a_partly_filled_buffer(full):
     header, lines, _ = full
     scan = buffered(header, lines[:70])
     assert int(scan.counts.sum()) == 70
-    assert scan.warnings == gathered(header, lines[:70]).warnings and "E2 was announced from 0 to 9 and came from 0 to 5" in scan.warnings[0]
+    assert scan.warnings == gathered(header, lines[:70]).warnings and "E2 was announced from 0 to 9 but received from 0 to 5" in scan.warnings[0]
 
 
 def test_a_second_encoding_space_is_counted_and_told(full):

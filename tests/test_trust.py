@@ -104,7 +104,7 @@ def test_a_sentence_names_the_volumes_that_failed_and_stays_short(tmp_path):
     (torch.OutOfMemoryError("CUDA out of memory"), "the GPU's memory does not hold this scan"),
     (RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"), "the GPU's memory does not hold this scan"),
     (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), "the GPU's memory does not hold this scan"),
-    (RuntimeError("CUDA error: an illegal memory access was encountered"), "the GPU failed, and it will until this process is started again"),
+    (RuntimeError("CUDA error: an illegal memory access was encountered"), "the GPU failed and cannot be used until this process is restarted"),
 ])  # fmt: skip
 def test_a_gpu_that_cannot_take_the_preview_leaves_it_to_the_cpu(scan_path, prior, monkeypatch, gpu, failure, reason):
     """One whose memory is short is asked again, to leave coil maps on the host; one that is lost is not."""
@@ -140,7 +140,7 @@ def test_a_gpu_that_hangs_is_asked_for_nothing_more(monkeypatch, gpu):
     monkeypatch.setattr(solve, "states", lambda *_: states())
     monkeypatch.setattr(solve, "estimated_error", lambda *_: states())
     scan = SimpleNamespace(operator=SimpleNamespace(device=gpu))
-    hint = "stopped because no sweep ended within 0.5 s: the GPU hangs, and it is not asked again before this process is started again"
+    hint = "stopped because no sweep ended within 0.5 s: the GPU hangs and will not be used again until this process is restarted"
     outcome = solve.solve(scan, preview := torch.ones(2, 2, 2), None, make_options({}), lambda *_: None)
     assert outcome.volume is preview and outcome.failure == [f"slice diffusion failed and the CG-SENSE preview stands: {hint}"]
     assert gpu_lost.is_set()
@@ -169,7 +169,7 @@ def test_a_gpu_that_hangs_before_the_preview_leaves_the_scan_to_the_cpu(scan_pat
     for _ in range(2):
         images, error = images_and_error(scan_path, prior)
         assert np.array_equal(images[0].data, expected.data) and "the GPU could not take this scan" in error
-        assert "the GPU failed, and it will until this process is started again: CG-SENSE was computed on the CPU" in images[0].meta["ImageComments"]
+        assert "the GPU failed and cannot be used until this process is restarted: CG-SENSE was computed on the CPU" in images[0].meta["ImageComments"]
     hangs.set()
     assert gpu_lost.is_set() and asked == ["cuda", "cpu", "cpu"]
 

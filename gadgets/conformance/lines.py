@@ -116,7 +116,7 @@ def odd_lines(bench: Bench) -> str:
     strays = [changed(odd, np.full((len(odd.data), 2 * odd.data.shape[1]), 1e6), center_sample=odd.data.shape[1]), changed(odd, odd.data[:0])]
     answer = scan(bench, [*bench.lines[:where], *strays, *bench.lines[where:]])
     same_pixels(answer, bench)
-    expect("1 line had another number of channels or samples" in comment(answer) and "1 line without channels" in comment(answer), f"no count of them: {comment(answer)}")
+    expect("1 line had a different number of channels or samples" in comment(answer) and "1 line without channels" in comment(answer), f"no count of them: {comment(answer)}")
     return "same pixels, the comment counts both"
 
 
@@ -126,7 +126,7 @@ def lost_centre(bench: Bench) -> str:
     e1, e2 = encoding.kspace_encoding_step_1.center, encoding.kspace_encoding_step_2.center
     answer = scan(bench, [line for line in bench.lines if line.flags & NOISE or abs(line.idx.kspace_encode_step_1 - e1) > 1 or line.idx.kspace_encode_step_2 != e2])
     expect(answer.closed and len(answer.images) == len(bench.expected), f"{len(answer.images)} images")
-    expect("no line came at the centre of k-space" in comment(answer), f"the comment does not say so: {comment(answer)}")
+    expect("no line was received at the centre of k-space" in comment(answer), f"the comment does not say so: {comment(answer)}")
     return comment(answer)[:110]
 
 
@@ -204,7 +204,7 @@ def converters(bench: Bench) -> str:
     expect("5 lines before the header's centre 7" in comment(moved), f"the centre is not told: {comment(moved)}")
     there = {(line.idx.kspace_encode_step_1, line.idx.kspace_encode_step_2) for line in imaging(bench)}
     empty = [changed(bench.lines[-1], np.zeros_like(bench.lines[-1].data), flags=0, kspace_encode_step_1=y, kspace_encode_step_2=z) for y in range(24) for z in range(20) if (y, z) not in there]
-    expect(f"{len(empty)} lines held nothing but zeros" in same_pixels(scan(bench, [*empty, *bench.lines]), bench), "zeros are not told")
+    expect(f"{len(empty)} lines held only zeros" in same_pixels(scan(bench, [*empty, *bench.lines]), bench), "zeros are not told")
     slices = [changed(line, slice=line.idx.kspace_encode_step_2) for line in bench.lines]
     expect("taken for kspace_encode_step_2" in same_pixels(scan(bench, slices), bench), "slices are not told")
     return f"the same pixels three times; {len(empty)} lines of zeros"

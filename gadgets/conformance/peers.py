@@ -81,14 +81,14 @@ def two_at_once(bench: Bench) -> str:
     return "same images twice"
 
 
-@case("who waits for the device is told the place in line", limit_s=20, needs="faults")
+@case("who waits for the device is told the place in the queue", limit_s=20, needs="faults")
 def line(bench: Bench) -> str:
     with bench.peer() as slow, bench.peer() as next_:
         slow.send(bench.opening(prior="test-slow", sweeps=2), *bench.messages, p.close())
         bench.wait_for(lambda: bench.health()["scans"]["running"] == 1, "the first scan computes")
         answer = next_.send(bench.opening(), *bench.messages, p.close()).answer()
         same(answer, bench)
-        place = [text for text in answer.texts if "place 1 in line" in text]
+        place = [text for text in answer.texts if "number 1 in the queue" in text]
         expect(bool(place), f"said: {answer.texts}")
         expect(len(slow.answer().images) == 2, "the slow scan lost its images")
     return place[0]

@@ -111,7 +111,7 @@ def dead_coil(bench: Bench) -> str:
         line.data[1] = 0
     answer = bench.scan([p.acquisition(line) for line in lines])
     expect(answer.series == [1, 2] and not answer.complaint, answer.complaint or f"series {answer.series}")
-    expect("coil 1 (from 0) has no noise" in answer.comment(), f"the comment does not say so: {answer.comment()}")
+    expect("coil 1 (counted from 0) has no noise" in answer.comment(), f"the comment does not say so: {answer.comment()}")
     return "2 images; the comment names the coil"
 
 
