@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .fft import centre_crop_or_pad, fft, ifft
 from .interpolation import interpolate
+from .metrics import object_mask
 
 MAX_ACS = 32  # more sharpens nothing and costs time
 ACS_READOUT = 24
@@ -18,6 +19,7 @@ LATTICE_BLOCK, LARGEST_SHIFT, ALIKE = 24, 6, 0.9  # lines; of those of a lattice
 READOUT_MARGIN = 1 / 8  # of the readout, empty, on each side
 SQUARINGS = 10
 MATRICES_AT_ONCE = 2048  # fit a CPU's cache
+SECOND_SIGNAL = 0.9  # eigenvalue
 
 
 def find_acs(mask: Tensor) -> tuple[int, int]:
@@ -89,7 +91,7 @@ def cut_acs(kspace: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def widened(length: int) -> int:
-    """Readout positions of the field of view that cut_acs and estimate_coil_maps work on, for `length` of the scan."""
+    """Readout positions of the field of view that cut_acs and signal_operators work on, for `length` of the scan."""
     return length + 2 * math.ceil(READOUT_MARGIN * length) if length > 1 else 1
 
 
@@ -100,22 +102,21 @@ def compression_matrix(acs: Tensor, coils: int) -> Tensor:
     return vectors.flip(1)[:, :coils].mH.contiguous()
 
 
-def estimate_coil_maps(acs: Tensor, shape: tuple[int, int, int], sigma: float = 0.0, kernel: int = 5, grid: int = 32, home: torch.device | None = None) -> Tensor:
-    """ESPIRiT maps (Uecker et al., MRM 2014), computed on a coarse grid and interpolated.
+def signal_operators(acs: Tensor, shape: tuple[int, int, int], sigma: float = 0.0, kernel: int = 5, grid: int = 32) -> Tensor:
+    """ESPIRiT's operator (Uecker et al., MRM 2014) at each place of a coarse grid: what the calibration lines allow the coils to see there has eigenvalue 1.
 
     The projector onto the signal space of k-space patches is folded into one C x C convolution kernel
     of side 2k-1, so that its cost does not depend on the volume and its memory is C^2 x grid^3.
 
     Args:
-        acs: [coils z y x] fully sampled k-space centre, from cut_acs; put the strongest coil first, its phase is the reference.
-        shape: (z, y, x) of the maps wanted.
+        acs: [coils z y x] fully sampled k-space centre, from cut_acs; put the strongest coil first, its phase is that of the maps.
+        shape: (z, y, x) of the volume.
         sigma: noise level of acs, to tell signal from noise patches.
         kernel: patch side; a third of the lines along axes with few, which otherwise leave too few patches to learn from.
-        grid: side of the coarse grid the maps are computed on.
-        home: where the maps are to be; by default where `acs` is, which may have no room for them.
+        grid: side of the coarse grid.
 
     Returns:
-        maps [coils z y x], root sum of squares 1.
+        Hermitian matrices [z y x coils coils], over the `widened` field of view.
     """
     coils = acs.shape[0]
     whole = (*shape[:2], widened(shape[2]))
@@ -128,17 +129,44 @@ def estimate_coil_maps(acs: Tensor, shape: tuple[int, int, int], sigma: float = 
     lags = torch.fft.fftshift(torch.fft.fftn(folded.reshape(coils, coils, *full), dim=(2, 3, 4), norm="forward"), (2, 3, 4))
     coarse = [max(f, min(grid, n)) for f, n in zip(full, whole)]
     lags = torch.fft.ifftshift(centre_crop_or_pad(lags, coarse), (2, 3, 4))
-    matrices = torch.fft.fftshift(torch.fft.ifftn(lags, dim=(2, 3, 4), norm="forward"), (2, 3, 4))
-    _, vectors = dominant_eigenvectors(matrices.permute(2, 3, 4, 0, 1))
+    return torch.fft.fftshift(torch.fft.ifftn(lags, dim=(2, 3, 4), norm="forward"), (2, 3, 4)).permute(2, 3, 4, 0, 1)
+
+
+def maps_of(operators: Tensor, shape: tuple[int, int, int], home: torch.device | None = None) -> Tensor:
+    """Coil maps [coils z y x] of `shape`, root sum of squares 1: the strongest eigenvectors of signal_operators, interpolated.
+
+    They are kept at `home`, by default where the operators are, which may have no room for them.
+    """
+    _, vectors = dominant_eigenvectors(operators)
     maps = vectors.movedim(-1, 0)
     maps = maps * torch.exp(-1j * maps[:1].angle())
-    fine = torch.empty((coils, *shape), dtype=maps.dtype, device=home or maps.device)
+    whole = (*shape[:2], widened(shape[2]))
+    fine = torch.empty((len(maps), *shape), dtype=maps.dtype, device=home or maps.device)
     energy = torch.zeros(shape, device=fine.device)
-    for coil in range(coils):  # one by one: the maps are the largest array there is
-        fine[coil] = interpolate(maps[coil], shape, whole)
+    for coil, field in enumerate(maps):  # one by one: the maps are the largest array there is
+        fine[coil] = interpolate(field, shape, whole)
         energy += torch.view_as_real(fine[coil]).square().sum(-1)
     fine /= energy.sqrt().clamp_min(1e-6)
     return fine
+
+
+def overlap(operators: Tensor, acs: Tensor) -> float:
+    """Share of the object that lies over another part of it, as where it exceeds the field of view: two signals fit the coils there.
+
+    Args:
+        operators: [z y x coils coils], signal_operators of `acs`.
+        acs: [coils z y x], from cut_acs.
+
+    Returns:
+        0 to 1. Seen of heads within the field of view (2 to 32 coils, SNR 8 to 100) and measured planes: at most 0.05; of
+        heads of which one phase encode cuts 5, 15 and 25 %: 0.09, 0.2 and 0.35; of a leg that ends where the field of view does: 0.02 to 0.3.
+    """
+    image = ifft(centre_crop_or_pad(acs, operators.shape[:3]), (1, 2, 3)).norm(dim=0)
+    inside = operators[object_mask(image)]
+    some = inside[:: max(1, -(-len(inside) // MATRICES_AT_ONCE))]
+    values, vectors = dominant_eigenvectors(some)
+    second, _ = dominant_eigenvectors(some - values[:, None, None] * vectors[:, :, None] * vectors[:, None].conj())
+    return float((second > SECOND_SIGNAL).sum()) / max(1, len(some))
 
 
 def dominant_eigenvectors(matrices: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .coils import MIN_ACS, compression_matrix, cut_acs, estimate_coil_maps, find_acs, folding, in_phase, low_resolution_maps, widened
+from .coils import MIN_ACS, compression_matrix, cut_acs, find_acs, folding, in_phase, low_resolution_maps, maps_of, overlap, signal_operators, widened
 from .fft import centre_crop_or_pad, ifft
 from .noise import whiten
 from .scale import evenly, intensity_scale
@@ -22,6 +22,7 @@ WORK_ARRAYS = 3  # data, maps and a copy of them on the way
 SINGLE_VOLUMES = 14  # beside them: 12 coils of 320 x 320 x 256 peak at 9.4 GiB (tests/benchmarks/chain_speed.py)
 KEPT_ARRAYS = 2  # data that stay, and a part of them
 DARK, DARKEST, SEEN = 0.025, 0.005, 15.0  # of what is bright, the same at the highest SNR, times the noise: where the object ends
+WRAPS, WRAPS_BADLY = 0.08, 0.4  # share of the object that lies over other parts of it: told, and told with caution
 TRUSTED = 2.0  # times the middle count: what more averages of some lines gain, errors of the maps there take from all others
 
 
@@ -296,7 +297,16 @@ def _maps(acs: Tensor, sigma: float, size: tuple[int, int], whole: tuple[int, ..
         folded = folding(counts)
         lattice = f"CAUTION: the undersampling is regular and no calibration separates the coils: the image is aliased {folded}-fold"
         return low_resolution_maps(all_lines(), counts), everywhere, [few] + [lattice] * (folded > 1)
-    return estimate_coil_maps(acs, shape, sigma, home=home), _support(acs, shape, sigma).to(home), []
+    operators = signal_operators(acs, shape, sigma)
+    return maps_of(operators, shape, home), _support(acs, shape, sigma).to(home), _wraps(overlap(operators, acs))
+
+
+def _wraps(share: float) -> list[str]:
+    """What is to be said of an object of which that `share` lies over another part of it."""
+    if share < WRAPS:
+        return []
+    wraps = f"about {share:.0%} of the object seems to lie over other parts of it: it reaches beyond the field of view along a phase encode, and one set of coil maps cannot describe both"
+    return [f"{'CAUTION: ' * (share > WRAPS_BADLY)}{wraps}"]
 
 
 def _support(acs: Tensor, shape: tuple[int, int, int], sigma: float) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import random_complex
 
-from recon_core.coils import MATRICES_AT_ONCE, compression_matrix, cut_acs, dominant_eigenvectors, estimate_coil_maps, find_acs, folding, in_phase, low_resolution_maps
+from recon_core.coils import MATRICES_AT_ONCE, compression_matrix, cut_acs, dominant_eigenvectors, find_acs, folding, in_phase, low_resolution_maps, maps_of, overlap, signal_operators
 from recon_core.fft import centre_crop_or_pad, fft
 from recon_core.measurement import measure
 from recon_core.simulate import coil_sensitivity, loop_sensitivities, phantom
@@ -18,6 +18,10 @@ def object_seen(shape, coils):
     return phantom(shape) * maps, maps / maps.norm(dim=0)
 
 
+def maps_from(acs, shape, sigma=0.0):
+    return maps_of(signal_operators(acs, shape, sigma), shape)
+
+
 def alignment(estimate, truth, inside):
     return (estimate.conj() * truth).sum(0).abs()[inside]
 
@@ -26,7 +30,7 @@ def alignment(estimate, truth, inside):
 def test_maps_agree_with_the_truth(shape, acs):
     images, truth = object_seen(shape, 6)
     kspace = fft(images, (1, 2))
-    maps = estimate_coil_maps(cut_acs(kspace, acs), shape)
+    maps = maps_from(cut_acs(kspace, acs), shape)
     inside = phantom(shape) > 0.3
     assert alignment(maps, truth, inside).mean() > 0.999
     assert torch.quantile(alignment(maps, truth, inside), 0.01) > 0.99
@@ -37,7 +41,7 @@ def test_maps_agree_with_the_truth(shape, acs):
 def test_maps_of_loops_anywhere_agree_with_the_truth(seed):
     shape = (40, 44, 36)
     fields = loop_sensitivities(6, shape, np.random.default_rng(seed))
-    maps = estimate_coil_maps(cut_acs(fft(phantom(shape) * fields, (1, 2)), (20, 20)), shape)
+    maps = maps_from(cut_acs(fft(phantom(shape) * fields, (1, 2)), (20, 20)), shape)
     found = alignment(maps, fields / fields.norm(dim=0), phantom(shape) > 0.3)
     assert found.mean() > 0.999 and torch.quantile(found, 0.01) > 0.98
 
@@ -68,18 +72,35 @@ def test_dominant_eigenvectors_of_nothing_and_of_equals_are_finite():
 def test_readout_of_one_sample():
     images, truth = object_seen((40, 44, 9), 4)
     plane = images[..., 4:5]
-    maps = estimate_coil_maps(cut_acs(fft(plane, (1, 2)), (20, 20)), (40, 44, 1))
+    maps = maps_from(cut_acs(fft(plane, (1, 2)), (20, 20)), (40, 44, 1))
     assert alignment(maps, truth[..., 4:5], plane.abs().sum(0) > 0.5).mean() > 0.995
 
 
 @pytest.mark.parametrize("length,positions", [(36, slice(14, 30)), (72, slice(20, 60))])
 def test_an_object_that_the_readout_cuts_off(length, positions):
     images, truth = (volume[..., positions] for volume in object_seen((40, 44, length), 6))
-    maps = estimate_coil_maps(cut_acs(fft(images, (1, 2)), (20, 20)), images.shape[1:])
+    maps = maps_from(cut_acs(fft(images, (1, 2)), (20, 20)), images.shape[1:])
     inside = phantom((40, 44, length))[..., positions] > 0.3
     missed = 1 - (maps.conj() * truth).sum(0).abs().square()
     for edge in (0, -1):
         assert missed[..., edge][inside[..., edge]].mean() < 1e-3
+
+
+@pytest.mark.parametrize("kept,told", [(1.0, ""), (0.8, "about"), (0.5, "CAUTION: about")])
+def test_an_object_that_reaches_beyond_the_field_of_view_is_told(kept, told):
+    """The phantom wraps around along y, which lies over itself then; nothing of it does while it fits."""
+    images, _ = object_seen((40, 44, 36), 6)
+    reach = torch.nonzero(phantom((40, 44, 36)).sum(dim=(0, 2)))[:, 0]
+    wide = int(reach[-1] - reach[0]) + 1
+    images = torch.roll(images, 22 - int(reach[0] + wide // 2), 2)
+    n = 44 if kept == 1 else int(kept * wide) // 2 * 2
+    wrapped = images.new_zeros(6, 40, n, 36)
+    wrapped.index_add_(2, (torch.arange(44) - 22 + n // 2) % n, images)
+    kspace = fft(wrapped, (1, 2))
+    acs = cut_acs(kspace, (20, 20))
+    share = overlap(signal_operators(acs, wrapped.shape[1:]), acs)
+    warnings = [w for w in measure(kspace, torch.ones(40, n), (2.0, 2.0, 2.0)).warnings if "reaches beyond the field of view" in w]
+    assert (share > 0.08) == bool(told) == bool(warnings) and all(w.startswith(told) for w in warnings), share
 
 
 @pytest.mark.parametrize("acs", [8, 11, 20])
@@ -114,7 +135,7 @@ def test_noise_of_the_calibration_is_told_from_signal():
     kspace, inside = fft(images, (1, 2)), phantom((40, 44, 36)) > 0.3
     sigma = 0.5 * float(kspace.abs().max()) / 40
     acs = cut_acs(kspace + sigma * 2**0.5 * random_complex(*kspace.shape), (20, 20))
-    missed = [1 - float(alignment(estimate_coil_maps(acs, (40, 44, 36), level), truth, inside).mean()) for level in (sigma, 10 * sigma, 0.0)]
+    missed = [1 - float(alignment(maps_from(acs, (40, 44, 36), level), truth, inside).mean()) for level in (sigma, 10 * sigma, 0.0)]
     assert missed[0] < 1e-3 and missed[1] > 5 * missed[0] and missed[2] > 100 * missed[0]
 
 
@@ -174,7 +195,7 @@ def test_maps_agree_with_bart_ecalib(tmp_path):
     write_cfl(tmp_path / "ksp", kspace.permute(3, 2, 1, 0).numpy())
     subprocess.run(["bart", "ecalib", "-m", "1", "-r", "20", "-k", "5", "-c", "0", tmp_path / "ksp", tmp_path / "maps"], check=True, capture_output=True)
     theirs = torch.from_numpy(read_cfl(tmp_path / "maps")).squeeze().permute(3, 2, 1, 0)
-    ours = estimate_coil_maps(cut_acs(fft(images, (1, 2)), (20, 20)), shape)
+    ours = maps_from(cut_acs(fft(images, (1, 2)), (20, 20)), shape)
     inside = phantom(shape) > 0.3
     assert alignment(ours, theirs / theirs.norm(dim=0).clamp_min(1e-9), inside).mean() > 0.999
 
