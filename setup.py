@@ -17,7 +17,7 @@ setup(
     packages=["gadgets", "gadgets.commands", "gadgets.conformance", "recon_core"],
     package_data={"gadgets": ["presets/*.yaml", "example/*"], "recon_core": ["weights/*"]},
     data_files=[("share/gadgetron/config", [str(p.relative_to(here)) for p in sorted(here.glob("config_xml/*.xml"))])],
-    entry_points={"console_scripts": ["slicediff = gadgets.cli:main"]},
+    entry_points={"console_scripts": ["slicediff = gadgets.cli:command"]},
     install_requires=[
         "torch>=2.6,<2.14",  # the solver and the prior; newer CUDA builds are untested
         "numpy>=1.26,<3",

@@ -21,6 +21,15 @@ COMMANDS = {
 }
 
 
+def command() -> None:
+    """The `slicediff` program: `main`, and an end that a solver which was left behind at a deadline cannot spoil."""
+    code = main()
+    from recon_core.ahead import end_if_left_behind
+
+    end_if_left_behind(code)
+    sys.exit(code)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; 0 when images were written and are finite, else 1 with one sentence on stderr."""
     arguments = build_parser().parse_args(argv)
@@ -73,4 +82,4 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

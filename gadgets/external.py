@@ -6,7 +6,10 @@ leaves this function: whatever fails, the input is drained and Gadgetron is told
 
 from __future__ import annotations
 
+import atexit
 import logging
+
+from recon_core.ahead import end_if_left_behind
 
 from .conversation import Host, run_scan
 from .failure import log_failure, sentence
@@ -17,6 +20,7 @@ log = logging.getLogger("slicediff")
 
 def slice_diffusion(connection) -> None:
     """Reconstruct the scan of one Gadgetron connection (after its handshake); its owner closes it."""
+    atexit.register(end_if_left_behind, 0)
     with Wire(connection.socket.socket) as wire:
         answer_gadgetron(wire, connection.raw_bytes.config, connection.raw_bytes.header)
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import queue
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -17,6 +20,15 @@ _END = object()
 def left_behind() -> int:
     """How many threads of this process could not be ended: solvers that hang."""
     return sum(thread.name == LEFT_BEHIND for thread in threading.enumerate())
+
+
+def end_if_left_behind(code: int) -> None:
+    """End the process at once with this exit code if threads were left behind: they would crash it while the interpreter ends, or keep it."""
+    if left_behind():
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
 
 
 class Crew:

@@ -293,7 +293,7 @@ def test_a_server_that_is_in_the_way_is_a_sentence(capsys):
 
 def test_serve_and_send_as_processes(tmp_path, capsys, scan_path):
     """The server prints its port, serves, refuses no second scan, and ends on Ctrl-C (as on SIGTERM) with exit code 0."""
-    code = "import sys; from gadgets.cli import main; sys.exit(main())"
+    code = "from gadgets.cli import command; command()"
     serve = [sys.executable, "-W", "ignore", "-c", code, "serve", "--port", "0", "--sweeps", "2", "--device", "cpu"]
     with subprocess.Popen(serve, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
         try:
@@ -311,7 +311,7 @@ def test_serve_and_send_as_processes(tmp_path, capsys, scan_path):
 
 def test_a_server_that_lost_its_gpu_answers_and_ends_with_another_exit_code(tmp_path, capsys, scan_path):
     """So that whoever watches over it starts another."""
-    code = "import sys; from gadgets.cli import main; sys.exit(main())"
+    code = "from gadgets.cli import command; command()"
     serve = [sys.executable, "-W", "ignore", "-c", code, "serve", "--port", "0", "--sweeps", "2", "--device", "cpu", "--test-faults", "--grace-s", "5"]
     shipped = (Path(__file__).parents[1] / "config_xml" / "slicediff_connect.xml").read_text()
     (chain := tmp_path / "chain.xml").write_text(re.sub(r'(name="prior" value=)"[^"]*"', r'\1"test-gpu-lost"', shipped))
@@ -410,3 +410,31 @@ def test_the_version_and_what_training_can_be_told(capsys):
 def test_conform_with_a_port_alone_tests_the_server_there(capsys):
     code, _, err = run(capsys, "conform", "--port", 1, "--case", "no-line")
     assert code == 1 and "127.0.0.1 port 1" in err
+
+
+LEAVES_A_SOLVER = """
+import socket, torch
+from types import SimpleNamespace
+from gadgets import cli, external
+from recon_core.ahead import Ahead
+
+def computes():
+    weight = torch.nn.Conv2d(16, 16, 3).weight
+    while True:
+        torch.conv2d(torch.randn(4, 16, 256, 256), weight)
+    yield
+
+def solver_at_its_deadline(*_):
+    Ahead(computes()).close(0.5)
+    return 3
+"""
+
+
+@pytest.mark.parametrize("end,code", [
+    ("cli.main = solver_at_its_deadline; cli.command()", 3),
+    ("external.answer_gadgetron = solver_at_its_deadline; external.slice_diffusion(SimpleNamespace(socket=SimpleNamespace(socket=socket.socketpair()[0]), raw_bytes=SimpleNamespace(config=b'', header=b'')))", 0),
+])  # fmt: skip
+def test_a_solver_that_still_computes_does_not_crash_the_end_of_its_process(end, code):
+    """Torch would abort it: exit code 134 after all images were written."""
+    ended = subprocess.run([sys.executable, "-W", "ignore", "-c", LEAVES_A_SOLVER + end], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == code and "Aborted" not in ended.stderr and "terminate" not in ended.stderr, ended.stderr

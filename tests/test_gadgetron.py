@@ -23,7 +23,7 @@ from recon_core.prior import load_prior
 pytestmark = pytest.mark.gadgetron
 CHAINS = Path(__file__).resolve().parents[1] / "config_xml"
 FAST = '<property name="sweeps" value="2"/><property name="device" value="cpu"/>'
-COMMAND = [sys.executable, "-c", "import sys; from gadgets.cli import main; sys.exit(main())"]
+COMMAND = [sys.executable, "-c", "from gadgets.cli import command; command()"]
 LOST_WAKE_UP = "Bad file descriptor"  # a known race in the client's connect; the run may be repeated
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import signal
 import threading
 from pathlib import Path
@@ -67,10 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
         _retire_on_signals(server)
         print(f"slicediff: serving on {arguments.host} port {server.server_address[1]}", flush=True)
         server.serve_forever(poll_interval=0.1)
-    if left_behind():  # a solver that hangs would keep the process, or crash it while the interpreter ends
+    if left_behind():
         logging.getLogger("slicediff").error("%d hung solvers are left behind", left_behind())
-        logging.shutdown()
-        os._exit(int(gpu_lost.is_set()))
     return int(gpu_lost.is_set())
 
 

@@ -25,7 +25,7 @@ from ..simulate import SimulateOptions, simulate
 from . import peer as p
 
 SWEEPS = 2
-COMMAND = [sys.executable, "-W", "ignore", "-c", "import sys; from gadgets.cli import main; sys.exit(main())", "serve", "--port", "0", "--test-faults"]
+COMMAND = [sys.executable, "-W", "ignore", "-c", "from gadgets.cli import command; command()", "serve", "--port", "0", "--test-faults"]
 QUICK = ["--timeout-s", "2", "--idle-s", "2", "--grace-s", "1", "--max-gib", "0.5", "--max-message-mib", "64"]
 SLACK_S = 10.0
 ONE_ARENA = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "131072"}  # or the heaps of threads hide a leak behind +-20 MiB
