@@ -11,6 +11,7 @@ import numpy as np
 STRONGEST = 9  # lines that are asked; a spike is in few of them
 AGREED, NEAR = 6, 4  # so many of them lie so near to their middle
 AWAY, AWAY_READOUT = 4, 3  # lines, samples without oversampling: up to there it is the scan's own phase
+STRAY = 1  # line
 ABOUT, STRONGER = 2, 4.0  # lines about the stated centre, and times the energy of any of them
 EMPTY = 0.02  # of the energy, in the outer halves of a readout that is empty there
 CLEAR = 4.0  # times the mean energy of a line's samples, at its peak
@@ -23,26 +24,38 @@ def strongest_lines(energy: np.ndarray) -> np.ndarray:
     return places[energy[tuple(places.T)] > 0]
 
 
-def centre_offset(energy: np.ndarray) -> tuple[int, int]:
-    """By how many lines (z, y) k = 0 lies beyond the middle of the matrix, by the energy of lines [z y]; (0, 0) if in doubt."""
+def centre_offset(energy: np.ndarray) -> tuple[int, int] | None:
+    """By how many lines (z, y) k = 0 lies beyond the middle of the matrix, by the energy of lines [z y]; None if in doubt.
+
+    (0, 0) where it lies near the middle, and along axes whose lines would leave the matrix about any other centre.
+    """
     places, middle = strongest_lines(energy), np.array(energy.shape) // 2
     if len(places) < STRONGEST:
-        return 0, 0
+        return None
     found = np.median(places, axis=0)
     agreed = (np.abs(places - found) <= NEAR).all(axis=1)
-    peak = places[agreed][np.argmax(energy[tuple(places[agreed].T)])] if agreed.any() else middle
+    if agreed.sum() < AGREED:
+        return None
+    peak = places[agreed][np.argmax(energy[tuple(places[agreed].T)])]
     away = peak - middle
+    if (abs(away) <= AWAY).all():
+        return 0, 0
     z, y = np.indices(energy.shape)
     about = energy[(abs(z - middle[0]) <= ABOUT) & (abs(y - middle[1]) <= ABOUT)]
-    if agreed.sum() < AGREED or not 0 < STRONGER * about.max() <= np.median(energy[tuple(places[agreed].T)]):  # no line about the middle: it was lost, or has not come yet
-        return 0, 0
-    return tuple(int(by) if abs(by) > AWAY and _both_sides(energy, int(at), axis) else 0 for axis, (by, at) in enumerate(zip(away, peak)))
+    if not 0 < STRONGER * about.max() <= np.median(energy[tuple(places[agreed].T)]):  # no line about the middle: it was lost, or has not come yet
+        return None
+    return tuple(int(by) if abs(by) > AWAY and _may_lie(energy, int(at), axis) else 0 for axis, (by, at) in enumerate(zip(away, peak)))
 
 
-def _both_sides(energy: np.ndarray, at: int, axis: int) -> bool:
-    """Whether lines came on both sides of that place along an axis, too many for the strongest to be only the last ones before a gap."""
-    there = np.flatnonzero(energy.any(axis=1 - axis))
-    return there[0] <= at - 2 and there[-1] >= at + 2
+def _may_lie(energy: np.ndarray, at: int, axis: int) -> bool:
+    """Whether k = 0 may lie at that place along an axis.
+
+    Lines came on both sides of it, too many for the strongest to be only the last ones before a gap; and about it as the
+    middle no more than STRAY of them would lie outside of the matrix: of a whole k-space, no other centre is possible.
+    """
+    there, n = np.flatnonzero(energy.any(axis=1 - axis)), energy.shape[axis]
+    moved = there - at + n // 2
+    return there[0] <= at - 2 and there[-1] >= at + 2 and ((moved < 0) | (moved >= n)).sum() <= STRAY
 
 
 def echo_offset(kspace: np.ndarray, energy: np.ndarray) -> int:

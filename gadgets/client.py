@@ -15,8 +15,11 @@ import ismrmrd
 
 from . import wire as w
 from .failure import of_images, sentence
-from .scan_files import ScanFile
 from .flags import NOISE_BIT, SKIP_BITS, is_calibration_only, volume_key
+from .geometry import ScanError, read_geometry
+from .header import parse_header
+from .partitions import Partitions
+from .scan_files import ScanFile
 
 TICK_S = 0.0025  # of time stamps
 LEAP_S = 600.0  # from one line to the next no scanner pauses as long
@@ -129,6 +132,10 @@ class _Sender(threading.Thread):
         self.stop = threading.Event()
         self.given_up = False
         self.seen: set[tuple[int, ...]] = set()
+        self.partitions = None  # of a header that cannot be read the server tells
+        with contextlib.suppress(ScanError):
+            header = parse_header(scan.header_xml)
+            self.partitions = Partitions(read_geometry(header), header)
 
     def give_up(self) -> None:
         """Send no more lines and end the scan in good order: the server has said that it failed."""
@@ -170,7 +177,7 @@ class _Sender(threading.Thread):
             if isinstance(item, ismrmrd.Acquisition):
                 count += 1
                 if _is_of_an_image(item):
-                    self.seen.add(volume_key(item.idx))
+                    self.seen.add(volume_key(self.partitions(item).idx if self.partitions else item.idx))
                 if self.pace or count % 256 == 0:
                     self.on_sent(count)
         return True

@@ -88,6 +88,7 @@ class Gatherer:
         self.seen: dict[str, set[int]] = {name: set() for name in self.promised}
         self.notes: list[str] = []
         self.doubtful: list[ismrmrd.Acquisition] = []  # lines that the header's centre puts outside of the matrix, and another one inside
+        self.centred = False  # whether a volume has shown where k = 0 lies
         self.echoes: dict[int, int] = {}  # of each contrast, by how many samples its lines misplace it
         self.given: set[tuple[int, ...]] = set()
         self.offered: tuple[tuple[int, ...], np.ndarray] | None = None  # a block of lines that may become its volume's array
@@ -141,7 +142,6 @@ class Gatherer:
         if flags & NOISE_BIT:
             self._add_noise(line)
             return
-        line = self.partitions(line) if line.idx.slice or not self.partitions.decided else line
         idx = line.idx
         self.flags[idx.repetition] = self.flags.get(idx.repetition, 0) | flags
         if flags & LAST_BIT and not line.encoding_space_ref:  # other encodings have counters of their own
@@ -152,7 +152,8 @@ class Gatherer:
         if line.active_channels < 1:
             self.channelless += 1
             return
-        key = volume_key(idx)
+        line = self.partitions(line) if idx.slice or not self.partitions.decided else line
+        idx, key = line.idx, volume_key(line.idx)
         if line.encoding_space_ref:
             self.others[line.encoding_space_ref] += 1
         elif self.geometry.fitting != (None, None) and any(self.geometry.beyond((idx.kspace_encode_step_1, idx.kspace_encode_step_2))):
@@ -299,8 +300,11 @@ class Gatherer:
         return scan
 
     def _centre_lines(self, volume: Volume) -> None:
-        """Put k = 0 where this volume's strongest lines are, for the whole scan, where that is far from where the header has it."""
-        offset = centre_offset(volume.grid.energy)
+        """Put k = 0 where the strongest lines are, for the whole scan, where that is far from where the header has it; the first volume that shows it decides."""
+        offset = None if self.centred else centre_offset(volume.grid.energy)
+        if offset is None:
+            return
+        self.centred = True
         if any(offset):
             self.geometry = volume.geometry.settled().recentred(offset)
             for one in (volume, *self.volumes.values()):
@@ -313,7 +317,7 @@ class Gatherer:
         if calibration is not None:
             calibration.centre_echo()
             if calibration.foreign:
-                calibration.move(tuple(-n for n in centre_offset(calibration.energy)))
+                calibration.move(tuple(-n for n in centre_offset(calibration.energy) or (0, 0)))
         side = "beyond" if offset > 0 else "before"
         return [f"the echo lies {abs(offset)} samples (without oversampling) {side} the centre sample that the lines state: its true place was used"] if offset else []
 

@@ -33,8 +33,9 @@ class Measurement:
     `adjoint` is A^H y [z y x]; `energy` is ||y||^2, for the data misfit without keeping y;
     sigma is the noise of y per real part, `sigma_shown` what the scan's own outer lines show of it at most (0: unknown);
     `mixing` [virtual coils coils] made y from the coils. `lines` is y [virtual coils z y x] itself, where the prior may learn from it (pupil.py) or the error is to be estimated (jackknife.py).
-    `tissue` is the brightness of tissue where the scan itself shows it badly: a lattice of lines whose centre came with a
-    separate calibration alone. A^H y is R times too dark there.
+    Where the scan's own lines leave out the centre, as a lattice with a separate calibration does, `calibrated` [z y x] is the
+    blurred image of that calibration, times the factor that makes it explain y best, and `tissue` its brightness: A^H y is R
+    times too dark there, and conjugate gradients come to the low frequencies last.
     """
 
     operator: Sense
@@ -49,12 +50,13 @@ class Measurement:
     sigma_shown: float = 0.0
     warnings: list[str] = field(default_factory=list)
     lines: Tensor | None = None
+    calibrated: Tensor | None = None
     tissue: float | None = None
 
     def to(self, device: str | torch.device) -> Measurement:
         """The same on `device`."""
-        lines = None if self.lines is None else self.lines.to(device)
-        return replace(self, operator=self.operator.to(device), adjoint=self.adjoint.to(device), lines=lines)
+        lines, calibrated = (None if some is None else some.to(device) for some in (self.lines, self.calibrated))
+        return replace(self, operator=self.operator.to(device), adjoint=self.adjoint.to(device), lines=lines, calibrated=calibrated)
 
     def part(self, chosen: Tensor, there: slice | None = None) -> Measurement:
         """The scan of the `chosen` lines [z y] alone, at the readout positions `there` (all by default); of one that keeps its lines."""
@@ -62,7 +64,8 @@ class Measurement:
         lines = (self.lines if there is None else self.lines[..., there]) * chosen[..., None].to(self.lines.device)
         operator = self.operator.with_mask(weights) if there is None else Sense(self.operator.coil_maps()[..., there], weights, self.operator.device)
         samples = int((weights > 0).sum()) * len(lines) * lines.shape[-1]
-        return replace(self, operator=operator, adjoint=operator.adjoint(lines), energy=energy_of(lines), samples=samples, lines=lines)
+        calibrated = self.calibrated if self.calibrated is None or there is None else self.calibrated[..., there]
+        return replace(self, operator=operator, adjoint=operator.adjoint(lines), energy=energy_of(lines), samples=samples, lines=lines, calibrated=calibrated)
 
     def misfit(self, volume: Tensor) -> float:
         """Root of ||A x - y||^2 / samples over sigma sqrt(2): 1 when x explains y to the noise."""
@@ -171,8 +174,9 @@ def measure(
     sigma, shown = (level / most**0.5 for level in (whitened.sigma, whitened.shown))
     kept = data if keep_lines or len(usable_axes(operator.shape)) == 1 else None
     adjoint = operator.adjoint(data)
-    tissue = _calibrated_brightness(operator, adjoint, acs, voxel_mm) if calibration is not None and _thin(find_acs(counts), counts.shape) else None
-    return Measurement(operator, adjoint, energy_of(data), samples, sigma, voxel_mm, acs_size, mixing, whitened.known, shown, warnings, kept, tissue)
+    calibrated = _calibrated(operator, adjoint, acs) if calibration is not None and _thin(find_acs(counts), counts.shape) else None
+    tissue = None if calibrated is None else intensity_scale(calibrated, voxel_mm)
+    return Measurement(operator, adjoint, energy_of(data), samples, sigma, voxel_mm, acs_size, mixing, whitened.known, shown, warnings, kept, calibrated, tissue)
 
 
 def inner(a: Tensor, b: Tensor) -> float:
@@ -217,10 +221,10 @@ def _thin(size: tuple[int, ...], shape: tuple[int, ...]) -> bool:
     return any(n < min(MIN_ACS, full) for n, full in zip(size, shape))
 
 
-def _calibrated_brightness(operator: Sense, adjoint: Tensor, acs: Tensor, voxel_mm: tuple[float, float, float]) -> float | None:
-    """Brightness of tissue in the image of the calibration lines, times the factor that makes it explain y best; None if there is none.
+def _calibrated(operator: Sense, adjoint: Tensor, acs: Tensor) -> Tensor | None:
+    """Image [z y x] of the calibration lines, times the complex factor that makes it explain y best; None if there is none.
 
-    Calibration may be of another contrast or gain; of A x no more than its own part of k-space is compared with y.
+    Calibration may be of another contrast, phase or gain; of A x no more than its own part of k-space is compared with y.
     """
     if not acs.numel():
         return None
@@ -228,8 +232,8 @@ def _calibrated_brightness(operator: Sense, adjoint: Tensor, acs: Tensor, voxel_
     for coil, of_coil in zip(acs, maps):
         image += of_coil.to(image.device).conj() * _low_resolution(coil.to(image.device), operator.shape)
     explained = inner(image, operator.normal(image))
-    found = float(torch.vdot(image.flatten(), adjoint.flatten()).abs())
-    return found / explained * intensity_scale(image, voxel_mm) if found and explained else None
+    factor = complex(torch.vdot(image.flatten(), adjoint.flatten())) / explained if explained else 0
+    return factor * image if factor else None
 
 
 def _low_resolution(coil: Tensor, shape: tuple[int, int, int]) -> Tensor:

@@ -50,4 +50,5 @@ def on_finer_mesh(measurement: Measurement, factor: float, start: Tensor) -> Mea
         sigma_shown=measurement.sigma_shown * gain,
         voxel_mm=tuple(mm * n / m for mm, n, m in zip(measurement.voxel_mm, (z, y, x), (*fine, x))),
         lines=lines,
+        calibrated=None if measurement.calibrated is None else interpolate(measurement.calibrated, (*fine, x)),
     )

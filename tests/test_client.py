@@ -15,6 +15,7 @@ from peers import GadgetronPeer
 
 from gadgets.cli import main
 from gadgets.client import SendError, send_scan, _Pace
+from gadgets.flags import NOISE_BIT
 from gadgets.scan_files import ScanFile, ScanWriter
 from gadgets.protocol import SimulateOptions
 
@@ -147,6 +148,20 @@ def test_a_prescan_of_another_encoding_is_no_volume(scan_path, tmp_path, encodin
         else:
             with pytest.raises(SendError, match="the scan has 3 volumes, but series 1 has only 2 images"):
                 send(address, tmp_path / "prescan.h5")
+
+
+def test_partitions_counted_as_slices_are_one_volume(scan_path, tmp_path, capsys):
+    """As the gatherer takes them; a series that is short is told beside the images that came."""
+    with ScanFile(scan_path) as scan, ScanWriter(tmp_path / "slices.h5", scan.header_xml) as writer:
+        for line in scan.acquisitions():
+            writer.append(line if line.flags & NOISE_BIT else line_like(line, slice=line.idx.kspace_encode_step_2))
+    send_it = lambda answers, *more: main(["send", str(tmp_path / "slices.h5"), str(tmp_path / "out.h5"), "--host", answers[0], "--port", str(answers[1]), *more])  # noqa: E731
+    with a_server(an_image(1, 1) + an_image(1, 2), []) as address:
+        assert send_it(address) == 0
+    with a_server(an_image(1, 1) + an_image(1, 2, "CG-SENSE; told"), []) as address:
+        assert send_it(address, "--expect", "3") == 1
+    captured = capsys.readouterr()
+    assert captured.out.count("2 images written to") == 2 and "slicediff: note: told" in captured.err and "expected 3 images, 2 came" in captured.err
 
 
 def test_a_scan_that_is_refused_is_not_sent_to_its_end(scan_path):

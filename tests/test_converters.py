@@ -2,6 +2,7 @@
 
 import copy
 
+import ismrmrd
 import numpy as np
 import pytest
 import torch
@@ -50,6 +51,22 @@ def test_slabs_stay_slabs(scan):
     header, lines = scan
     slabs = [*lines, *(line_like(line, slice=1) for line in lines if not line.flags & NOISE_BIT)]
     assert [torch.equal(one.kspace, gathered(*scan).kspace) for one in gather(limited(header, (0, 9, 5), (0, 1, 0)), slabs)] == [True, True]
+
+
+@pytest.mark.parametrize("slices,dummies", [((0, 1, 0), False), ((0, 1, 0), True), (None, True)])
+def test_slabs_in_any_order_stay_slabs(scan, slices, dummies):
+    """The first lines agree in both counters by chance, or are none of the image."""
+    header, lines = scan
+    noise = [line for line in lines if line.flags & NOISE_BIT]
+    first = [line for line in lines if not line.flags & NOISE_BIT]
+    slabs = [*first, *(line_like(line, slice=1) for line in first)]
+    agree = [next(line for line in slabs if (line.idx.slice, line.idx.kspace_encode_step_2) == (n, n)) for n in (0, 1)]
+    if dummies:
+        order = [*(line_like(line, flags=1 << (ismrmrd.ACQ_IS_DUMMYSCAN_DATA - 1)) for line in agree), *slabs]
+    else:
+        order = [*agree, first[-1], *(line for line in slabs if line not in (*agree, first[-1]))]
+    found = list(gather(limited(header, (0, 9, 5), slices), [*noise, *order]))
+    assert len(found) == 2 and torch.equal(found[0].kspace, gathered(*scan).kspace)
 
 
 def test_slices_of_one_partition_each_are_refused(scan):

@@ -35,13 +35,16 @@ def run(arguments: argparse.Namespace) -> int:
 
     check_apart(arguments.scan, arguments.images)
     display, writer = Display(), ImageWriter(arguments.images, arguments.group)
-    with ScanFile(arguments.scan, arguments.input_group) as scan, display:
-        total = len(scan)
-        sent = lambda count: display.count("sent", count, total)  # noqa: E731
-        for image in send_scan(scan, arguments.host, arguments.port, arguments.config, display.say, sent, realtime=arguments.realtime, expect=arguments.expect):
-            writer.write(image)
-            display.note(notes_of(image))
-    for note in display.facts["warnings"]:
-        print(f"slicediff: note: {note}", file=sys.stderr)
-    print(of_images(writer.count, "{images} written to ") + str(arguments.images))
+    try:
+        with ScanFile(arguments.scan, arguments.input_group) as scan, display:
+            total = len(scan)
+            sent = lambda count: display.count("sent", count, total)  # noqa: E731
+            for image in send_scan(scan, arguments.host, arguments.port, arguments.config, display.say, sent, realtime=arguments.realtime, expect=arguments.expect):
+                writer.write(image)
+                display.note(notes_of(image))
+    finally:  # what came is worth its notes, whatever is missing
+        for note in display.facts["warnings"]:
+            print(f"slicediff: note: {note}", file=sys.stderr)
+        if writer.count:
+            print(of_images(writer.count, "{images} written to ") + str(arguments.images))
     return 0
