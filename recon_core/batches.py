@@ -39,7 +39,7 @@ class Batches:
         self.pool, self.slices, self.sigma_range, self.seed = pool, slices, sigma_range, seed
 
     def make(self, step: int) -> Batch:
-        """That of a step; noise levels are log-normal, truncated."""
+        """That of a step; noise levels are log-normal, clipped to their range."""
         clean, voxel_mm = self.pool.batch(step, self.slices)
         rng = np.random.default_rng([self.seed, 3, step])
         sigma = np.exp(rng.normal(math.log(0.1), 1.2, len(clean))).clip(*self.sigma_range)

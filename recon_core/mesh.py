@@ -25,7 +25,9 @@ COVERED = 0.5  # root sum of squares of interpolated coil maps from which a voxe
 def on_finer_mesh(measurement: Measurement, factor: float, start: Tensor) -> Measurement:
     """The scan with `factor` times as many voxels (or some more, a multiple of BLOCK) along the phase encodes within the slices of use.
 
-    Intensities stay: `kspace_crop` of a volume to the old matrix is the volume on the old mesh.
+    Intensities stay: `kspace_crop` of a volume to the old matrix is the volume on the old mesh. `sigma` is that of the lines as the
+    larger transform scales them, and for the solver an image's noise on this mesh is about `factor` times what it is; told the true
+    one, planes were reconstructed 0.05 to 0.2 dB worse.
 
     Args:
         measurement: that keeps its `lines` [coils z y x], of which slices of one orientation are of use.

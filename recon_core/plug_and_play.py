@@ -17,10 +17,10 @@ from .state import State
 
 @dataclass(frozen=True)
 class PlugAndPlayConfig:
-    """sigma in tissue brightness; the data weigh (n / sigma)^2 as in the Gaussian model, n their noise."""
+    """sigma in tissue brightness, the best of five (0.03 to 0.12) on three heads left out of training; the data weigh (n / sigma)^2 as in the Gaussian model, n their noise."""
 
     iterations: int = 16
-    sigma: float = 0.12
+    sigma: float = 0.06
     cg_iterations: int = 4
 
 

@@ -68,7 +68,7 @@ def reconstruct_variational(
     seed: int = 0,
     denoise: Callable[[Tensor, Denoiser, float, int, Tensor, Pose], int] = denoise_in_pose,
 ) -> Iterator[State]:
-    """Yield a State after every sweep; stop whenever the time is up, the latest is the best.
+    """Yield a State after every sweep; stop whenever the time is up: as a rule the latest is the best.
 
     Args:
         measurement: the inverse problem.

@@ -5,7 +5,7 @@
 The main README's first: what slice diffusion gains. Then PSNR of every method at one acceleration per voxel size, then slice diffusion less the best of our classical methods and
 less tuned BART at all accelerations; the seconds of each stage on a GPU; of the measured scans the error of
 each image itself on the lines it was not given, and its PSNR against the image of all lines; what becomes of small
-lesions; and the estimated error beside the true one.
+lesions; the estimated error beside the true one; and regular undersampling with a separate calibration.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ def main() -> None:
     print(f"\nmeasured\n\n{errors(scans)}\n\n{against_all_lines(scans)}")
     print(f"\nsmall lesions\n\n{lesions('lesions')}")
     print(f"\nestimated error\n\n{estimated_errors('error_map')}")
+    print(f"\nlattices\n\n{lattices('lattices')}")
 
 
 def in_short(scans: dict[tuple, dict]) -> str:
@@ -219,6 +220,21 @@ def lesions(name: str) -> str:
             shares = [" / ".join(f"{100 * sum(v) / len(v):.0f}" for v in (kept[protocol, method, size, contrast] for contrast in contrasts)) + " %" for size in sizes]
             ranges = [" to ".join(dict.fromkeys(f"{edge(false[protocol, method, size]):.0f}" for edge in (min, max))) + " %" for size in sizes]
             lines.append(line([f"{protocol[0]:g} mm, R = {protocol[1]:g}: {METHODS[method]}", *shares, *ranges]))
+    return "\n".join(lines)
+
+
+def lattices(name: str) -> str:
+    """Regular undersampling with a separate calibration: PSNR (and brightness over the true one), begun at zero / at the calibration's image."""
+    found: dict[tuple, dict] = {}
+    with (RESULTS / f"{name}.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            for image in ("cg", "diffusion"):
+                cell = f"{float(row[f'{image} psnr']):.1f} ({float(row[f'{image} brightness']):.2f})"
+                found.setdefault((row["lattice"], row["offset"]), {})[row["calibration"], image, row["begins"]] = cell
+    columns = [("same contrast", "cg"), ("same contrast", "diffusion"), ("another contrast", "diffusion")]
+    lines = [line(["lattice, z x y", "lines from k = 0", *(f"{METHODS[image]}, {calibration}" for calibration, image in columns)]), rule(2 + len(columns))]
+    for key, cells in found.items():
+        lines.append(line([*(part.replace("x", " x ") for part in key), *(f"{cells[(*column, 'zero')]} / {cells[(*column, 'calibration')]}" for column in columns)]))
     return "\n".join(lines)
 
 
