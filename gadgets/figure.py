@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 MIN_PIXELS = 8  # of the shorter side of a plane worth showing
+Panel = tuple[np.ndarray, float, str, float]  # plane, aspect of its pixels, colours, brightest value
 
 
 def anatomical(volume: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -17,12 +18,12 @@ def anatomical(volume: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.n
     return np.asarray(image.dataobj), np.array(image.header.get_zooms()[:3])
 
 
-def planes(volume: np.ndarray, voxel_mm: np.ndarray, centre: tuple[int, int, int] | None = None) -> list[tuple[np.ndarray, float]]:
+def planes(volume: np.ndarray, voxel_mm: np.ndarray) -> list[tuple[np.ndarray, float]]:
     """Axial, coronal and sagittal plane of a RAS volume, each with its pixel aspect; superior and anterior up.
 
     Planes across a thin slab are left out, the largest plane never.
     """
-    i, j, k = centre or [n // 2 for n in volume.shape]
+    i, j, k = (n // 2 for n in volume.shape)
     dx, dy, dz = voxel_mm
     three = [(volume[:, :, k].T, dy / dx), (volume[:, j].T, dz / dx), (volume[i].T, dz / dy)]
     return [p for p in three if min(p[0].shape) >= MIN_PIXELS] or [max(three, key=lambda p: p[0].size)]
@@ -30,14 +31,19 @@ def planes(volume: np.ndarray, voxel_mm: np.ndarray, centre: tuple[int, int, int
 
 def draw_orthogonal(volume: np.ndarray, affine: np.ndarray, path: str | Path) -> None:
     """One volume [z y x] in three orientations, as PNG."""
-    _draw([("", volume)], affine, path, None)
+    turned, mm = anatomical(volume, affine)
+    panels = [[(p, a, "gray", _top(turned))] for p, a in planes(turned, mm)]
+    _draw(panels, [""] * len(panels), path)
 
 
 def draw_comparison(
     volumes: dict[str, np.ndarray], affine: np.ndarray, path: str | Path, captions: dict[str, str], reference: str, errors: int = 1
 ) -> None:
     """Volumes [z y x] side by side in three orientations with captions, and their errors against `reference` in `errors` of them, as PNG."""
-    _draw([(f"{name}\n{captions.get(name, '')}".strip(), v) for name, v in volumes.items()], affine, path, volumes[reference], errors)
+    panels = comparison_panels(list(volumes.values()), affine, volumes[reference], errors)
+    rows = sum(colours == "magma" for *_, colours, _ in panels[0])
+    note = f"last {'row' if rows == 1 else f'{rows} rows'}: absolute error, brightened 5 times"
+    _draw(panels, [f"{name}\n{captions.get(name, '')}".strip() for name in volumes], path, note)
 
 
 def draw_denoising(images: np.ndarray, title: str, path: str | Path) -> None:
@@ -56,21 +62,24 @@ def draw_denoising(images: np.ndarray, title: str, path: str | Path) -> None:
     figure.savefig(path, dpi=100, facecolor="black")
 
 
-def _draw(columns: list[tuple[str, np.ndarray]], affine: np.ndarray, path: str | Path, reference: np.ndarray | None, errors: int = 1) -> None:
+def comparison_panels(volumes: list[np.ndarray], affine: np.ndarray, reference: np.ndarray, errors: int) -> list[list[Panel]]:
+    """A column for each volume [z y x]: its planes, and below them the absolute error against `reference` in the first `errors` of them, brightened 5 times."""
+    turned = [anatomical(v, affine) for v in volumes]
+    truth, top = anatomical(reference, affine)[0], _top(turned[-1][0])
+    shown = [[(p, a, "gray", top) for p, a in planes(v, mm)] for v, mm in turned]
+    wrong = [[(p, a, "magma", top / 5) for p, a in planes(np.abs(v - truth), mm)[:errors]] for v, mm in turned]
+    return [column + below for column, below in zip(shown, wrong)]
+
+
+def _top(volume: np.ndarray) -> float:
+    return float(np.percentile(volume, 99.8)) or 1.0
+
+
+def _draw(panels: list[list[Panel]], titles: list[str], path: str | Path, note: str = "") -> None:
+    """Columns of panels below their titles."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    turned = [(title, *anatomical(v, affine)) for title, v in columns]
-    top = float(np.percentile(turned[-1][1], 99.8)) or 1.0
-    if reference is None:
-        panels = [[(p, a, "gray", top) for p, a in planes(v, mm)] for _, v, mm in turned]
-        panels, titles = [[c] for c in panels[0]], [""] * len(panels[0])
-    else:
-        truth = anatomical(reference, affine)[0]
-        panels, titles, errors = [], [t for t, *_ in turned], min(errors, len(planes(truth, turned[0][2])))
-        for _, v, mm in turned:
-            error = planes(np.abs(v - truth), mm)[:errors]
-            panels.append([(p, a, "gray", top) for p, a in planes(v, mm)] + [(p, a, "magma", top / 5) for p, a in error])
     rows = len(panels[0])
     heights = [p.shape[0] * a / p.shape[1] for p, a, *_ in panels[0]]
     figure = Figure(figsize=(3 * len(panels), 3 * sum(heights) + 0.6), facecolor="black")
@@ -81,7 +90,6 @@ def _draw(columns: list[tuple[str, np.ndarray]], affine: np.ndarray, path: str |
         for row, (plane, aspect, colours, vmax) in enumerate(panel):
             axes[row, column].imshow(plane, cmap=colours, vmin=0, vmax=vmax, origin="lower", aspect=aspect, interpolation="nearest")
             axes[row, column].axis("off")
-    if reference is not None:
-        figure.text(0.005, 0.005, "last row: absolute error, brightened 5 times" if errors == 1 else f"last {errors} rows: absolute error, brightened 5 times", color="white", fontsize=8)
+    figure.text(0.005, 0.005, note, color="white", fontsize=8)
     figure.subplots_adjust(0.01, 0.03, 0.99, 1 - 0.55 / figure.get_figheight(), 0.02, 0.02)
     figure.savefig(path, dpi=100, facecolor="black")

@@ -173,7 +173,7 @@ def states(measurement: Measurement, preview: torch.Tensor, prior, options: Opti
     method = METHODS[options.method]
     config = method.config
     if options.method == "diffusion":
-        config = VariationalConfig(options.sweeps, options.sigma_max, options.sigma_min, options.prior_weight, slice_fraction=options.slice_fraction, adapt=options.adapt)
+        config = VariationalConfig(**{name: getattr(options, name) for name in vars(config) if hasattr(options, name)})
     return method.run(measurement, prior, preview, config, options.seed)
 
 

@@ -213,6 +213,16 @@ def test_the_image_on_a_finer_mesh_comes_back_on_the_own(untrained, monkeypatch)
     assert float((states[-1].volume - states[2].volume).norm() / states[2].volume.norm()) < 0.3  # neither moved nor brighter
 
 
+def test_each_pass_has_slices_and_poses_of_its_own(untrained, monkeypatch):
+    """Their mean would gain nothing if all were the same."""
+    seeds = []
+    noted = lambda *arguments: seeds.append(arguments[4]) or reconstruct_variational(*arguments)  # noqa: E731
+    monkeypatch.setattr("recon_core.adaptation.reconstruct_variational", noted)
+    measurement, _ = plane()
+    last(reconstruct_adapted(measurement, untrained, cg_sense(measurement), QUICK, 7))
+    assert len(seeds) == len(set(seeds)) == 1 + PASSES
+
+
 @pytest.mark.parametrize("where", ["meshes", "judge"])
 def test_memory_that_does_not_suffice_for_a_finer_mesh_leaves_the_first_image(untrained, monkeypatch, where):
     def full(self):

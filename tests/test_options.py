@@ -1,9 +1,13 @@
 """Options: one validated object from every source."""
 
+from typing import get_args
+
 import pytest
 
 from gadgets.chain import options_of_config_name, properties_of
 from gadgets.options import Options, OptionsError, make_options, options_from_json, preset_names, read_preset
+from recon_core.methods import METHODS
+from recon_core.variational import VariationalConfig
 
 
 def test_text_and_typed_values_are_the_same():
@@ -32,6 +36,11 @@ def test_wrong_options_are_refused_in_a_sentence(source, message):
     with pytest.raises(OptionsError, match=message) as caught:
         make_options(source)
     assert "\n" not in str(caught.value)
+
+
+def test_methods_and_their_settings_are_those_of_recon_core():
+    assert set(get_args(Options.model_fields["method"].annotation)) == set(METHODS)
+    assert all(getattr(make_options(), name) == value for name, value in vars(VariationalConfig()).items() if name in Options.model_fields)
 
 
 def test_options_are_frozen():

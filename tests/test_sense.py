@@ -88,6 +88,14 @@ def test_conjugate_gradients_stop_at_their_tolerance(tolerance):
     assert 0.1 * tolerance < left < tolerance
 
 
+@pytest.mark.parametrize("shape", [(3, 7, 9, 4), (2, 8, 6, 3)])
+def test_another_mask_gives_the_operator_of_that_mask(shape):
+    operator, maps, _ = make(shape)
+    mask = (torch.rand(shape[1:3], generator=torch.Generator().manual_seed(5)) < 0.5).float()
+    volume = random_complex(*shape[1:], seed=1)
+    torch.testing.assert_close(operator.with_mask(mask).forward(volume), Sense(maps, mask).forward(volume))
+
+
 def test_bad_operators_are_refused_in_a_sentence():
     maps = torch.ones(2, 4, 4, 4, dtype=torch.complex64)
     with pytest.raises(ValueError, match="mask is empty"):

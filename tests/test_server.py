@@ -332,6 +332,19 @@ def test_a_scan_that_is_refused_at_once_is_kept_all_the_same(scan_path, prior, t
     assert same_images(run_chain(kept, prior), run_chain(scan_path, prior))
 
 
+def test_raw_data_are_for_the_servers_user_alone(scan_path, tmp_path):
+    """Their headers tell who the patient is: while the scan runs, and when it was kept."""
+    place = FailedScans(tmp_path / "kept")
+    with ScanFile(scan_path) as scan:
+        recording = place.record(scan.header_xml)
+        for line in scan.acquisitions():
+            recording.add(line)
+    private = lambda: [path.stat().st_mode & 0o077 for path in (tmp_path / "kept").rglob("*")]  # noqa: E731
+    assert private() and not any(private())
+    recording.keep()
+    assert len(list((tmp_path / "kept").glob("failed-*.h5"))) == 1 and not any(private())
+
+
 def test_running_recordings_share_the_room(scan_path, tmp_path):
     """What does not fit is given up, and makes room for others."""
     with ScanFile(scan_path) as scan:

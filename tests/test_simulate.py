@@ -11,7 +11,7 @@ from gadgets.image_files import affine
 from gadgets.scan_files import ScanFile
 from gadgets.header import parse_header
 from gadgets.options import make_options
-from gadgets.protocol import SimulateOptions
+from gadgets.protocol import SimulateOptions, tilt
 from gadgets.recon import reconstruct
 from gadgets.simulate import simulate
 from recon_core.simulate import loop_field, loop_sensitivities, random_phantom
@@ -112,6 +112,13 @@ def test_waveforms_are_stored_and_read_in_order(tmp_path):
 def test_impossible_options_are_named(name, value):
     with pytest.raises(ValueError, match=f"simulation option {name} cannot be {value}"):
         SimulateOptions(**{name: value})
+
+
+def test_an_oblique_slab_is_turned_about_two_axes_and_stays_square():
+    turned = tilt(np.eye(3))
+    np.testing.assert_allclose(turned @ turned.T, np.eye(3), atol=1e-12)
+    assert np.linalg.det(turned) == pytest.approx(1)
+    assert np.degrees(np.arccos([turned[0, 0], turned[2, 2]])) == pytest.approx([20, 12])
 
 
 def test_from_a_phantom_without_a_volume(tmp_path):

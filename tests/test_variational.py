@@ -169,6 +169,20 @@ def test_same_seed_same_image_other_seed_other_order(prior):
     assert not torch.equal(images[0], images[2])
 
 
+@pytest.mark.parametrize("shape,usable", [((30, 32, 34), {0, 1, 2}), ((30, 32, 6), {2})])
+def test_each_orientation_has_its_turn_in_an_order_that_the_seed_draws(prior, shape, usable):
+    kspace, mask, noise, _ = problem(shape)
+    measurement = measure(kspace, mask, VOXEL, noise)
+    orders = []
+    for seed in range(4):
+        asked = []
+        noted = lambda volume, prior, sigma, axis, chosen, pose: asked.append(axis) or len(chosen)  # noqa: E731, B023
+        last(reconstruct_variational(measurement, prior, cg_sense(measurement), VariationalConfig(sweeps=6), seed, noted))
+        assert set(asked[:3]) == set(asked[3:]) == usable
+        orders.append(tuple(asked))
+    assert (len(set(orders)) > 1) == (len(usable) > 1)
+
+
 def test_every_sweep_is_a_state_that_counts_its_evaluations(prior):
     kspace, mask, noise, _ = problem()
     measurement = measure(kspace, mask, VOXEL, noise)
@@ -314,6 +328,10 @@ def test_averages_weigh_as_their_number():
     twice = measure(2 * kspace, 2 * mask, VOXEL, np.sqrt(2) * noise)
     assert float((np.sqrt(2) * twice.adjoint - once.adjoint).abs().max() / once.adjoint.abs().max()) < 1e-3
     assert twice.sigma == pytest.approx(once.sigma / np.sqrt(2))
+    uneven = mask.clone()
+    uneven[:, ::2] *= 2  # these lines have half the variance, so sqrt 2 times the weight
+    weights = measure(uneven[..., None] * kspace, uneven, VOXEL, noise).operator.weights
+    assert sorted(set(weights.flatten().tolist())) == pytest.approx([0, 0.5**0.5, 1])
 
 
 @pytest.mark.parametrize("break_it,message", [
