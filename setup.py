@@ -14,7 +14,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10,<3.14",
-    packages=["gadgets", "gadgets.commands", "gadgets.conformance", "recon_core"],
+    packages=["gadgets", "gadgets.commands", "gadgets.conformance", "gadgets.simulation", "recon_core"],
     package_data={"gadgets": ["presets/*.yaml", "example/*"], "recon_core": ["weights/*"]},
     data_files=[("share/gadgetron/config", [str(p.relative_to(here)) for p in sorted(here.glob("config_xml/*.xml"))])],
     entry_points={"console_scripts": ["slicediff = gadgets.cli:command"]},

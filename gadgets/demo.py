@@ -18,10 +18,10 @@ from .image_files import ImageWriter, affine, write_nifti
 from .scan_files import ScanFile
 from .header import parse_header
 from .options import make_options
-from .protocol import SimulateOptions
+from .simulation.protocol import SimulateOptions
 from .recon import reconstruct
 from .server import Server
-from .simulate import simulate
+from .simulation.scan import simulate
 
 EXAMPLE = Path(__file__).parent / "example" / "head_2mm.nii.gz"
 

@@ -18,9 +18,9 @@ from gadgets.scan_files import ScanFile
 from gadgets.gather import gather
 from gadgets.header import parse_header
 from gadgets.options import make_options
-from gadgets.protocol import SimulateOptions
+from gadgets.simulation.protocol import SimulateOptions
 from gadgets.recon import reconstruct
-from gadgets.simulate import simulate
+from gadgets.simulation.scan import simulate
 from recon_core.prior import Prior
 
 DATA = Path(__file__).parent / "data"

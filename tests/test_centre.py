@@ -10,7 +10,7 @@ from conftest import gathered, line_like, load_small_scan
 from gadgets.centre import centre_offset, echo_offset
 from gadgets.flags import NOISE_BIT
 from gadgets.gather import gather
-from gadgets.simulate import SimulateOptions
+from gadgets.simulation.scan import SimulateOptions
 
 SHAPE = (26, 36, 32)
 

@@ -25,7 +25,7 @@ from gadgets.image_files import ImageWriter, read_images
 from gadgets.scan_files import ScanFile, ScanWriter
 from gadgets.flags import NOISE_BIT
 from gadgets.header import parse_header
-from gadgets.protocol import SimulateOptions
+from gadgets.simulation.protocol import SimulateOptions
 from recon_core.simulate import phantom
 from recon_core.train import TrainOptions
 

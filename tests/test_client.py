@@ -17,7 +17,7 @@ from gadgets.cli import main
 from gadgets.client import SendError, send_scan, _Pace
 from gadgets.flags import NOISE_BIT
 from gadgets.scan_files import ScanFile, ScanWriter
-from gadgets.protocol import SimulateOptions
+from gadgets.simulation.protocol import SimulateOptions
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from conftest import gathered, line_like, load_small_scan
 
 from gadgets.completeness import NO_CENTRE, hole_at_centre
 from gadgets.gather import gather
-from gadgets.protocol import SimulateOptions
+from gadgets.simulation.protocol import SimulateOptions
 
 
 def incomplete(scan):

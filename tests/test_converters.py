@@ -13,7 +13,7 @@ from gadgets.gather import gather
 from gadgets.geometry import ScanError
 from gadgets.options import make_options
 from gadgets.recon import reconstruct
-from gadgets.simulate import SimulateOptions
+from gadgets.simulation.scan import SimulateOptions
 
 CG = make_options({"method": "cg", "device": "cpu"})
 

@@ -19,7 +19,7 @@ from gadgets.image_files import join_partitions, read_images
 from gadgets.scan_files import ScanFile, ScanWriter
 from gadgets.images import make_images
 from gadgets.options import make_options
-from gadgets.protocol import SimulateOptions
+from gadgets.simulation.protocol import SimulateOptions
 
 
 def run(capsys, *arguments):

@@ -13,7 +13,7 @@ from gadgets.flags import FIRST_BIT, NOISE_BIT
 from gadgets.gather import gather
 from gadgets.geometry import ScanError, read_geometry
 from gadgets.options import make_options
-from gadgets.protocol import SimulateOptions
+from gadgets.simulation.protocol import SimulateOptions
 from gadgets.recon import reconstruct
 
 

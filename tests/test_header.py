@@ -7,7 +7,7 @@ import pytest
 from gadgets.budget import Budget
 from gadgets.geometry import ScanError, read_geometry
 from gadgets.header import parse_header, strip_version
-from gadgets.protocol import SimulateOptions, make_header
+from gadgets.simulation.protocol import SimulateOptions, make_header
 
 XML = make_header((22, 24, 20), (1.0, 1.0, 1.0), [0, 0], SimulateOptions(coils=3, acceleration=2)).encode()
 BARE = XML.split(b"?>", 1)[1].replace(b' xmlns="http://www.ismrm.org/ISMRMRD"', b"")

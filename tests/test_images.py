@@ -12,7 +12,7 @@ from gadgets.flags import NOISE_BIT
 from gadgets.geometry import Geometry
 from gadgets.images import make_images, to_pixels, to_recon_matrix
 from gadgets.options import make_options
-from gadgets.protocol import SimulateOptions
+from gadgets.simulation.protocol import SimulateOptions
 from gadgets.recon import reconstruct
 from gadgets.volume import Scan
 

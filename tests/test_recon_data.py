@@ -17,7 +17,7 @@ from gadgets.conformance.buffers import recon_data
 from gadgets.scan_files import ScanFile
 from gadgets.gather import gather
 from gadgets.keep import FailedScans
-from gadgets.protocol import SimulateOptions
+from gadgets.simulation.protocol import SimulateOptions
 from gadgets.recon_data import ReconBuffer, ReconData, ReconDataError, ReconDataReader
 from gadgets.server import Server
 from gadgets.wire import RECON_DATA, Wire, WireError

@@ -11,9 +11,9 @@ from gadgets.image_files import affine
 from gadgets.scan_files import ScanFile
 from gadgets.header import parse_header
 from gadgets.options import make_options
-from gadgets.protocol import SimulateOptions, tilt
+from gadgets.simulation.protocol import SimulateOptions, tilt
 from gadgets.recon import reconstruct
-from gadgets.simulate import simulate
+from gadgets.simulation.scan import simulate
 from recon_core.simulate import loop_field, loop_sensitivities, random_phantom
 
 CASES = {

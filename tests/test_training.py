@@ -10,7 +10,7 @@ from gadgets.cli import main
 from gadgets.files import FileError
 from gadgets.image_files import read_images
 from gadgets.scan_files import ScanWriter
-from gadgets.protocol import SimulateOptions
+from gadgets.simulation.protocol import SimulateOptions
 from gadgets.training import find_volumes, load_volumes
 
 

@@ -17,7 +17,7 @@ from gadgets.scan_files import ScanFile
 from gadgets.flags import NOISE_BIT
 from gadgets.header import parse_header
 from gadgets.options import make_options
-from gadgets.protocol import SimulateOptions
+from gadgets.simulation.protocol import SimulateOptions
 from recon_core.ahead import Ahead, Crew, left_behind
 from recon_core.cg_sense import cg_sense
 from recon_core.fft import fft
@@ -75,7 +75,7 @@ def test_a_hanging_solver_is_left_behind_at_the_deadline(scan_path):
 
 
 def test_a_volume_that_fails_does_not_take_the_others(tmp_path, prior):
-    from gadgets.simulate import SimulateOptions, simulate
+    from gadgets.simulation.scan import SimulateOptions, simulate
 
     np.save(tmp_path / "o.npy", small_object((16, 18, 16)))
     simulate(tmp_path / "o.npy", tmp_path / "s.h5", SimulateOptions(coils=2, pattern="full", repetitions=3))

@@ -38,8 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the scan and print what it is as one line of JSON."""
     from dataclasses import fields
 
-    from ..protocol import SimulateOptions
-    from ..simulate import simulate
+    from ..simulation.protocol import SimulateOptions
+    from ..simulation.scan import simulate
 
     options = SimulateOptions(**{f.name: getattr(arguments, f.name) for f in fields(SimulateOptions)})
     facts = simulate(arguments.volume, arguments.scan, options, arguments.reference)

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from ..scan_files import ScanFile
-from ..simulate import SimulateOptions, simulate
+from ..simulation.scan import SimulateOptions, simulate
 from . import peer as p
 
 SWEEPS = 2

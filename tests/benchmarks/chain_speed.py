@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gadgets.gather import gather
 from gadgets.header import parse_header
-from gadgets.protocol import SimulateOptions, make_header
+from gadgets.simulation.protocol import SimulateOptions, make_header
 from recon_core.cg_sense import cg_sense
 from recon_core.fft import fft
 from recon_core.measurement import measure

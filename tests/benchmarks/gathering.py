@@ -25,7 +25,7 @@ import numpy as np
 from gadgets import wire as w
 from gadgets.gather import gather
 from gadgets.header import parse_header
-from gadgets.protocol import SimulateOptions, make_header
+from gadgets.simulation.protocol import SimulateOptions, make_header
 
 RESULTS = Path(__file__).parent / "results" / "gathering.csv"
 

@@ -28,7 +28,7 @@ from gadgets.header import parse_header
 from gadgets.options import make_options
 from gadgets.recon import reconstruct
 from gadgets.server import Server
-from gadgets.simulate import SimulateOptions, simulate
+from gadgets.simulation.scan import SimulateOptions, simulate
 
 
 class Stream:

@@ -20,7 +20,7 @@ from problems import middle
 from scans import save_table
 from torch import Tensor
 
-from gadgets.simulate import Noise, SimulateOptions, coil_images, load_object
+from gadgets.simulation.scan import Noise, SimulateOptions, coil_images, load_object
 from recon_core.cg_sense import STRENGTH_OF_LATTICES, cg_sense
 from recon_core.fft import centre_block, fft
 from recon_core.measurement import Measurement, measure

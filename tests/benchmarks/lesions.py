@@ -25,7 +25,7 @@ from problems import Problem, simulated
 from scans import read_table, save_table
 from torch import Tensor
 
-from gadgets.simulate import load_object
+from gadgets.simulation.scan import load_object
 from recon_core.cg_sense import cg_sense
 from recon_core.methods import METHODS
 from recon_core.prior import load_prior

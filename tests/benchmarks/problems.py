@@ -12,7 +12,7 @@ import torch
 from measured import acquired_lines, cases
 from torch import Tensor
 
-from gadgets.simulate import Noise, SimulateOptions, coil_images, load_object
+from gadgets.simulation.scan import Noise, SimulateOptions, coil_images, load_object
 from recon_core.cg_sense import cg_sense
 from recon_core.fft import fft, ifft
 from recon_core.measurement import Measurement, measure

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from gadgets.scan_files import ScanWriter
-from gadgets.protocol import SimulateOptions, make_header
+from gadgets.simulation.protocol import SimulateOptions, make_header
 from recon_core.fft import fft
 
 RESULTS = Path(__file__).parent / "results"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import ismrmrd
 import numpy as np
 
-from .geometry import MAX_MATRIX
+from ..geometry import MAX_MATRIX
 
 MAX_COILS = 1024  # more than any scanner has
 ECHO_SPACING_MS = 2.5

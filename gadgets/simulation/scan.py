@@ -17,9 +17,9 @@ from recon_core.scale import intensity_scale
 from recon_core.simulate import coil_sensitivity, phantom, sampling_mask, smooth_phase
 from recon_core.volumes import read_volume
 
-from .files import FileError, check_place
-from .image_files import save_nifti
-from .scan_files import ScanWriter
+from ..files import FileError, check_place
+from ..image_files import save_nifti
+from ..scan_files import ScanWriter
 from .protocol import SimulateOptions, make_header, tilt
 from .sequence import Noise, Sequence
 
