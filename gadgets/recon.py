@@ -112,7 +112,7 @@ def _look(scan: Scan, options: Options, device: torch.device, report: Report, sp
     how = dict(coils=options.coils, device=device, phase_reference=reference, louder=louder, keep_lines=options.error_map, brightness=scan.brightness, on_host=spare)
     measurement = measure(scan.kspace, scan.counts, scan.geometry.voxel_mm, scan.noise, scan.calibration, **how)
     scan.phase_reference.setdefault(coils, measurement.mixing[0].cpu())
-    report("measured", {"coils": measurement.operator.maps.shape[1], "acs": list(measurement.acs), "warnings": scan.warnings + measurement.warnings})
+    report("measured", {"coils": measurement.operator.coils, "acs": list(measurement.acs), "warnings": scan.warnings + measurement.warnings})
     preview = cg_sense(measurement)
     excess = measurement.excess_noise(preview)
     if excess > 1 and louder == 1:

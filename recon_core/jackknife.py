@@ -57,7 +57,7 @@ def estimated_error(measurement: Measurement, image_of: Callable[[Measurement], 
 
 def without_groups(measurement: Measurement, seed: int) -> list[Tensor]:
     """The lines [z y] that are kept when each of GROUPS groups is left out; ValueError if there are too few."""
-    taken = torch.fft.fftshift(measurement.operator.weights > 0).cpu()
+    taken = measurement.operator.sampled.cpu()
     there = (taken & ~centre_block(taken.shape, [max(CENTRE, side) for side in measurement.acs])).nonzero()
     if len(there) < 2 * GROUPS:
         raise ValueError(f"the error cannot be estimated from {len(there)} lines outside of the k-space centre; at least {2 * GROUPS} are needed")

@@ -60,7 +60,7 @@ class Measurement:
 
     def part(self, chosen: Tensor, there: slice | None = None) -> Measurement:
         """The scan of the `chosen` lines [z y] alone, at the readout positions `there` (all by default); of one that keeps its lines."""
-        weights = torch.fft.fftshift(self.operator.weights) * chosen.to(self.operator.device)
+        weights = self.operator.mask * chosen.to(self.operator.device)
         lines = (self.lines if there is None else self.lines[..., there]) * chosen[..., None].to(self.lines.device)
         operator = self.operator.with_mask(weights) if there is None else Sense(self.operator.coil_maps()[..., there], weights, self.operator.device)
         samples = int((weights > 0).sum()) * len(lines) * lines.shape[-1]
@@ -81,7 +81,7 @@ class Measurement:
         The estimate is high at high SNR. A least-squares image explains at most one sample per voxel of the
         support, so residual / sqrt(samples - voxels) bounds the noise; with several coils often more closely.
         """
-        free = self.samples - int((self.operator.maps != 0).any(dim=1).sum())
+        free = self.samples - int(self.operator.support.sum())
         if self.sigma_known or free <= 0:
             return self.sigma
         return self.sigma * min(1.0, self.misfit(image) * (self.samples / free) ** 0.5)

@@ -42,7 +42,7 @@ def on_finer_mesh(measurement: Measurement, factor: float, start: Tensor) -> Mea
     maps = torch.where(size > COVERED, maps / size.clamp_min(COVERED), 0)
     gain = (math.prod(fine) / (z * y)) ** 0.5  # of the unitary transform for the same intensities
     lines = gain * centre_crop_or_pad(measurement.lines.movedim(3, 1), fine).movedim(1, 3)
-    operator = Sense(maps, centre_crop_or_pad(torch.fft.fftshift(measurement.operator.weights), fine), measurement.operator.device)
+    operator = Sense(maps, centre_crop_or_pad(measurement.operator.mask, fine), measurement.operator.device)
     return replace(
         measurement,
         operator=operator,

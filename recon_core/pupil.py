@@ -46,7 +46,7 @@ class Pupil:
         self.random = torch.Generator().manual_seed(seed)
         self.network = copy.deepcopy(prior).float().requires_grad_(True)
         self.average = copy.deepcopy(self.network).requires_grad_(False)
-        taken = torch.fft.fftshift(measurement.operator.weights > 0)
+        taken = measurement.operator.sampled
         self.judging = self._some(taken, JUDGING)
         self.others = taken & ~self.judging
         self.importance = importance(taken, measurement.acs)
@@ -79,7 +79,7 @@ class Pupil:
         left_out = self._some(self.others, LEFT_OUT)
         part, answer = (mesh.part(_on(mesh, lines), there) for lines in (self.others & ~left_out, left_out))
         start, given = cg_sense(part), []
-        scale, box = part.in_tissue_units(start)[0], object_box(part.operator.maps)
+        scale, box = part.in_tissue_units(start)[0], object_box(part.operator.support)
         seed = int(torch.randint(1 << 31, (), generator=self.random))
         for state in reconstruct_variational(part, self.network, start, self.config, seed, denoise=partial(_keeping_graph, given)):
             whole = torch.zeros_like(state.volume)

@@ -73,7 +73,7 @@ class Rehearsal:
             rng = np.random.default_rng([self.seed, 6, number])
             measurement, truth = measurement.to(device), truth.to(device)
             start = cg_sense(measurement)
-            truth, box = truth / intensity_scale(start, measurement.voxel_mm), object_box(measurement.operator.maps)
+            truth, box = truth / intensity_scale(start, measurement.voxel_mm), object_box(measurement.operator.support)
             solver = of_few_shapes(prior) if measurement.operator.device.type == "cuda" else prior
             states: list = []
             for _ in reconstruct_variational(measurement, solver, start, self.config, int(rng.integers(1 << 31)), denoise=partial(_noted, states, truth[box])):

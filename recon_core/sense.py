@@ -51,6 +51,26 @@ class Sense:
         """Where the operator computes."""
         return self.weights.device
 
+    @property
+    def coils(self) -> int:
+        """How many."""
+        return self.maps.shape[1]
+
+    @property
+    def mask(self) -> Tensor:
+        """[z y], as it was given."""
+        return torch.fft.fftshift(self.weights)
+
+    @property
+    def sampled(self) -> Tensor:
+        """[z y], true where anything was acquired."""
+        return self.mask > 0
+
+    @property
+    def support(self) -> Tensor:
+        """[z y x], true where a coil sees anything."""
+        return self.from_frame((self.maps != 0).any(dim=1))
+
     def to(self, device: str | torch.device) -> Sense:
         """The same operator with its maps on `device`, computing there."""
         there = object.__new__(Sense)

@@ -21,10 +21,8 @@ def usable_axes(shape: tuple[int, int, int]) -> list[int]:
     return [a for a in range(3) if sides[a] >= MIN_SIDE] or [max(range(3), key=lambda a: sides[a])]
 
 
-def object_box(maps: Tensor) -> tuple[slice, slice, slice]:
-    """Bounding box (z, y, x) of where the coil maps (operator frame [x coils z y]) are not zero."""
-    inside = (maps != 0).any(dim=1)
-    inside = torch.fft.fftshift(inside, (1, 2)).permute(1, 2, 0)
+def object_box(inside: Tensor) -> tuple[slice, slice, slice]:
+    """Bounding box (z, y, x) of where `inside` [z y x] is true; all of it if that is nowhere."""
     box = []
     for axis in range(3):
         line = inside.any(dim=tuple(a for a in range(3) if a != axis)).nonzero()[:, 0]

@@ -79,7 +79,7 @@ def reconstruct_variational(
     """
     random = torch.Generator().manual_seed(seed)
     scale, noise, x, target = measurement.in_tissue_units(start)
-    box = object_box(measurement.operator.maps)
+    box = object_box(measurement.operator.support)
     across = lambda volume, axis: volume[box].movedim(axis, 0)  # noqa: E731
     usable = usable_axes(tuple(s.stop - s.start for s in box))
     alone = len(usable) == 1
@@ -106,7 +106,7 @@ def prior_weight(measurement: Measurement, noise: float, config: VariationalConf
 
     `noise` in units of tissue brightness; `least` is the share of k-space that counts as sampled at least.
     """
-    sampled = max(least, float((measurement.operator.weights > 0).float().mean()))
+    sampled = max(least, float(measurement.operator.sampled.float().mean()))
     noisier = max(1.0, noise / config.noisy) if measurement.sigma_known else 1.0
     return config.prior_weight * sampled**0.5 * noisier
 

@@ -93,7 +93,15 @@ def test_another_mask_gives_the_operator_of_that_mask(shape):
     operator, maps, _ = make(shape)
     mask = (torch.rand(shape[1:3], generator=torch.Generator().manual_seed(5)) < 0.5).float()
     volume = random_complex(*shape[1:], seed=1)
-    torch.testing.assert_close(operator.with_mask(mask).forward(volume), Sense(maps, mask).forward(volume))
+    other = operator.with_mask(mask)
+    torch.testing.assert_close(other.forward(volume), Sense(maps, mask).forward(volume))
+    assert torch.equal(other.mask, mask) and torch.equal(other.sampled, mask > 0) and other.coils == shape[0]
+
+
+def test_the_support_is_where_any_coil_sees():
+    maps = torch.zeros(2, 5, 7, 4, dtype=torch.complex64)
+    maps[0, 1, 2, 3] = maps[1, 4, 6, 0] = 1
+    assert torch.equal(Sense(maps, torch.ones(5, 7)).support, (maps != 0).any(0))
 
 
 def test_bad_operators_are_refused_in_a_sentence():

@@ -444,8 +444,8 @@ def test_rehearsed_scans_are_volumes_planes_and_slices_with_one_two_or_many_coil
     for number in range(14):
         measurement, truth = rehearsal.scan(number)
         operator = measurement.operator
-        assert truth.shape == measurement.adjoint.shape and 0.05 < float((operator.weights > 0).float().mean()) < 0.8
-        shapes.append((len(usable_axes(tuple(truth.shape))) > 1, truth.shape[0] < MIN_SIDE, operator.maps.shape[1], measurement.sigma_known))
+        assert truth.shape == measurement.adjoint.shape and 0.05 < float(operator.sampled.float().mean()) < 0.8
+        shapes.append((len(usable_axes(tuple(truth.shape))) > 1, truth.shape[0] < MIN_SIDE, operator.coils, measurement.sigma_known))
     assert {s[0] for s in shapes} == {True, False} and {s[1] for s in shapes} == {True, False} and len({s[2] for s in shapes}) >= 4 and {s[3] for s in shapes} == {True, False}
 
 

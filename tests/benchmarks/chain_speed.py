@@ -143,7 +143,7 @@ def run(scan: Scan, machine: Machine, methods: list[tuple[str, Method, Prior]], 
     last_line = clock(device)
     inputs = (gathered.kspace, gathered.counts, gathered.geometry.voxel_mm, gathered.noise, gathered.calibration, scan.coils, device)
     measurement = stage("coil maps", lambda: measure(*inputs), lambda _: 3 * scan.coils * volume / machine.bandwidth)
-    normal = (measurement.operator.maps.shape[1] + 2) * volume / machine.bandwidth
+    normal = (measurement.operator.coils + 2) * volume / machine.bandwidth
     preview = stage("preview", lambda: cg_sense(measurement, PREVIEW_ITERATIONS), lambda _: PREVIEW_ITERATIONS * normal)
     for name, method, prior in methods:
 
