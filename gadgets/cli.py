@@ -13,11 +13,11 @@ COMMANDS = {
     simulate: "write a complete ISMRMRD 3D scan of a volume",
     recon: "reconstruct a scan file into an image file",
     serve: "run the MRD server",
-    conform: "test a server against everything that goes wrong at a scanner",
+    conform: "test a server with everything that goes wrong at a scanner",
     send: "stream a scan file to a server and write the images",
-    health: "ask a server how it is; exit code 0 if it takes scans",
+    health: "ask a server for its status; exit code 0 if it takes scans",
     priors: "list the shipped priors with their model cards",
-    train: "train a prior on magnitude volumes",
+    train: "train a prior on volumes",
 }
 
 

@@ -41,7 +41,7 @@ class Host:
         return ""
 
     @contextlib.contextmanager
-    def turn(self, tell: Callable[[str], None], hurry: Callable[[], str]) -> Iterator[None]:
+    def turn(self, tell: Callable[[str], None]) -> Iterator[None]:
         """Hold the device inside the context; whoever has to wait is told its place."""
         yield
 
@@ -149,7 +149,7 @@ class Intake:
 
         @contextlib.contextmanager
         def turn():
-            with self.host.turn(tell, hurry):
+            with self.host.turn(tell):
                 yield hurry
 
         return turn

@@ -22,7 +22,7 @@ class ReconError(ValueError):
 
 
 class Unfinished(ReconError):
-    """The solver was stopped before its first sweep ended."""
+    """The solver was stopped before it had an image."""
 
 
 def sentence(error: BaseException) -> str:

@@ -74,7 +74,7 @@ def make_options(*sources: Mapping[str, Any]) -> Options:
         if "preset" in loaded:
             raise OptionsError(f"the preset {preset} names another one ({loaded['preset']}): write its options out")
         merged = {**loaded, **merged}
-    merged = {key: _none_if_empty(value) for key, value in merged.items()}
+    merged = {key: _none_if_empty(value) if key in MAY_BE_NONE else value for key, value in merged.items()}
     try:
         return Options.model_validate(merged)
     except ValidationError as error:
@@ -114,6 +114,9 @@ def options_from_json(text: str) -> tuple[dict[str, Any], list[str]]:
         return {key: value for key, value in parameters.items() if key not in others}, others
     except (ValueError, AttributeError, TypeError, RecursionError):
         raise OptionsError('the parameter text is not a JSON object {"parameters": {name: value}}') from None
+
+
+MAY_BE_NONE = [name for name, field in Options.model_fields.items() if field.default is None]
 
 
 def _none_if_empty(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The chain's core: acquisitions in, images out. No socket, no file, no global."""
+"""The chain's core: acquisitions in, images out. It opens no socket and no file; what outlives a scan is the solvers' threads and whether the GPU is lost (solve.py, failure.py)."""
 
 from __future__ import annotations
 

@@ -257,7 +257,7 @@ class ServerHost(Host):
         return "because the server is shutting down" if self.server.out_of_time.is_set() else ""
 
     @contextlib.contextmanager
-    def turn(self, tell: Callable[[str], None], hurry: Callable[[], str]) -> Iterator[None]:
+    def turn(self, tell: Callable[[str], None]) -> Iterator[None]:
         """One of the device's slots; out of time the line moves fast, so it is left only if the peer is gone."""
         gone = lambda: "because the peer is gone" if self.handler.wire.gone() else ""  # noqa: E731
         with self.server.turns.turn(lambda place: tell(f"waiting for the device, number {place} in the queue"), gone):

@@ -138,7 +138,7 @@ def noise_levels(config: FaithfulConfig) -> Tensor:
     return diffusion_levels()[1 : config.last_time + 1] * RMS
 
 
-def diffusion_levels(steps: int = 1000) -> Tensor:
+def diffusion_levels() -> Tensor:
     """sigma / alpha of the linear schedule 1e-4 to 0.02 (Ho et al., arXiv 2006.11239), index = time."""
-    alpha = torch.cumprod(1 - torch.linspace(1e-4, 0.02, steps, dtype=torch.float64), 0)
+    alpha = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
     return ((1 - alpha) / alpha).sqrt().float()

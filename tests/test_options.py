@@ -29,6 +29,7 @@ def test_shipped_presets_are_valid(name):
     ({"sweeps": "many"}, "option 'sweeps'.*integer.*'many'"),
     ({"sweeps": 0}, "greater than or equal to 1"), ({"sigma_min": 1e-12}, "greater than or equal to 0.0001"),
     ({"method": "magic"}, "'cg' or 'zero-filled'.*'magic'"),
+    ({"orientation": ""}, "orientation.*got ''$"),
     ({"sigma_min": 0.5}, "sigma_min 0.5 must not exceed sigma_max"),
     ({"preset": "nonesuch"}, "no preset 'nonesuch': shipped are"),
 ])  # fmt: skip
