@@ -1,4 +1,4 @@
-"""An iterator run in a thread of its own, some items ahead of whoever takes them."""
+"""An iterator run in its own thread, some items ahead of its consumer."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _END = object()
 
 
 def left_behind() -> int:
-    """How many threads of this process could not be ended: solvers that hang."""
+    """Number of threads of this process that could not be ended: hung solvers."""
     return sum(thread.name == LEFT_BEHIND for thread in threading.enumerate())
 
 
 def end_if_left_behind(code: int) -> None:
-    """End the process at once with this exit code if threads were left behind: they would crash it while the interpreter ends, or keep it."""
+    """Exit at once with this code if threads were left behind: they could crash the interpreter as it shuts down, or keep it from exiting."""
     if left_behind():
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):
@@ -32,13 +32,13 @@ def end_if_left_behind(code: int) -> None:
 
 
 class Crew:
-    """Threads that are kept for the next task, and with them what libraries hold for each thread: torch a cuDNN plan for every shape of slices."""
+    """Threads that are reused, to keep what libraries cache per thread: in torch, a cuDNN plan for every slice shape."""
 
     def __init__(self):
         self.lock, self.idle = threading.Lock(), []
 
     def begin(self, work: Callable[[], None], name: str) -> Task:
-        """Have a thread that is idle, or a new one, do `work` under this name."""
+        """Run `work` under this name in an idle thread, or a new one if none is idle."""
         with self.lock:
             hand = self.idle.pop() if self.idle else Hand(self)
             hand.name = name
@@ -48,22 +48,22 @@ class Crew:
 
 
 class Task:
-    """Something that a thread of a crew does; it can be waited for, and left behind, like a thread."""
+    """A task run by a thread of a crew; like a thread, it can be waited for and left behind."""
 
     def __init__(self, hand: Hand, work: Callable[[], None]):
         self.hand, self.work, self.done = hand, work, threading.Event()
 
     def join(self, wait_s: float | None = None) -> None:
-        """Wait until it is done, at most so long."""
+        """Wait until it is done, at most `wait_s`."""
         self.done.wait(wait_s)
 
     def is_alive(self) -> bool:
-        """Whether it is not done yet."""
+        """Whether it is still running."""
         return not self.done.is_set()
 
     @property
     def name(self) -> str:
-        """Of its thread."""
+        """Name of its thread."""
         return self.hand.name
 
     @name.setter
@@ -74,7 +74,7 @@ class Task:
 
 
 class Hand(threading.Thread):
-    """A thread of a crew; it ends after a task with which it was left behind."""
+    """A thread of a crew; if it was left behind, it ends after its current task."""
 
     def __init__(self, crew: Crew):
         super().__init__(daemon=True)
@@ -82,11 +82,11 @@ class Hand(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        """One task after the other."""
+        """Run tasks one after another."""
         while self.name != LEFT_BEHIND:
             task = self.tasks.get()
             task.work()
-            task.work = None  # and what it holds, before anybody hears that it is done
+            task.work = None  # frees what it holds before anyone is told that it is done
             with self.crew.lock:
                 task.done.set()
                 if self.name != LEFT_BEHIND:
@@ -95,24 +95,24 @@ class Hand(threading.Thread):
 
 
 class Ahead(Iterator):
-    """Iterates `source` in the background; what it raises comes out in the place of its next item.
+    """Iterates `source` in the background; an exception it raises is raised in place of its next item.
 
-    So a scan is read on while its last volume waits for the device, and a solver that hangs can be left
-    behind; so training batches are made while the network computes. After `close` nothing is delivered any
-    more, and who still waits for an item finds the end; an iterator that must be read to its end (a peer that
-    still sends) is run on and its items are dropped, any other stops at its next item.
+    This lets a scan be read on while its last volume waits for the device, a hung solver be left behind, and
+    training batches be made while the network computes. After `close` nothing more is delivered, and a consumer
+    still waiting for an item gets the end; a source that must be read to its end (a peer that is still sending)
+    is exhausted and its items dropped, any other stops at its next item.
 
     Args:
         source: iterated in the other thread only.
-        room: this many items may wait to be taken before the source is made to wait.
-        to_the_end: whether the source is run on after `close`.
-        crew: whose threads do it; without, a new thread.
+        room: how many items may be waiting before the source has to wait.
+        to_the_end: whether the source is read to its end after `close`.
+        crew: whose thread to use; without one, a new thread.
     """
 
     def __init__(self, source: Iterable, room: int = 1, to_the_end: bool = False, crew: Crew | None = None):
         self.items: queue.Queue = queue.Queue(room)
         self.closed, self.to_the_end = threading.Event(), to_the_end
-        name = threading.current_thread().name  # the log tells whose work it does
+        name = threading.current_thread().name  # so that the log shows whose work this is
         if crew:
             self.thread = crew.begin(partial(self._run, source), name)
             return
@@ -139,10 +139,10 @@ class Ahead(Iterator):
         return self.take()
 
     def close(self, wait_s: float | None = None) -> bool:
-        """Take nothing more; whether the thread has ended after at most `wait_s`."""
+        """Deliver nothing more; returns whether the thread has ended within `wait_s`."""
         self.closed.set()
         self.thread.join(wait_s)
-        with contextlib.suppress(queue.Full):  # full: nobody waits
+        with contextlib.suppress(queue.Full):  # full: no consumer is waiting
             self.items.put_nowait((_END, None))
         if self.thread.is_alive():
             self.thread.name = LEFT_BEHIND  # so that it can be counted
@@ -151,11 +151,11 @@ class Ahead(Iterator):
     def _run(self, source: Iterable) -> None:
         try:
             for item in source:
-                delivered, item = self._put(item, None), None  # or it would live until the next one comes
+                delivered, item = self._put(item, None), None  # otherwise the item would stay alive until the next one comes
                 if not delivered and not self.to_the_end:
                     return
             self._put(_END, None)
-        except BaseException as error:  # it belongs to the thread that takes
+        except BaseException as error:  # to be raised in the consumer's thread
             self._put(None, error)
 
     def _put(self, item: Any, error: BaseException | None) -> bool:

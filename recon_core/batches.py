@@ -1,4 +1,4 @@
-"""Batches to learn denoising from: clean slices, noise levels and noise, made ahead of the training loop."""
+"""Batches for learning to denoise: clean slices, noise levels and noise, made ahead of the training loop."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .volumes import ROOM, SlicePool
 
 
 class Batch(NamedTuple):
-    """Slices [slices 2 h w] and unit noise like them on the device of the network; voxel sizes and noise levels [slices] on the CPU."""
+    """Slices [slices 2 h w] and unit noise of the same shape on the network's device; voxel sizes and noise levels [slices] on the CPU."""
 
     clean: Tensor
     voxel_mm: Tensor
@@ -26,10 +26,10 @@ class Batch(NamedTuple):
 
 
 class Batches:
-    """A batch for every step; everything follows from (seed, step).
+    """One batch per step, fully determined by (seed, step).
 
     Args:
-        pool: to cut slices from.
+        pool: where slices are drawn from.
         slices: per batch.
         sigma_range: noise levels, in tissue brightness.
         seed: of the noise.
@@ -39,7 +39,7 @@ class Batches:
         self.pool, self.slices, self.sigma_range, self.seed = pool, slices, sigma_range, seed
 
     def make(self, step: int) -> Batch:
-        """That of a step; noise levels are log-normal, clipped to their range."""
+        """The batch of one step; noise levels are log-normal, clipped to `sigma_range`."""
         clean, voxel_mm = self.pool.batch(step, self.slices)
         rng = np.random.default_rng([self.seed, 3, step])
         sigma = np.exp(rng.normal(math.log(0.1), 1.2, len(clean))).clip(*self.sigma_range)
@@ -48,11 +48,11 @@ class Batches:
 
     @contextmanager
     def ahead(self, steps: range, workers: int, device: torch.device | str = "cpu", elsewhere: bool | None = None) -> Iterator[Iterator[Batch]]:
-        """Those of all steps, in order and on `device`, computed by `workers` threads ahead of whoever takes them.
+        """The batches of all steps, in order and on `device`, computed ahead of the consumer by `workers` threads.
 
         Args:
-            elsewhere: whether those threads are in a process of their own; by default for a GPU. In the same process they
-                take the interpreter from a loop that has a thousand kernels to launch in every step
+            elsewhere: whether those threads run in a separate process; by default only for a GPU. In the same process
+                they hold up, through the GIL, a loop that launches a thousand kernels per step
                 (tests/benchmarks/batch_speed.py).
         """
         device = torch.device(device)

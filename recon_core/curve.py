@@ -1,4 +1,4 @@
-"""The curve of a training run: its losses, and what validation found."""
+"""The curve of a training run: its losses and validation results."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ VOXEL_BINS_MM = (0.5, 1.0, 1.5, 2.5, 4.0)
 
 
 class Curve:
-    """Running mean of the loss per noise level and per voxel size, kept as CSV; a resumed run goes on with it.
+    """Running mean of the loss per noise level and per voxel size, written to a CSV file that a resumed run continues.
 
     Args:
-        path: of the .csv; None for none.
-        start: step the run begins with; 0 begins a new file.
+        path: of the .csv; None to write no file.
+        start: step the run begins with; 0 starts a new file.
         means: running means at that step; the file's last row may be many steps older.
     """
 
@@ -33,14 +33,14 @@ class Curve:
             csv.writer(file).writerows(kept)
 
     def add(self, step: int, totals: Tensor, loss: Tensor, lesson: Tensor | None, batch: Batch) -> None:
-        """What a step left, to be looked at by `settle`: all processes' totals, the losses [slices] of a batch, and the lesson's."""
+        """Queue the results of a step for `settle`: the totals of all processes, the losses [slices] of a batch, and that of the lesson."""
         self.pending.append((step, totals, loss, lesson, batch.sigma, batch.voxel_mm))
 
     def settle(self) -> None:
-        """Take into the means what was added.
+        """Update the means with what was added.
 
         Raises:
-            ValueError: if a total was not finite; nothing may be written of a run after that.
+            ValueError: if a total was not finite; nothing of the run may be saved after that.
         """
         for step, totals, loss, lesson, sigma, voxel_mm in self.pending:
             if not bool(torch.isfinite(totals).all()):
@@ -51,7 +51,7 @@ class Curve:
                     inside = loss[(value >= low) & (value < high * 1.0001)]
                     if inside.numel():
                         self._mean(f"{name}<{high:g}", float(inside.mean()))
-            if lesson is not None:  # share of the error in the solver's own states that the prior leaves
+            if lesson is not None:  # share of the error in the solver's own states that the prior does not remove
                 self._mean("own states", float(lesson))
         self.pending.clear()
 
@@ -59,7 +59,7 @@ class Curve:
         self.values[key] = 0.99 * self.values.get(key, new) + 0.01 * new
 
     def note(self, measured: dict[str, float]) -> None:
-        """Validation to stand in the next row."""
+        """Validation results to write with the next rows."""
         self.notes = measured
 
     def report(self) -> str:
@@ -67,7 +67,7 @@ class Curve:
         return "loss " + " ".join(f"{key} {value:.4f}" for key, value in sorted(self.values.items()))
 
     def write(self, step: int) -> None:
-        """Append a row to the file."""
+        """Append one row per value to the file."""
         with self.path.open("a", newline="") as file:
             writer = csv.writer(file)
             for key, value in sorted({**self.values, **self.notes}.items()):

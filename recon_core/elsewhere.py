@@ -1,4 +1,4 @@
-"""Work for a training loop that is done in processes of its own, so that the loop keeps the interpreter to itself."""
+"""Work for a training loop, done in separate processes so that the loop does not share the interpreter (GIL)."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ IMPORTED_ONCE = ["recon_core.batches", "recon_core.rehearsal"]
 
 
 def made_elsewhere(work: Dataset, workers: int, **loading: Any) -> Iterator[Any]:
-    """The items of `work`, in order, made ahead by `workers` processes; closing this ends them.
+    """The items of `work`, in order, made ahead by `workers` processes; closing the iterator ends them.
 
-    They are forks of a process that never saw CUDA, which would break, and that has imported the modules once for all of them.
+    The processes are forked from a server that has never initialised CUDA, which does not survive a fork, and that has
+    imported the modules once for all of them.
 
     Args:
-        work: of the kind that DataLoader takes.
+        work: a dataset for DataLoader.
         loading: further arguments of DataLoader.
 
     Raises:
-        ValueError: that `work` raised, in its own words.
+        ValueError: raised by `work`, with its original message.
     """
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(IMPORTED_ONCE)
@@ -33,7 +34,7 @@ def made_elsewhere(work: Dataset, workers: int, **loading: Any) -> Iterator[Any]
 
 
 class _QuietItems(Dataset):
-    """Hands a ValueError over instead of raising it, or its sentence would drown in a traceback."""
+    """Returns a ValueError instead of raising it, which would bury its message in a traceback."""
 
     def __init__(self, work: Dataset):
         self.work = work
@@ -46,7 +47,7 @@ class _QuietItems(Dataset):
 
 
 class _QuietStream(IterableDataset):
-    """The same of what has no numbers."""
+    """The same for an iterable dataset."""
 
     def __init__(self, work: IterableDataset):
         self.work = work

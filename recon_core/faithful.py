@@ -1,10 +1,11 @@
-"""The variational method as it was published: the reference that the fast one is measured against.
+"""The variational method as published: the reference that the fast one is measured against.
 
 Adam on the voxels, or on another representation of the volume (arXiv 2412.18584): each iteration adds to the
-gradient of the data term that of a truncated diffusion objective on random slabs of all three orientations, every
-slice noised at a random level of its own. The network's Jacobian is replaced by the identity ("stabilised"), which leaves x - D(x + s n) as the direction;
-the weight of a slice is its own, s (Mardani et al., arXiv 2305.04391), so that a slice at s pulls with
-1 / sqrt(1 + s^2), s in the published units; the published code takes one mean weight for all slices instead. A prior in function space (neural_operator.py) is told the voxels and given smooth noise.
+gradient of the data term that of a truncated diffusion objective on random slabs of all three orientations, with every
+slice noised at its own random level s. The network's Jacobian is replaced by the identity ("stabilised"), which leaves
+x - D(x + s n) as the direction. Each slice is weighted by its own s (Mardani et al., arXiv 2305.04391), so that it pulls
+with 1 / sqrt(1 + s^2), s in the published units; the published code uses one mean weight for all slices instead. A prior
+in function space (neural_operator.py) is told the voxel size and given smooth noise.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from .representation import Grid, Representation
 from .slices import Denoiser, complex_noise, denoise_planes, usable_axes
 from .state import State
 
-RMS = 0.6  # of a head's whole volume in units of tissue brightness; the published numbers are in units of the former
+RMS = 0.6  # of a head's whole volume, in units of tissue brightness; the published numbers are in units of this RMS
 
 
 @dataclass(frozen=True)
 class FaithfulConfig:
-    """Published settings; `weight` is the published lambda times the number of coils, which its loss averages over.
+    """Published settings; `weight` is the published lambda times the number of coils, as the published loss averages over coils.
 
-    Of 0.005, 0.02 and 0.08 the last was best on a head left out of training, 0.02 nearly as good. With `prior_voxel_mm`
-    the prior sees the volume in voxels of that size (0: in those of the scan), as the representation makes it.
+    Of the weights 0.005, 0.02 and 0.08 the last was best on a held-out head, with 0.02 nearly as good. With `prior_voxel_mm`
+    the representation renders the volume for the prior in voxels of that size (0: those of the scan).
     """
 
     iterations: int = 200
@@ -50,19 +51,19 @@ def reconstruct_faithful(
 ) -> Iterator[State]:
     """Yield a State after every iteration; ends with the last iterate.
 
-    Voxels begin with the zero-filled image, other representations with `start`.
+    Voxels start from the zero-filled image, other representations from `start`.
 
     Args:
         measurement: the inverse problem.
         prior: D(slices [slices 2 h w], sigma [slices]).
-        start: volume [z y x], the CG-SENSE image, which gives the intensity scale too.
-        seed: of the random slabs and noise, and of what else a representation begins with.
+        start: volume [z y x], the CG-SENSE image, which also sets the intensity scale.
+        seed: of the random slabs and noise, and of the representation's random initial values.
     """
     random = torch.Generator().manual_seed(seed)
     scale, _, image, target = measurement.in_tissue_units(start)
     here, mesh = tuple(target.shape), prior_mesh(measurement, config)
     mesh_mm = tuple(mm * n / seen for mm, n, seen in zip(measurement.voxel_mm, here, mesh))
-    first = target if config.representation is Grid else image  # zero-filled, as published; others are fitted to the better one
+    first = target if config.representation is Grid else image  # zero-filled, as published; other representations are fitted to the better image
     x = config.representation(first, tuple(max(pair) for pair in zip(here, mesh)), seed)
     rate, energy = config.learning_rate * RMS, measurement.energy / scale**2
     x.fit(first, rate)
@@ -85,20 +86,20 @@ def reconstruct_faithful(
 
 
 def prior_mesh(measurement: Measurement, config: FaithfulConfig) -> tuple[int, int, int]:
-    """The matrix (z, y, x) that the prior sees the field of view on."""
+    """The matrix (z, y, x) on which the prior sees the field of view."""
     if not config.prior_voxel_mm:
         return tuple(measurement.adjoint.shape)
     return tuple(max(1, round(n * mm / config.prior_voxel_mm)) for n, mm in zip(measurement.adjoint.shape, measurement.voxel_mm))
 
 
 def data_gradient(measurement: Measurement, volume: Tensor, target: Tensor, energy: float) -> tuple[float, Tensor]:
-    """||A x - y||^2 / 2 and its gradient A^H A x - A^H y for x [z y x]; target is A^H y, energy ||y||^2."""
+    """||A x - y||^2 / 2 and its gradient A^H A x - A^H y for x [z y x]; target is A^H y, energy is ||y||^2."""
     mapped = measurement.operator.normal(volume)
     return 0.5 * (energy + inner(volume, mapped - 2 * target)), mapped - target
 
 
 def prior_gradient(volume: Tensor, voxel_mm: Sequence[float], prior: Denoiser, config: FaithfulConfig, random: torch.Generator) -> tuple[float, Tensor, int]:
-    """The diffusion objective of random slabs of [z y x] in all orientations, its gradient, scaled to all slices, and how many were denoised."""
+    """The diffusion objective on random slabs of `volume` [z y x] in all orientations, its gradient (both scaled to all slices), and how many were denoised."""
     axes, levels = usable_axes(tuple(volume.shape)), noise_levels(config)
     penalty, gradient, spent = 0.0, torch.zeros_like(volume), 0
     for axis in axes:
@@ -113,14 +114,14 @@ def prior_gradient(volume: Tensor, voxel_mm: Sequence[float], prior: Denoiser, c
 
 
 def on_voxels(prior: Denoiser, voxel_mm: tuple[float, float]) -> tuple[Denoiser, Callable[[Tensor], Tensor]]:
-    """`prior` for slices with voxels of (h, w) mm, and what makes the noise that it knows of white noise."""
+    """`prior` for slices with voxels of `voxel_mm` (h, w), and a function that turns white noise into the kind it was trained on."""
     if isinstance(prior, Prior):
         return partial(prior, voxel_mm=voxel_mm), partial(prior.unit_noise, voxel_mm=voxel_mm)
     return prior, lambda white: white
 
 
 def slice_gradient(planes: Tensor, prior: Denoiser, noise: Callable[[Tensor], Tensor], sigma: Tensor, random: torch.Generator) -> tuple[Tensor, float]:
-    """(x - D(x + s n)) / sqrt(1 + (s / RMS)^2) for complex planes [slices h w] with s [slices], and the objective's value; n is `noise` of white noise."""
+    """(x - D(x + s n)) / sqrt(1 + (s / RMS)^2) for complex planes [slices h w] and s [slices], and the objective's value; n is `noise` applied to white noise."""
     s = sigma.to(planes.device)[:, None, None]
     difference = planes - denoise_planes(planes + s * noise(complex_noise(planes, random)), prior, s[:, 0, 0])
     return difference / torch.sqrt(1 + (s / RMS) ** 2), float(0.5 * (difference.abs().square() / s).double().sum())
@@ -134,11 +135,11 @@ def random_slabs(length: int, config: FaithfulConfig, random: torch.Generator) -
 
 
 def noise_levels(config: FaithfulConfig) -> Tensor:
-    """Those that slices are noised at, in tissue brightness."""
+    """The levels that slices are noised at, in tissue brightness."""
     return diffusion_levels()[1 : config.last_time + 1] * RMS
 
 
 def diffusion_levels() -> Tensor:
-    """sigma / alpha of the linear schedule 1e-4 to 0.02 (Ho et al., arXiv 2006.11239), index = time."""
+    """sigma / alpha of the linear schedule from 1e-4 to 0.02 (Ho et al., arXiv 2006.11239), indexed by time."""
     alpha = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
     return ((1 - alpha) / alpha).sqrt().float()

@@ -1,7 +1,7 @@
-"""Gaussian splatting for volumes: many Gaussians of complex amplitude, each with a place, widths and directions.
+"""Gaussian splatting for volumes: many Gaussians of complex amplitude, each with its own position, widths and directions.
 
-Volumes are made of them as in Kerbl et al. (arXiv 2308.04079), with sums over voxels in place of rays: every Gaussian
-adds to the voxels of a cube around it, so that the cost grows with their number, not with the volume.
+Volumes are rendered as in Kerbl et al. (arXiv 2308.04079), but onto voxels instead of along rays: every Gaussian adds to
+the voxels of a cube around it, so that the cost grows with the number of Gaussians, not with the volume.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from torch import Tensor
 from .representation import PUBLISHED, Representation, Shape
 
 SHARE = 0.5  # Gaussians per voxel of the object
-WIDTH = 0.6  # of each at first, in units of their spacing
-REACH = 2.5  # standard deviations to the side of the cube
-WIDEST = 4  # voxels of the scan's mesh from the middle of a cube to its side, at most
-RATE, PLACE_RATE, WIDTH_RATE = 0.06, 0.05, 0.02  # of Adam, for amplitudes in tissue units, places in voxels and the logarithm of widths
-AT_ONCE = 1 << 20  # voxels of cubes in memory
-EMPTY = 0.05  # of tissue brightness, where there is no object
+WIDTH = 0.6  # initial standard deviation, in units of their spacing
+REACH = 2.5  # standard deviations from the centre of a cube to its face
+WIDEST = 4  # voxels of the scan's mesh from the centre of a cube to its face, at most
+RATE, PLACE_RATE, WIDTH_RATE = 0.06, 0.05, 0.02  # Adam learning rates for amplitudes in tissue units, positions in voxels and the logarithms of widths
+AT_ONCE = 1 << 20  # voxels of cubes in memory at a time
+EMPTY = 0.05  # of tissue brightness: darker voxels count as no object
 
 
 class Gaussians(Representation):
-    """Places and widths are in voxels of `start`; `factor` [gaussians 3 3], lower triangular, is the root of the inverse covariance."""
+    """Positions and widths are in voxels of `start`; `factor` [gaussians 3 3] is the lower-triangular Cholesky factor of the inverse covariance."""
 
     fit_steps = 100
     fit_settles = True
@@ -35,7 +35,7 @@ class Gaussians(Representation):
         weight = start.abs().clamp_max(1).flatten().cpu()
         count = max(1, math.ceil(SHARE * int((weight > EMPTY).sum())))
         luck = -torch.log(-torch.log(torch.rand(weight.shape, generator=random).clamp(1e-12, 1 - 1e-7)))
-        chosen = torch.topk(torch.log(weight + 1e-6) + luck, min(count, weight.numel())).indices  # by weight without replacement (Gumbel); multinomial takes no more than 2^24
+        chosen = torch.topk(torch.log(weight + 1e-6) + luck, min(count, weight.numel())).indices  # weighted, without replacement (Gumbel top-k); multinomial is limited to 2^24
         places = torch.stack(torch.unravel_index(chosen, self.shape), -1).float()
         spacing = SHARE ** (-1 / 3)
         width = WIDTH * spacing
@@ -47,7 +47,7 @@ class Gaussians(Representation):
         self.to(start.device)
 
     def groups(self, rate: float) -> list[dict]:
-        """Rates of their own, that of amplitudes RATE where that of brightness is the published one: many Gaussians make up one voxel."""
+        """Learning rates of their own, as many Gaussians make up one voxel; that of amplitudes is RATE if `rate` is PUBLISHED."""
         return [
             {"params": [self.amplitudes], "lr": RATE * rate / PUBLISHED},
             {"params": [self.places], "lr": PLACE_RATE},
@@ -56,7 +56,7 @@ class Gaussians(Representation):
 
     @property
     def factor(self) -> Tensor:
-        """[gaussians 3 3], positive on the diagonal."""
+        """[gaussians 3 3], with a positive diagonal."""
         out = torch.diag_embed(self.logarithms.exp())
         row, column = torch.tril_indices(3, 3, -1)
         return out.index_put((torch.arange(len(out), device=out.device)[:, None], row.to(out.device), column.to(out.device)), self.shears)
@@ -70,10 +70,10 @@ class Gaussians(Representation):
 
 
 class Splat(torch.autograd.Function):
-    """sum_i a_i exp(-|F_i^T (r - p_i)|^2 / 2) at all voxels r [z y x], each Gaussian cut off at the side of its cube.
+    """sum_i a_i exp(-|F_i^T (r - p_i)|^2 / 2) at all voxels r [z y x], each Gaussian truncated to its cube.
 
-    Places p [gaussians 3] in voxels, factors F [gaussians 3 3] in 1 / voxels, complex amplitudes a [gaussians], and `cubes`.
-    Nothing is kept for the way back but these.
+    Takes positions p [gaussians 3] in voxels, factors F [gaussians 3 3] in 1 / voxels, complex amplitudes a [gaussians], and
+    `cubes`. Only these are saved for the backward pass.
     """
 
     @staticmethod
@@ -102,7 +102,7 @@ class Splat(torch.autograd.Function):
 
 
 def bells(places: Tensor, factor: Tensor, offsets: Tensor, shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Voxel numbers, r - p, F^T (r - p) and the Gaussians' values, [gaussians voxels ...]; outside of the mesh values are 0."""
+    """Flat voxel indices, r - p, F^T (r - p) and the values of the Gaussians, each [gaussians voxels ...]; values outside the mesh are 0."""
     nearest = places.round()
     at = nearest.long()[:, None] + offsets
     limit = torch.tensor(shape, device=at.device)
@@ -115,8 +115,11 @@ def bells(places: Tensor, factor: Tensor, offsets: Tensor, shape: Shape) -> tupl
 
 
 def cubes(factor: Tensor, most: float) -> list[tuple[Tensor, Tensor]]:
-    """Numbers of Gaussians and the offsets [voxels 3] of their cubes, of REACH standard deviations but `most` voxels from the middle, AT_ONCE at a time."""
-    widest = torch.linalg.inv(factor).square().sum(1).sqrt().amax(1)  # of each, over the axes
+    """Indices of Gaussians and the offsets [voxels 3] of their cubes, in groups of at most AT_ONCE voxels.
+
+    A cube reaches REACH standard deviations from its centre, but at most `most` voxels.
+    """
+    widest = torch.linalg.inv(factor).square().sum(1).sqrt().amax(1)  # the largest standard deviation of each, over the axes
     sides, out = (REACH * widest).ceil().clamp(1, math.ceil(most)).int(), []
     for side in sides.unique().tolist():
         line = torch.arange(-side, side + 1, device=factor.device)

@@ -1,4 +1,4 @@
-"""Every way to make the volume, behind one interface: (measurement, prior, start, config, seed) -> states."""
+"""Every reconstruction method behind one interface: (measurement, prior, start, config, seed) -> states."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from .wavelet import WaveletConfig, reconstruct_wavelet
 
 @dataclass(frozen=True)
 class Method:
-    """`title` for people; `run` yields States from the measurement, the prior (None without one) and the CG-SENSE image.
+    """`title` is for people; `run` yields States from the measurement, the prior (None if unused) and the CG-SENSE image.
 
-    `weights` names the prior that suits the method, "" if it has none: `small` has learned from the states of
-    `diffusion` too, `small-white`, of white noise alone, is the one to sample with. `larger` names the one to take
-    instead on a GPU, where the larger network costs seconds. `anytime`: every state is of use, not the last one alone.
+    `weights` names the prior that suits the method, "" if it uses none: `small` was also trained on the states of
+    `diffusion`; `small-white`, trained on white noise alone, is the one to sample with. `larger` names the prior to use
+    instead on a GPU, where the larger network costs only seconds. `anytime`: every state is usable, not just the last.
     """
 
     title: str
@@ -44,7 +44,7 @@ class Method:
 
     @property
     def uses_prior(self) -> bool:
-        """Whether it needs one."""
+        """Whether the method needs a prior."""
         return bool(self.weights)
 
     def suitable_prior(self, device: str | torch.device) -> str:
@@ -52,7 +52,7 @@ class Method:
         return self.larger if self.larger and torch.device(device).type == "cuda" else self.weights
 
     def check(self, prior: Prior) -> None:
-        """PriorError for one in function space, of which only the method as published knows how to ask."""
+        """Raise PriorError for a prior in function space, which only the published method (faithful.py) knows how to use."""
         if prior.in_function_space and self.run is not reconstruct_faithful:
             raise PriorError(f"a prior in function space does not fit {self.title}; use it with the method operator, or take another prior")
 

@@ -1,7 +1,7 @@
-"""A neural representation: features on grids of several resolutions, and a small network from them to brightness.
+"""A neural representation: features on grids of several resolutions, and a small network that maps them to brightness.
 
-As in Müller et al. (arXiv 2201.05989), with grids that are stored whole where theirs are hashed: a volume has room
-for them. It knows no matrix; that neighbours share features and network is what regularises.
+As in Müller et al. (arXiv 2201.05989), but with dense grids instead of hashed ones: for a volume they fit in memory.
+It is independent of the matrix; sharing features and network between neighbours is what regularises.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from .interpolation import interpolate
 from .representation import PUBLISHED, Representation, Shape
 
-FINEST, FACTOR, LEVELS = 1.5, 2.0, 4  # voxels of the finest mesh between points of the finest grid, from grid to grid, how many
+FINEST, FACTOR, LEVELS = 1.5, 2.0, 4  # voxels of the finest mesh per point of the finest grid, ratio of spacing between grids, number of grids
 FEATURES, WIDTH = 8, 64
-RATE = 1e-2  # of Adam
+RATE = 1e-2  # Adam learning rate
 
 
 class NeuralField(Representation):
-    """The field of view as one function; its cost is that of a pass of the network over all voxels."""
+    """The field of view as one function; a render costs one pass of the network over all voxels."""
 
     fit_steps = 200
 
@@ -36,7 +36,7 @@ class NeuralField(Representation):
         self.to(start.device)
 
     def groups(self, rate: float) -> list[dict]:
-        """A rate of its own, RATE where that of brightness is the published one."""
+        """A learning rate of its own, RATE if `rate` is PUBLISHED."""
         return [{"params": list(self.parameters()), "lr": RATE * rate / PUBLISHED}]
 
     def forward(self, shape: Shape) -> Tensor:

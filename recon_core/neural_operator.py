@@ -1,10 +1,10 @@
-"""Diffusion in function space: a network that is told the size of the voxels, and noise that is the same field on all of them.
+"""Diffusion in function space: a network that is told the voxel size, and noise that is the same field whatever the voxels.
 
-After infinity-Diff (Bond-Taylor and Willcocks, arXiv 2303.18242). The image is a function that any mesh samples.
-Layers are integrals: kernels lie in millimetres and are sampled anew for each voxel size, a U-Net in their middle always
-works on cells of CELL_MM, and between them stand functions of one point. White noise is no function (its value at a
-point would grow as voxels shrink): the noise here is white noise smoothed over NOISE_MM, one field that every scan
-sees with its own voxels.
+After infinity-Diff (Bond-Taylor and Willcocks, arXiv 2303.18242). The image is a function that any mesh can sample.
+Layers are integrals with kernels defined in millimetres and resampled for each voxel size, a U-Net in the middle always
+works on cells of CELL_MM, and pointwise functions come in between. White noise is not a function (its value at a point
+would grow as voxels shrink), so the noise here is white noise smoothed over NOISE_MM: one field, which every scan
+samples with its own voxels.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from .unet import NoiseLevel, UNet
 
-TAP_MM = 2.0  # between the learned values of a kernel, and the voxel size that is trained on
+TAP_MM = 2.0  # spacing of the learned values of a kernel, and the voxel size of training
 CELL_MM = 4.0
 NOISE_MM = 1.0  # standard deviation of the Gaussian that smooths the noise
 Voxel = tuple[float, float]
 
 
 class Integral(nn.Module):
-    """Residual layer: each feature's integral with a kernel of `taps` x `taps` values TAP_MM apart, then a function of all of them at each point."""
+    """Residual layer: each feature is integrated with a kernel of `taps` x `taps` values TAP_MM apart, followed by a pointwise function of all features."""
 
     def __init__(self, channels: int, taps: int, embedding: int):
         super().__init__()
@@ -44,12 +44,12 @@ class Integral(nn.Module):
 
 
 class NeuralOperator(nn.Module):
-    """Maps functions to functions, sampled on voxels of any size; zero output when untrained.
+    """Maps functions to functions, sampled on voxels of any size; the untrained output is zero.
 
     Args:
         channels: features at each point.
         taps: side of the kernels, in units of TAP_MM.
-        coarse: features per level of the U-Net in cells of CELL_MM.
+        coarse: features per level of the U-Net on cells of CELL_MM.
         io_channels: real channels of a slice (2: real and imaginary part).
         embedding: features of the noise-level embedding.
     """
@@ -81,7 +81,7 @@ class NeuralOperator(nn.Module):
 def sampled_kernel(kernel: Tensor, voxel_mm: Voxel) -> Tensor:
     """Kernels [channels taps taps], values TAP_MM apart, as weights [channels h w] for voxels of `voxel_mm` (h, w).
 
-    The sum of weights stays the integral, whatever the voxels; those of TAP_MM have the values themselves.
+    The sum of the weights, the kernel's integral, does not depend on the voxels; on voxels of TAP_MM the weights are the values.
     """
     high, wide = (_sampling(kernel.shape[-1], mm).to(kernel) for mm in voxel_mm)
     with torch.autocast(kernel.device.type, enabled=False):
@@ -89,7 +89,7 @@ def sampled_kernel(kernel: Tensor, voxel_mm: Voxel) -> Tensor:
 
 
 def _sampling(taps: int, voxel_mm: float) -> Tensor:
-    """[size taps]: the share of each voxel in each value, a triangle as wide as the coarser of both; columns sum to one."""
+    """Share of each value that each voxel takes [size taps]: a triangle as wide as the coarser of the two; columns sum to one."""
     width, reach = max(TAP_MM, voxel_mm), (taps // 2) * TAP_MM
     side = math.ceil((reach + width) / voxel_mm - 1e-6) - 1
     there = (torch.arange(2 * side + 1) - side) * voxel_mm
@@ -99,13 +99,13 @@ def _sampling(taps: int, voxel_mm: float) -> Tensor:
 
 
 def smooth_noise(white: Tensor, voxel_mm: Voxel) -> Tensor:
-    """The noise field as a scan with voxels of `voxel_mm` (h, w) sees it, made of white noise [... h w] of variance 1.
+    """The noise field as seen by a scan with voxels of `voxel_mm` (h, w), from white noise [... h w] of variance 1.
 
-    A coarser scan sees the field without its finer waves: as an image, by cropping its k-space. On voxels of TAP_MM the
-    variance of a point is 1.
+    A coarser scan sees the field without its high frequencies, like an image with cropped k-space. On voxels of TAP_MM
+    the variance at each point is 1.
     """
     passed = torch.ones(())
-    power = math.erf(math.pi * NOISE_MM / TAP_MM) / (2 * math.pi**0.5 * NOISE_MM)  # of the Gaussian below, integrated over the frequencies that voxels of TAP_MM see
+    power = math.erf(math.pi * NOISE_MM / TAP_MM) / (2 * math.pi**0.5 * NOISE_MM)  # of the Gaussian below, integrated over the band of voxels of TAP_MM
     for n, mm in zip(white.shape[-2:], voxel_mm):
         line = torch.exp(-2 * (math.pi * NOISE_MM * torch.fft.fftfreq(n, mm)).square())
         passed = passed[..., None] * line / (power * mm) ** 0.5

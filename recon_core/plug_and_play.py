@@ -1,6 +1,6 @@
 """Plug-and-play ADMM with the slice prior as a fixed denoiser (Venkatakrishnan et al., GlobalSIP 2013).
 
-The denoiser is one function at one noise level: the mean of the three orientations' denoised volumes.
+The denoiser is a single function at a single noise level: the mean of the volumes denoised in the three orientations.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from .state import State
 
 @dataclass(frozen=True)
 class PlugAndPlayConfig:
-    """sigma in tissue brightness, the best of five (0.03 to 0.12) on three heads left out of training; the data weigh (n / sigma)^2 as in the Gaussian model, n their noise."""
+    """sigma is in tissue brightness, the best of five (0.03 to 0.12) on three held-out heads.
+
+    Against the data the denoised volume has the weight (n / sigma)^2, n the noise of the data, as in the Gaussian model.
+    """
 
     iterations: int = 16
     sigma: float = 0.06

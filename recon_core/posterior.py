@@ -1,10 +1,10 @@
 """Posterior sampling with a slice prior: DDS along one axis, TPDM-style cycling through all three, DiffusionMBIR.
 
-A DDIM sampler (Song et al., arXiv 2010.02502) whose every denoised volume is made consistent with the data by a
-few conjugate gradients (DDS, Chung et al., arXiv 2303.05754). With `axis` None each step denoises across
-another axis, the idea of products of perpendicular priors (TPDM, Lee et al., arXiv 2303.08440). With `tv` > 0 the
-data step also holds the total variation across the slices down, by one ADMM iteration whose variables are
-kept from step to step (DiffusionMBIR, Chung et al., arXiv 2211.10655).
+A DDIM sampler (Song et al., arXiv 2010.02502) that makes every denoised volume consistent with the data by a few
+conjugate-gradient iterations (DDS, Chung et al., arXiv 2303.05754). With `axis` None the axis denoised across changes
+from step to step, the idea of products of perpendicular priors (TPDM, Lee et al., arXiv 2303.08440). With `tv` > 0 the
+data step also penalises total variation across the slices, by one ADMM iteration whose variables are kept from step to
+step (DiffusionMBIR, Chung et al., arXiv 2211.10655).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from .wavelet import soft_threshold
 
 @dataclass(frozen=True)
 class PosteriorConfig:
-    """sigma in tissue brightness, per real part; `pull` weighs the denoised volume against the unit-norm data.
+    """sigma is in tissue brightness, per real and imaginary part; `pull` weights the denoised volume against the data (||A|| <= 1).
 
-    Of pulls 0.3, 1, 3 and 10, 3 was best for each of the three on a head left out of training. DDS makes an image of each
-    readout position, which has all its data to itself. The image is one sample, not the mean of many.
+    Of the pulls 0.3, 1, 3 and 10, 3 was best for each of the three methods on a held-out head. DDS denoises one slice per
+    readout position, an independent 2D problem with data of its own. The image is one sample, not the mean of many.
     """
 
     steps: int = 80
@@ -50,7 +50,7 @@ def reconstruct_posterior(
     Args:
         measurement: the inverse problem.
         prior: D(slices [slices 2 h w], sigma).
-        start: volume [z y x], the CG-SENSE image; the sampler begins with it under noise of sigma_max.
+        start: volume [z y x], the CG-SENSE image; the sampler starts from it plus noise of sigma_max.
         seed: of the noise.
     """
     random = torch.Generator().manual_seed(seed)
@@ -71,14 +71,14 @@ def reconstruct_posterior(
 
 
 class Variation:
-    """Data step with total variation across the slices: splitting v = D x, dual u, both kept between calls."""
+    """Data step with total variation across the slices: split variable v = D x and dual u, both kept between calls."""
 
     def __init__(self, measurement: Measurement, config: PosteriorConfig, axis: int = 0):
         self.operator, self.config, self.axis = measurement.operator, config, axis
         self.v = self.u = 0.0
 
     def solve(self, target: Tensor, clean: Tensor) -> Tensor:
-        """Argmin ||Ax - y||^2 / 2 + pull ||x - clean||^2 / 2 + tv ||D x||_1, one ADMM iteration from the last; target is A^H y."""
+        """One further ADMM iteration on argmin ||Ax - y||^2 / 2 + pull ||x - clean||^2 / 2 + tv ||D x||_1; target is A^H y."""
         pull, penalty = self.config.pull, self.config.tv_penalty
 
         def normal(x: Tensor) -> Tensor:

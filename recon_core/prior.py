@@ -1,4 +1,4 @@
-"""The prior: a callable D(x, sigma) that denoises slices, and the folder it is loaded from.
+"""The prior: a callable D(x, sigma) that denoises slices, and the folders it is loaded from.
 
 Preconditioning follows Karras et al., "Elucidating the Design Space of Diffusion-Based Generative
 Models" (arXiv 2206.00364), table 1: the untrained network outputs zero, and D is then the exact
@@ -25,7 +25,7 @@ from .unet import UNet, round_weights
 
 FORMAT = 1
 WEIGHTS_DIR = Path(__file__).parent / "weights"
-TRAINED_MM = (TAP_MM, TAP_MM)  # of priors in function space
+TRAINED_MM = (TAP_MM, TAP_MM)  # voxel size that priors in function space are trained on
 ARCHITECTURES = {
     "small": partial(UNet, channels=(48, 96, 160), blocks=2, unshuffle=2),
     "base": partial(UNet, channels=(48, 96, 192, 192), blocks=3, unshuffle=1),
@@ -34,14 +34,14 @@ ARCHITECTURES = {
 
 
 class PriorError(Exception):
-    """Weights that cannot be trusted or found; the message is one sentence for the user."""
+    """Weights are missing or cannot be trusted; the message is one sentence for the user."""
 
 
 class Prior(nn.Module):
     """Denoiser D(x, sigma) for complex slices whose typical tissue has magnitude 1 (see scale.py).
 
-    sigma is the standard deviation of the real and of the imaginary part each. With `in_bf16` the network computes
-    in bf16 where it may: its output is scaled by sigma, so the rounding stays far below the noise.
+    sigma is the standard deviation of each of the real and imaginary parts. With `in_bf16` the network computes in
+    bf16 where autocast allows: its output is scaled by sigma, so the rounding stays far below the noise.
     """
 
     def __init__(self, architecture: str = "small", sigma_data: float = 0.5, card: dict | None = None):
@@ -53,21 +53,22 @@ class Prior(nn.Module):
 
     @property
     def in_function_space(self) -> bool:
-        """Whether it is told the size of the voxels, and knows smooth noise alone (neural_operator.py)."""
+        """Whether it is told the voxel size, and removes only smooth noise (neural_operator.py)."""
         return isinstance(self.net, NeuralOperator)
 
     def unit_noise(self, white: Tensor, voxel_mm: Voxel = TRAINED_MM) -> Tensor:
-        """The noise that it removes, of white noise [... h w] with voxels of `voxel_mm` (h, w): the same but in function space."""
+        """The noise that it removes, from white noise [... h w] on voxels of `voxel_mm` (h, w): unchanged unless in function space."""
         return smooth_noise(white, voxel_mm) if self.in_function_space else white
 
     def forward(self, x: Tensor, sigma: Tensor | float, voxel_mm: Voxel = TRAINED_MM) -> Tensor:
         """Denoise x [slices 2 h w] at noise level sigma, a number or [slices]; returns the same shape.
 
         Args:
-            voxel_mm: size along h and w, in function space; of no effect otherwise.
+            voxel_mm: voxel size along h and w; used in function space only.
 
         Raises:
-            ValueError: if x is not finite, but in training: asking would make a GPU wait in every step, and its loss tells.
+            ValueError: if x is not finite. Not checked in training, where it would stall a GPU at every step and the loss
+                shows it anyway.
         """
         if not self.training and not torch.compiler.is_compiling() and not bool(torch.isfinite(x).all()):
             raise ValueError("the slices given to the prior hold NaN or infinity")
@@ -80,13 +81,13 @@ class Prior(nn.Module):
 
 
 def move_weights(network: nn.Module, towards: nn.Module, share: float) -> None:
-    """Move the weights of `network`, in place, by `share` of the way to those of another one alike."""
+    """Move the weights of `network`, in place, `share` of the way towards those of another network of the same architecture."""
     with torch.no_grad():
         torch._foreach_lerp_(list(network.parameters()), list(towards.parameters()), share)
 
 
 def half_is_faster(device: str | torch.device) -> bool:
-    """Whether the device multiplies bf16 natively: GPUs from Ampere on, CPUs with AVX512-BF16 or AMX."""
+    """Whether the device multiplies bf16 natively: GPUs from Ampere onwards, CPUs with AVX512-BF16 or AMX."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -107,14 +108,14 @@ def save_prior(prior: Prior, path: str | Path, card: dict) -> None:
         "parameters": sum(t.numel() for t in tensors.values()),
         "sha256": hashlib.sha256(weights).hexdigest(),
     }
-    with replaced(path) as new, replaced(path.with_suffix(".json")) as new_card:  # both are written before either takes its place
+    with replaced(path) as new, replaced(path.with_suffix(".json")) as new_card:  # both are complete before either replaces the old file
         new.write_bytes(weights)
         new_card.write_text(json.dumps(card, indent=2) + "\n")
 
 
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """A place beside `path` to write to, which takes its place once that is done: whoever reads meanwhile, or comes after a kill, finds a whole file."""
+    """A temporary path beside `path`, renamed to it when written: a reader finds a complete file at any time, even after a kill."""
     partial = path.with_name(path.name + ".partial")
     yield partial
     os.replace(partial, path)
@@ -124,10 +125,10 @@ def load_prior(name_or_path: str | Path = "small", device: str | torch.device = 
     """Load a prior by name (see prior_folders), or by the path of its .safetensors file.
 
     Args:
-        half: whether the network computes in bf16; where that is faster by default.
+        half: whether the network computes in bf16; by default where that is faster.
 
     Raises:
-        PriorError: if weights or card are missing, damaged, or of another format version.
+        PriorError: if weights or card are missing, damaged, or have a different format version.
     """
     path = find_weights(name_or_path)
     card = read_card(path)
@@ -148,13 +149,13 @@ def load_prior(name_or_path: str | Path = "small", device: str | torch.device = 
 
 
 def prior_folders() -> list[Path]:
-    """Where weights are looked for by name: the folders in SLICEDIFF_PRIORS (a site's own), then what ships."""
+    """Where weights are looked up by name: the folders in SLICEDIFF_PRIORS (a site's own), then those shipped here."""
     own = [Path(p) for p in os.environ.get("SLICEDIFF_PRIORS", "").split(os.pathsep) if p]
     return [*own, WEIGHTS_DIR]
 
 
 def find_weights(name_or_path: str | Path) -> Path:
-    """Path of the .safetensors file for a name or a path; PriorError names what exists."""
+    """Path of the .safetensors file for a name or a path; if there is none, PriorError lists the known names."""
     named = [folder / f"{name_or_path}.safetensors" for folder in prior_folders()]
     path = next((p for p in named if p.is_file()), Path(name_or_path))
     if not path.is_file():
@@ -168,7 +169,7 @@ def _all_weights() -> list[Path]:
 
 
 def read_card(weights: Path) -> dict:
-    """Model card of a weights file; PriorError if missing, unreadable or of another format."""
+    """Model card of a weights file; PriorError if it is missing, unreadable or of another format."""
     try:
         card = json.loads(weights.with_suffix(".json").read_text())
     except (OSError, ValueError) as error:
@@ -184,7 +185,7 @@ def read_card(weights: Path) -> dict:
 
 
 def list_priors() -> list[dict]:
-    """Cards of all priors known by name, each with its name; the first of a name is the one that is used. Of one without a usable card, `error` says why."""
+    """Cards of all priors known by name, with that name; the first folder that has a name wins. Without a usable card, `error` says why."""
     first = {path.stem: path for path in reversed(_all_weights())}
     return [{"name": name, **_card_or_error(first[name])} for name in sorted(first)]
 

@@ -1,9 +1,9 @@
-"""Training on the solver's own states: what the prior is given in a reconstruction is not an image in white noise.
+"""Training on the solver's own states: in a reconstruction the prior's input is not an image in white noise.
 
-Scans of training volumes are simulated and reconstructed with the prior as it is by now, and at every sweep it also
-learns to give the true slices for those that the sweep hands to it (as in imitation learning, arXiv 1011.0686: states
-come of the learner's own actions). Errors that the measurement leaves behind (aliasing, blur, what an earlier sweep
-got wrong) look different from noise, and depend on the prior itself.
+Scans of training volumes are simulated and reconstructed with the current prior, and at every sweep it also learns to
+map the slices that it is given to the true ones (as in imitation learning, arXiv 1011.0686: the states result from the
+learner's own actions). The errors left by the measurement (aliasing, blur, mistakes of earlier sweeps) do not look like
+noise, and depend on the prior itself.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from .slices import MIN_SIDE, object_box
 from .variational import VariationalConfig, denoise_in_pose, reconstruct_variational
 from .volumes import SlicePool
 
-DRAWS = 100  # of volumes, to find one that can be scanned
-SMALLEST = 24  # voxels along the second longest side of a scan
-NOTHING_WRONG = 0.3  # of sigma: states with less error count no more for it
+DRAWS = 100  # volumes tried until one can be scanned
+SMALLEST = 24  # fewest voxels along the second longest side of a scan
+NOTHING_WRONG = 0.3  # of sigma: least error that a loss is divided by, so that nearly clean states gain no extra weight
 
 
 class Lesson(NamedTuple):
-    """What the solver gave to the prior and what would have been right: slices [slices 2 h w], in tissue units."""
+    """What the solver gave to the prior, and the correct answer: slices [slices 2 h w], in tissue units."""
 
     given: Tensor
     truth: Tensor
@@ -46,28 +46,28 @@ class Lesson(NamedTuple):
 
 
 class Rehearsal:
-    """Reconstructions of simulated scans, sweep by sweep; all randomness follows from (seed, number of the scan).
+    """Reconstructions of simulated scans, sweep by sweep; all randomness follows from (seed, scan number).
 
     Args:
-        pool: whose volumes are scanned, of every voxel size and contrast that it draws.
-        pixels: about how many of a sweep are learned from.
-        side: of the parts of slices that are learned from, at most.
+        pool: whose volumes are scanned, with every voxel size and contrast that it draws.
+        pixels: about how many pixels of each sweep to learn from.
+        side: largest side of the slice patches to learn from.
         seed: of everything random.
     """
 
-    config = VariationalConfig(held=0.0)  # a run that learned from states of a held level too came out 0.1 to 0.3 dB worse at 2 mm
-    voxels = (120_000, 200_000)  # of a scan: some seconds of work
+    config = VariationalConfig(held=0.0)  # also learning from states at a held level made a run 0.1 to 0.3 dB worse at 2 mm
+    voxels = (120_000, 200_000)  # per scan: a few seconds of work
 
     def __init__(self, pool: SlicePool, pixels: int, side: int = 64, seed: int = 0):
         self.pool, self.pixels, self.side, self.seed = pool, pixels, side, seed
 
     def lessons(self, prior: Callable, first: int = 0, device: torch.device | str = "cpu", workers: int = 0) -> Iterator[Lesson]:
-        """A lesson of every sweep of each scan from number `first` on, without end; `prior` may change between them.
+        """A lesson from every sweep of each scan from number `first` on, without end; `prior` may change between lessons.
 
         Args:
-            prior: what is to learn, on `device`.
-            workers: processes that simulate scans ahead, coil maps included, in one thread each, but for which the
-                scans are the same; with none it is done when it is asked for.
+            prior: the learner, on `device`.
+            workers: processes that simulate scans ahead, coil maps included; 0 to do so on demand. Each uses one thread,
+                which is all that can make the scans differ.
         """
         for number, (measurement, truth) in enumerate(self._scans(first, workers), start=first):
             rng = np.random.default_rng([self.seed, 6, number])
@@ -86,10 +86,10 @@ class Rehearsal:
         return made_elsewhere(_Scans(self), workers, sampler=numbers, prefetch_factor=2) if workers else map(self.scan, numbers)
 
     def scan(self, number: int) -> tuple[Measurement, Tensor]:
-        """A scan and the volume [z y x] as its coil maps combine it; drawn anew where there is nothing to see or no room for lines.
+        """A scan and the true volume [z y x] as combined with its coil maps; redrawn if too narrow, mostly air or without room for lines.
 
         Raises:
-            ValueError: if nothing that can be scanned is found.
+            ValueError: if no volume that can be scanned is found.
         """
         rng = np.random.default_rng([self.seed, 4, number])
         for draw in range(DRAWS):
@@ -102,7 +102,7 @@ class Rehearsal:
 
 
 class _Scans(Dataset):
-    """Scans by number, for processes that make them."""
+    """Scans by number, for worker processes."""
 
     def __init__(self, rehearsal: Rehearsal):
         self.rehearsal = rehearsal
@@ -112,19 +112,19 @@ class _Scans(Dataset):
 
 
 def _noted(states: list, truth: Tensor, volume: Tensor, prior: Callable, sigma: float, axis: int, chosen: Tensor, pose: Pose) -> int:
-    """denoise_in_pose, but what is given to the prior is added to `states` first, with the truth: slices [2 slices h w], sigma and pose."""
+    """denoise_in_pose, but first append the prior's input and the truth, slices [2 slices h w], with sigma and pose, to `states`."""
     states.append((torch.stack([v.movedim(axis, 0) for v in (volume, truth)]), sigma, pose))
     return denoise_in_pose(volume, prior, sigma, axis, chosen, pose)
 
 
 def lesson_loss(prior: Callable[[Tensor, Tensor], Tensor], lesson: Lesson) -> Tensor:
-    """Squared error of each slice [slices] that the prior leaves, over the mean of what it was given."""
+    """Mean squared error of each slice [slices] after the prior, relative to the mean over all slices before it."""
     error = (lesson.pose.seen_by(prior)(lesson.given, lesson.sigma) - lesson.truth).square().mean(dim=(1, 2, 3))
     return error / (lesson.given - lesson.truth).square().mean().clamp_min((NOTHING_WRONG * lesson.sigma) ** 2)
 
 
 def of_few_shapes(prior: Callable[[Tensor, float], Tensor]) -> Callable[[Tensor, float], Tensor]:
-    """`prior` on slices padded to sides, and a number, that are multiples of 32: cuDNN plans every shape anew, for longer than the slices take."""
+    """`prior` with the sides and number of slices padded to multiples of 32: cuDNN plans every new shape, which takes longer than denoising."""
 
     def denoise(slices: Tensor, sigma: float) -> Tensor:
         count, _, height, width = slices.shape
@@ -136,7 +136,10 @@ def of_few_shapes(prior: Callable[[Tensor, float], Tensor]) -> Callable[[Tensor,
 
 
 def _parts(slices: Tensor, side: int, pixels: int, rng: np.random.Generator) -> Tensor:
-    """Random parts of about so many pixels together, [... parts h w] of `slices` [... slices h w]; h and w multiples of 8 or all there is, so that few shapes occur."""
+    """Random patches [... parts h w] of `slices` [... slices h w], about `pixels` pixels in total.
+
+    To keep shapes few, h and w are multiples of 8, or the whole side below 8.
+    """
     count, *sides = slices.shape[-3:]
     height, width = (min(side, n - n % 8 or n) for n in sides)
     parts = max(1, pixels // (height * width))
@@ -151,7 +154,7 @@ def _channels(planes: Tensor) -> Tensor:
 
 
 def _tile(volume: Tensor, voxels: tuple[int, int], rng: np.random.Generator) -> Tensor | None:
-    """Part of a volume to scan, with phase: a volume, single planes across the readout, or a few slices; None if it is air."""
+    """Part of a volume to scan, with phase: a block, a few planes across the readout, or a few slices; None if too narrow or mostly air."""
     kind = rng.choice(["volume", "planes", "slices"], p=[0.55, 0.28, 0.17])
     z, y = (min(n, int(rng.integers(64, 110))) for n in volume.shape[:2])
     x = int(rng.uniform(*voxels) / (z * y))
@@ -170,7 +173,7 @@ def _tile(volume: Tensor, voxels: tuple[int, int], rng: np.random.Generator) -> 
 
 
 def _mask(shape: tuple[int, int], rng: np.random.Generator) -> Tensor | None:
-    """Lines [z y] of an acceleration between 1.5 and 12; of few slices only along y. None where the calibration lines leave no room."""
+    """Sampled lines [z y] at an acceleration of 1.5 to 12; with few slices only y is undersampled. None if the calibration lines leave no room."""
     if shape[0] < MIN_SIDE:
         lines, acs = np.arange(shape[1]), 16
         share = max(0.0, shape[1] / float(rng.choice([1.5, 2, 3, 4])) - acs) / shape[1]
@@ -184,7 +187,7 @@ def _mask(shape: tuple[int, int], rng: np.random.Generator) -> Tensor | None:
 
 
 def _coils(coils: int, shape: tuple[int, int, int], rng: np.random.Generator) -> Tensor:
-    """Receive fields [coils z y x], half the time of loops anywhere around the object, else of those on rings."""
+    """Receive fields [coils z y x]: half the time of loops anywhere around the object, otherwise of loops on rings."""
     if coils > 1 and rng.random() < 0.5:
         return loop_sensitivities(coils, shape, rng)
     sides = [axis for axis in (1, 2) if rng.random() < 0.5]
@@ -192,7 +195,7 @@ def _coils(coils: int, shape: tuple[int, int, int], rng: np.random.Generator) ->
 
 
 def _measured(volume: Tensor, voxel_mm: float, mask: Tensor, rng: np.random.Generator) -> tuple[Measurement, Tensor]:
-    """A volume [z y x] seen by 1 to 12 coils at an SNR of 8 to 60, with or without noise lines."""
+    """Scan of a volume [z y x] with 1 to 12 coils at an SNR of 8 to 60, with or without noise lines, and the volume as the coil maps combine it."""
     coils, snr, random = int(rng.choice([1, 2, 4, 6, 8, 12])), math.exp(rng.uniform(math.log(8), math.log(60))), torch.Generator().manual_seed(int(rng.integers(1 << 31)))
     images = volume * _coils(coils, tuple(volume.shape), rng)
     noise = lambda *shape: level * torch.view_as_complex(torch.randn((coils, *shape, 2), generator=random))  # noqa: E731

@@ -1,7 +1,7 @@
-"""What a variational reconstruction optimises: voxels, or something that a volume on any mesh can be made of.
+"""What a variational reconstruction optimises: voxels, or parameters that a volume on any mesh can be rendered from.
 
-A representation lives on a field of view, not on a matrix: the data see it on the matrix of the scan, the prior on
-that of its own voxel size. Beside the grid here there are `neural_field.py` and `gaussians.py`.
+A representation covers a field of view, not a matrix: the data term renders it on the matrix of the scan, the prior on
+that of its own voxel size. Besides the grid in this file there are `neural_field.py` and `gaussians.py`.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from torch import Tensor, nn
 from .fft import kspace_crop
 
 Shape = tuple[int, int, int]
-PUBLISHED = 1.2  # step of Adam for the brightness of voxels, in tissue units
+PUBLISHED = 1.2  # Adam learning rate for voxel brightness, in tissue units
 
 
 class Representation(nn.Module):
     """`forward(shape)` is the complex volume [z y x] on a mesh of `shape` over the field of view, differentiable.
 
     Every class is made from (start, finest, seed): the image to begin with [z y x], in tissue brightness, the shape of the
-    finest mesh that it will be asked for, and the seed of what is random at its start. One that does not have that image by then takes `fit_steps` towards it,
-    the last ones ever shorter if it `fit_settles`.
+    finest mesh that it will be asked for, and the seed of its random initial values. A class that cannot be initialised to
+    that image directly is fitted to it in `fit_steps`, with cosine decay of the step length if it `fit_settles`.
     """
 
     fit_steps = 0
     fit_settles = False
 
     def groups(self, rate: float) -> list[dict]:
-        """Parameters and step lengths for Adam; `rate` is that of brightness, PUBLISHED where it is as published."""
+        """Parameters and learning rates for Adam; `rate` is that of voxel brightness, PUBLISHED in the published setting."""
         return [{"params": list(self.parameters()), "lr": rate}]
 
     def fit(self, start: Tensor, rate: float) -> None:
-        """`fit_steps` of Adam towards `start` [z y x] in the least-squares sense."""
+        """Take `fit_steps` steps of Adam on the least-squares distance to `start` [z y x]."""
         if not self.fit_steps:
             return
         optimiser = torch.optim.Adam(self.groups(rate), betas=(0.9, 0.99))
@@ -42,20 +42,20 @@ class Representation(nn.Module):
         with torch.enable_grad():
             for _ in range(self.fit_steps):
                 optimiser.zero_grad()
-                torch.view_as_real(self(tuple(start.shape)) - start).square().sum().mul(0.5).backward()  # abs() has NaN for its slope at subnormal numbers
+                torch.view_as_real(self(tuple(start.shape)) - start).square().sum().mul(0.5).backward()  # the gradient of abs() is NaN at subnormal numbers
                 optimiser.step()
                 decay.step()
 
     def image(self, shape: Shape) -> Tensor:
-        """The same volume, to look at."""
+        """The same volume, without gradients, for display."""
         with torch.no_grad():
             return self(shape).detach()
 
 
 class Grid(Representation):
-    """A volume on the finest mesh, seen on others by cropping its k-space: interpolation without loss.
+    """A volume on the finest mesh, rendered on others by cropping its k-space: interpolation without loss.
 
-    On one mesh it is the volume itself.
+    On a single mesh it is the volume itself.
     """
 
     def __init__(self, start: Tensor, finest: Shape, seed: int = 0):

@@ -1,4 +1,4 @@
-"""Objects, coils, phase and sampling patterns to make scans from; deterministic given a seed."""
+"""Objects, coils, phase and sampling patterns for simulated scans; deterministic given a seed."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def phantom(shape: tuple[int, int, int] = (64, 80, 64)) -> Tensor:
 
 
 def random_phantom(rng: np.random.Generator, shape: tuple[int, int, int] = (128, 144, 120)) -> Tensor:
-    """Object as phantoms are, [z y x]: a filled body with inserts of even brightness, rods in rows and empty chambers."""
+    """Random object [z y x] in the style of physical phantoms: a filled body with uniform inserts, rows of rods and empty chambers."""
     z, y, x = torch.meshgrid(*(torch.arange(n) - n / 2 for n in shape), indexing="ij")
-    blunt = rng.uniform(1.0, 3.0) / 2  # voxels outside the edge at which an eighth of the brightness is left
+    blunt = rng.uniform(1.0, 3.0) / 2  # distance outside the edge, in voxels, at which an eighth of the brightness is left
     out = torch.zeros(shape)
 
     def part(centre, half: np.ndarray, kind: str, value: float) -> None:
@@ -81,10 +81,11 @@ def coil_sensitivity(coil: int, coils: int, shape: tuple[int, int, int]) -> Tens
 
 
 def loop_sensitivities(coils: int, shape: tuple[int, int, int], rng: np.random.Generator) -> Tensor:
-    """Receive fields [coils z y x] of loops somewhere around the object, 1 to 2 together in its middle.
+    """Receive fields [coils z y x] of loops at random places around the object.
 
-    What a loop receives is Bx - i By of the field it would make, x and y being across B0, here the first axis (Hoult,
-    Concepts Magn. Reson. 2000).
+    At its centre their root sum of squares is of order 1: on average 0.6 for 2 coils, 1.6 for 12. By reciprocity a loop
+    receives Bx - i By of the field it would make, x and y perpendicular to B0, here the first axis (Hoult, Concepts Magn.
+    Reson. 2000).
     """
     grid = torch.stack(torch.meshgrid(*((torch.arange(n) - n // 2) / (n / 2) for n in shape), indexing="ij"))
     fields = torch.empty((coils, *shape), dtype=torch.complex64)
@@ -99,9 +100,9 @@ def loop_sensitivities(coils: int, shape: tuple[int, int, int], rng: np.random.G
 
 
 def loop_field(grid: Tensor, centre: np.ndarray, moment: np.ndarray, radius: float) -> Tensor:
-    """Magnetic field [3 ...] of a loop of current at the places grid [3 ...]; moment is pi R^2 times the current, without mu0 / 4 pi.
+    """Magnetic field [3 ...] of a current loop at the positions grid [3 ...]; moment is pi R^2 times the current, mu0 / 4 pi is left out.
 
-    (3 (m.r) r + m (2 R^2 - r^2)) / (r^2 + R^2)^(5/2): exact on the loop's axis, a dipole's far away (Jackson, section 5.5, less what is odd in r).
+    (3 (m.r) r + m (2 R^2 - r^2)) / (r^2 + R^2)^(5/2): exact on the loop's axis, a dipole's field far away (Jackson, section 5.5, without terms odd in r).
     """
     column = lambda v: torch.as_tensor(v, dtype=torch.float32).reshape(3, *[1] * (grid.ndim - 1))  # noqa: E731
     away, m = grid - column(centre), column(moment)
@@ -110,7 +111,7 @@ def loop_field(grid: Tensor, centre: np.ndarray, moment: np.ndarray, radius: flo
 
 
 def smooth_phase(shape: tuple[int, int, int], seed: int = 0, amount: float = 1.0) -> Tensor:
-    """Smooth object phase in radians [z y x]: a ramp and a few slow waves."""
+    """Smooth object phase [z y x] in radians: a sum of six slow waves."""
     rng = np.random.default_rng([seed, 10])
     axes = [(torch.arange(n) - n // 2) / n for n in shape]
     z, y, x = (a.reshape([-1 if i == j else 1 for j in range(3)]) for i, a in enumerate(axes))
@@ -127,7 +128,7 @@ def sampling_mask(
     """Boolean phase-encode mask [z y] with about z*y/acceleration lines, calibration square included.
 
     Raises:
-        ValueError: for an unknown pattern, or an acceleration that the calibration lines alone exceed.
+        ValueError: for an unknown pattern, or if the calibration lines alone take over 90 % of the lines at this acceleration.
     """
     if pattern == "full" or acceleration <= 1:
         return np.ones(shape, bool)
@@ -156,9 +157,9 @@ def _regular(shape: tuple[int, int], acceleration: float) -> np.ndarray:
 
 
 def _poisson(shape: tuple[int, int], wanted: float, centre: np.ndarray, seed: int) -> np.ndarray:
-    """Variable-density Poisson disc inside the k-space ellipse; bisection on the disc size."""
+    """Variable-density Poisson-disc sampling inside the k-space ellipse; the disc size is found by bisection."""
     acceleration = shape[0] * shape[1] / wanted
-    widest = 2.0 * (acceleration if min(shape) == 1 else math.sqrt(acceleration))  # along a single row nothing is gained from the other axis
+    widest = 2.0 * (acceleration if min(shape) == 1 else math.sqrt(acceleration))  # in a single row the acceleration comes from one axis alone
     low, high, mask = 0.1, widest, centre
     for _ in range(10):
         middle = (low + high) / 2

@@ -1,4 +1,4 @@
-"""The processes that train together: one, or as many as torchrun started."""
+"""The processes that train together: one, or those that torchrun started."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 
 class Team:
-    """Rank and size of a training run, and what the ranks do together.
+    """Rank and size of a training run, and what its ranks do collectively.
 
-    Every rank draws the whole batch and takes its share, so that a run follows from its seed alone and
-    does not change with the number of processes.
+    Every rank draws the whole batch and takes its share, so that a run is determined by its seed and
+    does not depend on the number of processes.
     """
 
     def __init__(self, device: torch.device, rank: int = 0, size: int = 1):
@@ -24,13 +24,13 @@ class Team:
     @classmethod
     @contextmanager
     def join(cls, device: str = "auto") -> Iterator[Team]:
-        """The team that torchrun's environment describes, one process without it; leaves it at the end.
+        """The team described by torchrun's environment, or a single process without it; left when the context exits.
 
         Args:
-            device: auto (a GPU per process if there are any), cpu or cuda.
+            device: auto (one GPU per process if CUDA is available), cpu or cuda.
 
         Raises:
-            ValueError: if CUDA was asked for and is not there.
+            ValueError: if CUDA was requested but is not available.
         """
         cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
         if cuda and not torch.cuda.is_available():
@@ -41,11 +41,11 @@ class Team:
             yield cls(where)
             return
         if cuda:
-            torch.cuda.set_device(where)  # nccl would guess it from the rank among all machines' processes
+            torch.cuda.set_device(where)  # otherwise nccl guesses it from the global rank, wrong with several machines
         dist.init_process_group("nccl" if cuda else "gloo")
         try:
             yield cls(where, rank, size)
-            dist.barrier()  # nobody may leave while another still talks
+            dist.barrier()  # no rank may leave while another is still communicating
         finally:
             dist.destroy_process_group()
 
@@ -55,17 +55,17 @@ class Team:
         return self.rank == 0
 
     def share(self, batch: Tensor) -> Tensor:
-        """This rank's part of a batch [n ...], on its device."""
+        """This rank's share of a batch [n ...], on its device."""
         return batch[self.rank :: self.size].to(self.device, non_blocking=True)
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model with gradients averaged over the team."""
+        """The model, with its gradients averaged over the team."""
         if self.size == 1:
             return model
         return nn.parallel.DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def gather(self, values: Tensor) -> Tensor:
-        """Everybody's values [n] in the order of the batch they were shared from."""
+        """The values [n] of all ranks, in the order of the batch that `share` split."""
         if self.size == 1:
             return values
         parts = [torch.empty_like(values) for _ in range(self.size)]

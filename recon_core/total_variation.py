@@ -1,7 +1,7 @@
-"""Compressed sensing with isotropic total variation in three dimensions, of the complex volume.
+"""Compressed sensing with isotropic 3D total variation of the complex volume.
 
 Minimises ||A x - y||^2 / 2 + threshold * sum |grad x| by the primal-dual method of Condat (J. Optim. Theory
-Appl. 2013, algorithm 3.1), whose steps follow from ||A|| <= 1 and ||grad||^2 <= 12.
+Appl. 2013, algorithm 3.1), whose step sizes follow from ||A|| <= 1 and ||grad||^2 <= 12.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PRIMAL, DUAL = 1.0, 0.5 / 12  # 1 / PRIMAL - 12 * DUAL >= 1 / 2
 
 @dataclass(frozen=True)
 class TotalVariationConfig:
-    """The threshold is strength * n, with n the noise of the data; found by experiment on heads left out of training."""
+    """The threshold is strength * n, with n the noise of the data; strength was tuned on held-out heads."""
 
     iterations: int = 80
     strength: float = 0.15

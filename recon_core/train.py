@@ -3,11 +3,11 @@
     slicediff train VOLUMES... --out prior.safetensors
     torchrun --nproc-per-node 4 -m gadgets.cli train VOLUMES... --out prior.safetensors
 
-The network learns to remove Gaussian noise of every level from slices of every orientation and voxel
-size. All randomness follows from (seed, step) and the state is written every minute, so a killed run
-continues where it was, and several processes do what one would. The learning rate is constant and falls
-linearly to zero over the last fifth, so that `--steps` may be changed when a run is resumed; volumes and
-the options that decide what is learned may not.
+The network learns to remove Gaussian noise of any level from slices of any orientation and voxel size.
+All randomness follows from (seed, step) and the state is saved every minute, so a killed run continues
+where it left off, and several processes train as one would. The learning rate is constant, then falls
+linearly to 1 % over the last fifth, so that `--steps` may be changed when a run is resumed; the volumes
+and the options that decide what is learned may not.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from .team import Team
 from .validation import Validation
 from .volumes import SlicePool, Volume
 
-MAY_CHANGE = {"steps", "save_every_s", "validate_every", "device", "start_share", "workers", "scan_workers"}  # options, when a run is resumed
+MAY_CHANGE = {"steps", "save_every_s", "validate_every", "device", "start_share", "workers", "scan_workers"}  # options that may differ when a run is resumed
 
 
 class TrainOptions(BaseModel):
-    """What a training run depends on; on `workers` only its speed does."""
+    """What a training run depends on; `workers` affects only its speed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -71,27 +71,27 @@ def train(
     validation: Sequence[Volume] = (),
     show: Callable[[int, Tensor], None] = lambda step, images: None,
 ) -> Prior:
-    """Train, or go on training, and write weights and card to `out`; returns the averaged prior.
+    """Train, or resume training, and write weights and card to `out`; returns the averaged prior.
 
-    What is written is the running average of the weights, mixed with those that it started from if there were any
-    (start_share). Beside `out` stand its .checkpoint and its .csv, the curve of losses and validations.
+    What is written is the running average of the weights, mixed with the weights that training started from, if any
+    (start_share). The .checkpoint and the .csv, the curve of losses and validations, are written beside `out`.
 
     Args:
-        validation: volumes to measure on, not to be trained on.
-        show: given noisy, denoised and clean validation slices [3 slices h w] now and then.
+        validation: held-out volumes to measure on.
+        show: called at every validation with noisy, denoised and clean slices [3 slices h w].
 
     Raises:
-        ValueError: if `out` does not end in .safetensors, there are no volumes, the batch cannot be shared out, the
-            checkpoint is of another run, or a loss is not finite.
+        ValueError: if `out` does not end in .safetensors, there are no volumes, the batch cannot be split evenly among
+            the processes, the checkpoint belongs to another run, or a loss is not finite.
     """
     check_out(out)
-    shapes_recur = not options.own_states  # every scan has slices of other sizes
+    shapes_recur = not options.own_states  # with lessons, slice sizes differ from scan to scan
     with Team.join(options.device) as team, fastest_convolutions(shapes_recur), ExitStack() as threads:
         return _train(team, threads, volumes, out, options, log, validation, show)
 
 
 def check_out(out: Path) -> None:
-    """ValueError for weights without a folder, or with another ending: they would share checkpoint and curve with those that have the right one."""
+    """Raise ValueError if the folder of `out` is missing or its suffix is not .safetensors: it would then share checkpoint and curve with the file that has it."""
     if out.suffix != ".safetensors":
         raise ValueError(f"weights are written to a file that ends in .safetensors, got {out}")
     if not out.parent.is_dir():
@@ -99,12 +99,12 @@ def check_out(out: Path) -> None:
 
 
 class Run:
-    """The networks of a training run and what is kept of them; it goes on where its checkpoint ends.
+    """The networks of a training run and the files written from them; continues from its checkpoint.
 
-    `average` is the running mean of the weights of `prior`; `origin` those that it started from.
+    `average` holds the running mean of the weights of `prior`, `origin` the weights that it started from.
 
     Raises:
-        ValueError: if the checkpoint is of another run.
+        ValueError: if the checkpoint belongs to another run.
     """
 
     def __init__(self, volumes: Sequence[Volume], out: Path, options: TrainOptions, device: torch.device):
@@ -116,11 +116,11 @@ class Run:
         self.start, self.means = _resume(self.checkpoint, self.made_of, self.prior, self.average, self.optimiser)
 
     def outcome(self) -> Prior:
-        """The averaged prior, mixed with what it started from if it did."""
+        """The averaged prior, mixed with the weights it started from if `start_from` is set."""
         return mixture(self.average, self.origin, self.options.start_share if self.options.start_from else 0.0)
 
     def improve(self, loss: Tensor, step: int) -> None:
-        """One step down `loss`, and of the running mean of the weights, which is short at first."""
+        """One optimiser step on `loss` and an update of the running mean of the weights, whose window is short at first."""
         for group in self.optimiser.param_groups:
             group["lr"] = self.options.learning_rate * schedule(step, self.options.steps)
         self.optimiser.zero_grad(set_to_none=True)
@@ -130,14 +130,14 @@ class Run:
         move_weights(self.average, self.prior, 1 - min(self.options.ema_decay, (1 + step) / (10 + step)))
 
     def save(self, steps: int, means: dict[str, float]) -> None:
-        """Checkpoint, weights and card after so many steps."""
+        """Write checkpoint, weights and card after `steps` steps."""
         networks = {"prior": self.prior.state_dict(), "average": self.average.state_dict(), "optimiser": self.optimiser.state_dict()}
         with replaced(self.checkpoint) as new:
             torch.save({"step": steps, "made_of": self.made_of, **networks, "means": dict(means)}, new)
         self.write(steps)
 
     def write(self, steps: int) -> None:
-        """Weights and card alone."""
+        """Write only weights and card."""
         save_prior(self.outcome(), self.out, model_card(self.volumes, self.options, steps))
 
 
@@ -155,7 +155,7 @@ def _train(team: Team, threads: ExitStack, volumes, out: Path, options: TrainOpt
     workers = default_workers(team) if options.workers is None else options.workers
     lessons = rehearse(pool, run.prior, run.start, options, team) if options.own_states else None
     steps = range(run.start, options.steps)
-    settled_every = Rehearsal.config.sweeps if team.device.type == "cuda" else 1  # a GPU would wait at each step for what is asked about it
+    settled_every = Rehearsal.config.sweeps if team.device.type == "cuda" else 1  # reading losses back at every step would stall a GPU
     began = saved = time.monotonic()
     for step, batch in zip(steps, threads.enter_context(batches.ahead(steps, workers, team.device)), strict=True):
         loss = denoising_loss(shared, *(team.share(t) for t in (batch.clean, batch.sigma, run.prior.unit_noise(batch.noise))), run.prior.sigma_data)
@@ -179,14 +179,14 @@ def _train(team: Team, threads: ExitStack, volumes, out: Path, options: TrainOpt
         if (time.monotonic() - saved > options.save_every_s and between_scans and settled) or last:
             run.save(done, curve.values)
             saved = time.monotonic()
-    if run.start >= options.steps and team.leads:  # it had ended: written again, perhaps with another share
+    if run.start >= options.steps and team.leads:  # already complete: written again, perhaps with another start_share
         log(f"nothing is left to train: {run.checkpoint} has {run.start} of {options.steps} steps; {out} is written again")
         run.write(run.start)
     return run.outcome()
 
 
 def _validate(held_out: Validation, prior: Prior, step: int, log: Callable[[str], None], show: Callable[[int, Tensor], None]) -> dict[str, float]:
-    """Measure on volumes that are not trained on, and show it."""
+    """Measure on the held-out volumes, log the result and show images."""
     measured = held_out.measure(prior)
     log(f"step {step}  held out: " + ", ".join(f"{name} {value:.2f} dB" for name, value in measured.items()))
     show(step, held_out.images(prior))
@@ -194,7 +194,7 @@ def _validate(held_out: Validation, prior: Prior, step: int, log: Callable[[str]
 
 
 def rehearse(pool: SlicePool, prior: Prior, start: int, options: TrainOptions, team: Team) -> Iterator[Lesson]:
-    """Lessons from the solver's own states, as many pixels each as the batch has; a resumed run goes on with the scan after the last whole one."""
+    """Lessons from the solver's own states, each with about as many pixels as a batch; a resumed run continues with the first scan not yet begun."""
     workers = default_workers(team, 10) if options.scan_workers is None else options.scan_workers
     rehearsal = Rehearsal(copy.copy(pool), options.batch * options.crop**2, options.crop, options.seed)
     return rehearsal.lessons(prior, -(-start // Rehearsal.config.sweeps), team.device, workers)
@@ -208,11 +208,11 @@ def mixture(average: Prior, origin: Prior, share: float) -> Prior:
 
 
 def first_prior(options: TrainOptions, device: torch.device | str = "cpu") -> Prior:
-    """The network a new run begins with, on its device and in the precision asked for: untrained, or the weights it is told to start from.
+    """The network a new run begins with, on its device and in the requested precision: untrained, or loaded from `start_from`.
 
     Raises:
         PriorError: if those weights cannot be loaded.
-        ValueError: if they are of another architecture, or a prior in function space should learn what it cannot.
+        ValueError: if their architecture differs, or the options ask a prior in function space for something it cannot learn.
     """
     prior = Prior(options.architecture) if options.start_from is None else load_prior(options.start_from, half=False)
     if prior.architecture != options.architecture:
@@ -224,14 +224,14 @@ def first_prior(options: TrainOptions, device: torch.device | str = "cpu") -> Pr
 
 
 def default_workers(team: Team, most: int = 4) -> int:
-    """None on CPUs, which the network fills; beside a GPU up to `most`, less where there are few CPUs for each process."""
+    """0 on CPUs, which the network keeps busy; beside a GPU up to `most`, fewer if there are few CPUs per process."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(most, cpus // team.size - 1)) if team.device.type == "cuda" else 0
 
 
 @contextmanager
 def fastest_convolutions(shapes_recur: bool) -> Iterator[None]:
-    """Lets cuDNN time its algorithms once per shape, if there are few of them; the choice, and with it the rounding, may differ between runs."""
+    """Let cuDNN time its algorithms once per shape, if shapes recur; its choice, and so the rounding, may differ between runs."""
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, shapes_recur
     try:
         yield
@@ -241,7 +241,7 @@ def fastest_convolutions(shapes_recur: bool) -> Iterator[None]:
 
 @contextmanager
 def one_cpu_each(device: torch.device) -> Iterator[None]:
-    """Beside a GPU, keeps each thread that works ahead from starting as many again as there are CPUs."""
+    """With a GPU, keep each worker thread from starting one more thread per CPU."""
     before = torch.get_num_threads()
     if device.type == "cuda":
         torch.set_num_threads(1)
@@ -252,7 +252,7 @@ def one_cpu_each(device: torch.device) -> Iterator[None]:
 
 
 def denoising_loss(prior: Callable[[Tensor, Tensor], Tensor], clean: Tensor, sigma: Tensor, noise: Tensor, sigma_data: float) -> Tensor:
-    """Per-slice weighted squared error [slices]; weight as in arXiv 2206.00364, table 1."""
+    """Weighted squared error of each slice [slices]; weight as in arXiv 2206.00364, table 1."""
     noisy = (clean + sigma[:, None, None, None] * noise).contiguous(memory_format=torch.channels_last)
     error = (prior(noisy, sigma) - clean).square().mean(dim=(1, 2, 3))
     return error * (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
@@ -264,7 +264,7 @@ def schedule(step: int, steps: int) -> float:
 
 
 def model_card(volumes: Sequence[Volume], options: TrainOptions, steps: int) -> dict:
-    """What a user should know of these weights; completed with hash and size by save_prior."""
+    """What a user should know about these weights; save_prior adds hash and size."""
     training = {**options.model_dump(exclude={"device", "workers", "scan_workers"}), "steps_done": steps, "volumes": sorted(v.name for v in volumes)}
     if options.start_from:
         training["start_from"] = Path(options.start_from).name
@@ -277,16 +277,16 @@ def model_card(volumes: Sequence[Volume], options: TrainOptions, steps: int) -> 
 
 
 def made_of(volumes: Sequence[Volume], options: TrainOptions) -> dict:
-    """What a run depends on from its first step to its last: what it writes comes of these alone, and its card names them."""
+    """What must stay the same from a run's first step to its last; its card names it."""
     out = {"volumes": sorted(v.name for v in volumes), **options.model_dump(mode="json", exclude=MAY_CHANGE)}
-    if options.start_from:  # known by their content: the file may have moved, or have become another one
+    if options.start_from:  # identified by content: the file may have been moved or replaced
         weights = find_weights(options.start_from)
         out["start_from"] = f"{weights.name} (sha256 {read_card(weights)['sha256'][:12]})"
     return out
 
 
 def _differences(was: dict, now: dict) -> str:
-    """In words, empty if there are none; what only one of them knows is left aside."""
+    """The differences in words, empty if there are none; options that only one of the two has are ignored."""
     before, after = (Counter(run.get("volumes", now["volumes"])) for run in (was, now))
     changes = (("volumes left out", before - after), ("volumes added", after - before))
     out = [f"{what}: {_few(list(names.elements()))}" for what, names in changes if names]
@@ -298,11 +298,11 @@ def _few(names: list[str], most: int = 3) -> str:
 
 
 def _resume(checkpoint: Path, origins: dict, prior: Prior, average: Prior, optimiser) -> tuple[int, dict[str, float]]:
-    """Step to go on with and running means; ValueError if the checkpoint was not made of `origins`."""
+    """Step to continue from, and running means; ValueError if the checkpoint was not made of `origins`."""
     if not checkpoint.is_file():
         return 0, {}
     state = torch.load(checkpoint, weights_only=True, map_location="cpu")
-    different = _differences(state.get("made_of", {}), origins)  # checkpoints of before have neither this nor means
+    different = _differences(state.get("made_of", {}), origins)  # older checkpoints have neither this nor the means
     if different:
         raise ValueError(f"{checkpoint} is of another run ({different}): take another --out, or remove {checkpoint}")
     prior.load_state_dict(state["prior"])

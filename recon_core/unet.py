@@ -1,7 +1,7 @@
-"""The network inside the prior: a small convolutional U-Net that is local and knows no matrix size.
+"""The network inside the prior: a small convolutional U-Net, local and independent of the matrix size.
 
-It has no normalisation layers on purpose: statistics over a slice would depend on how much air the
-slice holds, so a network trained on crops would behave differently on full slices.
+It deliberately has no normalisation layers: statistics over a slice would depend on how much air it
+contains, so a network trained on crops would behave differently on full slices.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class NoiseLevel(nn.Sequential):
-    """Features of a noise level [slices]: to [slices features], in fp32 whatever is around it."""
+    """Embeds noise levels [slices] as features [slices features], in fp32 even inside autocast."""
 
     def __init__(self, features: int):
         super().__init__(nn.Linear(features, features), nn.SiLU(), nn.Linear(features, features), nn.SiLU())
@@ -47,7 +47,7 @@ class Block(nn.Module):
 
 
 class Level(nn.ModuleList):
-    """Blocks of one resolution, applied in turn."""
+    """Blocks at one resolution, applied in turn."""
 
     def __init__(self, blocks: int, channels: int, embedding: int):
         super().__init__(Block(channels, embedding) for _ in range(blocks))
@@ -59,7 +59,7 @@ class Level(nn.ModuleList):
 
 
 class UNet(nn.Module):
-    """U-Net behind a pixel-unshuffle of `unshuffle`; zero output when untrained.
+    """U-Net behind a pixel-unshuffle by `unshuffle`; the untrained output is zero.
 
     Args:
         channels: features per level, finest first.
@@ -106,7 +106,7 @@ class UNet(nn.Module):
 
 
 def round_weights(network: nn.Module) -> None:
-    """Keep the weights in bf16 that autocast rounds to it anyway, and anew for each batch where no gradient is asked for."""
+    """Store in bf16 the weights that autocast rounds to it anyway, and without gradients would round again for every batch."""
     for name, layer in network.named_modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) or name.endswith("film"):
             layer.to(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""What a prior is worth on volumes that it was not trained on."""
+"""How well a prior denoises volumes that it was not trained on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .volumes import SlicePool, Volume
 
 
 class Validation:
-    """Denoising of fixed slices that are not trained on, per voxel size and noise level."""
+    """Denoising of a fixed set of held-out slices, per voxel size and noise level."""
 
     VOXEL_MM = (1.0, 2.0, 4.0)
     SIGMAS = (0.05, 0.2)
@@ -22,13 +22,13 @@ class Validation:
         self.slices: dict[float, Tensor] = {}
         for mm in self.VOXEL_MM:
             slices, drawn_mm = SlicePool(volumes, (mm, mm), crop=96, size=6, seed=seed).batch(0, 12)
-            fine = drawn_mm < 1.2 * mm  # as near as whole voxels allow; slices of coarser volumes keep their size: they are no measure of this one
+            fine = drawn_mm < 1.2 * mm  # within what whole matrix sizes allow; coarser volumes keep their voxel size and say nothing about this one
             if bool(fine.any()):
                 self.slices[mm] = slices[fine]
         self.slices = self.slices or {round(float(drawn_mm.max()), 1): slices}
 
     def measure(self, prior: Prior) -> dict[str, float]:
-        """PSNR in dB against tissue brightness, 20 log10(1 / rms |error|), by name."""
+        """PSNR in dB relative to tissue brightness, 20 log10(1 / rms |error|), by name."""
         out = {}
         for mm, clean in self.slices.items():
             for sigma in self.SIGMAS:

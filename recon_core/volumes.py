@@ -1,9 +1,9 @@
 """Training slices from volumes: every voxel size, every orientation, realistic phase.
 
 A volume is resampled by cropping its k-space in all three directions, so that through-plane blur is
-right too, then slices are cut. Resampled volumes are kept in a small pool of which one is replaced
-every few batches: resampling costs a second, cutting slices a few milliseconds. On a GPU both take longer
-than the network, so threads may do them ahead of the training loop (SlicePool.ahead).
+right too, and then slices are cut from it. Resampled volumes are kept in a small pool, one of which is
+replaced every few batches: resampling takes a second, cutting slices a few milliseconds. With a GPU both
+take longer than the network, so threads can do them ahead of the training loop (SlicePool.ahead).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ROOM = 8  # batches that may wait for the training loop
 
 @dataclass(frozen=True)
 class Volume:
-    """Something to train on: magnitude or complex data [z y x] in its stored type, voxel_mm along z, y, x."""
+    """A training volume: magnitude or complex data [z y x] in its stored type, voxel_mm along z, y, x."""
 
     name: str
     data: np.ndarray
@@ -49,7 +49,7 @@ def read_volume(path: str | Path) -> tuple[np.ndarray, tuple[float, float, float
     A .npy volume has no voxel size: 1 mm is assumed.
 
     Raises:
-        ValueError: if the file is no three-dimensional volume.
+        ValueError: if the volume does not have three dimensions.
     """
     if str(path).endswith(".npy"):
         data, voxel_mm = np.load(path), (1.0, 1.0, 1.0)
@@ -65,11 +65,11 @@ def read_volume(path: str | Path) -> tuple[np.ndarray, tuple[float, float, float
 
 
 def to_voxel_mm(volume: Tensor, voxel_mm: Sequence[float], target_mm: Sequence[float], taper: float = 0.0):
-    """Resample a volume [z y x] to about `target_mm` by k-space cropping; a real one stays real.
+    """Resample a volume [z y x] to about `target_mm` by k-space cropping; a real volume stays real.
 
     Args:
         volume: real or complex, [z y x].
-        voxel_mm, target_mm: voxel sizes along z, y, x; never made finer than they are.
+        voxel_mm, target_mm: voxel sizes along z, y, x; voxels are never made finer.
         taper: fraction of k-space over which a cosine edge falls to zero (mild apodisation).
 
     Returns:
@@ -99,18 +99,18 @@ def _taper(size: int, fraction: float) -> Tensor:
 
 
 class SlicePool:
-    """Random complex training slices; everything follows from (seed, step), so a resumed run repeats itself.
+    """Random complex training slices, fully determined by (seed, step), so that a resumed run draws the same ones.
 
     Args:
         volumes: to draw from.
-        voxel_mm: (finest, coarsest) voxel size drawn, each volume limited by its own voxels.
+        voxel_mm: (finest, coarsest) voxel size to draw; no volume is made finer than its own voxels.
         crop: side of the square training crops.
         size: resampled volumes held at once.
         refresh: steps between replacements.
         seed: of everything random.
         vary_sharpness: taper or interpolate some volumes, as protocols do.
         vary_contrast: redraw the intensity curve of most volumes.
-        phantoms: share of the volumes that are phantoms, each made anew.
+        phantoms: share of volumes that are phantoms, a new one each time.
     """
 
     def __init__(
@@ -123,10 +123,10 @@ class SlicePool:
         self.vary_sharpness, self.vary_contrast, self.phantoms = vary_sharpness, vary_contrast, phantoms
         self.pool: dict[int, tuple[Tensor, float]] = {}
         self.scales: dict[int, float] = {}
-        self.next_volume: Callable[[int], tuple[Tensor, float]] | None = None  # where threads draw them
+        self.next_volume: Callable[[int], tuple[Tensor, float]] | None = None  # set while threads draw volumes ahead
 
     def batch(self, step: int, slices: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """[slices 2 crop crop] float32 clean slices for this step on `device`, and the voxel size in mm of each (the finest of its axes)."""
+        """Clean float32 slices [slices 2 crop crop] for this step on `device`, and the voxel size of each in mm (that of its volume's finest axis)."""
         rng = np.random.default_rng([self.seed, 1, step])
         newest = step // self.refresh + self.size - 1
         for index in range(newest - self.size + 1, newest + 1):
@@ -143,41 +143,41 @@ class SlicePool:
 
     @contextmanager
     def ahead(self, make: Callable[[int], Any], steps: range, workers: int) -> Iterator[Iterator]:
-        """make(step) of all steps in order, computed ahead of whoever takes them and the same to the bit.
+        """make(step) for all steps in order, computed ahead of the consumer and bit-identical to doing so without threads.
 
-        `make` asks this pool for its batch. It runs in one thread, up to ROOM steps ahead; the volumes it will need
-        are drawn by `workers` others in turn, each up to two ahead. What fails in any of them is raised in the place
-        of the step that needed it. At the end of the context all of them have ended.
+        `make` takes its batch from this pool. It runs in one thread, up to ROOM steps ahead; `workers` other threads
+        take turns drawing the volumes it will need, each up to two ahead. An exception in any of them is raised in
+        place of the step that needed its result. All threads have ended when the context exits.
 
         Args:
-            workers: threads that draw volumes; with none everything is done when it is asked for.
+            workers: threads that draw volumes; with 0 everything is computed on demand.
         """
         if not workers or not steps:
             yield map(make, steps)
             return
         first, end = steps.start // self.refresh, (steps.stop - 1) // self.refresh + self.size
         drawn = [Ahead(map(self.draw_volume, range(first + n, end, workers))) for n in range(workers)]
-        self.pool, self.next_volume = {}, lambda index: next(drawn[(index - first) % workers])  # asked for in order
+        self.pool, self.next_volume = {}, lambda index: next(drawn[(index - first) % workers])  # requested in order
         made = Ahead(map(make, steps), ROOM)
         try:
             yield made
         finally:
             for thread in (made, *drawn):
                 thread.closed.set()
-            for thread in (*drawn, made):  # who makes a batch may wait for a volume, which its end lets go on
+            for thread in (*drawn, made):  # the batch thread may be waiting for a volume; closing that source releases it
                 thread.close()
             self.pool, self.next_volume = {}, None
 
     def draw_volume(self, index: int, stream: int = 2) -> tuple[Tensor, float]:
-        """Volume [z y x] number `index` of a random stream, and the finest of its voxel sizes in mm."""
+        """Volume [z y x] number `index` of a random stream, and its finest voxel size in mm."""
         rng = np.random.default_rng([self.seed, stream, index])
         volume, voxel_mm = self._phantom(rng) if rng.random() < self.phantoms else self._source(int(rng.integers(len(self.volumes))))
         if self.vary_contrast:
             volume = _vary_contrast(volume, rng)
         low, high = self.voxel_mm
         finest = max(low, min(voxel_mm))
-        target = [rng.uniform(finest, max(finest, high))] * 3  # a volume coarser than asked for stays as it is
-        if rng.random() < 0.4:  # slab protocols: one or more axes coarser than the finest
+        target = [rng.uniform(finest, max(finest, high))] * 3  # a volume coarser than this range keeps its voxel size
+        if rng.random() < 0.4:  # as in slab protocols: some axes coarser than the finest
             target = [max(finest, min(high, t * rng.uniform(1, 2.5))) for t in target]
         taper = rng.uniform(0.05, 0.9) if self.vary_sharpness and rng.random() < 0.4 else 0.0
         volume, voxel_mm = to_voxel_mm(volume, voxel_mm, target, taper)
@@ -189,7 +189,7 @@ class SlicePool:
     def _source(self, number: int) -> tuple[Tensor, tuple[float, float, float]]:
         source = self.volumes[number]
         volume = torch.from_numpy(source.data.astype(np.complex64 if np.iscomplexobj(source.data) else np.float32))
-        if number not in self.scales:  # a fifth of the time that drawing takes
+        if number not in self.scales:  # takes a fifth of the time of a draw
             self.scales[number] = intensity_scale(volume, source.voxel_mm)
         return volume / self.scales[number], source.voxel_mm
 
@@ -200,15 +200,15 @@ class SlicePool:
 
 
 def _zero_fill(volume: Tensor, rng) -> Tensor:
-    """Interpolate along random axes by padding k-space, as protocols do: fine pixels are not always fine detail."""
+    """Interpolate along random axes by zero-filling k-space, as protocols do: small pixels do not always mean fine detail."""
     sizes = [round(n * rng.uniform(1, 1.7)) if rng.random() < 0.6 else n for n in volume.shape]
     return _like(volume, kspace_crop(volume, sizes)) if math.prod(sizes) <= MAX_VOXELS else volume
 
 
 def _add_susceptibility_phase(volume: Tensor, voxel_mm: Sequence[float], rng) -> Tensor:
-    """Phase of the field that air beside tissue makes, as gradient echoes show it: magnitude [z y x] to complex.
+    """Add the phase of gradient echoes from the field distortion at air-tissue interfaces: magnitude [z y x] to complex.
 
-    The strength is that of echo times from 0.3 to 10 ms at 3 T: 9.4 ppm of 128 MHz are 7.6 rad per ms.
+    Echo times of 0.3 to 10 ms at 3 T: 9.4 ppm of 128 MHz is 7.6 rad per ms.
     """
     tilt = rng.uniform(-0.4, 0.4, 3) + (1, 0, 0)
     field = dipole_field((volume > 0.1).float(), voxel_mm, tilt)
@@ -216,9 +216,9 @@ def _add_susceptibility_phase(volume: Tensor, voxel_mm: Sequence[float], rng) ->
 
 
 def dipole_field(susceptibility: Tensor, voxel_mm: Sequence[float], direction: Sequence[float]) -> Tensor:
-    """Relative change of B0 [z y x] by a map of susceptibility [z y x], without its mean: chi * (1/3 - (k.b)^2 / k^2).
+    """Relative change of B0 [z y x] caused by a susceptibility map [z y x], without its mean: chi * (1/3 - (k.b)^2 / k^2).
 
-    Salomir et al., Concepts Magn. Reson. B 2003. `direction` is B0's along z, y, x; the map is taken as periodic.
+    Salomir et al., Concepts Magn. Reson. B 2003. `direction` is that of B0 along z, y, x; the map is treated as periodic.
     """
     k = torch.meshgrid(*(torch.fft.fftfreq(n, mm) for n, mm in zip(susceptibility.shape, voxel_mm)), indexing="ij")
     b = torch.as_tensor(np.asarray(direction) / np.linalg.norm(direction), dtype=torch.float32)
@@ -230,7 +230,7 @@ def dipole_field(susceptibility: Tensor, voxel_mm: Sequence[float], direction: S
 
 
 def _vary_contrast(volume: Tensor, rng) -> Tensor:
-    """Other contrasts than the corpus': half the volumes get another curve, and a quarter of all a power, as fat may be many times brighter than brain."""
+    """Contrasts that the corpus lacks: half the volumes get a new intensity curve, a quarter of all a power law, as fat may be many times brighter than brain."""
     volume = _remap_contrast(volume, rng) if rng.random() < 0.5 else volume
     return _to_power(volume, math.exp(rng.uniform(math.log(0.7), math.log(2.5)))) if rng.random() < 0.25 else volume
 
@@ -254,7 +254,7 @@ def _remap_contrast(volume: Tensor, rng) -> Tensor:
 
 
 def _draw_crop(volume: Tensor, crop: int, rng) -> Tensor:
-    """Random square crop [crop crop] of a random slice; air is accepted only sparsely."""
+    """Random square crop [crop crop] of a random slice; crops of mostly air are rarely accepted."""
     for _ in range(8):
         axis = rng.integers(3)
         plane = volume.select(axis, int(rng.integers(volume.shape[axis])))
@@ -272,7 +272,7 @@ def _draw_crop(volume: Tensor, crop: int, rng) -> Tensor:
 
 
 def _add_phase_and_shading(crops: Tensor, rng) -> Tensor:
-    """Smooth random phase of several scales and a mild receive shading: [n h w] to [n 2 h w]."""
+    """Add smooth random phase at several scales and mild receive shading: [n h w] to [n 2 h w]."""
     n, size, device = crops.shape[0], crops.shape[-1], crops.device
     grid = torch.linspace(-1, 1, size, device=device)
     normal = lambda *shape: torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)).to(device)  # noqa: E731

@@ -1,9 +1,9 @@
-"""Compressed sensing with an l1 penalty on wavelet details: the classical method that others are measured by.
+"""Compressed sensing with an l1 penalty on wavelet details: the classical baseline.
 
 Minimises ||A x - y||^2 / 2 + threshold * ||details of W x||_1 by FISTA (Beck and Teboulle, SIAM J. Imaging
-Sci. 2009) with step 1, which is allowed because ||A|| <= 1. W is an orthonormal Daubechies transform with
-four taps along every axis that is long enough, randomly shifted in each iteration (Figueiredo and Nowak, IEEE
-TIP 2003), so that it draws no blocks.
+Sci. 2009) with step 1, which is allowed because ||A|| <= 1. W is an orthonormal four-tap Daubechies transform
+along every axis that is long enough, randomly shifted in each iteration (Figueiredo and Nowak, IEEE TIP 2003)
+to avoid block artefacts.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from .state import State
 _R3 = math.sqrt(3)
 LOW = tuple(v / (4 * math.sqrt(2)) for v in (1 + _R3, 3 + _R3, 3 - _R3, 1 - _R3))
 HIGH = (LOW[3], -LOW[2], LOW[1], -LOW[0])
-SHORTEST = 16  # axes below this length are not transformed
+SHORTEST = 16  # axes shorter than this are not transformed
 
 
 @dataclass(frozen=True)
 class WaveletConfig:
-    """The threshold is strength * n, with n the noise of the data; found by experiment on heads left out of training."""
+    """The threshold is strength * n, with n the noise of the data; strength was tuned on held-out heads."""
 
     iterations: int = 50
     strength: float = 0.2
@@ -87,14 +87,14 @@ def _shrink_level(volume: Tensor, threshold: float, levels: int, axes: list[int]
 
 
 def split(volume: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Low and high half band along `axis` (of even length, periodic)."""
+    """Low and high half-bands along `axis` (of even length, periodic)."""
     even, odd = _phases(volume, axis)
     taps = (even, odd, torch.roll(even, -1, axis), torch.roll(odd, -1, axis))
     return tuple(sum(c * tap for c, tap in zip(filter_, taps)) for filter_ in (LOW, HIGH))
 
 
 def join(low: Tensor, high: Tensor, axis: int) -> Tensor:
-    """The inverse, which is the transpose, of `split`."""
+    """Inverse of `split`, which is also its transpose."""
     parts = [LOW[i] * low + HIGH[i] * high for i in range(4)]
     even, odd = parts[0] + torch.roll(parts[2], 1, axis), parts[1] + torch.roll(parts[3], 1, axis)
     return torch.stack((even, odd), dim=axis + 1).flatten(axis, axis + 1)
@@ -106,6 +106,6 @@ def _phases(volume: Tensor, axis: int) -> tuple[Tensor, Tensor]:
 
 
 def soft_threshold(coefficients: Tensor, threshold: float) -> Tensor:
-    """Magnitudes less `threshold`, zero below it; phases stay."""
+    """Reduce magnitudes by `threshold`, down to zero; phases are kept."""
     size = coefficients.abs()
     return coefficients * ((size - threshold).clamp_min(0) / size.clamp_min(1e-30))
