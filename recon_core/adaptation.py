@@ -1,7 +1,7 @@
-"""The prior learns from the scan at hand, where slices of one orientation alone are of use and it has most to learn.
+"""Adapts the prior to the scan at hand where slices of only one orientation are usable: there it has most to learn.
 
-First the image of the prior as it is; then, in rounds, a copy of it learns from the scan's own lines (pupil.py); then the
-mean of several images with what was learned. If the judging lines find nothing better, it is that of the prior itself.
+First comes the image of the unadapted prior; then a copy of the prior learns in rounds from the scan's own lines (pupil.py);
+the result is the mean of several images made with that copy, or with the unadapted prior if the held-out lines show no gain.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ from .slices import Denoiser, usable_axes
 from .state import State
 from .variational import VariationalConfig, reconstruct_variational
 
-EVERY = 4  # rounds from one judgement to the next
-PASSES = 4  # with what was learned, in turns on the meshes: its answers hang more on slices' poses than those of the prior, the mean of several less
+EVERY = 4  # rounds between judgements
+PASSES = 4  # reconstructions after adaptation, alternating between grids: the adapted prior depends more on the slices' pose, their mean less
 
 
 def reconstruct_adapted(measurement: Measurement, prior: Denoiser, start: Tensor, config: VariationalConfig = VariationalConfig(), seed: int = 0) -> Iterator[State]:
-    """The states of reconstruct_variational; then, of single planes and thin slabs that keep their lines, `config.adapt` rounds of learning and PASSES more.
+    """Yield the states of reconstruct_variational; then, for single planes and thin slabs that keep their lines, those of learning.
 
-    The volume stays that of the first pass until the others have ended, whose mean it is then, on the scan's own mesh. `prior` is not changed.
+    Learning takes `config.adapt` rounds, and PASSES further reconstructions follow. The volume remains that of the first pass
+    until all of these are done; then it is their mean, on the scan's own voxel grid. `prior` is not changed.
 
     Args:
-        measurement: with `lines` if there is something to gain.
-        prior: learns if it is a network.
+        measurement: needs `lines` for the prior to be adapted.
+        prior: adapted only if it is a network.
         start: volume [z y x], the CG-SENSE image.
-        seed: of the slices, poses and lines.
+        seed: for the random slices, poses and lines.
     """
     to_be_gained = measurement.lines is not None and len(usable_axes(measurement.operator.shape)) == 1
     pupil = Pupil(measurement, prior, start, config, seed) if config.adapt and isinstance(prior, nn.Module) and to_be_gained else None
@@ -50,11 +51,11 @@ def reconstruct_adapted(measurement: Measurement, prior: Denoiser, start: Tensor
     except RuntimeError as error:
         if not ran_out_of_memory(error):
             raise
-        yield replace(state, sweep=sweeps)  # what there is needs no learning
+        yield replace(state, sweep=sweeps)  # the first image is complete without learning
 
 
 def _taught(pupil: Pupil, state: State, rounds: int, seed: int) -> Iterator[State]:
-    """What follows `state`, the last of the prior's own image, while and after the pupil learns."""
+    """The states that follow `state`, the last of the unadapted prior, during and after learning."""
     for done in range(1, rounds + 1):
         pupil.learn()
         if done % EVERY == 0 or done == rounds:

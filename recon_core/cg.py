@@ -11,15 +11,15 @@ from torch import Tensor
 def conjugate_gradient(
     normal: Callable[[Tensor], Tensor], b: Tensor, x: Tensor | None = None, iterations: int = 10, tolerance: float = 1e-6
 ) -> Tensor:
-    """Solve normal(x) = b for each entry of the first axis on its own step lengths (Hestenes and Stiefel, 1952).
+    """Solve normal(x) = b for each entry of the first axis, with its own step lengths (Hestenes and Stiefel, 1952).
 
     Args:
-        normal: Hermitian positive definite map that acts on each entry of the first axis alone.
+        normal: Hermitian positive definite map that acts on each entry of the first axis independently.
         b: right-hand sides [problems ...], complex.
         x: starting point (zero by default), not modified.
-        iterations: at most this many.
-        tolerance: a problem is left alone once its residual is below this fraction of its right-hand side,
-            because going on at rounding level would undo it.
+        iterations: maximum number.
+        tolerance: a problem is no longer updated once its residual is below this fraction of its right-hand side,
+            because further steps at rounding level would undo the solution.
     """
     residual = b.clone() if x is None else b - normal(x)
     x = torch.zeros_like(b) if x is None else x.clone()

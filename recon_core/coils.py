@@ -12,14 +12,14 @@ from .fft import centre_crop_or_pad, fft, ifft
 from .interpolation import interpolate
 from .metrics import object_mask
 
-MAX_ACS = 32  # more sharpens nothing and costs time
+MAX_ACS = 32  # more lines sharpen nothing and cost time
 ACS_READOUT = 24
 MIN_ACS = 8
-LATTICE_BLOCK, LARGEST_SHIFT, ALIKE = 24, 6, 0.9  # lines; of those of a lattice, so many come to lie on others
-READOUT_MARGIN = 1 / 8  # of the readout, empty, on each side
+LATTICE_BLOCK, LARGEST_SHIFT, ALIKE = 24, 6, 0.9  # lines, lines, share of a regular pattern's lines that a shift moves onto others
+READOUT_MARGIN = 1 / 8  # empty margin on each side, as a share of the readout
 SQUARINGS = 10
-MATRICES_AT_ONCE = 2048  # fit a CPU's cache
-SECOND_SIGNAL = 0.9  # eigenvalue
+MATRICES_AT_ONCE = 2048  # fit in a CPU's cache
+SECOND_SIGNAL = 0.9  # eigenvalue above which there is one
 
 
 def find_acs(mask: Tensor) -> tuple[int, int]:
@@ -33,21 +33,21 @@ def find_acs(mask: Tensor) -> tuple[int, int]:
     for z in range(1, nz + 1):
         rows = centre_crop_or_pad(full, (z, ny)).all(dim=0)
         before, after = rows[: ny // 2].flip(0), rows[ny // 2 :]
-        y = min(2 * _run(before) + 1, 2 * _run(after))  # lines in a row on each side, k = 0 on the right one
+        y = min(2 * _run(before) + 1, 2 * _run(after))  # consecutive lines on each side, k = 0 on the right
         if z * y > best[0] * best[1]:
             best = (z, y)
     return best
 
 
 def folding(mask: Tensor) -> int:
-    """How many times the image of a `mask` [z y] lies over itself: the acceleration of its lattice about k = 0, 1 if there is none.
+    """How many-fold the image of a `mask` [z y] is aliased: the acceleration of its regular pattern about k = 0, 1 if it has none.
 
-    A lattice is one that two shifts map onto itself, of which the pair with the smallest cell counts; lines at random are none.
+    A pattern is regular if two shifts map it onto itself; the pair with the smallest cell counts. Random lines are not regular.
     """
     block = centre_crop_or_pad((mask > 0).cpu(), [min(n, LATTICE_BLOCK) for n in mask.shape])
     if not block.any():
         return 1
-    shifts = [(n, 0) if axis == 0 else (0, n) for axis, n in enumerate(block.shape) if n == 1]  # nothing is folded there
+    shifts = [(n, 0) if axis == 0 else (0, n) for axis, n in enumerate(block.shape) if n == 1]  # no aliasing along that axis
     for z, y in itertools.product(range(min(block.shape[0], LARGEST_SHIFT + 1)), range(-LARGEST_SHIFT, LARGEST_SHIFT + 1)):
         if (z, y) > (0, 0) and abs(y) < block.shape[1]:
             here, there = block[z:, max(0, y) : block.shape[1] + min(0, y)], block[: block.shape[0] - z, max(0, -y) : block.shape[1] - max(0, y)]
@@ -57,32 +57,32 @@ def folding(mask: Tensor) -> int:
 
 
 def in_phase(maps: Tensor, mixing: Tensor, reference: Tensor) -> Tensor:
-    """`maps` [virtual coils z y x], turned in place so that the `reference` [coils], a combination of coils, is real.
+    """`maps` [virtual coils z y x], phase-rotated in place so that the `reference` [coils], a combination of coils, is real.
 
-    A map's phase is free; with one reference for all volumes of a scan, phases of their images can be compared.
+    The phase of coil maps is arbitrary; with one reference for all volumes of a scan, the phases of their images can be compared.
 
     Args:
-        mixing: [virtual coils coils] that made the virtual coils of the coils, on the CPU like `reference`.
+        mixing: [virtual coils coils] that made the virtual coils from the coils, on the CPU like `reference`.
 
     Returns:
-        `maps`; where the reference sees nothing they keep their phase.
+        `maps`; where the reference has no sensitivity they keep their phase.
     """
     seen = torch.zeros(maps.shape[1:], dtype=maps.dtype, device=maps.device)
-    for weight, field in zip((reference @ torch.linalg.pinv(mixing)).tolist(), maps):  # one by one, to need no array of all coils
+    for weight, field in zip((reference @ torch.linalg.pinv(mixing)).tolist(), maps):  # one by one, to avoid an array of all coils
         seen += weight * field
     return maps.mul_(torch.where(seen == 0, 1, torch.sgn(seen).conj()))
 
 
 def _run(line: Tensor) -> int:
-    """How many values are true before the first that is not."""
+    """Number of leading values that are true."""
     return int(line.cumprod(0).sum())
 
 
 def cut_acs(kspace: Tensor, size: tuple[int, int]) -> Tensor:
-    """The central block [coils z y x] as true k-space along x too, at most MAX_ACS and ACS_READOUT wide.
+    """The central block [coils z y x] as true k-space along x too, at most MAX_ACS lines and ACS_READOUT samples wide.
 
-    Along x it is that of a `widened` field of view, empty at both ends, with the noise level of `kspace`: an object that
-    the readout cuts off (a neck, a slab) would otherwise meet its own other end there, as if the maps were periodic.
+    Along x it covers a `widened` field of view, empty at both ends, with the noise level of `kspace`: otherwise an object
+    that the readout cuts off (a neck, a slab) would meet its own opposite end there, as if the maps were periodic.
     """
     length = kspace.shape[-1]
     wide = widened(length)
@@ -91,28 +91,28 @@ def cut_acs(kspace: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def widened(length: int) -> int:
-    """Readout positions of the field of view that cut_acs and signal_operators work on, for `length` of the scan."""
+    """Number of readout positions in the field of view that cut_acs and signal_operators use, for a scan with `length` of them."""
     return length + 2 * math.ceil(READOUT_MARGIN * length) if length > 1 else 1
 
 
 def compression_matrix(acs: Tensor, coils: int) -> Tensor:
-    """Unitary rows [virtual coils] onto the strongest `coils` virtual coils of acs [coils z y x] (Buehrer, MRM 2007)."""
+    """Orthonormal rows [virtual coils coils] onto the strongest `coils` virtual coils of acs [coils z y x] (Buehrer, MRM 2007)."""
     flat = acs.flatten(1)
     _, vectors = torch.linalg.eigh(flat @ flat.mH)
     return vectors.flip(1)[:, :coils].mH.contiguous()
 
 
 def signal_operators(acs: Tensor, shape: tuple[int, int, int], sigma: float = 0.0, kernel: int = 5, grid: int = 32) -> Tensor:
-    """ESPIRiT's operator (Uecker et al., MRM 2014) at each place of a coarse grid: what the calibration lines allow the coils to see there has eigenvalue 1.
+    """ESPIRiT's operator (Uecker et al., MRM 2014) at each point of a coarse grid: coil signals that the calibration lines allow there have eigenvalue 1.
 
     The projector onto the signal space of k-space patches is folded into one C x C convolution kernel
-    of side 2k-1, so that its cost does not depend on the volume and its memory is C^2 x grid^3.
+    of side 2k-1, so its cost does not depend on the volume size and its memory is C^2 x grid^3.
 
     Args:
-        acs: [coils z y x] fully sampled k-space centre, from cut_acs; put the strongest coil first, its phase is that of the maps.
+        acs: [coils z y x] fully sampled k-space centre, from cut_acs; the strongest coil should come first, as its phase becomes that of the maps.
         shape: (z, y, x) of the volume.
-        sigma: noise level of acs, to tell signal from noise patches.
-        kernel: patch side; a third of the lines along axes with few, which otherwise leave too few patches to learn from.
+        sigma: noise level of acs, to separate signal from noise patches.
+        kernel: patch side; at most a third of the lines along an axis, since few lines would otherwise give too few patches to learn from.
         grid: side of the coarse grid.
 
     Returns:
@@ -133,9 +133,9 @@ def signal_operators(acs: Tensor, shape: tuple[int, int, int], sigma: float = 0.
 
 
 def maps_of(operators: Tensor, shape: tuple[int, int, int], home: torch.device | None = None) -> Tensor:
-    """Coil maps [coils z y x] of `shape`, root sum of squares 1: the strongest eigenvectors of signal_operators, interpolated.
+    """Coil maps [coils z y x] of `shape`, root sum of squares 1: the dominant eigenvectors of signal_operators, interpolated.
 
-    They are kept at `home`, by default where the operators are, which may have no room for them.
+    They are kept at `home`, by default the device of `operators`, which may have no room for them.
     """
     _, vectors = dominant_eigenvectors(operators)
     maps = vectors.movedim(-1, 0)
@@ -143,7 +143,7 @@ def maps_of(operators: Tensor, shape: tuple[int, int, int], home: torch.device |
     whole = (*shape[:2], widened(shape[2]))
     fine = torch.empty((len(maps), *shape), dtype=maps.dtype, device=home or maps.device)
     energy = torch.zeros(shape, device=fine.device)
-    for coil, field in enumerate(maps):  # one by one: the maps are the largest array there is
+    for coil, field in enumerate(maps):  # one by one: the maps are the largest array of all
         fine[coil] = interpolate(field, shape, whole)
         energy += torch.view_as_real(fine[coil]).square().sum(-1)
     fine /= energy.sqrt().clamp_min(1e-6)
@@ -151,15 +151,15 @@ def maps_of(operators: Tensor, shape: tuple[int, int, int], home: torch.device |
 
 
 def overlap(operators: Tensor, acs: Tensor) -> float:
-    """Share of the object that lies over another part of it, as where it exceeds the field of view: two signals fit the coils there.
+    """Share of the object that lies over another part of it, for example where it exceeds the field of view: there two signals fit the coils.
 
     Args:
         operators: [z y x coils coils], signal_operators of `acs`.
         acs: [coils z y x], from cut_acs.
 
     Returns:
-        0 to 1. Seen of heads within the field of view (2 to 32 coils, SNR 8 to 100) and measured planes: at most 0.05; of
-        heads of which one phase encode cuts 5, 15 and 25 %: 0.09, 0.2 and 0.35; of a leg that ends where the field of view does: 0.02 to 0.3.
+        0 to 1. Values found: at most 0.05 for heads within the field of view (2 to 32 coils, SNR 8 to 100) and measured planes;
+        0.09, 0.2 and 0.35 for heads cut by 5, 15 and 25 % along one phase encode; 0.02 to 0.3 for a leg that ends where the field of view does.
     """
     image = ifft(centre_crop_or_pad(acs, operators.shape[:3]), (1, 2, 3)).norm(dim=0)
     inside = operators[object_mask(image)]
@@ -172,9 +172,9 @@ def overlap(operators: Tensor, acs: Tensor) -> float:
 def dominant_eigenvectors(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Largest eigenvalue [...] and its unit eigenvector [... n] of Hermitian positive semidefinite matrices [... n n].
 
-    By repeated squaring (the power method, 2^SQUARINGS steps): matrix products alone, which every device does fast. The
-    batched eigensolvers of GPUs refuse some 32,000 matrices at once, or take them one by one (pytorch issue 183806).
-    Where the two largest eigenvalues are equal, the vector is one of their span.
+    By repeated squaring (the power method, 2^SQUARINGS steps): only matrix products, which are fast on every device. The
+    batched eigensolvers of GPUs refuse some 32,000 matrices at once, or process them one by one (pytorch issue 183806).
+    Where the two largest eigenvalues are equal, the vector is one from their span.
     """
     found = [_dominant(part) for part in matrices.reshape(-1, *matrices.shape[-2:]).split(MATRICES_AT_ONCE)]
     values, vectors = (torch.cat(parts) for parts in zip(*found))
@@ -183,7 +183,7 @@ def dominant_eigenvectors(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 def _dominant(matrices: Tensor) -> tuple[Tensor, Tensor]:
     power, tiny = matrices, torch.finfo(matrices.real.dtype).tiny
-    for _ in range(SQUARINGS):  # by the largest entry, not the trace: where no signal is, rounding leaves one of about zero
+    for _ in range(SQUARINGS):  # by the largest entry, not the trace: where there is no signal, rounding leaves a trace of about zero
         power = power / power.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)
         power = power @ power
     strongest = power.diagonal(dim1=-2, dim2=-1).real.argmax(-1)
@@ -193,7 +193,7 @@ def _dominant(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def low_resolution_maps(kspace: Tensor, mask: Tensor) -> Tensor:
-    """Fallback without ACS: smooth coil images over their root sum of squares [coils z y x]."""
+    """Fallback without ACS: smooth coil images divided by their root sum of squares [coils z y x]."""
     window = [torch.hann_window(n + 2, periodic=False, device=kspace.device)[1:-1] ** 4 for n in mask.shape]
     smooth = kspace * (window[0][:, None] * window[1] * (mask > 0))[..., None]
     images = ifft(smooth, (1, 2))
@@ -201,7 +201,7 @@ def low_resolution_maps(kspace: Tensor, mask: Tensor) -> Tensor:
 
 
 def _signal_patches(acs: Tensor, sides: list[int], sigma: float) -> Tensor:
-    """Orthonormal basis [coils*patch, rank] of the k-space patches that stand out of the noise."""
+    """Orthonormal basis [coils*patch, rank] of the k-space patches that stand out from the noise."""
     windows = acs
     for axis, k in enumerate(sides, start=1):
         windows = windows.unfold(axis, k, 1)

@@ -1,4 +1,4 @@
-"""Centred unitary Fourier transforms and k-space cropping; everything has its centre at index n//2."""
+"""Centred unitary Fourier transforms and k-space cropping; every centre is at index n//2."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def ifft(kspace: Tensor, dims: Sequence[int]) -> Tensor:
 
 
 def centre_crop_or_pad(array: Tensor, shape: Sequence[int]) -> Tensor:
-    """Crop or zero-pad the last len(shape) axes so that index n//2 stays the centre."""
+    """Crop or zero-pad the last len(shape) axes so that the centre stays at index n//2."""
     lead = array.ndim - len(shape)
     out = array
     for axis, size in enumerate(shape, start=lead):
@@ -34,7 +34,7 @@ def centre_crop_or_pad(array: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def centre_block(shape: Sequence[int], sides: Sequence[int]) -> Tensor:
-    """Which of `shape` lie in the block of `sides` (cut to it) about index n//2, bool."""
+    """Boolean mask of `shape`, true in the block of `sides` (cropped to fit) about index n//2."""
     return centre_crop_or_pad(torch.ones(tuple(sides), dtype=torch.bool), shape)
 
 
@@ -42,7 +42,7 @@ def kspace_crop(volume: Tensor, shape: Sequence[int]) -> Tensor:
     """Resample a volume [... z y x] to matrix `shape` by cropping or padding its k-space.
 
     Intensities are kept (a constant volume stays that constant). Works axis by axis, so that memory
-    shrinks as it goes; a real volume gives the complex result of the same operation.
+    use shrinks along the way; a real volume gives the complex result of the same operation.
     """
     out = volume
     for axis, size in enumerate(shape, start=volume.ndim - len(shape)):
@@ -58,8 +58,8 @@ def kspace_crop(volume: Tensor, shape: Sequence[int]) -> Tensor:
 def resample(volume: Tensor, shape: Sequence[int], extent: Sequence[float]) -> Tensor:
     """Resample a volume [z y x] to matrix `shape` over `extent` times its field of view, about index n//2.
 
-    Intensities are kept. An axis whose extent is a whole number of voxels is cropped (or padded with zeros) and
-    then resampled by FFT; any other by its Fourier sum at the new places, so that no voxel moves by rounding.
+    Intensities are kept. An axis whose extent is a whole number of voxels is cropped (or zero-padded) and
+    then resampled by FFT; any other by its Fourier sum at the new positions, so that rounding shifts no voxel.
     """
     out = volume
     for axis, (size, part) in enumerate(zip(shape, extent)):
@@ -74,7 +74,7 @@ def resample(volume: Tensor, shape: Sequence[int], extent: Sequence[float]) -> T
 
 
 def _fourier_sum(volume: Tensor, axis: int, size: int, part: float) -> Tensor:
-    """One axis at `size` places over `part` of its field of view; detail finer than the new voxels is left out, beyond the old field is zero."""
+    """One axis at `size` positions over `part` of its field of view; detail finer than the new voxels is removed, and all beyond the old field of view is zero."""
     n = volume.shape[axis]
     place = (torch.arange(size, dtype=torch.float64) - size // 2) * part / size
     k = torch.arange(n, dtype=torch.float64) - n // 2

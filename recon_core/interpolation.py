@@ -1,4 +1,4 @@
-"""Linear interpolation between meshes of one field of view, about index n//2."""
+"""Linear interpolation between voxel grids of one field of view, about index n//2."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def interpolate(coarse: Tensor, shape: Sequence[int], whole: Sequence[int] | None = None) -> Tensor:
-    """Periodic trilinear interpolation of [z y x ...], of a field of view of `whole` voxels, to `shape` in its middle.
+    """Periodic trilinear interpolation of [z y x ...] to `shape` voxels in the middle of a field of view of `whole` voxels.
 
     `whole` is `shape` by default. Differentiable; centres are at n//2.
     """

@@ -1,10 +1,10 @@
-"""How far an image may be from the truth, voxel by voxel: how much it hangs on which lines were measured.
+"""Estimates the error of an image voxel by voxel: how much it depends on which lines were measured.
 
 Delete-a-group jackknife (Efron, "The Jackknife, the Bootstrap and Other Resampling Plans", SIAM 1982, chapters 2 and 3).
-The lines outside of the centre are dealt at random into G groups, and the image is made again without each of them. With
-m the mean of these images x_g and x the image of all lines, made alike, the variance of x is (G - 1) / G sum |x_g - m|^2
-and its bias (G - 1) (m - x). What noise did, what was not sampled and what the prior made up in its place all change
-with the lines; what it makes up alike whichever lines are missing is not seen.
+The lines outside the centre are divided at random into G groups, and the image is reconstructed again without each group.
+With m the mean of these images x_g and x the image from all lines, made the same way, the variance of x is
+(G - 1) / G sum |x_g - m|^2 and its bias (G - 1) (m - x). Noise, missing samples and what the prior invents in their place
+all change with the lines; what it invents identically whichever lines are missing is not detected.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from .measurement import Measurement
 from .state import State
 
 GROUPS = 4
-CENTRE = 8  # lines a side that stay at least: without them there is no image
-SMOOTHED = 1.5  # voxels, standard deviation: so few images know a voxel's variance only roughly
+CENTRE = 8  # lines per side that are always kept: without them there is no image
+SMOOTHED = 1.5  # voxels, standard deviation: so few images give only a rough variance per voxel
 
 
 def estimated_error(measurement: Measurement, image_of: Callable[[Measurement], Iterator[State]], seed: int = 0) -> Iterator[State]:
-    """States of all the images it takes; the volume of the last is the estimate: root mean square error of each voxel [z y x], complex with imaginary part 0.
+    """Yield the states of all images it needs; the last volume is the estimate: root mean square error of each voxel [z y x], complex with imaginary part 0.
 
     Args:
-        measurement: with its lines.
-        image_of: the method, whose last state counts; asked 1 + GROUPS times.
-        seed: of the groups.
+        measurement: one that keeps its `lines`.
+        image_of: the method, whose last state counts; called 1 + GROUPS times.
+        seed: for the random groups.
 
     Raises:
-        ValueError: if there are too few lines outside of the centre.
+        ValueError: if there are too few lines outside the centre.
     """
     whole, mean, variance = None, torch.zeros_like(measurement.adjoint), torch.zeros_like(measurement.adjoint.real)
     evaluations, images = 0, 1 + GROUPS
@@ -56,7 +56,7 @@ def estimated_error(measurement: Measurement, image_of: Callable[[Measurement], 
 
 
 def without_groups(measurement: Measurement, seed: int) -> list[Tensor]:
-    """The lines [z y] that are kept when each of GROUPS groups is left out; ValueError if there are too few."""
+    """The lines [z y] kept when each of GROUPS groups is left out in turn; ValueError if there are too few."""
     taken = measurement.operator.sampled.cpu()
     there = (taken & ~centre_block(taken.shape, [max(CENTRE, side) for side in measurement.acs])).nonzero()
     if len(there) < 2 * GROUPS:
@@ -69,7 +69,7 @@ def without_groups(measurement: Measurement, seed: int) -> list[Tensor]:
 
 
 def smoothed(squared: Tensor, inside: Tensor) -> Tensor:
-    """Gaussian mean over the neighbours of [z y x] that are `inside`, which is 0 outside."""
+    """Gaussian-weighted mean of `squared` [z y x] over the neighbours `inside`; 0 outside."""
     reach = torch.arange(-4.0, 5.0, device=squared.device)
     kernel = torch.exp(-0.5 * (reach / SMOOTHED).square())
     total, share = squared * inside, inside.to(squared.dtype)

@@ -1,4 +1,4 @@
-"""What the solver is given: data, operator, noise level and intensity scale, made from gathered k-space."""
+"""The solver's input: data, operator, noise level and intensity scale, computed from gathered k-space."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ from .scale import evenly, intensity_scale
 from .sense import Sense
 from .slices import usable_axes
 
-QUIET = 1.5  # noise of the scan over that of its noise lines from which they are not believed
-WORK_ARRAYS = 3  # data, maps and a copy of them on the way
-SINGLE_VOLUMES = 14  # beside them: 12 coils of 320 x 320 x 256 peak at 9.4 GiB (tests/benchmarks/chain_speed.py)
-KEPT_ARRAYS = 2  # data that stay, and a part of them
-DARK, DARKEST, SEEN = 0.025, 0.005, 15.0  # of what is bright, the same at the highest SNR, times the noise: where the object ends
-WRAPS, WRAPS_BADLY = 0.08, 0.4  # share of the object that lies over other parts of it: told, and told with caution
-TRUSTED = 2.0  # times the middle count: what more averages of some lines gain, errors of the maps there take from all others
+QUIET = 1.5  # noise of the scan over that of its noise lines above which these are not trusted
+WORK_ARRAYS = 3  # data, maps and a temporary copy of the maps
+SINGLE_VOLUMES = 14  # besides these: 12 coils of 320 x 320 x 256 peak at 9.4 GiB (tests/benchmarks/chain_speed.py)
+KEPT_ARRAYS = 2  # data that are kept, and a part of them
+DARK, DARKEST, SEEN = 0.025, 0.005, 15.0  # share of the bright signal, the same at the highest SNR, multiple of the noise: where the object ends
+WRAPS, WRAPS_BADLY = 0.08, 0.4  # share of the object that lies over other parts of it: reported, and reported with CAUTION
+TRUSTED = 2.0  # times the median count: what some lines gain from more averages, coil-map errors in them cost all others
 
 
 @dataclass
 class Measurement:
-    """One volume's inverse problem: A^H y, A, and what is known of noise and geometry.
+    """One volume's inverse problem: A^H y, A, and what is known about noise and geometry.
 
-    `adjoint` is A^H y [z y x]; `energy` is ||y||^2, for the data misfit without keeping y;
-    sigma is the noise of y per real part, `sigma_shown` what the scan's own outer lines show of it at most (0: unknown);
-    `mixing` [virtual coils coils] made y from the coils. `lines` is y [virtual coils z y x] itself, where the prior may learn from it (pupil.py) or the error is to be estimated (jackknife.py).
-    Where the scan's own lines leave out the centre, as a lattice with a separate calibration does, `calibrated` [z y x] is the
-    blurred image of that calibration, times the factor that makes it explain y best, and `tissue` its brightness: A^H y is R
-    times too dark there, and conjugate gradients come to the low frequencies last.
+    `adjoint` is A^H y [z y x]; `energy` is ||y||^2, for the data misfit without keeping y; `sigma` is the noise of y per
+    real part, `sigma_shown` the upper bound that the scan's own outer lines give for it (0: unknown); `mixing`
+    [virtual coils coils] made y from the coils. `lines` is y [virtual coils z y x] itself, kept where the prior may learn
+    from it (pupil.py) or the error is to be estimated (jackknife.py). Where the scan's own lines have no fully sampled
+    centre, as in regular undersampling with separate calibration, `calibrated` [z y x] is the low-resolution image of that
+    calibration, times the factor that makes it explain y best, and `tissue` is its brightness: there A^H y is R times too
+    dark, and conjugate gradients recover the low frequencies last.
     """
 
     operator: Sense
@@ -54,12 +55,12 @@ class Measurement:
     tissue: float | None = None
 
     def to(self, device: str | torch.device) -> Measurement:
-        """The same on `device`."""
+        """The same measurement on `device`."""
         lines, calibrated = (None if some is None else some.to(device) for some in (self.lines, self.calibrated))
         return replace(self, operator=self.operator.to(device), adjoint=self.adjoint.to(device), lines=lines, calibrated=calibrated)
 
     def part(self, chosen: Tensor, there: slice | None = None) -> Measurement:
-        """The scan of the `chosen` lines [z y] alone, at the readout positions `there` (all by default); of one that keeps its lines."""
+        """The scan with only the `chosen` lines [z y], at the readout positions `there` (all by default); needs `lines`."""
         weights = self.operator.mask * chosen.to(self.operator.device)
         lines = (self.lines if there is None else self.lines[..., there]) * chosen[..., None].to(self.lines.device)
         operator = self.operator.with_mask(weights) if there is None else Sense(self.operator.coil_maps()[..., there], weights, self.operator.device)
@@ -68,18 +69,18 @@ class Measurement:
         return replace(self, operator=operator, adjoint=operator.adjoint(lines), energy=energy_of(lines), samples=samples, lines=lines, calibrated=calibrated)
 
     def misfit(self, volume: Tensor) -> float:
-        """Root of ||A x - y||^2 / samples over sigma sqrt(2): 1 when x explains y to the noise."""
+        """Root of ||A x - y||^2 / samples over sigma sqrt(2): 1 when x explains y down to the noise."""
         return (max(0.0, self.residual(volume)) / (2 * self.samples)) ** 0.5 / self.sigma
 
     def residual(self, volume: Tensor) -> float:
-        """||A x - y||^2 = ||y||^2 + Re x^H (A^H A x - 2 A^H y), of which little is left: summed in double precision."""
+        """||A x - y||^2 = ||y||^2 + Re x^H (A^H A x - 2 A^H y), which nearly cancels: summed in double precision."""
         return self.energy + inner(volume, self.operator.normal(volume) - 2 * self.adjoint)
 
     def noise_level(self, image: Tensor) -> float:
-        """Noise of y per real part; where it was estimated, no more than what `image` [z y x] leaves unexplained.
+        """Noise of y per real part; if it was estimated, at most what `image` [z y x] leaves unexplained.
 
-        The estimate is high at high SNR. A least-squares image explains at most one sample per voxel of the
-        support, so residual / sqrt(samples - voxels) bounds the noise; with several coils often more closely.
+        The estimate is too high at high SNR. A least-squares image explains at most one sample per voxel of the
+        support, so residual / sqrt(samples - voxels) bounds the noise, often more tightly with several coils.
         """
         free = self.samples - int(self.operator.support.sum())
         if self.sigma_known or free <= 0:
@@ -87,10 +88,10 @@ class Measurement:
         return self.sigma * min(1.0, self.misfit(image) * (self.samples / free) ** 0.5)
 
     def excess_noise(self, image: Tensor) -> float:
-        """How many times as noisy as its noise lines the scan is, by what a least-squares `image` [z y x] leaves unexplained; 1 if they agree.
+        """Noise of the scan over that of its noise lines, from what a least-squares `image` [z y x] leaves unexplained; 1 if they agree.
 
-        Lines of another receiver gain or bandwidth, if believed, would have the noise fitted. The scan's outer lines must
-        say so as well: they alone hold fine detail too, the residual alone spikes, motion and the errors of the maps.
+        Trusting noise lines of another receiver gain or bandwidth would mean fitting noise. The scan's outer lines must
+        confirm the excess: they alone also contain fine detail, the residual alone spikes, motion and coil-map errors.
         """
         if not self.sigma_known or self.sigma_shown <= QUIET * self.sigma or self.sigma == 0:
             return 1.0
@@ -98,11 +99,11 @@ class Measurement:
         return found if found > QUIET else 1.0
 
     def brightness(self, image: Tensor) -> float:
-        """Of tissue, by `image` [z y x] unless the calibration knows better."""
+        """Tissue brightness: `tissue` if the calibration gave it, else that of `image` [z y x]."""
         return intensity_scale(image, self.voxel_mm) if self.tissue is None else self.tissue
 
     def in_tissue_units(self, image: Tensor) -> tuple[float, float, Tensor, Tensor]:
-        """(scale, noise level / scale, image / scale, A^H y / scale), the prior's units, with the scale of `image` [z y x]."""
+        """(scale, noise level / scale, image / scale, A^H y / scale), in the prior's units; scale is the brightness of `image` [z y x]."""
         scale = self.brightness(image)
         return scale, self.noise_level(image) / scale, image / scale, self.adjoint / scale
 
@@ -122,26 +123,26 @@ def measure(
     brightness: float = 1.0,
     on_host: bool = False,
 ) -> Measurement:
-    """Whiten, average, compress coils, estimate maps.
+    """Prewhiten, average, compress coils and estimate coil maps.
 
     Args:
-        kspace: [coils z y x] complex64 sums over averages, x in image space, k = 0 at n//2; it may stay on the host.
-        counts: [z y] lines summed.
+        kspace: [coils z y x] complex64 sums over averages, x in image space, k = 0 at n//2; may stay on the host.
+        counts: [z y] number of lines summed.
         voxel_mm: voxel size of the encoded grid along z, y, x.
-        noise: [coils samples] noise samples, if there were noise lines.
-        calibration: separate calibration (kspace, counts) on the same grid, if there was one.
-        coils: at most this many virtual coils.
+        noise: [coils samples] noise samples, if there are noise lines.
+        calibration: separate calibration (kspace, counts) on the same grid, if there is one.
+        coils: maximum number of virtual coils.
         device: where to compute.
-        phase_reference: [coils] the combination of coils whose maps are to be real: the first row of another volume's
-            `mixing`, for phases that can be compared with that volume's; otherwise that of this one.
-        louder: how many times as noisy as its noise lines the scan is (Measurement.excess_noise).
-        keep_lines: keep `lines` of volumes too, for an estimate of the error (jackknife.py).
-        brightness: unit of the image, which noise lines make that of the noise, where volumes of other dwell times are to be compared.
-        on_host: keep the arrays of all coils in the host's memory, to be read by the device in parts; otherwise that is
-            done where they do not seem to fit.
+        phase_reference: [coils] the combination of coils whose map is to be real: the first row of another volume's
+            `mixing`, to make phases comparable with that volume's; by default that of this volume.
+        louder: noise of the scan over that of its noise lines (Measurement.excess_noise).
+        keep_lines: keep `lines` of volumes too, to estimate the error (jackknife.py).
+        brightness: factor on the image's units, which noise lines make those of the noise, so that volumes of different dwell times can be compared.
+        on_host: keep the arrays of all coils in host memory, read by the device in parts; by default only if they do not
+            seem to fit.
 
     Raises:
-        ValueError: if nothing was acquired, or samples are not finite.
+        ValueError: if nothing was acquired, or samples are not finite or too large to square.
     """
     if not bool(counts.any()):
         raise ValueError("no imaging line was acquired: nothing to reconstruct")
@@ -153,7 +154,7 @@ def measure(
     mask = (trusted / most).sqrt()
     factor = mask / counts.clamp_min(1)
     reference, lines = (kspace, counts) if calibration is None else calibration
-    reference_factor = 1 / lines.clamp_min(1)  # not `factor`: weights would blur the relations between neighbours that maps are made of
+    reference_factor = 1 / lines.clamp_min(1)  # not `factor`: its weights would blur the relations between neighbouring samples that give the maps
     whitened = whiten(kspace, mask, factor, most, noise, louder, brightness)
     mixing, warnings = whitened.matrix, [*of_no_use, *whitened.warnings]
     acs, acs_size, averaged = _calibration_block(reference, lines, reference_factor, mixing)
@@ -180,7 +181,7 @@ def measure(
 
 
 def inner(a: Tensor, b: Tensor) -> float:
-    """Real part of a^H b for [z y x], plane by plane in double precision: in single precision 10^7 products lose three digits."""
+    """Real part of a^H b for [z y x], plane by plane in double precision: in single precision, summing 10^7 products loses three digits."""
     planes = zip(torch.view_as_real(a), torch.view_as_real(b))
     return sum(torch.stack([(p * q).sum(dtype=torch.float64) for p, q in planes]).tolist())
 
@@ -191,12 +192,12 @@ def energy_of(lines: Tensor) -> float:
 
 
 def _finite(kspace: Tensor, counts: Tensor) -> bool:
-    """Whether all samples of the lines that were acquired can be squared; coils together, one plane at a time."""
+    """Whether all samples of the acquired lines are finite and can be squared; coils together, one plane at a time."""
     return all(bool(torch.isfinite(lines.sum(dim=0).abs().square().sum())) for _, _, lines in _acquired(kspace, counts))
 
 
 def _usable(calibration: tuple[Tensor, Tensor] | None) -> tuple[tuple[Tensor, Tensor] | None, list[str]]:
-    """Separate calibration that maps can be made of, else None, and why not."""
+    """The separate calibration if maps can be made from it, else None; and warnings that say why not."""
     if calibration is None:
         return None, []
     if not _finite(*calibration):
@@ -207,7 +208,7 @@ def _usable(calibration: tuple[Tensor, Tensor] | None) -> tuple[tuple[Tensor, Te
 
 
 def _calibration_block(reference: Tensor, lines: Tensor, factor: Tensor, mixing: Tensor) -> tuple[Tensor, tuple[int, int], float]:
-    """Calibration lines of the virtual coils [coils z y x], how many (z, y), and their noise over that of a single line."""
+    """Calibration lines of the virtual coils [coils z y x], their number (z, y), and their noise relative to a single line."""
     size = find_acs(lines)
     if not size[0]:
         return torch.zeros((len(mixing), 0, 0, 0), dtype=reference.dtype), size, 1.0
@@ -224,7 +225,7 @@ def _thin(size: tuple[int, ...], shape: tuple[int, ...]) -> bool:
 def _calibrated(operator: Sense, adjoint: Tensor, acs: Tensor) -> Tensor | None:
     """Image [z y x] of the calibration lines, times the complex factor that makes it explain y best; None if there is none.
 
-    Calibration may be of another contrast, phase or gain; of A x no more than its own part of k-space is compared with y.
+    The calibration may have another contrast, phase or gain; only its own part of k-space is compared with y.
     """
     if not acs.numel():
         return None
@@ -237,12 +238,12 @@ def _calibrated(operator: Sense, adjoint: Tensor, acs: Tensor) -> Tensor | None:
 
 
 def _low_resolution(coil: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Image [z y x] of `shape` of a block that cut_acs made [z y x]."""
+    """Image [z y x] of size `shape` from a block [z y x] made by cut_acs."""
     return centre_crop_or_pad(ifft(centre_crop_or_pad(coil, (*shape[:2], widened(shape[2]))), (0, 1, 2)), shape)
 
 
 def _innermost(kspace: Tensor, counts: Tensor, lines: int = 64) -> Tensor:
-    """The acquired lines nearest to the k-space centre [coils lines x], where the centre itself is missing."""
+    """The acquired lines nearest the k-space centre [coils lines x], for scans that lack the centre itself."""
     there = (counts > 0).nonzero()
     middle = torch.tensor([n // 2 for n in counts.shape], device=there.device)
     z, y = there[(there - middle).square().sum(1).argsort(stable=True)[:lines]].T
@@ -250,12 +251,12 @@ def _innermost(kspace: Tensor, counts: Tensor, lines: int = 64) -> Tensor:
 
 
 def _mix(matrix: Tensor, data: Tensor) -> Tensor:
-    """[virtual coils] x [coils ...]."""
+    """`matrix` [virtual coils coils] times `data` [coils ...]."""
     return (matrix @ data.flatten(1)).reshape(len(matrix), *data.shape[1:])
 
 
 def _mix_lines(matrix: Tensor, kspace: Tensor, factor: Tensor, home: torch.device) -> Tensor:
-    """matrix @ (kspace * factor) [virtual coils z y x] at `home`; only lines with a factor are read and moved."""
+    """matrix @ (kspace * factor) [virtual coils z y x] at `home`; only lines with a nonzero factor are read and moved."""
     out = torch.zeros((len(matrix), *kspace.shape[1:]), dtype=kspace.dtype, device=home)
     matrix = matrix.to(home)
     for z, there, lines in _acquired(kspace, factor):
@@ -264,7 +265,7 @@ def _mix_lines(matrix: Tensor, kspace: Tensor, factor: Tensor, home: torch.devic
 
 
 def _acquired(kspace: Tensor, counts: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Plane by plane (z, where y, lines [coils lines x]) of what was acquired: no second array of all coils."""
+    """Acquired lines, plane by plane (z, indices y, lines [coils lines x]), to avoid a second array of all coils."""
     for z in range(kspace.shape[1]):
         there = counts[z].nonzero()[:, 0]
         if len(there):
@@ -272,10 +273,10 @@ def _acquired(kspace: Tensor, counts: Tensor) -> Iterator[tuple[int, Tensor, Ten
 
 
 def _home(coils: int, shape: tuple[int, int, int], device: torch.device, warnings: list[str], arrays: int = WORK_ARRAYS) -> torch.device:
-    """Where the arrays of all coils live: on the device if they fit, else on the host, read by it in parts."""
+    """Where to keep the arrays of all coils: on the device if they fit, else on the host, read by the device in parts."""
     if device.type != "cuda":
         return device
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # of earlier volumes, free for this one
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by earlier volumes, available to this one
     needed, free = 8 * (arrays * coils + SINGLE_VOLUMES) * math.prod(shape), torch.cuda.mem_get_info(device)[0] + cached
     if needed <= free:
         return device
@@ -284,10 +285,10 @@ def _home(coils: int, shape: tuple[int, int, int], device: torch.device, warning
 
 
 def _maps(acs: Tensor, sigma: float, size: tuple[int, int], whole: tuple[int, ...], all_lines: Callable[[], Tensor], counts: Tensor) -> tuple[Tensor, Tensor, list[str]]:
-    """Coil maps of size `whole` (coils, z, y, x) and support [z y x], by the best way that the calibration lines allow, and what is to be said of them.
+    """Coil maps of size `whole` (coils, z, y, x) and support [z y x], by the best method that the calibration lines allow, and warnings.
 
-    Where calibration lines are too few, `all_lines` gives k-space of that size with all there are, `counts` [z y] of them;
-    maps and support are where those are.
+    If there are too few calibration lines, `all_lines` gives k-space of that size with all lines there are, in numbers
+    `counts` [z y]; maps and support are on the device of `counts`.
     """
     shape, home = whole[1:], counts.device
     everywhere = torch.ones(shape, device=home)
@@ -306,7 +307,7 @@ def _maps(acs: Tensor, sigma: float, size: tuple[int, int], whole: tuple[int, ..
 
 
 def _wraps(share: float) -> list[str]:
-    """What is to be said of an object of which that `share` lies over another part of it."""
+    """Warnings about an object of which a `share` lies over another part of it."""
     if share < WRAPS:
         return []
     wraps = f"about {share:.0%} of the object seems to lie over other parts of it: it reaches beyond the field of view along a phase encode, and one set of coil maps cannot describe both"
@@ -314,15 +315,15 @@ def _wraps(share: float) -> list[str]:
 
 
 def _support(acs: Tensor, shape: tuple[int, int, int], sigma: float) -> Tensor:
-    """Where the blurred calibration image is not dark, grown by 2 voxels: air left out, faint tissue kept.
+    """Where the low-resolution calibration image is not dark, grown by 2 voxels: leaves out air, keeps faint tissue.
 
-    Maps that are zero in air remove a third to a half of the unknowns (about 1 dB for CG-SENSE). Dark is what is below DARK
-    of the bright; where the noise (`sigma` of `acs` per real part) allows it, SEEN times that, as a vial or deep tissue at
-    2 % of the bright may be signal. A wider support costs CG-SENSE some tenths of a dB where the air of real heads holds
-    ghosts, slice diffusion less.
+    Maps that are zero in air remove a third to a half of the unknowns (about 1 dB for CG-SENSE). Dark means below DARK times
+    the bright signal; if the noise is low enough (`sigma` of `acs` per real part), below SEEN times the noise instead, because
+    a vial or deep tissue at 2 % of the bright signal may be real. A wider support costs CG-SENSE a few tenths of a dB where
+    the air around real heads contains ghosts, slice diffusion less.
     """
     energy, window = torch.zeros(shape, device=acs.device), _window(acs)
-    for coil in acs * window:  # one by one, to hold one image and not all of them
+    for coil in acs * window:  # one by one, to hold a single image in memory
         energy += _low_resolution(coil, shape).abs().square()
     blurred = energy.sqrt()
     noise = sigma * (2 * len(acs) * float(window.square().sum()) / (math.prod(shape[:2]) * widened(shape[2]))) ** 0.5

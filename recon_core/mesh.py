@@ -1,7 +1,7 @@
-"""The same scan with its volume on a finer mesh than the measured k-space fills; what lies beyond that was not sampled.
+"""The same scan with its volume on a finer voxel grid than the measured k-space fills; k-space beyond it is not sampled.
 
-A denoiser answers voxel by voxel and its answer to an edge depends on where between the voxels it lies; on a finer
-mesh less so, and its mistakes are others.
+A denoiser works voxel by voxel, and its response to an edge depends on where the edge lies between voxels; on a finer
+grid it depends less on this, and its errors are different.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from .pose import BLOCK
 from .sense import Sense
 from .slices import usable_axes
 
-COVERED = 0.5  # root sum of squares of interpolated coil maps from which a voxel belongs to the object
+COVERED = 0.5  # root sum of squares of the interpolated coil maps above which a voxel belongs to the object
 
 
 def on_finer_mesh(measurement: Measurement, factor: float, start: Tensor) -> Measurement:
-    """The scan with `factor` times as many voxels (or some more, a multiple of BLOCK) along the phase encodes within the slices of use.
+    """The scan with `factor` times as many voxels (rounded up to a multiple of BLOCK) along the phase-encoding axes within the usable slices.
 
-    Intensities stay: `kspace_crop` of a volume to the old matrix is the volume on the old mesh. `sigma` is that of the lines as the
-    larger transform scales them, and for the solver an image's noise on this mesh is about `factor` times what it is; told the true
-    one, planes were reconstructed 0.05 to 0.2 dB worse.
+    Intensities are kept: `kspace_crop` of a volume to the old matrix is the volume on the old grid. `sigma` is scaled like the
+    lines by the larger transform, so the solver takes an image's noise on this grid to be higher than it is by the root of the ratio of
+    voxels (`factor` where both phase encodes are refined); given the true value, it reconstructed planes 0.05 to 0.2 dB worse.
 
     Args:
-        measurement: that keeps its `lines` [coils z y x], of which slices of one orientation are of use.
-        start: volume [z y x] of `measurement`, the CG-SENSE image: an estimated noise level is bounded by it on its own mesh,
-            as the number of unknowns that the data bear does not grow with the mesh.
+        measurement: one that keeps its `lines` [coils z y x] and has usable slices of one orientation only.
+        start: volume [z y x] of `measurement`, the CG-SENSE image; it bounds an estimated noise level on the original grid,
+            because a finer grid does not let the data determine more unknowns.
     """
     z, y, x = measurement.operator.shape
     across = usable_axes((z, y, x))[0]
@@ -40,7 +40,7 @@ def on_finer_mesh(measurement: Measurement, factor: float, start: Tensor) -> Mea
     maps = torch.stack([interpolate(coil, (*fine, x)) for coil in measurement.operator.coil_maps()])
     size = maps.abs().square().sum(0).sqrt()
     maps = torch.where(size > COVERED, maps / size.clamp_min(COVERED), 0)
-    gain = (math.prod(fine) / (z * y)) ** 0.5  # of the unitary transform for the same intensities
+    gain = (math.prod(fine) / (z * y)) ** 0.5  # of the unitary transform, at equal intensities
     lines = gain * centre_crop_or_pad(measurement.lines.movedim(3, 1), fine).movedim(1, 3)
     operator = Sense(maps, centre_crop_or_pad(measurement.operator.mask, fine), measurement.operator.device)
     return replace(

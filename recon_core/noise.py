@@ -1,6 +1,6 @@
-"""Receiver noise: whitening by noise lines, or an estimate of its level from the scan itself.
+"""Receiver noise: prewhitening by noise lines, or an estimate of its level from the scan itself.
 
-Everywhere sigma is the standard deviation of the real part and of the imaginary part each.
+Throughout, sigma is the standard deviation of the real part, and likewise of the imaginary part.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-FEW_LINES = 16  # of them the median is a poor measure
-ENOUGH_LINES = 1024  # for a median; all the lines of a large scan take seconds
-DEAD = 1e-3  # noise of a coil over that of the middle one below which it is not connected
-LOUD = 2.0  # estimated noise of a coil over that of the middle one above which it is turned down; or noise lines over the scan's own
+FEW_LINES = 16  # up to this many, the median is a poor estimate
+ENOUGH_LINES = 1024  # for a median; using all lines of a large scan takes seconds
+DEAD = 1e-3  # noise of a coil over that of the median coil below which it is not connected
+LOUD = 2.0  # estimated noise of a coil over that of the median coil above which it is scaled down; also noise lines over the scan's own
 
 
 class Whitening(NamedTuple):
-    """How coils become virtual ones of even noise: `matrix` [virtual coils coils], and the noise of a single line after it.
+    """How coils become virtual coils of even noise: `matrix` [virtual coils coils], and the noise `sigma` of a single line after it.
 
-    `known`: noise lines gave `sigma`; otherwise the scan's outer lines did, which hold fine detail too. `shown` is what
-    those lines show of it at most, 0 if they were not asked; `warnings` are sentences for the operator.
+    `known`: noise lines gave `sigma`; otherwise the scan's outer lines did, which also contain fine detail. `shown` is the
+    upper bound that those outer lines give, 0 if they were not used; `warnings` are sentences for the operator.
     """
 
     matrix: Tensor
@@ -32,20 +32,20 @@ class Whitening(NamedTuple):
 
 
 def whiten(kspace: Tensor, mask: Tensor, factor: Tensor, averages: float, noise: Tensor | None = None, louder: float = 1.0, brightness: float = 1.0) -> Whitening:
-    """Whitening by the noise lines, or as well as the scan itself allows.
+    """Prewhitening by the noise lines, or as well as the scan itself allows.
 
-    With noise lines sigma is 1, or `louder`, times `brightness`. An estimate only evens the coils out and keeps the units of the data: what it
-    is off by would otherwise show as brightness that changes from one volume of a scan to the next. Noise lines that
-    are louder than the scan itself (another receiver gain or bandwidth) tell how coils share noise, but not how much.
+    With noise lines sigma is 1, or `louder`, times `brightness`. An estimate only evens out the coils and keeps the units of
+    the data: otherwise its error would appear as brightness that changes from one volume of a scan to the next. Noise lines
+    louder than the scan itself (another receiver gain or bandwidth) give the noise correlation between coils, but not its level.
 
     Args:
         kspace: [coils z y x] sums over averages, x in image space.
         mask: [z y], nonzero where acquired.
-        factor: [z y] that makes the sums into lines as noisy as the mean of `averages` lines.
-        averages: lines summed, at most.
-        noise: [coils samples] noise samples, if there were noise lines.
-        louder: how many times as noisy as its noise lines the scan is.
-        brightness: unit of what noise lines whiten, for volumes of other dwell times to compare.
+        factor: [z y] that scales the sums to lines as noisy as the mean of `averages` lines.
+        averages: largest number of lines summed.
+        noise: [coils samples] noise samples, if there are noise lines.
+        louder: noise of the scan over that of its noise lines.
+        brightness: factor on data prewhitened by noise lines, so that volumes of different dwell times can be compared.
     """
     reason = "no noise lines"
     if noise is not None:
@@ -63,9 +63,9 @@ def _by_itself(kspace: Tensor, mask: Tensor, factor: Tensor, averages: float, wh
     tiny = torch.finfo(torch.float32).tiny
     sigma = estimate_sigma(kspace, mask, factor)
     live = sigma > 0
-    for coil in (~live).nonzero()[:, 0].tolist():  # without noise far out: simulated, or nothing at all
+    for coil in (~live).nonzero()[:, 0].tolist():  # no noise in the outer lines: simulated, or no data at all
         live[coil] = kspace[coil].any()
-    live = live | ~live.any()  # of an empty scan all coils are alike
+    live = live | ~live.any()  # an empty scan keeps all coils
     warnings = [why] if bool(live.all()) else [why, left_out(~live, "{have} no signal")]
     sigma = sigma[live]
     if not float(sigma.max()) > 0:
@@ -78,7 +78,7 @@ def _by_itself(kspace: Tensor, mask: Tensor, factor: Tensor, averages: float, wh
 
 
 def left_out(dead: Tensor, why: str) -> str:
-    """Which coils (true in `dead` [coils]) are left out, and why, with {have} for their number."""
+    """Sentence saying which coils (true in `dead` [coils]) are left out, and `why`, where {have} becomes "has" or "have"."""
     numbers = [str(coil) for coil in dead.nonzero()[:, 0].tolist()]
     return f"coil{'s' * (len(numbers) > 1)} {', '.join(numbers)} (counted from 0) {why.format(have='has' if len(numbers) == 1 else 'have')}: dead, left out"
 
@@ -98,13 +98,13 @@ def whitening_matrix(noise: Tensor) -> Tensor:
     """Matrix W [live coils, coils] such that W @ noise has unit sigma and no correlation between coils.
 
     Inverse Cholesky factor of the noise covariance (Pruessmann et al., MRM 2001, eq. 23). A dead coil, one whose
-    noise is at most DEAD times the middle coil's, has a column of zeros and no row.
+    noise is at most DEAD times the median coil's, has a column of zeros and no row.
 
     Args:
         noise: [coils samples] complex noise samples.
 
     Raises:
-        ValueError: with fewer samples than four per coil, non-finite samples, no noise, or a coil that repeats others.
+        ValueError: with fewer than four samples per coil, non-finite samples, no noise, or a coil that repeats others.
     """
     coils, samples = noise.shape
     if samples < 4 * coils:
@@ -123,17 +123,17 @@ def whitening_matrix(noise: Tensor) -> Tensor:
 
 
 def estimate_sigma(kspace: Tensor, mask: Tensor, factor: Tensor | None = None, mixing: Tensor | None = None) -> Tensor:
-    """Noise level per coil [coils] as the scan itself shows it.
+    """Noise level per coil [coils], estimated from the scan itself.
 
-    Median magnitude (the mean, of few lines) of the samples far from the k-space centre. It is high where fine detail still stands
-    out there (3 times too high at SNR 100), which costs little; too low would leave noise in the image, and
-    air at the ends of the readout is too low a measure where the receiver's noise is not white.
+    From the median magnitude (of few lines, the mean) of the samples far from the k-space centre. It is too high where fine
+    detail still stands out there (3 times at SNR 100), which costs little; too low a level would leave noise in the image,
+    and air at the ends of the readout gives too low a level where the receiver noise is not white.
 
     Args:
         kspace: [coils z y x], x in image space.
         mask: [z y], nonzero where acquired.
-        factor: [z y] to multiply the lines with, for example one over their averages.
-        mixing: [virtual coils coils], for the level of virtual coils.
+        factor: [z y] to multiply the lines by, for example one over their number of averages.
+        mixing: [virtual coils coils], to get the level of virtual coils.
     """
     z, y = (torch.arange(n, device=kspace.device) - n // 2 for n in mask.shape)
     radius = (2 * z / max(2, len(z))).square()[:, None] + (2 * y / max(2, len(y))).square()
@@ -147,5 +147,5 @@ def estimate_sigma(kspace: Tensor, mask: Tensor, factor: Tensor | None = None, m
     if factor is not None:
         magnitude = magnitude * factor[z, y][:, None]
     few = magnitude.shape[1] <= FEW_LINES
-    middle = magnitude.mean(dim=1) / (math.pi / 2) ** 0.5 if few else magnitude.median(dim=1).values / (2 * math.log(2)) ** 0.5  # of Rayleigh's distribution
+    middle = magnitude.mean(dim=1) / (math.pi / 2) ** 0.5 if few else magnitude.median(dim=1).values / (2 * math.log(2)) ** 0.5  # of the Rayleigh distribution
     return torch.quantile(middle, 0.5, dim=1)

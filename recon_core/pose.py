@@ -1,7 +1,7 @@
-"""The prior in a random pose: mirrored, turned, moved by some pixels, its phase rotated; and back.
+"""The prior in a random pose: slices mirrored, transposed, shifted by a few pixels, their phase rotated; and back.
 
-The prior was trained on slices in all of these poses, so its answer should not depend on them. Where it does, that
-is error, and with another pose in each sweep it averages out.
+The prior was trained on slices in all of these poses, so its output should not depend on them. Where it does, that
+is error, which averages out because each sweep uses a different pose.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from .slices import Denoiser
 
-BLOCK = 8  # pixels after which the network's down-sampling repeats itself
+BLOCK = 8  # pixels after which the network's downsampling pattern repeats
 
 
 class Pose(NamedTuple):
-    """How slices are turned before the prior sees them."""
+    """How slices are transformed before the prior sees them."""
 
     flips: list[int]
     turned: bool
@@ -28,7 +28,7 @@ class Pose(NamedTuple):
     angle: float
 
     def seen_by(self, prior: Denoiser) -> Denoiser:
-        """`prior` in this pose; for slices [slices 2 h w] of any size."""
+        """`prior` applied in this pose, to slices [slices 2 h w] of any size."""
 
         def denoise(slices: Tensor, sigma: Tensor | float) -> Tensor:
             there = _rotate_phase(slices, self.angle).flip(self.flips)

@@ -1,11 +1,11 @@
-"""A copy of the prior that learns from a scan's own lines, and what judges it.
+"""A copy of the prior that learns from a scan's own lines, and how its progress is judged.
 
-Zero-shot self-supervision (Yaman et al., arXiv 2102.07737): a part of the measured lines is left out, the rest is
-reconstructed, and at every sweep the copy learns to predict the lines left out from what the sweep hands
-to it (sweep by sweep as in rehearsal.py, never through the solver). Each line stands for the lines around it that
-were not measured, as many as there are (Millard and Chiew, arXiv 2205.10278): the centre is sampled densely, most
-of what is to be predicted is not there. The rounds take turns between the scan's own mesh and a finer one (mesh.py).
-Other lines, which it never learns from, judge whether it became better, and on which mesh.
+Zero-shot self-supervision (Yaman et al., arXiv 2102.07737): some of the measured lines are left out, the rest are
+reconstructed, and at every sweep the copy learns to predict the left-out lines from the input that the sweep gives
+it (sweep by sweep as in rehearsal.py, never backpropagating through the solver). Each line is weighted by the number of
+unmeasured lines around it that it represents (Millard and Chiew, arXiv 2205.10278), because the centre is densely
+sampled and most of what must be predicted lies elsewhere. Rounds alternate between the scan's own voxel grid and a finer
+one (mesh.py). Held-out lines, which are never learned from, decide whether the copy improved, and on which grid.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from .sense import Sense
 from .slices import MIN_SIDE, Denoiser, apply_prior, object_box
 from .variational import VariationalConfig, reconstruct_variational
 
-RATE = 1e-4  # of Adam
-DECAY = 0.98  # of the mean of the weights over the steps
-LEFT_OUT = 0.2  # of the lines outside the calibration square, to learn from
-JUDGING = 0.1  # of them, never learned from
-FINER = 1.5  # times as many voxels along the phase encodes
-NEIGHBOURS = 8.0  # lines, standard deviation of the window in which the share that was measured is counted
-LEAST_LINES, LEAST_SAMPLES = 5, 1000  # that judge
-HOPELESS = 10.0  # times the energy of the lines left out; an empty image leaves once
-PIXELS = 1 << 16  # of a round's sweep: a few seconds of two CPU cores
+RATE = 1e-4  # Adam's learning rate
+DECAY = 0.98  # per step, of the moving average of the weights
+LEFT_OUT = 0.2  # share of the lines outside the calibration square, to learn from
+JUDGING = 0.1  # share of them held out, never learned from
+FINER = 1.5  # times as many voxels along the phase-encoding axes
+NEIGHBOURS = 8.0  # lines; standard deviation of the window over which the measured share is computed
+LEAST_LINES, LEAST_SAMPLES = 5, 1000  # held out, needed to judge
+HOPELESS = 10.0  # residual energy over that of the left-out lines at which learning has diverged; a zero image leaves 1
+PIXELS = 1 << 16  # per sweep of a round: a few seconds on two CPU cores
 
 
 class Pupil:
-    """A copy of the prior that learns from a scan; `best` and `best_meshes` are what the judging lines prefer, at first the prior and the scan's own mesh."""
+    """A copy of the prior that learns from a scan; `best` and `best_meshes` do best on its held-out lines, and start as the prior and the scan's own grid."""
 
     def __init__(self, measurement: Measurement, prior: nn.Module, start: Tensor, config: VariationalConfig, seed: int):
         self.measurement, self.start, self.config = measurement, start, config
@@ -54,27 +54,27 @@ class Pupil:
 
     @cached_property
     def optimiser(self) -> torch.optim.Adam:
-        """Made when it is needed: a process's first one takes torch seconds, which the first image should not wait for."""
+        """Created on first use: the first one in a process takes torch seconds, and the first image should not wait for it."""
         return torch.optim.Adam(self.network.parameters(), lr=RATE, betas=(0.9, 0.99))
 
     @cached_property
     def meshes(self) -> tuple[Measurement, Measurement]:
-        """The scan on its own mesh and on a finer one."""
+        """The scan on its own voxel grid and on a finer one."""
         return self.measurement, on_finer_mesh(self.measurement, FINER, self.start)
 
     @property
     def can_be_judged(self) -> bool:
-        """Whether enough was measured to tell better from worse."""
+        """Whether enough lines are held out to tell better from worse."""
         lines, (coils, _, _, x) = int(self.judging.sum()), self.measurement.lines.shape
         return lines >= LEAST_LINES and lines * coils * x >= LEAST_SAMPLES
 
     def evaluations(self) -> int:
-        """Of slices by the network since this was asked last."""
+        """Slice evaluations by the network since the last call."""
         spent, self.spent = self.spent, 0
         return spent
 
     def learn(self) -> None:
-        """One reconstruction without some of the lines, on the mesh whose turn it is, and a step of learning at each of its sweeps."""
+        """One reconstruction without some of the lines, on the grid whose turn it is, with a learning step at each sweep."""
         mesh, there = self.meshes[self.rounds % len(self.meshes)], self._window()
         left_out = self._some(self.others, LEFT_OUT)
         part, answer = (mesh.part(_on(mesh, lines), there) for lines in (self.others & ~left_out, left_out))
@@ -98,13 +98,13 @@ class Pupil:
         self.rounds += 1
 
     def _forget(self) -> None:
-        """Start again from the best so far; where the steps led to, nothing can be learned."""
+        """Restart from the best weights so far: nothing can be learned once learning has diverged."""
         for network in (self.network, self.average):
             network.load_state_dict(self.best.state_dict())
         self.optimiser.state.clear()
 
     def judge(self) -> None:
-        """Keep what has been learned if it predicts the judging lines better than the best so far, on one mesh or as the mean of both."""
+        """Keep what was learned if it predicts the held-out lines better than the best so far, on one grid or as the mean of both."""
         for prior in (self.best, self.average) if self.score is None else (self.average,):
             for meshes, score in self._judged(prior):
                 if self.score is None or score < self.score:
@@ -112,7 +112,7 @@ class Pupil:
                     self.best = copy.deepcopy(prior) if prior is self.average else prior
 
     def _judged(self, prior: nn.Module) -> list[tuple[tuple[Measurement, ...], float]]:
-        """Meshes, and how much of the judging lines stays unexplained by the mean of the images that `prior` makes on them of the others."""
+        """Choices of grids, each with the share of the held-out lines that the mean of `prior`'s images on them, made from the other lines, leaves unexplained."""
         there, volumes = self._window(middle=True), []
         answer = self.measurement.part(self.judging, there)
         for mesh in self.meshes:
@@ -125,12 +125,12 @@ class Pupil:
         return [((mesh,), score(volume)) for mesh, volume in zip(self.meshes, volumes)] + [(self.meshes, score(sum(volumes) / len(volumes)))]
 
     def _some(self, lines: Tensor, share: float) -> Tensor:
-        """A random share of `lines` [z y], none of the calibration square."""
+        """A random `share` of `lines` [z y], none from the calibration square."""
         chosen = lines.cpu() & (torch.rand(lines.shape, generator=self.random) < share)
         return (chosen & ~centre_block(lines.shape, self.measurement.acs)).to(lines.device)
 
     def _window(self, middle: bool = False) -> slice:
-        """Readout positions to work on, a scan of their own: all, or as many as a round can bear, drawn where there is signal."""
+        """Readout positions to use as a scan of their own: all, or as many as a round can afford, drawn where there is signal or in the `middle`."""
         z, y, x = self.measurement.operator.shape
         least = 1 if min(z, y) >= MIN_SIDE else 2 * MIN_SIDE
         width = min(x, max(least, PIXELS // (z * y)))
@@ -142,7 +142,7 @@ class Pupil:
 
 
 def _keeping_graph(given: list[Tensor], volume: Tensor, prior: Denoiser, sigma: float, axis: int, chosen: Tensor, pose: Pose) -> int:
-    """As denoise_in_pose, in one batch; the denoised volume, to be differentiated by the prior's weights, is added to `given`."""
+    """Like denoise_in_pose, in one batch; appends the denoised volume, differentiable in the prior's weights, to `given`."""
     with torch.enable_grad():
         planes = volume.movedim(axis, 0)
         denoised = planes.index_copy(0, chosen, apply_prior(planes[chosen], pose.seen_by(prior), sigma)).movedim(0, axis)
@@ -152,23 +152,23 @@ def _keeping_graph(given: list[Tensor], volume: Tensor, prior: Denoiser, sigma: 
 
 
 def importance(taken: Tensor, acs: tuple[int, int]) -> Tensor:
-    """How many lines that were not measured each measured line stands for, [z y] of `taken` [z y]: (1 - p) / p, p the share measured around it.
+    """Number of unmeasured lines that each line of `taken` [z y] represents [z y]: (1 - p) / p, with p the share measured around it.
 
-    The calibration square, of size `acs` (z, y), is no part of that share.
+    The calibration square, of size `acs` (z, y), does not count towards that share.
     """
     counted = (~centre_block(taken.shape, acs)).float()
     near_z, near_y = (torch.exp(-((torch.arange(n) - torch.arange(n)[:, None]) / NEIGHBOURS).square() / 2) for n in taken.shape)
     share = (near_z @ (taken.cpu() * counted) @ near_y) / (near_z @ counted @ near_y).clamp_min(1e-6)
-    share = share.clamp(0.02, 0.98)  # a stray line is not worth hundreds, one among measured ones not nothing
+    share = share.clamp(0.02, 0.98)  # an isolated line should not count for hundreds, nor one among measured lines for nothing
     return (taken.cpu() * (1 - share) / share).to(taken.device)
 
 
 def unexplained(operator: Sense, volume: Tensor, lines: Tensor, weights: Tensor) -> Tensor:
-    """||A x - y||^2 / ||y||^2 for `volume` x [z y x] and `lines` y [coils z y x], `weights` [z y] in both sums; may be differentiated by x."""
+    """||A x - y||^2 / ||y||^2 for `volume` x [z y x] and `lines` y [coils z y x], both weighted by `weights` [z y]; differentiable in x."""
     energy = lambda what: (what.abs().square() * weights[..., None].to(what.device)).sum()  # noqa: E731
     return energy(operator.forward(volume) - lines) / energy(lines)
 
 
 def _on(mesh: Measurement, lines: Tensor) -> Tensor:
-    """What is given for each line [z y] on the matrix of `mesh`."""
+    """Values per line [z y], cropped or padded to the matrix of `mesh`."""
     return centre_crop_or_pad(lines, mesh.operator.shape[:2])

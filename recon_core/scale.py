@@ -1,4 +1,4 @@
-"""The intensity scale that the prior's images are measured in: one definition for training and reconstruction."""
+"""The intensity scale of the prior's images: one definition for training and reconstruction."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ SCALE_MM = 8.0
 
 
 def evenly(values, most: int):
-    """At most `most` of the values [any shape] of a tensor or array, evenly spread: for a percentile of all of them.
+    """At most `most` of the values of a tensor or array of any shape, evenly spaced: for a percentile of all of them.
 
-    The step shares no factor with the shape, so that it never keeps step with the rows: one side of the volume would then stand for all of it.
+    The step shares no factor with the shape, so it never aligns with the rows: one side of the volume would then stand for all of it.
     """
     step = -(-math.prod(values.shape) // most)
     while math.gcd(step, math.prod(values.shape)) > 1:
@@ -25,8 +25,8 @@ def evenly(values, most: int):
 def intensity_scale(volume: Tensor, voxel_mm: tuple[float, float, float]) -> float:
     """Brightness of typical tissue: sum |v|^3 / sum |v|^2 of the volume blurred to 8 mm voxels.
 
-    The blur keeps noise, aliasing and the voxel size from moving it; the powers keep air, and so the
-    matrix size, from moving it. It scales exactly with the volume.
+    The blur makes it insensitive to noise, aliasing and voxel size; the powers make it insensitive to air,
+    and so to matrix size. It scales exactly with the volume.
 
     Args:
         volume: [z y x], complex or real.

@@ -1,8 +1,8 @@
 """The measurement operator A = mask . FFT(z, y) . coil maps, on data whose readout is already an image axis.
 
 The readout of a Cartesian scan is fully sampled, so it is transformed once while gathering and A splits
-into one 2D problem per readout position. Inside, everything lives in the "frame" [x z y] with the image
-and k-space centres rolled to index 0: no shift and no readout FFT is left in any loop.
+into one 2D problem per readout position. Internally everything is in the "frame" [x z y], with the image
+and k-space centres rolled to index 0, so that no loop contains a shift or a readout FFT.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class Sense:
     Args:
         coil_maps: [coils z y x] complex64, root sum of squares over coils 1 or 0.
         mask: [z y] real sampling weights in [0, 1]; 0 where nothing was acquired.
-        device: where to compute, if not where the maps are; maps are then read part by part.
+        device: where to compute, if not where the maps are; the maps are then read in parts.
 
     Raises:
-        ValueError: if shapes disagree, the mask is empty or a value is not finite.
+        ValueError: if shapes disagree, the mask is empty or the coil maps are not finite.
     """
 
     def __init__(self, coil_maps: Tensor, mask: Tensor, device: str | torch.device | None = None):
@@ -41,7 +41,7 @@ class Sense:
         self.shape = tuple(coil_maps.shape[1:])
         coils, z, y, x = coil_maps.shape
         self.maps = torch.empty((x, coils, z, y), dtype=coil_maps.dtype, device=coil_maps.device)
-        for coil, field in enumerate(coil_maps):  # one by one, to need no third copy of the largest array
+        for coil, field in enumerate(coil_maps):  # one by one, to avoid a third copy of the largest array
             self.maps[:, coil] = torch.fft.ifftshift(field.permute(2, 0, 1), (1, 2))
         self.weights = torch.fft.ifftshift(mask.to(self.maps.real.dtype), (0, 1)).to(device or coil_maps.device)
         self.chunk = self._planes_at_once()
@@ -53,12 +53,12 @@ class Sense:
 
     @property
     def coils(self) -> int:
-        """How many."""
+        """Number of coils."""
         return self.maps.shape[1]
 
     @property
     def mask(self) -> Tensor:
-        """[z y], as it was given."""
+        """Sampling weights [z y], as given."""
         return torch.fft.fftshift(self.weights)
 
     @property
@@ -68,7 +68,7 @@ class Sense:
 
     @property
     def support(self) -> Tensor:
-        """[z y x], true where a coil sees anything."""
+        """[z y x], true where any coil has sensitivity."""
         return self.from_frame((self.maps != 0).any(dim=1))
 
     def to(self, device: str | torch.device) -> Sense:
@@ -87,15 +87,15 @@ class Sense:
         return other
 
     def coil_maps(self) -> Tensor:
-        """[coils z y x], as they were given."""
+        """[coils z y x], as given."""
         return torch.fft.fftshift(self.maps, (2, 3)).permute(1, 2, 3, 0)
 
     def to_frame(self, volume: Tensor) -> Tensor:
-        """[z y x] to the inner frame [x z y]."""
+        """[z y x] to the internal frame [x z y]."""
         return torch.fft.ifftshift(volume.permute(2, 0, 1), (1, 2)).contiguous()
 
     def from_frame(self, frame: Tensor) -> Tensor:
-        """Inner frame [x z y] to [z y x]."""
+        """Internal frame [x z y] to [z y x]."""
         return torch.fft.fftshift(frame, (1, 2)).permute(1, 2, 0).contiguous()
 
     def forward(self, volume: Tensor) -> Tensor:
@@ -119,9 +119,9 @@ class Sense:
         return self.from_frame(self.normal_frame(self.to_frame(volume)))
 
     def normal_frame(self, frame: Tensor) -> Tensor:
-        """The same on the inner frame [x z y]; this is the inner loop of every method."""
+        """The same in the internal frame [x z y]; this is the inner loop of every method."""
         out = torch.empty_like(frame)
-        squared = self.weights.square() / self.weights.numel()  # both transforms' scaling, without a pass over all coils
+        squared = self.weights.square() / self.weights.numel()  # includes the scaling of both transforms, which saves a pass over all coils
         for part in self._parts():
             maps = self._maps(part)
             block = torch.fft.fft2(maps * frame[part, None]).mul_(squared)

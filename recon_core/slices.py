@@ -1,4 +1,4 @@
-"""The prior on the slices of a volume: which orientations are worth it, and denoising in batches."""
+"""Applies the prior to the slices of a volume: which orientations are usable, and denoising in batches."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor
 from .device_failure import ran_out_of_memory
 
 Denoiser = Callable[[Tensor, float], Tensor]
-MIN_SIDE = 16  # shorter slices show the network hardly any anatomy
+MIN_SIDE = 16  # slices with a shorter side show the network hardly any anatomy
 PIXELS_PER_BATCH = {"cpu": 1 << 16, "cuda": 1 << 22}
 
 
 def usable_axes(shape: tuple[int, int, int]) -> list[int]:
-    """Axes across which slices are worth denoising: both in-plane sides long enough, or the best there is."""
+    """Axes across which slices are worth denoising: both in-plane sides at least MIN_SIDE, or else the best axis."""
     sides = [min(n for i, n in enumerate(shape) if i != axis) for axis in range(3)]
     return [a for a in range(3) if sides[a] >= MIN_SIDE] or [max(range(3), key=lambda a: sides[a])]
 
 
 def object_box(inside: Tensor) -> tuple[slice, slice, slice]:
-    """Bounding box (z, y, x) of where `inside` [z y x] is true; all of it if that is nowhere."""
+    """Bounding box (z, y, x) of where `inside` [z y x] is true; the whole volume if it is true nowhere."""
     box = []
     for axis in range(3):
         line = inside.any(dim=tuple(a for a in range(3) if a != axis)).nonzero()[:, 0]
@@ -33,7 +33,7 @@ def object_box(inside: Tensor) -> tuple[slice, slice, slice]:
 def denoise_slices(volume: Tensor, prior: Denoiser, sigma: float, axis: int, chosen: Sequence[int] | Tensor | None = None) -> int:
     """Denoise the `chosen` slices (all by default) of `volume` [z y x] across `axis` in place; returns how many.
 
-    Where the GPU's memory does not hold a batch, it is halved, down to one slice.
+    A batch that does not fit in GPU memory is halved, down to one slice.
     """
     planes = volume.movedim(axis, 0)
     chosen = torch.arange(len(planes)) if chosen is None else torch.as_tensor(chosen)
@@ -52,13 +52,13 @@ def denoise_slices(volume: Tensor, prior: Denoiser, sigma: float, axis: int, cho
 
 
 def denoise_planes(planes: Tensor, prior: Denoiser, sigma: float | Tensor) -> Tensor:
-    """D of complex `planes` [slices h w], sigma a number or [slices]."""
+    """`prior` applied to complex `planes` [slices h w]; sigma is a number or [slices]."""
     with torch.no_grad():
         return apply_prior(planes, prior, sigma)
 
 
 def apply_prior(planes: Tensor, prior: Denoiser, sigma: float | Tensor) -> Tensor:
-    """The same, to be differentiated by the prior's weights where gradients are on."""
+    """Like denoise_planes, but differentiable in the prior's weights where gradients are enabled."""
     slices = torch.view_as_real(planes).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
     return torch.view_as_complex(prior(slices, sigma).float().permute(0, 2, 3, 1).contiguous())
 
@@ -69,6 +69,6 @@ def some_slices(count: int, fraction: float, random: torch.Generator) -> Tensor:
 
 
 def complex_noise(like: Tensor, random: torch.Generator) -> Tensor:
-    """Standard normal real and imaginary parts, shaped like `like`; the same on every device."""
+    """Standard normal real and imaginary parts, in the shape of `like`; the same on every device."""
     parts = torch.randn((*like.shape, 2), generator=random)
     return torch.view_as_complex(parts).to(like.device)

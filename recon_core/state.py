@@ -1,4 +1,4 @@
-"""What every iterative method yields: the image so far, so that the caller owns time, display and stopping."""
+"""What every iterative method yields: the image so far, so that the caller controls time, display and stopping."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass
 class State:
-    """One sweep's result: volume [z y x] in the units of the data, and sigma, the strength that was denoised with."""
+    """One sweep's result: volume [z y x] in the units of the data, and sigma, the denoising strength used."""
 
     sweep: int
     sweeps: int

@@ -1,4 +1,4 @@
-"""Whether a volume may be trusted: does it explain the measured data as well as the classical image does? And do data and noise agree?"""
+"""Whether a volume can be trusted: does it explain the measured data as well as the classical image, and do data and noise agree?"""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ class Trust(Enum):
     FAILED = 2
 
 
-UNEXPLAINED = 4.0  # times the noise, by the classical image, from which something is wrong with the data
-BARS = {  # how many times the classical image's misfit, and the noise; both must be exceeded
+UNEXPLAINED = 4.0  # times the noise, left by the classical image, above which something is wrong with the data
+BARS = {  # multiples of the classical image's misfit and of the noise; both must be exceeded
     Trust.FAILED: (2.0, 2.0),
     Trust.DOUBTFUL: (1.15, 1.1),
 }
 
 
 def judge(measurement: Measurement, preview: Tensor, volume: Tensor) -> tuple[Trust, str]:
-    """Trust in `volume` [z y x] beside `preview` [z y x], and in words why not; "" if sound.
+    """Trust in `volume` [z y x] compared with `preview` [z y x], and a sentence saying why not; "" if sound.
 
-    Misfit is the residual's root mean square over the noise: 1 for an image that explains the data to the noise.
+    Misfit is the residual's root mean square over the noise: 1 for an image that explains the data down to the noise.
     A prior that invents what was not measured leaves more of the data unexplained than the classical image does.
     """
     classical, found = measurement.misfit(preview), measurement.misfit(volume)
@@ -39,6 +39,6 @@ def judge(measurement: Measurement, preview: Tensor, volume: Tensor) -> tuple[Tr
 
 
 def doubts(measurement: Measurement, preview: Tensor) -> list[str]:
-    """What is wrong with the data themselves, as the classical image `preview` [z y x] shows: both images suffer from it."""
+    """What is wrong with the data themselves, judged by the classical image `preview` [z y x]: it affects both images."""
     left = measurement.misfit(preview)
     return [f"CAUTION: CG-SENSE leaves {left:.2g} times the noise of the data unexplained: spikes, motion, or lines of another scan?"] if left > UNEXPLAINED else []

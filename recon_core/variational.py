@@ -1,11 +1,11 @@
 """Variational 3D reconstruction with a 2D prior on random slices of three orientations.
 
-Minimises ||A x - y||^2 / (2 sigma^2) + a prior on all slices, of which only the denoiser is known. arXiv 2412.18584
-follows the gradient of a diffusion objective on slices that are noised at random (faithful.py); here the problem is
-split, as annealed plug-and-play does (Zhang et al., arXiv 2008.13751), and no noise is added: each sweep denoises slices of one random orientation at an annealed noise
-level and in a random pose, with momentum from the sweep before, then solves the data term exactly against
-the result (conjugate gradients on independent 2D problems). The denoiser is never differentiated
-("stabilised Jacobian"). A part of what it took away is given back to the next one: ADMM's dual variable, damped.
+Minimises ||A x - y||^2 / (2 sigma^2) + a prior on all slices that is known only through its denoiser. arXiv 2412.18584
+follows the gradient of a diffusion objective on slices with random noise added (faithful.py); here the problem is
+split, as in annealed plug-and-play (Zhang et al., arXiv 2008.13751), and no noise is added: each sweep denoises slices
+of one random orientation at an annealed noise level and in a random pose, with momentum from the previous sweep, then
+minimises the data term plus a pull towards the result (a few conjugate-gradient steps on independent 2D problems). The denoiser is never
+differentiated ("stabilised Jacobian"). Part of what it removed is added back before the next one: ADMM's dual variable, damped.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from .state import State
 
 @dataclass(frozen=True)
 class VariationalConfig:
-    """sigma in units of tissue brightness.
+    """Settings of the solver; sigma is in units of tissue brightness.
 
     With n the noise of the data in those units, a sweep at sigma pulls towards its denoised image with
     rho = prior_weight * sqrt(1 / R) * (n / sigma)^2: the Gaussian model's balance of data noise and prior noise,
     times a factor found by experiment (tests/benchmarks/robustness.py), the same for every protocol; the more
-    of k-space was sampled (R = 1: all), the better the image bears a strong prior. Data noisier than `noisy` (SNR below
-    16) bear more of one in proportion, where noise lines tell so: an estimate may be twice too high, with one coil most.
-    sigma falls to n / 2, not lower, and stays there for `held` of the sweeps, so that slices of all orientations have
-    their turn at the end: 24 sweeps are then no more than 0.1 dB better than 12 at R = 4, up to 0.4 dB at R = 8 and 0.5 dB
-    at R = 12 (results/bench_fine.csv). `dual` is the share given back: 0 is half-quadratic splitting, whose pull
-    x - D(x) falls short of the prior's gradient, 1 is ADMM, which trusts the denoiser to be the prior's own. Where
-    slices of one orientation alone are of use it is 0, and so is `held`: on measured single planes and thin slabs both did harm.
-    There 1 / R counts as at least `alone`: planes and thin slabs of held-out heads want no weaker prior above R = 3
+    of k-space is sampled (R = 1: all), the stronger a prior the image tolerates. Data noisier than `noisy` (SNR below
+    16) tolerate a proportionally stronger one, if noise lines give the level: an estimate may be twice too high, above all with one coil.
+    sigma falls to `sigma_min` or n / 2, whichever is higher, and stays there for a share `held` of the sweeps, so that slices of all orientations
+    have their turn at the end: 24 sweeps are then at most 0.1 dB better than 12 at R = 4, 0.4 dB at R = 8 and 0.5 dB
+    at R = 12 (results/bench_fine.csv). `dual` is the share added back: 0 is half-quadratic splitting, whose pull
+    x - D(x) falls short of the prior's gradient; 1 is ADMM, which trusts the denoiser to be exactly the prior's own. Where
+    slices of only one orientation are usable, `dual` and `held` are 0: both made measured single planes and thin slabs worse.
+    There 1 / R counts as at least `alone`: planes and thin slabs of held-out heads need no weaker prior above R = 3
     (0.04 to 0.85 dB at R = 4 and 8, -0.07 to 0.21 dB for slabs at 4 mm; bench.py --set diffusion.alone=0).
-    `adapt` is not of this file: rounds of learning from the scan itself (adaptation.py).
+    `adapt`, the rounds of learning from the scan itself, is used in adaptation.py, not here.
     """
 
     sweeps: int = 12
@@ -56,7 +56,7 @@ class VariationalConfig:
 
 
 def denoise_in_pose(volume: Tensor, prior: Denoiser, sigma: float, axis: int, chosen: Tensor, pose: Pose) -> int:
-    """Denoise the slices `chosen` across `axis` of `volume` [z y x], in tissue units, in place; returns how many."""
+    """Denoise in place the `chosen` slices across `axis` of `volume` [z y x], in tissue units; returns how many."""
     return denoise_slices(volume, pose.seen_by(prior), sigma, axis, chosen)
 
 
@@ -68,14 +68,14 @@ def reconstruct_variational(
     seed: int = 0,
     denoise: Callable[[Tensor, Denoiser, float, int, Tensor, Pose], int] = denoise_in_pose,
 ) -> Iterator[State]:
-    """Yield a State after every sweep; stop whenever the time is up: as a rule the latest is the best.
+    """Yield a State after every sweep; the caller may stop at any time: the latest is usually the best.
 
     Args:
         measurement: the inverse problem.
         prior: D(slices [slices 2 h w], sigma) on slices whose tissue has magnitude about 1.
         start: volume [z y x], the CG-SENSE image.
-        seed: of the random slices and poses.
-        denoise: instead of denoise_in_pose, by whoever learns from what the prior is given (rehearsal.py, pupil.py).
+        seed: for the random slices and poses.
+        denoise: replaces denoise_in_pose for callers that learn from the prior's inputs (rehearsal.py, pupil.py).
     """
     random = torch.Generator().manual_seed(seed)
     scale, noise, x, target = measurement.in_tissue_units(start)
@@ -89,10 +89,10 @@ def reconstruct_variational(
     for sweep, sigma in enumerate(annealed(config, noise, held), start=1):
         axes = axes or [a for a in torch.randperm(3, generator=random).tolist() if a in usable]
         rho = weight * (noise / sigma) ** 2
-        noisy = x + config.momentum * (x - previous) + returned * (sigma / last_sigma) ** 2  # rho returned stays
+        noisy = x + config.momentum * (x - previous) + returned * (sigma / last_sigma) ** 2  # keeps rho * returned constant
         axis = axes.pop()
         chosen = some_slices(denoised[box].shape[axis], config.slice_fraction, random).to(x.device)
-        across(denoised, axis)[chosen] = across(noisy, axis)[chosen]  # slices that are not drawn keep their last
+        across(denoised, axis)[chosen] = across(noisy, axis)[chosen]  # slices not drawn keep their last result
         pose = draw_pose(random)
         evaluations += denoise(denoised[box], prior, sigma, axis, chosen, pose)
         returned = share * (noisy - denoised)
@@ -102,9 +102,9 @@ def reconstruct_variational(
 
 
 def prior_weight(measurement: Measurement, noise: float, config: VariationalConfig, least: float = 0.0) -> float:
-    """Pull of the prior over what the Gaussian model gives it (see VariationalConfig).
+    """Pull of the prior relative to that of the Gaussian model (see VariationalConfig).
 
-    `noise` in units of tissue brightness; `least` is the share of k-space that counts as sampled at least.
+    `noise` is in units of tissue brightness; `least` is the smallest share of k-space that counts as sampled.
     """
     sampled = max(least, float(measurement.operator.sampled.float().mean()))
     noisier = max(1.0, noise / config.noisy) if measurement.sigma_known else 1.0
@@ -112,7 +112,7 @@ def prior_weight(measurement: Measurement, noise: float, config: VariationalConf
 
 
 def annealed(config: VariationalConfig, noise: float, held: float) -> list[float]:
-    """Noise level of each sweep, falling geometrically, not below half the noise of the data; the last of a share `held` of them stay."""
+    """Noise level of each sweep: falls geometrically, not below `sigma_min` or half the noise of the data, and stays there for the last share `held` of them."""
     steps = max(1, config.sweeps - 1 - int(held * config.sweeps))
     lowest = min(config.sigma_max, max(config.sigma_min, noise / 2))
     return [config.sigma_max * (lowest / config.sigma_max) ** min(1, i / steps) for i in range(config.sweeps)]
