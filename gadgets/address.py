@@ -1,4 +1,4 @@
-"""Where a server listens: on every address of a host's name."""
+"""Listening sockets: a server accepts on every address that its host name resolves to."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import threading
 import time
 
 log = logging.getLogger("slicediff")
-PASSING = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED}  # troubles of one moment: listen on
+PASSING = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED}  # transient: keep listening
 RETRY_S = 0.1
 
 
 class AddressError(Exception):
-    """A place where nothing can listen; the message is one sentence."""
+    """An address that cannot be listened on; the message is one sentence."""
 
 
 def resolve(host: str, port: int) -> list[tuple[int, tuple]]:
-    """(family, address) of each address of a host, IPv4 first; AddressError if there is none, or no such port."""
+    """(family, address) of each address of a host, IPv4 first; AddressError if it has none or the port is invalid."""
     if not 0 <= port <= 65535:
         raise AddressError(f"expected a port from 0 to 65535, got {port}")
     try:
@@ -30,11 +30,11 @@ def resolve(host: str, port: int) -> list[tuple[int, tuple]]:
 
 
 class Listening(socketserver.TCPServer):
-    """Mixed into a socketserver: accepts on all addresses of its host's name; "::" is IPv6 and IPv4.
+    """Mixin for a socketserver that accepts on all addresses of its host name; "::" means IPv6 and IPv4.
 
     Args:
-        address: (host, port); port 0 takes a free one, see server_address.
-        handler: class of a connection's handler.
+        address: (host, port); port 0 picks a free one, see server_address.
+        handler: request handler class.
 
     Raises:
         AddressError: if it cannot listen there.
@@ -64,7 +64,7 @@ class Listening(socketserver.TCPServer):
             listener.close()
 
     def _also_on(self, family: int, host: str) -> None:
-        """Accept on one more address of the name; without it (no IPv6) the first still serves."""
+        """Also accept on another address of the host; if that fails (no IPv6), the first one still serves."""
         try:
             listener = socket.create_server((host, self.server_address[1]), family=family, backlog=self.request_queue_size)
         except OSError as error:
@@ -92,7 +92,7 @@ class Listening(socketserver.TCPServer):
             self.shutdown_request(connection)
 
     def get_request(self) -> tuple[socket.socket, object]:
-        """The next connection; where there is no descriptor for it, that is told, and not asked again at once."""
+        """The next connection; a transient error (no free file descriptor) is logged, and raised only after a short pause."""
         try:
             return super().get_request()
         except OSError as error:

@@ -1,4 +1,4 @@
-"""The `slicediff` command; each of its commands is a file in commands/."""
+"""The `slicediff` command; each subcommand is a file in commands/."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COMMANDS = {
 
 
 def command() -> None:
-    """The `slicediff` program: `main`, and an end that a solver which was left behind at a deadline cannot spoil."""
+    """The `slicediff` program: `main`, then an exit that a solver thread abandoned at a deadline cannot crash or block."""
     code = main()
     from recon_core.ahead import end_if_left_behind
 
@@ -31,7 +31,7 @@ def command() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a subcommand; 0 when images were written and are finite, else 1 with one sentence on stderr."""
+    """Run a subcommand; returns its exit code, 130 if interrupted, or 1 after an exception, with one sentence on stderr."""
     arguments = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO if arguments.verbose else logging.CRITICAL, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("slicediff: interrupted", file=sys.stderr)
         return 130
-    except Exception as error:  # the boundary: one sentence, the traceback only when asked for
+    except Exception as error:  # the boundary: one sentence; the traceback only with --verbose
         from .failure import sentence
 
         if arguments.verbose:
@@ -50,14 +50,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, without the whole usage before it."""
+    """Reports an error in one sentence, without printing the usage first."""
 
     def error(self, message: str):
         self.exit(2, f"slicediff: {message} (see {self.prog} --help)\n")
 
 
 class Version(argparse.Action):
-    """Prints the version, which takes a while to find, only when asked for it."""
+    """Looks up the version, which takes a while, only when asked for it."""
 
     def __init__(self, **settings):
         super().__init__(nargs=0, **settings)
@@ -70,7 +70,7 @@ class Version(argparse.Action):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The command-line parser."""
     parser = Parser(prog="slicediff", description="3D MRI reconstruction with a 2D diffusion prior, for Gadgetron, MRD streams and files.")
     parser.add_argument("--version", action=Version, help="show the version and exit")
     parser.add_argument("-v", "--verbose", action="store_true", help="log what happens, with tracebacks")

@@ -21,9 +21,9 @@ from .header import parse_header
 from .partitions import Partitions
 from .scan_files import ScanFile
 
-TICK_S = 0.0025  # of time stamps
-LEAP_S = 600.0  # from one line to the next no scanner pauses as long
-ERROR_TEXT = re.compile(r"^(\[[^]]*\] )?ERROR: ")  # ours, and Gadgetron's, which names its node first
+TICK_S = 0.0025  # unit of time stamps
+LEAP_S = 600.0  # no scanner pauses this long between two lines
+ERROR_TEXT = re.compile(r"^(\[[^]]*\] )?ERROR: ")  # ours, and Gadgetron's, which starts with the name of the node
 
 
 class SendError(Exception):
@@ -41,15 +41,15 @@ def send_scan(
     realtime: bool = False,
     expect: int | None = None,
 ) -> Iterator[ismrmrd.Image]:
-    """Stream a scan, waveforms included, and yield the images as they come.
+    """Stream a scan, waveforms included, and yield the images as they arrive.
 
     Args:
-        config: path of a chain XML to send whole, else the name of a configuration on the server.
+        config: path of a chain XML to send in full, else the name of a configuration on the server.
         on_text: called with each line the server sends.
-        on_sent: called with the count of acquisitions sent.
-        timeout_s: longest silence of the server.
-        realtime: send each line at its time stamp, as the scanner did.
-        expect: how many images must come; None: in every series as many as the scan has volumes, or more.
+        on_sent: called with the number of acquisitions sent so far.
+        timeout_s: longest time that the server may stay silent.
+        realtime: send each line when its time stamp is due, as the scanner did.
+        expect: minimum number of images; None: in every series, at least as many as the scan has volumes.
 
     Raises:
         SendError: when the server cannot be reached, reports an error, or sends fewer images than expected.
@@ -73,7 +73,7 @@ def send_scan(
         finally:
             sender.stop.set()
         sender.join(10)
-        reason = sender.fault or failure or gone or sender.failure  # what the server says of a scan that we broke off is no news
+        reason = sender.fault or failure or gone or sender.failure  # ours first: the server's complaint about a scan that we broke off says nothing new
         if reason:
             raise SendError(f"{reason} ({of_images(came.total(), '{images} {were} received')})")
         _check(came, sender.volumes, expect)
@@ -106,7 +106,7 @@ def _connected(host: str, port: int) -> socket.socket:
 
 
 def _check(came: Counter, volumes: int, expect: int | None) -> None:
-    """SendError where images are missing."""
+    """SendError if images are missing."""
     if not came:
         raise SendError("the server ended the scan without sending an image")
     if expect is not None and came.total() < expect:
@@ -117,7 +117,7 @@ def _check(came: Counter, volumes: int, expect: int | None) -> None:
 
 
 def _is_of_an_image(line: ismrmrd.Acquisition) -> bool:
-    """Whether a line promises a volume; those of another encoding (prescans, external calibration) have counters of their own."""
+    """Whether a line belongs to an image volume; lines of another encoding (prescans, external calibration) have their own counters."""
     return not (line.flags & (NOISE_BIT | SKIP_BITS) or is_calibration_only(line.flags) or line.encoding_space_ref)
 
 
@@ -127,24 +127,24 @@ class _Sender(threading.Thread):
     def __init__(self, scan: ScanFile, wire: w.Wire, config: str, on_sent: Callable[[int], None], realtime: bool):
         super().__init__(daemon=True)
         self.scan, self.wire, self.config, self.on_sent = scan, wire, config, on_sent
-        self.failure = self.fault = ""  # of the server, of the scan
+        self.failure = self.fault = ""  # the server's, the scan's
         self.pace = _Pace() if realtime else None
         self.stop = threading.Event()
         self.given_up = False
         self.seen: set[tuple[int, ...]] = set()
-        self.partitions = None  # of a header that cannot be read the server tells
+        self.partitions = None  # if the header cannot be read, the server says so
         with contextlib.suppress(ScanError):
             header = parse_header(scan.header_xml)
             self.partitions = Partitions(read_geometry(header), header)
 
     def give_up(self) -> None:
-        """Send no more lines and end the scan in good order: the server has said that it failed."""
+        """Send no more lines and close the scan properly: the server has reported a failure."""
         self.given_up = True
         self.stop.set()
 
     @property
     def volumes(self) -> int:
-        """How many volumes the lines that were sent belong to."""
+        """Number of volumes that the lines sent so far belong to."""
         return len(self.seen)
 
     def run(self) -> None:
@@ -164,10 +164,10 @@ class _Sender(threading.Thread):
         except Exception as error:  # a thread's failure must reach the caller
             self.fault = f"the scan could not be sent completely: {sentence(error)}"
             with contextlib.suppress(OSError):
-                self.wire.sock.shutdown(socket.SHUT_WR)  # the server makes images of what came
+                self.wire.sock.shutdown(socket.SHUT_WR)  # the server reconstructs what it has received
 
     def _send_items(self) -> bool:
-        """Send everything; False if nobody listens any more."""
+        """Send everything; False if stopped early because the server no longer listens."""
         count = 0
         for item in self.scan.items():
             stamp = item.time_stamp if isinstance(item, ismrmrd.Waveform) else item.acquisition_time_stamp
@@ -184,7 +184,7 @@ class _Sender(threading.Thread):
 
 
 class _Pace:
-    """When a line is due, by its time stamp; lines without one, or out of order, are due at once; a leap is none of the scanner's."""
+    """When a line is due, by its time stamp; lines without one, or out of order, are due at once; leaps beyond LEAP_S are skipped."""
 
     def __init__(self):
         self.first = self.last = 0

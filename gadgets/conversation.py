@@ -1,4 +1,4 @@
-"""One scan over one connection: what the server and the external gadget do alike."""
+"""One scan over one connection: what the server and the external gadget have in common."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ PROGRESS_EVERY_S = 2.0
 
 
 class Host:
-    """What a scan finds around it; here a process that has the device to itself."""
+    """The environment of a scan; by default a process that has the device to itself."""
 
     def load_prior(self, options):
-        """The prior for these options; PriorError if it cannot be had."""
+        """The prior for these options; PriorError if it cannot be loaded."""
         from .solve import load_prior_for
 
         return load_prior_for(options)
@@ -30,33 +30,34 @@ class Host:
         """May refuse the scan with a ScanError."""
 
     def admit(self, coils: int, volumes: int) -> None:
-        """May refuse, with a ScanError, to gather so many volumes side by side."""
+        """May refuse, with a ScanError, to gather this many volumes at once."""
 
     def answer(self, question: str) -> str:
-        """Reply to a query in the middle of a scan; nothing if nobody is there to reply."""
+        """Reply to a query during a scan; "" if there is nobody to reply."""
         return ""
 
     def hurry(self) -> str:
-        """Why to end the scan soon, or nothing."""
+        """Reason to finish the scan early, or ""."""
         return ""
 
     @contextlib.contextmanager
     def turn(self, tell: Callable[[str], None]) -> Iterator[None]:
-        """Hold the device inside the context; whoever has to wait is told its place."""
+        """Hold the device within the context; `tell` is called with the place in the queue while waiting."""
         yield
 
 
 def run_scan(wire: Wire, header_xml: bytes, sources: list[Mapping[str, Any]], host: Host, notify: Callable[[str], None], first: tuple | None = None) -> int:
-    """Reconstruct what `wire` brings and send the images; returns how many.
+    """Reconstruct the scan read from `wire` and send the images; returns their number.
 
-    A stream that breaks off is reconstructed as far as it came if that makes an image; the error follows the images.
+    A stream that breaks off is reconstructed from what arrived, if that is enough for an image; the error is raised
+    after the images are sent.
 
     Args:
         header_xml: ISMRMRD header.
-        sources: option mappings, later ones winning.
+        sources: option mappings; later ones take precedence.
         host: loads priors, grants turns and memory.
         notify: shows the peer a line of progress.
-        first: a message that was read already.
+        first: a message already read from `wire`.
     """
     from .header import parse_header
     from .options import make_options
@@ -78,7 +79,7 @@ def run_scan(wire: Wire, header_xml: bytes, sources: list[Mapping[str, Any]], ho
             wire.send_item(image)
             sent += 1
     finally:
-        images.close()  # gives the device free before the rest of the input is waited for
+        images.close()  # releases the device before we wait for the rest of the input
         for reader in readers:
             reader.close()
     log.info("%d images sent", sent)
@@ -88,7 +89,7 @@ def run_scan(wire: Wire, header_xml: bytes, sources: list[Mapping[str, Any]], ho
 
 
 class Intake:
-    """The scan's items as they come; a stream that breaks off in the middle ends them, and `cut` says why."""
+    """The scan's items as they arrive; they end if the stream breaks off, and `cut` then says why."""
 
     def __init__(self, wire: Wire, host: Host, first: tuple | None, header_xml: bytes):
         self.wire, self.host, self.first, self.cut = wire, host, first, ""
@@ -99,7 +100,7 @@ class Intake:
         begun = False
         try:
             for kind, item in itertools.chain([self.first] if self.first else [], self.wire.messages()):
-                self.first = None  # or it would live as long as the scan
+                self.first = None  # else it would be kept as long as the scan
                 self.images += kind == IMAGE
                 if kind in SCAN_ITEMS:
                     begun = True
@@ -107,20 +108,20 @@ class Intake:
                 elif kind == ERROR:
                     self.cut = f"the peer told of an error: {item.rstrip('. ')}"
                     return
-                elif kind == HEADER and (begun or item.encode() != self.header_xml):  # sent twice before the first line it does no harm
+                elif kind == HEADER and (begun or item.encode() != self.header_xml):  # the same one sent twice before the first line does no harm
                     self.cut = "a second header came before the scan was closed: what followed it was left out"
                     return
                 elif kind == QUERY and (answer := self.host.answer(item[1])):
-                    with contextlib.suppress(OSError):  # a peer that is gone is found out elsewhere
+                    with contextlib.suppress(OSError):  # a peer that is gone is detected elsewhere
                         self.wire.send_response(item[0], answer)
         except WireError as error:
             self.cut = f"the scan was cut off {self.host.hurry()}" if self.host.hurry() else str(error)
 
     def worth_it(self, scans: Iterator) -> Iterator:
-        """The gathered volumes, of a scan that broke off only those that can make an image, with a warning.
+        """The gathered volumes; of a scan that broke off, only those with enough lines for an image, with a warning.
 
         Raises:
-            WireError: after the others, if a volume broke off before it could make an image.
+            WireError: after the others, if a volume broke off before it had enough lines for an image.
         """
         from .budget import worth_an_image
         from .geometry import ScanError
@@ -142,7 +143,7 @@ class Intake:
             raise WireError(f"{self.cut}; the k-space centre had not come by then, so there is no image of {poor} volume{'s' * (poor > 1)}")
 
     def turn(self, tell: Callable[[str], None]) -> Callable:
-        """The context of one volume's computing, as `reconstruct` wants it."""
+        """The context for computing one volume, as `reconstruct` expects it."""
 
         def hurry() -> str:
             return "because the peer is gone" if self.wire.gone() else self.host.hurry()
@@ -156,7 +157,7 @@ class Intake:
 
 
 class Progress:
-    """Turns reports of the reconstruction into few lines for the peer and the log."""
+    """Condenses the reconstruction's reports into a few lines for the peer and the log."""
 
     def __init__(self, notify: Callable[[str], None]):
         self.notify, self.last = notify, time.monotonic()
@@ -175,7 +176,7 @@ class Progress:
         self.say(text)
 
     def say(self, text: str) -> None:
-        """Show one line; a peer that is gone is found out elsewhere."""
+        """Show one line; a peer that is gone is detected elsewhere."""
         self.last = time.monotonic()
         log.info(text)
         with contextlib.suppress(OSError):

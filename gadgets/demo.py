@@ -1,4 +1,4 @@
-"""The main job on the shipped example: simulate a scan, serve, send, reconstruct, compare."""
+"""The whole chain on the shipped example: simulate a scan, serve, send, reconstruct, compare."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run_demo(out: Path, say: Callable[[str], None], overrides: dict | None = Non
 
     Args:
         say: shows a line of progress.
-        overrides: options of the reconstruction.
+        overrides: reconstruction options.
     """
     began = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def run_demo(out: Path, say: Callable[[str], None], overrides: dict | None = Non
 
 
 def compare(volumes: dict[str, np.ndarray], reference_path: Path, matrix: np.ndarray, png: Path, began: float) -> dict:
-    """PSNR of each volume inside the object, and the picture; volumes are brought to the reference's brightness."""
+    """PSNR of each volume inside the object, and the picture; volumes are scaled to the reference's brightness."""
     import nibabel
 
     truth = torch.from_numpy(np.asarray(nibabel.load(reference_path).dataobj).T.copy())

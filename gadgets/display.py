@@ -1,4 +1,4 @@
-"""What a person at a terminal sees of the work."""
+"""Progress display for a user at a terminal."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import time
 from collections.abc import Iterable
 
 
-BARS = ("sweep", "error map")  # stages that tell how far they are
+BARS = ("sweep", "error map")  # stages that report how far they have got
 
 
 class Display:
-    """Progress on stderr: one live line on a terminal, plain lines elsewhere; also keeps facts and stage times."""
+    """Progress on stderr: one live line on a terminal, plain lines elsewhere; also collects facts and stage times."""
 
     def __init__(self):
         from rich.console import Console
@@ -33,7 +33,7 @@ class Display:
             self.bars.stop()
 
     def say(self, text: str) -> None:
-        """Show a line; "sweep 3/30" or "error map 3/30" moves its bar instead."""
+        """Show a line; "sweep 3/30" or "error map 3/30" updates its bar instead."""
         name, _, count = text.rpartition(" ")
         if name in BARS and "/" in count:
             self.count(name, *map(int, count.split("/")))
@@ -41,13 +41,13 @@ class Display:
             self.bars.console.print(text, style="dim", highlight=False)
 
     def count(self, name: str, done: int, total: int) -> None:
-        """Move the bar `name`."""
+        """Update the bar `name`."""
         if name not in self.tasks:
             self.tasks[name] = self.bars.add_task(name, total=total)
         self.bars.update(self.tasks[name], completed=done)
 
     def stage(self, stage: str, facts: dict) -> None:
-        """Take a report of the reconstruction."""
+        """Handle a report from the reconstruction."""
         now = time.monotonic()
         name = "sweeps" if stage == "sweep" else stage
         self.seconds[name] = round(self.seconds.get(name, 0) + now - self.last, 3)
@@ -59,5 +59,5 @@ class Display:
         self.facts.update({k: v for k, v in facts.items() if k not in ("sweep", "sweeps", "warnings")})
 
     def note(self, notes: Iterable[str]) -> None:
-        """Keep what the user should know of any volume in `facts`, the same sentence only once."""
+        """Add notes for the user, on any volume, to `facts`; each sentence only once."""
         self.facts["warnings"] = list(dict.fromkeys([*self.facts["warnings"], *notes]))

@@ -1,7 +1,7 @@
-"""Gadgetron's external gadget: started by <execute>, driven on the socket that Gadgetron's package connected.
+"""Gadgetron's external gadget: started by <execute>, using the socket that Gadgetron's Python package connected.
 
-Gadgetron sees a raise, an import error or a missing target as a successful scan without images. So nothing
-leaves this function: whatever fails, the input is drained and Gadgetron is told with an ERROR message.
+Gadgetron takes an exception, an import error or a missing target for a successful scan without images. So nothing
+is raised here: whatever fails, the input is drained and Gadgetron gets an ERROR message.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ log = logging.getLogger("slicediff")
 
 
 def slice_diffusion(connection) -> None:
-    """Reconstruct the scan of one Gadgetron connection (after its handshake); its owner closes it."""
+    """Reconstruct the scan of one Gadgetron connection (after its handshake), which its owner closes."""
     atexit.register(end_if_left_behind, 0)
     with Wire(connection.socket.socket) as wire:
         answer_gadgetron(wire, connection.raw_bytes.config, connection.raw_bytes.header)
 
 
 def answer_gadgetron(wire: Wire, config_xml: bytes, header_xml: bytes, defaults: dict | None = None, host: Host | None = None) -> bool:
-    """Run one scan for Gadgetron: images, and one ERROR after the input was drained if anything went wrong.
+    """Run one scan for Gadgetron: send images and, if anything fails, one ERROR after draining the input.
 
-    Returns whether all went well. Does not send CLOSE.
+    Returns whether everything succeeded. Does not send CLOSE.
     """
     try:
         from .chain import properties_of

@@ -1,4 +1,4 @@
-"""Failures as sentences: what the peer, the log and the image comment are told."""
+"""Failures as sentences for the peer, the log and the image comment."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from collections.abc import Iterator
 from recon_core.device_failure import lost_the_gpu, ran_out_of_memory
 
 log = logging.getLogger("slicediff")
-LONGEST = 1000  # letters of a sentence
+LONGEST = 1000  # characters in a sentence
 INTERNAL = "internal error, "
-MOST_NAMES = 3  # of volumes in a sentence
-Failures = dict[str, list[str]]  # what was wrong: with which volumes
-gpu_lost = threading.Event()  # to this process: a call to the GPU would fail or hang, until it is started again
+MOST_NAMES = 3  # of volumes listed in a sentence
+Failures = dict[str, list[str]]  # reason: names of the volumes
+gpu_lost = threading.Event()  # for this process: any GPU call would fail or hang until the process is restarted
 
 
 class ReconError(ValueError):
-    """Some volumes of a scan, or their wanted images, could not be made; the message is for the user."""
+    """Some volumes of a scan, or the images requested of them, could not be made; the message is for the user."""
 
 
 class Unfinished(ReconError):
@@ -26,7 +26,7 @@ class Unfinished(ReconError):
 
 
 def sentence(error: BaseException) -> str:
-    """What went wrong in one line."""
+    """What went wrong, in one line."""
     text = " ".join(str(error).split())
     text = text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
     if ran_out_of_memory(error):
@@ -36,12 +36,12 @@ def sentence(error: BaseException) -> str:
 
 
 def of_lines(count: int, text: str, kind: str = "") -> str:
-    """`text` with its {lines}, {were} and {have} for so many of a `kind`: "1 line", "was", "has"; "3 calibration lines", "were", "have"."""
+    """`text` with {lines}, {were} and {have} filled in for `count` lines of a `kind`: "1 line", "was", "has"; "3 calibration lines", "were", "have"."""
     return _of("lines", count, text, f"{kind}line")
 
 
 def of_images(count: int, text: str) -> str:
-    """The same of {images}."""
+    """The same for {images}."""
     return _of("images", count, text, "image")
 
 
@@ -50,7 +50,7 @@ def _of(name: str, count: int, text: str, one: str) -> str:
 
 
 def log_failure(what: str, error: BaseException, level: int = logging.ERROR) -> None:
-    """To the log, with the traceback only where the sentence cannot tell all; a GPU that is lost is remembered."""
+    """Log a failure, with the traceback only if it is an internal error; a lost GPU is remembered in `gpu_lost`."""
     if lost_the_gpu(error):
         gpu_lost.set()
     text = sentence(error)
@@ -58,7 +58,7 @@ def log_failure(what: str, error: BaseException, level: int = logging.ERROR) -> 
 
 
 def free_gpu_memory() -> None:
-    """Give back what a failed attempt left cached, so that the next one finds the device as it was."""
+    """Release what a failed attempt left cached, so that the next one finds the device as it was."""
     import gc
 
     import torch
@@ -71,10 +71,10 @@ def free_gpu_memory() -> None:
 
 @contextlib.contextmanager
 def noted(failures: Failures, volume: str) -> Iterator[None]:
-    """Keep what fails inside, and of which volume, in `failures`: the scan's other volumes need not suffer."""
+    """Note an exception, and the volume it concerns, in `failures`, so that it does not affect the scan's other volumes."""
     try:
         yield
-    except Exception as error:  # the boundary of one volume; told once the others are sent
+    except Exception as error:  # the boundary of one volume; reported once the others are sent
         log_failure(f"{volume} failed", error)
         failures.setdefault(sentence(error), []).append(volume)
         if ran_out_of_memory(error):
@@ -82,12 +82,12 @@ def noted(failures: Failures, volume: str) -> Iterator[None]:
 
 
 def raise_if_any(failures: Failures, volumes: int) -> None:
-    """One ReconError for all that was noted; it names the volumes unless the scan had only one."""
+    """Raise one ReconError for all noted failures; it names the volumes unless the scan had only one."""
     if failures:
         raise ReconError("; ".join(f"{_some(names)}: {text}" if volumes > 1 else text for text, names in failures.items()))
 
 
 def _some(names: list[str]) -> str:
-    """Names as a list that stays short."""
+    """The first few names, and the number of the others."""
     more = len(names) - MOST_NAMES
     return ", ".join(names[:MOST_NAMES]) + f" and {more} more" * (more > 0)

@@ -1,4 +1,4 @@
-"""What all files have in common: an error, and places that can be read from and written to."""
+"""Common to all files: their error, and checks that a path can be read or written."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class FileError(Exception):
 
 
 def open_hdf5(path: str | Path) -> h5py.File:
-    """The file, to be read; FileError if it is none or another program has it."""
+    """Open for reading; FileError if it is not an HDF5 file or another program is writing to it."""
     try:
         return h5py.File(path, "r")
     except BlockingIOError:
@@ -23,13 +23,13 @@ def open_hdf5(path: str | Path) -> h5py.File:
 
 
 def check_apart(scan: Path, images: Path) -> None:
-    """FileError if the images would go into the scan's own file, which is open for reading meanwhile."""
+    """FileError if the images would go into the scan's own file, which is being read at the same time."""
     if scan.exists() and images.exists() and scan.samefile(images):
         raise FileError(f"{images} is the scan itself: its images need a file of their own")
 
 
 def check_folder(path: Path) -> None:
-    """FileError if `path` is no folder to write to and cannot be made one."""
+    """FileError if `path` is not a writable folder and cannot be created as one."""
     there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     if not there.is_dir():
         raise FileError(f"{path} cannot be a folder: {there} is a file")
@@ -38,7 +38,7 @@ def check_folder(path: Path) -> None:
 
 
 def check_picture(path: Path) -> None:
-    """FileError if `path` is no place for a picture, or has the ending of none."""
+    """FileError if no picture can be written to `path`, or its suffix is not that of a picture."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     known = FigureCanvasAgg.get_supported_filetypes()
@@ -50,7 +50,7 @@ def check_picture(path: Path) -> None:
 
 
 def check_place(path: Path) -> None:
-    """FileError if there is no folder for a file."""
+    """FileError if a file cannot be written: no such folder, or no permission."""
     if not path.parent.is_dir():
         raise FileError(f"{path} cannot be written: there is no folder {path.parent}")
     if not os.access(path if path.exists() else path.parent, os.W_OK):

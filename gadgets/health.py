@@ -1,4 +1,4 @@
-"""How a server is: counts and numbers for a query, a probe and a monitoring system."""
+"""Status of a server: counts and metrics for a query, a probe and a monitoring system."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class HealthError(Exception):
 
 
 class Counts:
-    """Scans of a server, by what became of them."""
+    """Scans of a server, counted by state and outcome."""
 
     def __init__(self):
         self.lock = threading.Lock()
@@ -32,14 +32,14 @@ class Counts:
         self.open = self.done = self.failed = 0
 
     def add(self, **changes: int) -> None:
-        """Change counts by name."""
+        """Add to the named counts."""
         with self.lock:
             for name, change in changes.items():
                 setattr(self, name, getattr(self, name) + change)
 
 
 def process_facts() -> dict:
-    """Resident memory, threads, open files, and solvers that were left behind because they hung."""
+    """Resident memory, threads, open files, and solver threads that hung and were abandoned."""
     facts = {"threads": threading.active_count(), "stuck_solvers": left_behind()}
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -50,11 +50,11 @@ def process_facts() -> dict:
 
 
 class HealthPage(Listening, ThreadingHTTPServer):
-    """HTTP beside the server: /healthz (JSON; status 200 when ready, else 503) and /metrics (Prometheus).
+    """HTTP next to the MRD server: /healthz (JSON; status 200 when ready, else 503) and /metrics (Prometheus).
 
     Args:
-        address: (host, port), as Listening takes it.
-        facts: the same as the query's answer.
+        address: (host, port), as for Listening.
+        facts: returns the same facts as the health query.
 
     Raises:
         HealthError: if prometheus-client is not installed.
@@ -68,7 +68,7 @@ class HealthPage(Listening, ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, name="health", daemon=True).start()
 
     def handle_error(self, request, client_address) -> None:
-        """A probe that went away before its answer is no event; anything else is."""
+        """Log an error; at debug level if a probe merely disconnected before its answer."""
         gone = isinstance(sys.exc_info()[1], OSError)
         log.log(logging.DEBUG if gone else logging.ERROR, "the health page could not answer %s", client_address[0], exc_info=not gone)
 
@@ -102,11 +102,11 @@ class _Page(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, *_) -> None:
-        """Probes come every few seconds; they are not worth a line."""
+        """Log nothing: probes come every few seconds."""
 
 
 def metrics_of(facts: Callable[[], dict]) -> Callable[[], bytes]:
-    """A function that writes `facts` in Prometheus' text format."""
+    """A function that returns `facts` in Prometheus text format."""
     try:
         from prometheus_client import CollectorRegistry, generate_latest
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily

@@ -1,7 +1,7 @@
-"""Raw data of failed scans, kept for a replay with `slicediff recon`, in a folder that does not grow without end.
+"""Raw data of failed scans, kept for replay with `slicediff recon` in a folder of limited size.
 
-While a scan runs its lines are appended to a plain file (a full disk then costs one clear OSError and never
-the scan); only a scan that failed is turned into ISMRMRD HDF5.
+While a scan runs, its lines are appended to a plain spool file (a full disk then causes one clear OSError and never
+costs the scan); only a failed scan is converted to ISMRMRD HDF5.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ MOST_GIB = 1e6
 
 
 class FailedScans:
-    """The folder; oldest scans are removed first once all together exceed `gib`.
+    """The folder; once its scans exceed `gib` in total, the oldest are removed.
 
     Raises:
         OSError: if the folder cannot be made or written to.
-        ValueError: for a size that cannot be.
+        ValueError: for an invalid size.
     """
 
     def __init__(self, folder: str | Path, gib: float = 10.0):
@@ -38,7 +38,7 @@ class FailedScans:
             raise ValueError(f"the room for failed scans must be above 0 and at most {MOST_GIB:g} GiB, got {gib:g}")
         self.folder, self.max_bytes = Path(folder), int(gib * 2**30)
         try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # headers tell who the patient is
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # headers identify the patient
         except FileExistsError:
             raise NotADirectoryError(f"failed scans cannot be kept in {folder}: it is a file") from None
         probe = self.folder / f"probe-{os.getpid()}{SPOOL}"
@@ -48,21 +48,21 @@ class FailedScans:
         self._recover()
 
     def record(self, header_xml: bytes) -> Recording:
-        """Begin to record a scan."""
+        """Start recording a scan."""
         return Recording(self, header_xml)
 
     def count(self, nbytes: int) -> int:
-        """Bytes of all running recordings after `nbytes` more (or fewer)."""
+        """Add `nbytes` (may be negative) to the size of all running recordings; returns the total."""
         with self.counting:
             self.recorded += nbytes
             return self.recorded
 
     def prune(self, newest: Path | None = None) -> None:
-        """Remove the oldest scans until the rest is small enough; `newest` stays whatever the clock said of the others."""
+        """Remove the oldest scans until the rest fits; `newest` stays, whatever the others' time stamps say."""
         with self.pruning:
             scans = []
             for path in self.folder.glob("failed-*.h5"):
-                with contextlib.suppress(FileNotFoundError):  # another server of this folder was quicker
+                with contextlib.suppress(FileNotFoundError):  # another server using this folder was quicker
                     scans.append((path.stat().st_mtime, path.stat().st_size, path))
             total = sum(size for _, size, _ in scans)
             for _, size, path in sorted(scans):
@@ -75,7 +75,7 @@ class FailedScans:
                 log.warning("removed %s: the failed scans took more than %.3g GiB", path, self.max_bytes / 2**30)
 
     def _recover(self) -> None:
-        """Turn what a killed server left behind into scans; what a running one writes is locked."""
+        """Convert the spool files of a killed server; those of a running one are locked."""
         for path in self.folder.glob(f"scan-*{SPOOL}"):
             with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
                 if _lock(file):
@@ -83,25 +83,25 @@ class FailedScans:
 
 
 class Recording:
-    """One running scan; `keep` or `drop` ends it. Trouble with the disk is logged once and never raised."""
+    """Recording of one running scan, ended by `keep` or `drop`. Disk errors are logged once and never raised."""
 
     def __init__(self, place: FailedScans, header_xml: bytes):
         self.place, self.bytes, self.lines, self.file = place, 0, 0, None
         self.path = place.folder / f"scan-{os.getpid()}-{time.time_ns()}{SPOOL}"
         try:
-            self.file = open(self.path, "wb", buffering=0, opener=_private)  # unbuffered: a killed process has lost nothing
+            self.file = open(self.path, "wb", buffering=0, opener=_private)  # unbuffered: nothing is lost if the process is killed
             _lock(self.file)
         except OSError as error:
             self._give_up(error)
         self._write(struct.pack("<I", len(header_xml)) + header_xml)
 
     def add(self, item) -> None:
-        """One more item of the scan; acquisitions are kept, and buffers as the acquisitions in them."""
+        """Record one item of the scan: an acquisition, or the acquisitions in a ReconData; others are ignored."""
         if isinstance(item, ismrmrd.Acquisition):
             self._add_line(item)
         elif isinstance(item, ReconData) and self.file is not None:
             for buffer in item.buffers():
-                with contextlib.suppress(ReconDataError):  # no lines can be told apart; whoever reconstructs the scan says so
+                with contextlib.suppress(ReconDataError):  # its lines cannot be told apart; the reconstruction reports it
                     for block in buffer.blocks():
                         for _, line in lines_of(*block):
                             self._add_line(line)
@@ -112,16 +112,16 @@ class Recording:
             self._write(line.to_bytes())
 
     def keep(self) -> Path | None:
-        """The scan failed: write it as HDF5 if it had any line, return where."""
+        """The scan failed: write it to HDF5 and return the path; None if it had no lines or could not be written."""
         if self.file is None or not self.lines:
             return self.drop()
         try:
-            return _convert(self.path, self.place)  # still locked: no other server may take it for left behind
+            return _convert(self.path, self.place)  # still locked, or another server would take it for one left behind
         finally:
             self._close()
 
     def drop(self) -> None:
-        """The scan went well: forget it."""
+        """The scan succeeded: discard the recording."""
         if self.file is not None:
             self._close()
 
@@ -158,12 +158,12 @@ def _private(path: str, flags: int) -> int:
 
 
 def _convert(spool: Path, place: FailedScans) -> Path | None:
-    """Spool file, locked by whoever calls, to HDF5; without room on the disk the spool is removed and None returned."""
+    """Convert a spool file, locked by the caller, to HDF5; if the disk is full, remove the spool file and return None."""
     from .scan_files import ScanWriter
 
     number = spool.name.removesuffix(SPOOL).split("-")[-1]
     target = place.folder / f"failed-{time.strftime('%Y%m%d-%H%M%S')}-{number}.h5"
-    partial = spool.with_suffix(".partial")  # of the spool's name: if this process is killed, the next one writes the same file anew
+    partial = spool.with_suffix(".partial")  # named after the spool file: if this process is killed, the next one overwrites it
     try:
         if shutil.disk_usage(place.folder).free < 1.2 * spool.stat().st_size:
             raise OSError(f"less than {1.2 * spool.stat().st_size / 2**20:.0f} MiB are free in {place.folder}")
@@ -175,7 +175,7 @@ def _convert(spool: Path, place: FailedScans) -> Path | None:
         partial.rename(target)
         log.warning("the failed scan was kept: %s", target)
         place.prune(target)
-    except (OSError, RuntimeError, ValueError, struct.error) as error:  # h5py tells of a full disk in several ways
+    except (OSError, RuntimeError, ValueError, struct.error) as error:  # h5py reports a full disk in several ways
         log.error("the raw data of a failed scan could not be kept: %s", error)
     partial.unlink(missing_ok=True)
     spool.unlink(missing_ok=True)
@@ -183,7 +183,7 @@ def _convert(spool: Path, place: FailedScans) -> Path | None:
 
 
 def _lines(stream):
-    """The acquisitions of a spool file; a last one that was cut off is left out."""
+    """The acquisitions of a spool file, without a truncated last one."""
 
     def exactly(nbytes: int) -> bytes:
         data = stream.read(nbytes)
@@ -199,11 +199,11 @@ def _lines(stream):
 
 
 def _lock(file) -> bool:
-    """Lock a file for as long as it is open; False if another has it. A process id would be taken again, in a container at once."""
+    """Lock a file for as long as it is open; False if another process has it locked. A process id would not do: ids are reused, in containers at once."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError as error:  # a file system without locks: there a folder may serve one server only
+    except OSError as error:  # a file system without locks: there, only one server may use a folder
         log.debug("%s cannot be locked: %s", file.name, error)
     return True

@@ -1,4 +1,7 @@
-"""The chain's core: acquisitions in, images out. It opens no socket and no file; what outlives a scan is the solvers' threads and whether the GPU is lost (solve.py, failure.py)."""
+"""Core of the chain: acquisitions in, images out.
+
+It opens no socket or file; only the solver threads (solve.py) and whether the GPU is lost (failure.py) outlive a scan.
+"""
 
 from __future__ import annotations
 
@@ -30,27 +33,27 @@ Turn = Callable[[], AbstractContextManager[Hurry]]
 
 
 def alone() -> AbstractContextManager[Hurry]:
-    """The turn of a process that has the device to itself."""
+    """The turn for a process that has the device to itself."""
     return contextlib.nullcontext(patient)
 
 
 def reconstruct(header, items: Iterable, prior, options: Options, report: Report = lambda stage, facts: None, turn: Turn = alone, ahead: Callable = iter, admit: Admit = no_limit) -> Iterator[ismrmrd.Image]:
-    """Yield the images of a 3D Cartesian scan, the CG-SENSE preview before the diffusion volume, and its error map, if wanted, after it.
+    """Yield the images of a 3D Cartesian scan: for each volume the CG-SENSE preview, the diffusion image and, if requested, its error map.
 
-    A volume that fails does not take the others, nor its own preview, with it.
+    A volume that fails affects neither the others nor its own preview.
 
     Args:
         header: the scan's ISMRMRD header.
-        items: acquisitions as they arrive; other items are left aside.
-        prior: D(slices [slices 2 h w], sigma); None for methods without a prior.
+        items: acquisitions, or ReconData holding them, as they arrive; other items are ignored.
+        prior: denoiser D(slices [slices 2 h w], sigma); None for methods without a prior.
         options: validated options.
-        report: told (stage, facts) as the work goes on.
-        turn: context of one volume's computing (a queue for the device); its value says why to stop early, or nothing.
-        ahead: given the iterator of gathered volumes, returns one (that reads on meanwhile).
-        admit: told before each new volume its coils and how many are then gathered side by side; may raise, for want of memory.
+        report: called with (stage, facts) as the work proceeds.
+        turn: context for computing one volume (a queue for the device); its value is called for a reason to stop early, or "".
+        ahead: wraps the iterator of gathered volumes (to read ahead during computation).
+        admit: called before each new volume with its coils and the number of volumes then gathered at once; may raise for lack of memory.
 
     Raises:
-        ValueError: a scan or an image that cannot be, after all that could be was yielded; the message is for the user.
+        ValueError: if the scan or some images cannot be reconstructed, after all others were yielded; the message is for the user.
     """
     failures: Failures = {}
     number = 0
@@ -65,7 +68,7 @@ def reconstruct(header, items: Iterable, prior, options: Options, report: Report
 
 
 def images_of(scan: Scan, prior, options: Options, images: Callable[..., list[ismrmrd.Image]], report: Report, hurry: Hurry) -> Generator[ismrmrd.Image, None, list[str]]:
-    """Yield the images of one volume; returns what kept the wanted one from being made. All that it held is let go at its end."""
+    """Yield the images of one volume; returns why the requested one could not be made, if so. Everything held is freed at the end."""
     measurement, preview = look(scan, options, report)
     notes = scan.warnings + measurement.warnings
     if METHODS[options.method].iterative and options.preview:
@@ -80,7 +83,7 @@ def images_of(scan: Scan, prior, options: Options, images: Callable[..., list[is
 
 
 def look(scan: Scan, options: Options, report: Report) -> tuple[Measurement, torch.Tensor]:
-    """The inverse problem and its CG-SENSE image [z y x]; on the CPU, with a note, if the GPU cannot take the scan."""
+    """The inverse problem and its CG-SENSE image [z y x]; on the CPU, with a warning, if the GPU cannot handle the scan."""
     if scan.flaw:
         raise ScanError("; ".join([scan.flaw, *scan.warnings]))
     if not scan.counts.any():
@@ -88,7 +91,7 @@ def look(scan: Scan, options: Options, report: Report) -> tuple[Measurement, tor
     device, reason = device_of(options), GPU_LOST
     if device.type == "cpu":
         return _look(scan, options, device, report)
-    for spare in () if gpu_lost.is_set() else (False, True):  # at first, and where its memory is short, with coil maps on the host
+    for spare in () if gpu_lost.is_set() else (False, True):  # second try, if GPU memory is short: with coil maps on the host
         try:
             return on_gpu(partial(_look, scan, options, device, report, spare))
         except RuntimeError as error:
@@ -106,7 +109,7 @@ def look(scan: Scan, options: Options, report: Report) -> tuple[Measurement, tor
 
 def _look(scan: Scan, options: Options, device: torch.device, report: Report, spare: bool = False, louder: float = 1.0) -> tuple[Measurement, torch.Tensor]:
     coils, *shape = scan.kspace.shape
-    if device.type == "cpu" or spare:  # scans that came meanwhile may have taken what was free
+    if device.type == "cpu" or spare:  # scans that arrived meanwhile may have taken the free memory
         check_memory(to_compute(coils, shape, options.coils), "its image needs")
     reference = scan.phase_reference.get(coils)
     how = dict(coils=options.coils, device=device, phase_reference=reference, louder=louder, keep_lines=options.error_map, brightness=scan.brightness, on_host=spare)
@@ -116,7 +119,7 @@ def _look(scan: Scan, options: Options, device: torch.device, report: Report, sp
     preview = cg_sense(measurement)
     excess = measurement.excess_noise(preview)
     if excess > 1 and louder == 1:
-        del measurement, preview  # or two of them would be held at a time
+        del measurement, preview  # else two of each would be held at once
         return _look(scan, options, device, report, spare, excess)
     measurement.warnings += doubts(measurement, preview)
     report("preview", {"warnings": measurement.warnings})

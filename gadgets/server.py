@@ -29,8 +29,8 @@ from .turns import Turns
 
 log = logging.getLogger("slicediff")
 LINGER_S = 5.0
-SPARE = 32  # connections without a scan beside the scans that are granted
-LAST_WORDS_S = 20.0  # after the grace time, for handing out what there is
+SPARE = 32  # connections without a scan, on top of the permitted scans
+LAST_WORDS_S = 20.0  # after the grace period, for sending what there is
 KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
 
 
@@ -38,9 +38,9 @@ class Server(Listening, socketserver.ThreadingTCPServer):
     """MRD server; `serve_forever` accepts connections, one thread each.
 
     Args:
-        address: (host, port), as Listening takes it.
+        address: (host, port), as for Listening.
         defaults: options that every scan starts from.
-        load_prior: options -> prior; called once per (prior, device).
+        load_prior: options -> prior; called once per (method, prior, device).
         keep: where failed scans are kept, if anywhere.
         limits: fields of Limits.
     """
@@ -69,11 +69,11 @@ class Server(Listening, socketserver.ThreadingTCPServer):
             return self.priors[key]
 
     def warm_up(self) -> None:
-        """Load the default prior and run a tiny volume, so that the first scan finds all warm; PriorError if it cannot be."""
+        """Load the default prior and run a tiny volume, so that the first scan is not slowed down; PriorError if it cannot be loaded."""
         warm_up(self.prior(self.options), self.options)
 
     def retire(self) -> None:
-        """Take no new scan, let the running ones finish or, when the grace time is over, hand out what they have; then stop."""
+        """Take no new scans; let running ones finish or, once the grace period is over, send what they have; then stop."""
         log.warning("shutting down: no new scans are taken, %d are open", self.counts.open)
         self.retiring.set()
         _wait_while(lambda: self.counts.open, self.limits.grace_s)
@@ -85,7 +85,7 @@ class Server(Listening, socketserver.ThreadingTCPServer):
         self.shutdown()
 
     def give_way(self) -> None:
-        """Retire, once, as the GPU is lost to this process: whoever watches over it should start another."""
+        """Retire, once, because the GPU is lost to this process: its supervisor should start another."""
         with self.lock:
             if self.gave_way:
                 return
@@ -106,7 +106,7 @@ class Server(Listening, socketserver.ThreadingTCPServer):
         }  # fmt: skip
 
     def handle_error(self, request, client_address) -> None:
-        """What a handler did not expect goes to the log."""
+        """Log an exception that a handler did not expect."""
         log.exception("the conversation with %s failed", client_address)
 
 
@@ -116,7 +116,7 @@ class Handler(socketserver.BaseRequestHandler):
     server: Server
 
     def setup(self) -> None:
-        threading.current_thread().name = "{}:{}".format(*self.client_address[:2])  # in the log; threads of this scan inherit it
+        threading.current_thread().name = "{}:{}".format(*self.client_address[:2])  # shown in the log; threads of this scan inherit it
         limits = self.server.limits
         self.request.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in KEEPALIVE.items():
@@ -152,7 +152,7 @@ class Handler(socketserver.BaseRequestHandler):
         self.server.talking.discard(self)
 
     def hang_up(self) -> None:
-        """Read nothing more: what is being received ends here."""
+        """Stop reading: a scan that is still being received ends here."""
         with contextlib.suppress(OSError):
             self.request.shutdown(socket.SHUT_RD)
 
@@ -178,7 +178,7 @@ class Handler(socketserver.BaseRequestHandler):
     def _scan(self, config: tuple[int, str] | None, header_xml: bytes) -> None:
         self.server.counts.add(open=1)
         self.counted, host = True, ServerHost(self)
-        if self.server.keep is not None:  # first of all: whatever fails, all that comes is kept
+        if self.server.keep is not None:  # before anything can fail, so that everything received is kept
             self.recording = self.server.keep.record(header_xml)
             self.wire.tap = self.recording.add
         self.wire.be_patient_for(self.server.limits.timeout_s)
@@ -196,11 +196,11 @@ class Handler(socketserver.BaseRequestHandler):
         run_scan(self.wire, header_xml, sources, host, self.wire.send_text, first)
 
     def _tell(self, error: Exception) -> None:
-        """An ERROR to Gadgetron; a TEXT to clients, which abort on any ERROR."""
+        """Send an ERROR to Gadgetron, but a TEXT to clients, which abort on any ERROR."""
         self.well = False
         log_failure("the scan failed" if self.wire.heard else "nothing was asked", error, logging.ERROR if self.wire.heard else logging.INFO)
         if self.gadgetron:
-            self.wire.drain()  # it may be deaf while it still sends
+            self.wire.drain()  # it may not read while it still sends
             self.wire.send_error(f"slice diffusion: {sentence(error)}")
         else:
             self.wire.send_text(f"ERROR: {sentence(error)}")
@@ -214,7 +214,7 @@ class Handler(socketserver.BaseRequestHandler):
         return known[question]() if question in known else f"unknown query {question[:100]!r}; known are {', '.join(known)}"
 
     def _linger(self) -> None:
-        """Let the peer close first, but not for ever: closing with its bytes unread would destroy our last message."""
+        """Wait, but not forever, for the peer to close first: closing with its bytes unread would destroy our last message."""
         end = time.monotonic() + self.server.limits.timeout_s
         try:
             self.request.shutdown(socket.SHUT_WR)
@@ -236,7 +236,7 @@ class ServerHost(Host):
         return self.server.prior(options)
 
     def take_in(self, header) -> None:
-        """ScanError if the server takes no scan, or not this one."""
+        """ScanError if the server takes no scans now, or cannot take this one."""
         server = self.server
         if server.retiring.is_set():
             raise ScanError("this server is shutting down and takes no new scan: send it again when the server is back")
@@ -245,20 +245,20 @@ class ServerHost(Host):
         self.budget = Budget(header, server.limits.max_gib, server.options.coils if device_of(server.options).type == "cpu" else 0)
 
     def admit(self, coils: int, volumes: int) -> None:
-        """ScanError if there is no memory for them."""
+        """ScanError if they would exceed the memory limit."""
         self.budget.check(coils, volumes)
 
     def answer(self, question: str) -> str:
-        """The server's reply, as without a scan."""
+        """The server's reply, the same as outside a scan."""
         return self.handler.answer(question)
 
     def hurry(self) -> str:
-        """Why to end soon."""
+        """Reason to finish the scan early, or ""."""
         return "because the server is shutting down" if self.server.out_of_time.is_set() else ""
 
     @contextlib.contextmanager
     def turn(self, tell: Callable[[str], None]) -> Iterator[None]:
-        """One of the device's slots; out of time the line moves fast, so it is left only if the peer is gone."""
+        """Hold one of the device's slots; the queue is left only if the peer is gone, as it moves fast once the grace period is over."""
         gone = lambda: "because the peer is gone" if self.handler.wire.gone() else ""  # noqa: E731
         with self.server.turns.turn(lambda place: tell(f"waiting for the device, number {place} in the queue"), gone):
             yield
@@ -267,7 +267,7 @@ class ServerHost(Host):
 
 
 def options_of_config(config: tuple[int, str] | None) -> dict[str, Any]:
-    """Options behind a client's configuration message."""
+    """Options that a client's configuration message contains or refers to by name."""
     if config is None:
         raise OptionsError("expected a configuration (name or XML) before the header, got none")
     return properties_of(config[1]) if config[0] == w.CONFIG_TEXT and "<" in config[1] else options_of_config_name(config[1].strip())

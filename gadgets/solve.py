@@ -1,4 +1,4 @@
-"""The wanted volume, or the preview in its place: the solver under watch, in time, finite and believable."""
+"""The requested volume, or the preview in its place: supervises the solver, its deadline, and whether its image is finite and credible."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ SOLVERS = Crew()
 Report = Callable[[str, dict], None]
 Hurry = Callable[[], str]
 PREVIEW = "CG-SENSE preview"
-WATCH_S = 0.2  # how often the solver is looked at
-HANG_S = 600.0  # the sweep of a 320 x 320 x 256 matrix takes a minute on two CPU cores
+WATCH_S = 0.2  # polling interval of the solver
+HANG_S = 600.0  # a sweep of a 320 x 320 x 256 matrix takes a minute on two CPU cores
 
 log = logging.getLogger("slicediff")
 
 
 def patient() -> str:
-    """There is no reason to stop early."""
+    """Never gives a reason to stop early."""
     return ""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The volume [z y x] for the wanted series, what it is, what the user should know; `failure` if it is the preview."""
+    """The volume [z y x] for the requested series, its name, and remarks for the user; `failure` says why if it is the preview."""
 
     volume: torch.Tensor
     name: str
@@ -54,7 +54,7 @@ class Outcome:
 
 
 def solve(measurement: Measurement, preview: torch.Tensor, prior, options: Options, report: Report, hurry: Hurry = patient) -> Outcome:
-    """The volume of the method asked for; whatever goes wrong on the way, the preview in its place and the reason."""
+    """The volume of the requested method; if an iterative one fails, the preview in its place, with the reason."""
     name = METHODS[options.method].title
     if not METHODS[options.method].iterative:
         return Outcome(next(states(measurement, preview, prior, options)).volume, name)
@@ -65,11 +65,11 @@ def solve(measurement: Measurement, preview: torch.Tensor, prior, options: Optio
         trust, why = judge(measurement, preview, volume)
         if trust is Trust.FAILED:
             raise ReconError(why)
-    except Exception as error:  # the boundary: an image anyway
+    except Exception as error:  # the boundary: send an image anyway
         log_failure(f"{name} failed, the preview stands", error)
         _let_go(error)
         if gpu_lost.is_set() and not options.preview and measurement.operator.device.type == "cuda":
-            raise  # the preview was not sent and cannot be had from there any more
+            raise  # the preview was not sent and can no longer be read from the GPU
         reason = f"{name} failed and the {PREVIEW} stands: {sentence(error)}"
         return Outcome(preview, PREVIEW, [reason], [reason])
     remarks += [f"CAUTION: {why}: compare with the preview"] * bool(why)
@@ -79,17 +79,17 @@ def solve(measurement: Measurement, preview: torch.Tensor, prior, options: Optio
 
 
 def estimate_error(measurement: Measurement, preview: torch.Tensor, prior, options: Options, report: Report, hurry: Hurry = patient) -> Outcome:
-    """What the image of the method asked for may be wrong by, as an image; it is made anew with half the sweeps and without learning.
+    """Error map of the requested method's image, estimated from reconstructions with half the sweeps and without learning.
 
     Raises:
-        ReconError: if it could not be made, or not in time.
+        ReconError: if it could not be computed, or not in time.
     """
     quick = options.model_copy(update={"sweeps": max(1, options.sweeps // 2), "adapt": 0})
     image_of = lambda part: states(part, cg_sense(part), prior, quick)  # noqa: E731
     progress = lambda _, facts: report("error map", facts)  # noqa: E731
     try:
         volume, stopped = iterate(lambda: estimated_error(measurement, image_of, options.seed), options, progress, hurry)
-    except Exception as error:  # the boundary: the image itself was sent
+    except Exception as error:  # the boundary: the image itself has been sent
         log_failure("the error map failed", error)
         _let_go(error)
         raise ReconError(f"the error map was not made: {sentence(error)}") from error
@@ -101,19 +101,19 @@ def estimate_error(measurement: Measurement, preview: torch.Tensor, prior, optio
 
 
 def _let_go(error: Exception) -> None:
-    """After one that ran out of memory: of what its traceback's frames hold, the solver's tensors."""
+    """If memory ran out, free the solver's tensors, which the frames of the traceback hold."""
     if ran_out_of_memory(error):
         error.__traceback__ = None
         free_gpu_memory()
 
 
 def iterate(start: Callable[[], Iterator[State]], options: Options, report: Report, hurry: Hurry) -> tuple[torch.Tensor, list[str]]:
-    """The last volume, or the last in time with a remark; the sweeps run in a thread that can be left behind.
+    """The final volume, or the latest one when stopped early, with a remark; the sweeps run in a thread that can be abandoned.
 
     Raises:
-        Unfinished: if there was not even time for one sweep, or for all of a method that has no image before its last.
-        GpuHangs: if no sweep ended for HANG_S.
-        ReconError: for a volume that is not finite.
+        Unfinished: if stopped before the first sweep ended, or before the last one of a method without intermediate images.
+        GpuHangs: if no sweep ended on the GPU within HANG_S.
+        ReconError: if the volume is not finite.
     """
     began, state, solver = time.monotonic(), None, Ahead(items_of(start), crew=SOLVERS)
     try:
@@ -140,10 +140,10 @@ def iterate(start: Callable[[], Iterator[State]], options: Options, report: Repo
 
 
 def on_gpu(work: Callable[[], Any]) -> Any:
-    """What `work` returns, done in the thread of the solvers, which may be left behind.
+    """The result of `work`, run in a solver thread, which can be abandoned.
 
     Raises:
-        GpuHangs: if nothing came for HANG_S.
+        GpuHangs: if there is no result within HANG_S.
     """
     worker = Ahead(items_of(lambda: [work()]), crew=SOLVERS)
     try:
@@ -155,7 +155,7 @@ def on_gpu(work: Callable[[], Any]) -> Any:
 
 
 def items_of(start: Callable[[], Iterable]) -> Iterator:
-    """What `start` gives, all of it made in the thread that asks for it."""
+    """The items of `start()`, which is called and iterated in the consuming thread."""
     yield from start()
 
 
@@ -169,7 +169,7 @@ def _stop(options: Options, began: float, moved: float, hurry: Hurry) -> str:
 
 
 def states(measurement: Measurement, preview: torch.Tensor, prior, options: Options) -> Iterator[State]:
-    """The states of the method asked for; `sweeps` and the like are of the method `diffusion`."""
+    """The states of the requested method; options such as `sweeps` apply to the method `diffusion` only."""
     method = METHODS[options.method]
     config = method.config
     if options.method == "diffusion":
@@ -178,7 +178,10 @@ def states(measurement: Measurement, preview: torch.Tensor, prior, options: Opti
 
 
 def warm_up(prior, options: Options) -> None:
-    """Run one sweep on a tiny volume and on a thin slab, with one round of learning: what loads on first use (kernels, plans, threads, an optimiser) is loaded then."""
+    """Run one sweep, and one round of learning, on a tiny volume and a thin slab.
+
+    What loads on first use (kernels, plans, threads, an optimiser) is thus loaded before the first scan.
+    """
     device, random = device_of(options), torch.Generator().manual_seed(0)
     once = options.model_copy(update={"sweeps": 1, "adapt": min(1, options.adapt)})
     for shape in ((16, 16, 16), (32, 32, 6)) if METHODS[options.method].iterative else ():
@@ -192,10 +195,10 @@ def warm_up(prior, options: Options) -> None:
 
 
 def load_prior_for(options: Options) -> Prior | None:
-    """The prior that the options ask for, on their device; None if the method has none.
+    """The prior that the options select, on their device; None if the method uses none.
 
     Raises:
-        PriorError: if the weights cannot be loaded or do not fit the method, or CUDA was asked for and is not there.
+        PriorError: if the weights cannot be loaded or do not fit the method, or CUDA was requested but is not available.
     """
     method = METHODS[options.method]
     if not method.uses_prior:
@@ -206,12 +209,12 @@ def load_prior_for(options: Options) -> Prior | None:
 
 
 def prior_of(options: Options) -> str:
-    """Name or path of the prior, "" if the method has none; `auto` is the one that suits method and device."""
+    """Name or path of the prior; `auto` selects the one that suits method and device, "" if the method uses none."""
     return METHODS[options.method].suitable_prior(device_of(options)) if options.prior == "auto" else options.prior
 
 
 def device_of(options: Options) -> torch.device:
-    """Resolve `auto`; PriorError if CUDA was asked for and is not there."""
+    """The device, with `auto` resolved; PriorError if CUDA was requested but is not available."""
     if options.device == "cuda" and not torch.cuda.is_available():
         raise PriorError("device cuda was asked for, but torch finds no CUDA device; use device auto or cpu")
     wanted = "cuda" if options.device == "auto" and torch.cuda.is_available() else options.device

@@ -1,4 +1,4 @@
-"""What `slicediff train` is given: volumes in any file, folders of them, options from YAML and the command line."""
+"""Input of `slicediff train`: volumes in files of several formats or folders of them, options from YAML and the command line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .images import SERIES
 from .options import OptionsError, error_sentence, make_options, read_yaml
 from .recon import reconstruct
 
-WHOLE = 0.7  # of k-space: the corners may be left out, or a part of one side
+WHOLE = 0.7  # fraction of k-space: the corners, or a part of one side, may be missing
 log = logging.getLogger("slicediff")
 VOLUMES = (".nii.gz", ".nii", ".npy", ".h5", ".hdf5", ".mrd")
 
@@ -31,11 +31,10 @@ def load_volumes(paths: Iterable[Path]) -> list[Volume]:
     """All volumes in files and folders, in order.
 
     NIfTI and .npy hold one volume. HDF5 may be an ISMRMRD scan (fully sampled; reconstructed with coil maps,
-    complex), ISMRMRD images (each a volume), or one array with three dimensions z, y, x and an attribute voxel_mm
-    (z, y, x).
+    complex), ISMRMRD images (each a volume), or a single array [z y x] with an attribute voxel_mm (z, y, x).
 
     Raises:
-        FileError: for a path that does not exist, a folder without volumes, or a file that holds none.
+        FileError: for a path that does not exist, a folder without volumes, or a file without usable ones.
     """
     return [_checked(volume) for path in find_volumes(paths) for volume in _load(path)]
 
@@ -47,7 +46,7 @@ def _checked(volume: Volume) -> Volume:
 
 
 def find_volumes(paths: Iterable[Path]) -> list[Path]:
-    """The volume files among files and folders, in order, each once.
+    """The volume files given directly or found in folders, in order, without duplicates.
 
     Raises:
         FileError: for a path that does not exist or a folder without volumes.
@@ -64,10 +63,10 @@ def find_volumes(paths: Iterable[Path]) -> list[Path]:
 
 
 def make_train_options(config: Path | None, given: Mapping[str, Any]) -> TrainOptions:
-    """Training options from a YAML file, overruled by what was given by hand.
+    """Training options from a YAML file, overridden by those in `given`.
 
     Raises:
-        OptionsError: naming the option, what was expected and what came.
+        OptionsError: naming the option, what was expected and what was given.
     """
     merged = {**(read_yaml(config) if config else {}), **given}
     try:
@@ -80,7 +79,7 @@ def _load(path: Path) -> list[Volume]:
     if not path.name.endswith((".h5", ".hdf5", ".mrd")):
         try:
             return [Volume(path.name, *read_volume(path))]
-        except Exception as error:  # nibabel and numpy raise many kinds for damaged files
+        except Exception as error:  # nibabel and numpy raise many kinds of exceptions for damaged files
             raise FileError(f"{path} cannot be read as a volume: {error}") from None
     try:
         with open_hdf5(path) as file:
@@ -110,7 +109,7 @@ def _from_images(path: Path) -> list[Volume]:
     images = [i for i in read_images(path) if i.data.shape[1] > 1]
     if not images:
         raise FileError(f"{path} holds only single slices; volumes are needed to resample through the plane")
-    if "SliceDiffusion" in images[0].meta.get("ImageProcessingHistory", ()):  # of the preview, the image and what it may be wrong by one alone is to be learned from
+    if "SliceDiffusion" in images[0].meta.get("ImageProcessingHistory", ()):  # of preview, image and error map, use only one for training
         images = [i for i in images if i.image_series_index == SERIES["final"]] or [i for i in images if i.image_series_index == SERIES["preview"]]
     return [_from_image(f"{path.name}#{n}" if n else path.name, image) for n, image in enumerate(images)]
 

@@ -1,4 +1,4 @@
-"""Who may compute: a queue for the device, first come, first served."""
+"""The queue for the device: first come, first served."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ LOOK_S = 0.5
 
 
 class Turns:
-    """At most `slots` hold a turn at a time; the others wait in line and are told their place.
+    """At most `slots` turns are held at a time; the others wait in a queue and are told their place.
 
-    `running` and `waiting` may be read by anyone.
+    `running` and `waiting` may be read from any thread.
     """
 
     def __init__(self, slots: int = 1):
@@ -24,16 +24,16 @@ class Turns:
 
     @property
     def waiting(self) -> int:
-        """How many stand in line."""
+        """Number of waiting turns."""
         return len(self.line)
 
     @contextlib.contextmanager
     def turn(self, tell: Callable[[int], None] = lambda place: None, give_up: Callable[[], str] = lambda: "") -> Iterator[None]:
-        """Wait in line, then hold a slot inside the context.
+        """Wait in the queue, then hold a slot within the context.
 
         Args:
-            tell: called with the place in line (1: next) at first and whenever it changes; not called without waiting.
-            give_up: returns why to leave the line, or nothing.
+            tell: called with the place in the queue (1: next) first and whenever it changes; not called if there is no wait.
+            give_up: returns the reason to leave the queue, or "".
 
         Raises:
             ReconError: with the reason given by `give_up`.

@@ -1,8 +1,8 @@
 """MRD messages on a byte stream: the same framing for Gadgetron, its client, and FIRE hosts.
 
-Acquisitions, waveforms and images are (de)serialised by ismrmrd; here are only message ids and lengths,
-with the care that the stock Connection lacks: end of stream is an error, not an endless loop, lengths are
-bounded, and an unknown message is named.
+Acquisitions, waveforms and images are ismrmrd objects; this module only adds message ids and lengths, with checks that
+the stock Connection lacks: end of stream is an error, not an endless loop, lengths are bounded, and an unknown message
+id is reported.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ CONFIG_FILE_BYTES = 1024
 PAUSE_S = 0.5
 MAX_TEXT_BYTES = 64 << 20
 MAX_ITEM_BYTES = 4 << 30
-BLOCK_BYTES = 4 << 20  # memory follows what arrives, not what was announced
+BLOCK_BYTES = 4 << 20  # memory grows with what arrives, not with what was announced
 PIXEL_TYPES = {1: np.uint16, 2: np.int16, 3: np.uint32, 4: np.int32, 5: np.float32, 6: np.float64, 7: np.complex64, 8: np.complex128}
 COMPRESSED_BITS = (1 << 52) | (1 << 53)
 
 
 class WireError(Exception):
-    """The stream broke its protocol or ended early; the message is one sentence."""
+    """The stream violated the protocol or ended early; the message is one sentence."""
 
 
 class PeerGone(OSError):
-    """Nobody takes what is sent; the message is one sentence."""
+    """The peer no longer receives what is sent; the message is one sentence."""
 
 
 class Wire:
     """Reads and writes messages on a connected socket.
 
     Args:
-        sock: connected stream socket; `close` of the socket stays with the caller.
-        timeout_s: longest wait for the peer's next byte, None for ever.
-        max_bytes: largest message taken.
-        max_buffer_bytes: largest ReconData, which is a whole scan.
+        sock: connected stream socket, which the caller closes.
+        timeout_s: longest wait for the peer's next byte; None: forever.
+        max_bytes: largest message accepted.
+        max_buffer_bytes: largest ReconData, which can be a whole scan.
     """
 
     def __init__(self, sock: socket.socket, timeout_s: float | None = None, max_bytes: int = MAX_ITEM_BYTES, max_buffer_bytes: int = MAX_ARRAY_BYTES):
@@ -58,11 +58,11 @@ class Wire:
         self.sock, self.timeout_s, self.max_bytes, self.max_buffer_bytes = sock, timeout_s, max_bytes, max_buffer_bytes
         self.stream = sock.makefile("rb", buffering=1 << 20)
         self.ended = self.heard = self.lost = False
-        self.tap: Callable[[object], None] | None = None  # is shown every item of the scan, whoever reads it
-        self.sending = threading.Lock()  # who reads the scan answers questions while images are sent
+        self.tap: Callable[[object], None] | None = None  # called with every item of the scan, whoever reads it
+        self.sending = threading.Lock()  # the thread that reads the scan answers queries while images are sent
 
     def read(self, nbytes: int) -> bytes:
-        """Exactly `nbytes`; WireError when the peer is gone or silent."""
+        """Read exactly `nbytes`; WireError if the peer is gone or silent."""
         if nbytes > BLOCK_BYTES:
             return b"".join(self.read(min(BLOCK_BYTES, nbytes - done)) for done in range(0, nbytes, BLOCK_BYTES))
         with self._told():
@@ -71,7 +71,7 @@ class Wire:
         return data
 
     def read_array(self, shape: tuple[int, ...], dtype) -> np.ndarray:
-        """An array of the next bytes, without a copy where it is no larger than a block."""
+        """Read an array, without a copy if it is no larger than a block."""
         out = np.empty(shape, dtype)
         if out.nbytes > BLOCK_BYTES:
             return np.frombuffer(self.read(out.nbytes), dtype).reshape(shape)
@@ -98,7 +98,7 @@ class Wire:
             raise WireError("the stream ended before its CLOSE message: the peer is gone or the scan was cut off")
 
     def messages(self) -> Iterator[tuple[int, object]]:
-        """(id, item) until CLOSE: text as str, queries as (correlation id, text), the rest as ismrmrd objects."""
+        """(id, item) until CLOSE: text as str, queries and responses as (correlation id, text), the rest as ismrmrd objects or ReconData."""
         readers = {
             CONFIG_FILE: lambda: _decode(self.read(CONFIG_FILE_BYTES).split(b"\0")[0]),
             CONFIG_TEXT: self._read_text,
@@ -126,7 +126,7 @@ class Wire:
             yield kind, item
 
     def be_patient_for(self, timeout_s: float | None) -> None:
-        """From now on wait this long for the peer's next byte."""
+        """From now on, wait this long for the peer's next byte."""
         self.timeout_s = timeout_s
         self.sock.settimeout(timeout_s)
 
@@ -140,7 +140,7 @@ class Wire:
             return True
 
     def release(self) -> None:
-        """Let go of the socket, which stays its owner's to close; until then its `close` does not reach the peer."""
+        """Release the socket, which its owner closes; before this call, closing it does not reach the peer."""
         self.stream.close()
 
     def __enter__(self) -> Wire:
@@ -150,7 +150,7 @@ class Wire:
         self.release()
 
     def drain(self) -> None:
-        """Read and forget what the peer still sends, so that closing does not destroy our last words."""
+        """Read and discard what the peer still sends, so that closing does not destroy our last message."""
         with contextlib.suppress(WireError):
             for _ in self.messages():
                 pass
@@ -158,7 +158,7 @@ class Wire:
             self._discard()
 
     def _discard(self) -> None:
-        """Out of step no CLOSE can be found: read until the peer pauses, which it does once it waits for us."""
+        """A CLOSE cannot be found when out of step: read until the peer pauses, as it does once it waits for us."""
         end, poll = time.monotonic() + (self.timeout_s or math.inf), select.poll()
         with contextlib.suppress(OSError, ValueError):
             poll.register(self.sock, select.POLLIN)
@@ -166,48 +166,48 @@ class Wire:
                 pass
 
     def _out_of_step(self, text: str) -> WireError:
-        """The error to raise where the stream cannot be read on."""
+        """Mark the stream as unreadable from here; returns the error to raise."""
         self.ended = self.lost = True
         return WireError(text)
 
     def send_text(self, text: str) -> None:
-        """TEXT, the only message a client shows its user."""
+        """Send TEXT, the only message that a client shows its user."""
         data = text.encode()
         self._send(struct.pack("<HI", TEXT, len(data)) + data)
 
     def send_error(self, text: str) -> None:
-        """ERROR, which Gadgetron relays to its client; clients abort on it."""
+        """Send ERROR, which Gadgetron relays to its client; clients abort on it."""
         data = text.encode()
         self._send(struct.pack("<HQ", ERROR, len(data)) + data)
 
     def send_config(self, text: str) -> None:
-        """Configuration XML (or anything a server takes for it)."""
+        """Send configuration XML (or anything that a server accepts as such)."""
         data = text.encode()
         self._send(struct.pack("<HI", CONFIG_TEXT, len(data)) + data)
 
     def send_config_file(self, name: str) -> None:
-        """Name of a configuration on the server."""
+        """Send the name of a configuration on the server."""
         data = name.encode()
         if len(data) >= CONFIG_FILE_BYTES:
             raise WireError(f"a configuration name may have {CONFIG_FILE_BYTES - 1} bytes, got {len(data)}")
         self._send(struct.pack("<H", CONFIG_FILE) + data.ljust(CONFIG_FILE_BYTES, b"\0"))
 
     def send_header(self, xml: bytes) -> None:
-        """ISMRMRD header as XML bytes."""
+        """Send the ISMRMRD header as XML bytes."""
         self._send(struct.pack("<HI", HEADER, len(xml)) + xml)
 
     def send_query(self, text: str, number: int = 1) -> None:
-        """Question to a server, answered by a RESPONSE with the same number."""
+        """Send a query to a server, answered by a RESPONSE with the same number."""
         data = text.encode()
         self._send(struct.pack("<HQQQ", QUERY, 0, number, len(data)) + data)
 
     def send_response(self, number: int, text: str) -> None:
-        """Answer to a query."""
+        """Send the answer to a query."""
         data = text.encode()
         self._send(struct.pack("<HQQ", RESPONSE, number, len(data)) + data)
 
     def send_item(self, item: ismrmrd.Acquisition | ismrmrd.Waveform | ismrmrd.Image) -> None:
-        """One acquisition, waveform or image, in a single write."""
+        """Send one acquisition, waveform or image, in a single write."""
         kinds = ((ismrmrd.Acquisition, ACQUISITION), (ismrmrd.Waveform, WAVEFORM), (ismrmrd.Image, IMAGE))
         kind = next(k for cls, k in kinds if isinstance(item, cls))
         parts = [struct.pack("<H", kind)]
@@ -215,7 +215,7 @@ class Wire:
         self._send(b"".join(parts))
 
     def close(self) -> None:
-        """Say CLOSE, our last message."""
+        """Send CLOSE, our last message."""
         self._send(struct.pack("<H", CLOSE))
 
     def _send(self, data: bytes) -> None:
@@ -223,7 +223,7 @@ class Wire:
             self._deliver(data)
 
     def _deliver(self, data: bytes) -> None:
-        """All of it; sendall would allow the whole message as long as the socket's timeout, and a slow peer takes large images one piece at a time."""
+        """Send all of it, with the timeout for each piece: sendall would apply it to the whole message, and a slow peer takes large images piece by piece."""
         rest = memoryview(data)
         while rest:
             rest = rest[self.sock.send(rest) :]
@@ -267,7 +267,7 @@ class Wire:
         self._check(nbytes, self.max_bytes, "image")
         try:
             image = ismrmrd.Image(head, attributes)
-        except Exception as error:  # attributes that are not their XML raise a family of errors
+        except Exception as error:  # invalid attribute XML raises various exceptions
             raise self._out_of_step(f"the attributes of an image cannot be read: {' '.join(str(error).split())[:200]}") from error
         image.data.ravel()[:] = np.frombuffer(self.read(nbytes), pixel)
         return image
@@ -284,9 +284,9 @@ class Wire:
 
 
 class QueuedWire(Wire):
-    """A wire whose messages are sent by a thread of their own: a peer that reads slowly holds up nobody else.
+    """A Wire that sends from a thread of its own, so that a peer that reads slowly holds up nobody else.
 
-    After the peer is gone, or took nothing for `timeout_s`, sending raises OSError.
+    Once the peer is gone, or has taken nothing for `timeout_s`, sending raises OSError.
     """
 
     def __init__(self, *args, **kwargs):
@@ -301,7 +301,7 @@ class QueuedWire(Wire):
         return self.failure is not None or super().gone()
 
     def flush(self) -> None:
-        """Wait until all is sent and end the thread; OSError if it could not be."""
+        """Wait until everything is sent and end the thread; OSError if sending failed."""
         self.outgoing.put(None)
         self.writer.join()
         if self.failure is not None:

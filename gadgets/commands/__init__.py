@@ -1,1 +1,1 @@
-"""The commands of `slicediff`, a file each: its arguments, and what it does."""
+"""The subcommands of `slicediff`, one file each: the arguments, and what it does."""

@@ -8,21 +8,21 @@ from ..options import Options
 
 
 def port(text: str) -> int:
-    """A TCP port; ArgumentTypeError if it is none."""
+    """Parse a TCP port; ArgumentTypeError if it is not one."""
     if not (text.isdecimal() and int(text) <= 65535):
         raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, got {text!r}")
     return int(text)
 
 
 def count(text: str) -> int:
-    """A number of things, at least 1; ArgumentTypeError if it is none."""
+    """Parse a count of at least 1; ArgumentTypeError if it is not one."""
     if not (text.isdecimal() and int(text) >= 1):
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The reconstruction options of options.py."""
+    """Add the reconstruction options of options.py."""
     group = parser.add_argument_group("reconstruction options")
     group.add_argument("--preset", metavar="NAME|FILE", help="shipped preset or YAML file of options")
     for name, field in Options.model_fields.items():
@@ -31,6 +31,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def given_options(arguments: argparse.Namespace) -> dict[str, str]:
-    """The reconstruction options that were given on the command line."""
+    """The reconstruction options given on the command line."""
     names = ("preset", *Options.model_fields)
     return {n: v for n in names if (v := getattr(arguments, n, None)) is not None}

@@ -1,4 +1,4 @@
-"""`slicediff bench`: tests/benchmarks/bench.py of a checkout."""
+"""`slicediff bench`: run tests/benchmarks/bench.py of a checkout."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its arguments."""
+    """Add its arguments."""
     parser.add_argument("rest", nargs="*", help="as tests/benchmarks/bench.py --help lists them")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run tests/benchmarks/bench.py of the checkout that the package or the current folder is."""
+    """Run tests/benchmarks/bench.py of the checkout in the current folder, else of the one that holds this package."""
     places = [root / "tests" / "benchmarks" / "bench.py" for root in (Path.cwd(), Path(__file__).resolve().parents[2])]
     program = next((p for p in places if p.is_file()), None)
     if program is None:

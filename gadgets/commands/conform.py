@@ -1,4 +1,4 @@
-"""`slicediff conform`: a server against everything that goes wrong at a scanner."""
+"""`slicediff conform`: test a server with everything that goes wrong at a scanner."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .arguments import port
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its arguments."""
+    """Add its arguments."""
     parser.add_argument("--host", help="test the server there (default: this machine, or one of its own if there is no --port)")
     parser.add_argument("--port", type=port, help="test the server there (default: 9002 with --host)")
     parser.add_argument("--case", action="append", metavar="NAME", help="run only this case; may be given again")

@@ -1,4 +1,4 @@
-"""`slicediff demo`: the whole chain on the shipped example, with a picture."""
+"""`slicediff demo`: run the whole chain on the shipped example, with a picture."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .arguments import add_options, given_options
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its arguments."""
+    """Add its arguments."""
     parser.add_argument("--out", type=Path, default=Path("slicediff-demo"), help="folder for the files (default: slicediff-demo)")
     parser.add_argument("--json", action="store_true", help="end stdout with one line of JSON")
     parser.set_defaults(run=run)

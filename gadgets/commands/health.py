@@ -1,4 +1,4 @@
-"""`slicediff health`: how a server is."""
+"""`slicediff health`: ask a server for its status."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .arguments import port
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its arguments."""
+    """Add its arguments."""
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=port, default=9002)
     parser.set_defaults(run=run)

@@ -1,4 +1,4 @@
-"""`slicediff priors`: the weights that are known by name."""
+"""`slicediff priors`: list the priors that are known by name."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import json
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its arguments."""
+    """Add its arguments."""
     parser.add_argument("--json", action="store_true", help="print the whole cards as JSON")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """List them; 0 if there are any that can be used."""
+    """List them; 0 if at least one can be used."""
     from recon_core.prior import list_priors
 
     cards = list_priors()

@@ -1,4 +1,4 @@
-"""`slicediff recon`: a scan file to an image file."""
+"""`slicediff recon`: reconstruct a scan file into an image file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its arguments."""
+    """Add its arguments."""
     parser.add_argument("scan", type=Path, help="ISMRMRD file")
     parser.add_argument("images", type=Path, help="HDF5 file to append the images to")
     parser.add_argument("--input-group", metavar="NAME", help="HDF5 group of the scan (default: dataset, or the only one that holds a scan)")
@@ -33,7 +33,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Reconstruct; 0 when all images were written. If some could not be made, the others are written all the same."""
+    """Reconstruct; 0 when all images were written. If some cannot be made, the others are still written."""
     from ..failure import ReconError, of_images, sentence
     from ..image_files import ImageWriter
 
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         for image in _reconstruct(arguments, options, display, writer):
             if arguments.nifti or arguments.png:
                 images.append(image)
-    except Exception as error:  # told by the command line, which does not know what was written before
+    except Exception as error:  # reported by cli.py, which does not know what was written before
         if not writer.count or isinstance(error, OSError):
             raise
         raise ReconError(f"{sentence(error)} ({of_images(writer.count, '{images} {were} written')})") from error
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_places(arguments: argparse.Namespace) -> None:
-    """FileError for a place that nothing could be written to, said now and not after the reconstruction."""
+    """FileError for an output that could not be written, raised now and not after the reconstruction."""
     from ..files import check_apart, check_folder, check_picture
 
     check_apart(arguments.scan, arguments.images)
@@ -67,10 +67,10 @@ def _check_places(arguments: argparse.Namespace) -> None:
 
 
 def _reconstruct(arguments: argparse.Namespace, options: Options, display: Display, writer: ImageWriter) -> Iterator[ismrmrd.Image]:
-    """Images from the scan to the writer, one by one; each is yielded once it is written.
+    """Reconstruct the scan and write its images one by one; each is yielded once it is written.
 
     Raises:
-        FileError: after the images of what can be read of a file that is damaged.
+        FileError: if the file is damaged, after the images of its readable part.
     """
     from ..failure import sentence
     from ..files import FileError
@@ -83,7 +83,7 @@ def _reconstruct(arguments: argparse.Namespace, options: Options, display: Displ
 
     with ScanFile(arguments.scan, arguments.input_group) as scan, display:
         header = parse_header(scan.header_xml)
-        if len(header.encoding) == 1:  # of several, only the lines tell which one is the image's
+        if len(header.encoding) == 1:  # with several, only the lines tell which one is the image's
             writer.check(SERIES["final"], *image_kind(read_geometry(header), options))
         prior = load_prior_for(options)
         display.stage("prior", {})
@@ -93,7 +93,7 @@ def _reconstruct(arguments: argparse.Namespace, options: Options, display: Displ
                 writer.write(image)
                 display.note(notes_of(image))
                 yield image
-        except ValueError as error:  # volumes that failed, perhaps for want of what the file has lost
+        except ValueError as error:  # volumes that failed, perhaps because of the data that the file has lost
             if not damage:
                 raise
             raise FileError("; ".join(sentence(e) for e in (*damage, error))) from error
@@ -102,7 +102,7 @@ def _reconstruct(arguments: argparse.Namespace, options: Options, display: Displ
 
 
 def _write_copies(arguments: argparse.Namespace, images: list[ismrmrd.Image]) -> None:
-    """NIfTI and PNG, where they were asked for."""
+    """Write NIfTI and PNG files, if requested."""
     from ..image_files import join_partitions, write_nifti, write_png
     from ..images import SERIES
 
@@ -116,7 +116,7 @@ def _write_copies(arguments: argparse.Namespace, images: list[ismrmrd.Image]) ->
 
 
 def _tell(arguments: argparse.Namespace, display: Display, count: int) -> None:
-    """Notes on stderr, what was done on stdout."""
+    """Print notes on stderr, and what was done on stdout."""
     from ..failure import of_images
 
     for note in display.facts["warnings"]:

@@ -1,4 +1,4 @@
-"""`slicediff send`: a scan file to a server, its images to a file."""
+"""`slicediff send`: stream a scan file to a server and write its images to a file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .arguments import count, port
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its arguments."""
+    """Add its arguments."""
     parser.add_argument("scan", type=Path, help="ISMRMRD file")
     parser.add_argument("images", type=Path, help="HDF5 file to append the images to")
     parser.add_argument("--host", default="127.0.0.1")
@@ -25,7 +25,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Send the scan; 0 when all images that it promises came."""
+    """Send the scan; 0 if all expected images arrived."""
     from ..client import send_scan
     from ..failure import of_images
     from ..files import check_apart
@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
             for image in send_scan(scan, arguments.host, arguments.port, arguments.config, display.say, sent, realtime=arguments.realtime, expect=arguments.expect):
                 writer.write(image)
                 display.note(notes_of(image))
-    finally:  # what came is worth its notes, whatever is missing
+    finally:  # also show the notes when images are missing
         for note in display.facts["warnings"]:
             print(f"slicediff: note: {note}", file=sys.stderr)
         if writer.count:

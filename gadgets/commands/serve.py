@@ -1,4 +1,4 @@
-"""`slicediff serve`: the MRD server, until it is told to stop."""
+"""`slicediff serve`: run the MRD server until it is told to stop."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SERVE_LIMITS = {
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its arguments."""
+    """Add its arguments."""
     parser.add_argument("--host", default="127.0.0.1", help='address or name to listen on; "::" is every address of IPv6 and IPv4 (default: 127.0.0.1)')
     parser.add_argument("--port", type=port, default=9002, help="(default: 9002; 0 takes a free one)")
     for name, (unit, what) in SERVE_LIMITS.items():
@@ -38,7 +38,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serve until SIGTERM or Ctrl-C, 0; or until the GPU is lost to this process, 1."""
+    """Serve; 0 after SIGTERM or Ctrl-C, 1 if the GPU was lost to this process."""
     from recon_core.ahead import left_behind
 
     from ..conformance.faults import load_prior_or_fault
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     logging.getLogger().setLevel(logging.INFO)
     for handler in logging.getLogger().handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s [%(threadName)s] %(message)s"))  # whose scan: the peer's address
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s [%(threadName)s] %(message)s"))  # thread name: the peer's address, so whose scan
     limits = {name: getattr(arguments, name) for name in SERVE_LIMITS}
     load = load_prior_or_fault if arguments.test_faults else load_prior_for
     keep = arguments.keep_failed and FailedScans(arguments.keep_failed, arguments.keep_failed_gib)
@@ -72,14 +72,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def built_for_cuda() -> bool:
-    """Whether this torch could use a GPU; on PyPI that of Linux can."""
+    """Whether this torch was built for CUDA, as the Linux one on PyPI is."""
     import torch
 
     return torch.version.cuda is not None
 
 
 def _retire_on_signals(server) -> None:
-    """SIGTERM and Ctrl-C let the scans end; another Ctrl-C does not."""
+    """SIGTERM and Ctrl-C let running scans finish; another Ctrl-C does not wait for them."""
 
     def retire(*_) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,4 +1,4 @@
-"""`slicediff simulate`: a complete scan of a volume or phantom."""
+"""`slicediff simulate`: write a complete scan of a volume or phantom."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its arguments."""
+    """Add its arguments."""
     parser.add_argument("volume", help="NIfTI or .npy volume, or the word phantom")
     parser.add_argument("scan", type=Path, help="ISMRMRD file to write")
     parser.add_argument("--voxel-mm", type=float, help="voxel size to crop the k-space to (default: the volume's)")
@@ -35,7 +35,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the scan and print what it is as one line of JSON."""
+    """Write the scan and describe it in one line of JSON."""
     from dataclasses import fields
 
     from ..simulation.protocol import SimulateOptions

@@ -1,4 +1,4 @@
-"""`slicediff train`: a prior of volumes."""
+"""`slicediff train`: train a prior on volumes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 
-OPTIONS = {  # those of recon_core/train.py that are given by hand; it is not imported before it is needed
+OPTIONS = {  # those of recon_core/train.py that the command line offers; that module is imported only when needed
     "architecture": "small (for CPUs too, the default), base, or operator (in function space)",
     "steps": "of training (default: 12000); may be changed when a run is resumed",
     "batch": "slices per step, of all processes together (default: 16)",
@@ -19,7 +19,7 @@ OPTIONS = {  # those of recon_core/train.py that are given by hand; it is not im
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its arguments."""
+    """Add its arguments."""
     parser.add_argument("volumes", type=Path, nargs="+", help="NIfTI, .npy, HDF5 or ISMRMRD volumes, magnitude or complex, or folders of them")
     parser.add_argument("--out", type=Path, required=True, help=".safetensors file to write; its .checkpoint is resumed from")
     parser.add_argument("--validate", type=Path, nargs="+", default=[], metavar="VOLUME", help="volumes to measure on; they are not trained on")
@@ -31,13 +31,13 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train, or go on training."""
+    """Train, or resume training."""
     from recon_core.train import check_out, train
 
     from ..figure import draw_denoising
     from ..training import find_volumes, load_volumes, make_train_options
 
-    check_out(arguments.out)  # before volumes are read, which may take minutes
+    check_out(arguments.out)  # before reading the volumes, which may take minutes
     names = ("start_from", *OPTIONS)
     options = make_train_options(arguments.config, {n: v for n in names if (v := getattr(arguments, n)) is not None})
     held_out = find_volumes(arguments.validate)

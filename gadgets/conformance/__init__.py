@@ -1,1 +1,1 @@
-"""`slicediff conform`: what a server promises a scanner, tried with everything that goes wrong."""
+"""`slicediff conform`: tests that a server keeps its promises to a scanner whatever goes wrong."""

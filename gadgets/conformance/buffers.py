@@ -1,4 +1,4 @@
-"""ReconData as Gadgetron's buffer gadget makes it, byte by byte: the other entry."""
+"""ReconData, byte by byte as Gadgetron's BucketToBuffer gadget makes it: the other kind of input."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ismrmrd.hdf5 import acquisition_header_dtype
 
 
 def buckets(lines):
-    """Lines as the accumulating gadget hands them on: by repetition, without noise and phase correction."""
+    """Lines as Gadgetron's accumulate trigger passes them on: grouped by repetition, without noise and phase correction."""
     bucket, repetition = [], None
     for line in lines:
         if line.is_flag_set(ismrmrd.ACQ_IS_NOISE_MEASUREMENT) or line.is_flag_set(ismrmrd.ACQ_IS_PHASECORR_DATA):
@@ -24,7 +24,7 @@ def buckets(lines):
 
 
 def recon_data(header, lines, remove_oversampling: bool = False) -> bytes:
-    """ReconData payload of a bucket: N contrast, S average, LOC slice; k = 0 at matrix/2, as with parallelImaging in the header."""
+    """ReconData payload of a bucket: N = contrast, S = average, LOC = slice; k = 0 at matrix/2, as with parallelImaging in the header."""
     only, both = (1 << (flag - 1) for flag in (ismrmrd.ACQ_IS_PARALLEL_CALIBRATION, ismrmrd.ACQ_IS_PARALLEL_CALIBRATION_AND_IMAGING))
     data = [line for line in lines if not line.flags & only or line.flags & both]
     reference = [line for line in lines if line.flags & (only | both)]

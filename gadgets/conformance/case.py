@@ -1,4 +1,4 @@
-"""What the cases of the conformance suite are written with: a decorator, and what an answer must be."""
+"""Tools for writing conformance cases: a decorator, and checks of answers."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def case(promise: str, limit_s: float = 10.0, needs: str = "") -> Callable:
 
 
 def expect(fine: bool, otherwise: str) -> None:
-    """Broken with what happened instead."""
+    """Raise Broken with what happened instead, unless `fine`."""
     if not fine:
         raise Broken(otherwise)
 
 
 def refused(answer: p.Answer, words: str) -> str:
-    """No image, one sentence that holds `words` (a pattern), CLOSE; returns the sentence, shortened."""
+    """Expect no image, a sentence that matches `words` (a pattern), and CLOSE; returns the sentence, shortened."""
     expect(not answer.images, f"{len(answer.images)} images came")
     return told(answer, words)
 
 
 def told(answer: p.Answer, words: str) -> str:
-    """The sentence that the peer got, which must match `words`, before a CLOSE."""
+    """Expect that the peer got a sentence that matches `words`, then CLOSE; returns the sentence, shortened."""
     expect(answer.closed, "the connection ended without CLOSE")
     expect(bool(answer.complaint), "nothing was said")
     expect(re.search(words, answer.complaint) is not None, f"said: {answer.complaint}")
@@ -42,13 +42,13 @@ def told(answer: p.Answer, words: str) -> str:
 
 
 def shortened(text: str) -> str:
-    """A sentence for the table."""
+    """A sentence, shortened for the table."""
     text = text.removeprefix("ERROR: ").removeprefix("slice diffusion: ")
     return text if len(text) <= 110 else text[:107] + "..."
 
 
 def same(answer: p.Answer, bench: Bench) -> None:
-    """The very images of the first correct scan, and no complaint."""
+    """Expect exactly the images of the first correct scan, no complaint, and CLOSE."""
     expect(not answer.complaint, f"said: {answer.complaint}")
     expect(answer.closed, "the connection ended without CLOSE")
     expect(answer.images == bench.expected, f"{len(answer.images)} images, not the same as before")

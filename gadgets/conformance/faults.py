@@ -1,4 +1,4 @@
-"""Priors that fail on purpose, to test that nothing is lost when a real one does; off unless a server is started with them."""
+"""Priors that fail on purpose, to test that nothing is lost when a real one does; off unless a server is started with --test-faults."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HANG_S = 60.0
 
 
 def load_prior_or_fault(options: Options):
-    """The prior asked for; a name that starts with "test-" is one of FAULTS."""
+    """The requested prior; names that start with "test-" are in FAULTS."""
     return FAULTS.get(options.prior) or load_prior_for(options)
 
 

@@ -1,4 +1,4 @@
-"""Cases of what scanners do: the tiny scan with its lines or its header told in other ways, and where its images lie."""
+"""Cases of what scanners do: the tiny scan with its lines or header in other forms, and the positions of images."""
 
 from __future__ import annotations
 
@@ -44,28 +44,28 @@ def changed(line: ismrmrd.Acquisition, data: np.ndarray | None = None, **fields)
 
 
 def imaging(bench: Bench) -> list[ismrmrd.Acquisition]:
-    """The lines of the tiny scan that are no noise."""
+    """The lines of the tiny scan except noise lines."""
     return [line for line in bench.lines if not line.flags & NOISE]
 
 
 def scan(bench: Bench, lines: list, header: bytes | None = None, **options) -> p.Answer:
-    """The answer to acquisitions."""
+    """The answer to a scan of these acquisitions."""
     return bench.scan([p.acquisition(line) for line in lines], header, **options)
 
 
 def same_pixels(answer: p.Answer, bench: Bench, times: int = 1) -> str:
-    """The pixels of the correct scan, `times` times, without a complaint; returns the last comment."""
+    """Expect the pixels of the correct scan, `times` times, and no complaint; returns the last image's comment."""
     expect(answer.closed and not answer.complaint, answer.complaint or "the connection ended without CLOSE")
     expect([image[2] for image in answer.images] == [image[2] for image in bench.expected] * times, f"{len(answer.images)} images, not the pixels of the correct scan {times} times")
     return comment(answer)
 
 
 def comment(answer: p.Answer) -> str:
-    """What the last image says."""
+    """The comment of the last image."""
     return re.search(r"<name>ImageComments</name>\s*<value>([^<]*)", answer.comment()).group(1)
 
 
-# lines told in other ways
+# lines in other forms
 
 
 @case("navigators, dummies, feedback, phase correction, coil correction, stabilization and waveforms change nothing")
@@ -219,7 +219,7 @@ def impossible_image(bench: Bench) -> str:
     return "refused three times"
 
 
-# the other entry
+# the other kind of input
 
 
 @case("Gadgetron's buffers (ReconData) give the images of the acquisitions in them")
@@ -235,7 +235,7 @@ def buffers(bench: Bench) -> str:
     return f"{len(payload)} bytes, same images"
 
 
-# where images lie
+# positions of images
 
 
 def _point(bench: Bench, **options) -> str:

@@ -1,7 +1,7 @@
-"""A peer on a raw socket, written from the wire format alone: it shares no line with the reader and writer it tests.
+"""A peer on a raw socket, written from the wire format alone: it shares no code with the reader and writer it tests.
 
-All numbers are little-endian. A message is a u16 id and its payload; an acquisition's is its 340-byte header, the
-trajectory and the samples [coils samples] as pairs of float32; an image's its 198-byte header, a u64 length,
+All numbers are little-endian. A message is a u16 id and a payload. The payload of an acquisition is its 340-byte header,
+the trajectory and the samples [coils samples] as pairs of float32; that of an image is its 198-byte header, a u64 length,
 that many bytes of attributes, and the pixels.
 """
 
@@ -32,7 +32,7 @@ class Answer:
 
     @property
     def complaint(self) -> str:
-        """The error, as Gadgetron or a client gets it."""
+        """What went wrong, as told to Gadgetron (errors) or a client (texts)."""
         return "; ".join([*self.errors, *(text for text in self.texts if text.startswith("ERROR"))])
 
     def comment(self, number: int = -1) -> str:
@@ -51,7 +51,7 @@ def gadgetron_config(properties: str = "") -> bytes:
 
 
 def text_message(kind: int, text: str | bytes) -> bytes:
-    """Messages of a u32 length and a text."""
+    """A message of a u32 length and a text."""
     data = text if isinstance(text, bytes) else text.encode()
     return struct.pack("<HI", kind, len(data)) + data
 
@@ -67,7 +67,7 @@ def close() -> bytes:
 
 
 def acquisition(line) -> bytes:
-    """One acquisition, field by field; `line` is an ismrmrd.Acquisition, of which only values are read."""
+    """One acquisition, field by field; `line` is an ismrmrd.Acquisition, used only for its values."""
     head, idx = line.getHead(), line.getHead().idx
     steps = (idx.kspace_encode_step_1, idx.kspace_encode_step_2, idx.average, idx.slice, idx.contrast, idx.phase, idx.repetition, idx.set, idx.segment)
     out = struct.pack("<HQIII3I", head.version, head.flags, head.measurement_uid, head.scan_counter, head.acquisition_time_stamp, *head.physiology_time_stamp)
@@ -106,12 +106,12 @@ class Peer:
         return self
 
     def vanish(self) -> None:
-        """Go away as a killed process with unread data does: the connection is reset."""
+        """Disconnect like a killed process with unread data: the connection is reset."""
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.__exit__()
 
     def next_message(self) -> tuple[int, object]:
-        """(id, content); ConnectionError where the stream ends or is none."""
+        """(id, content); ConnectionError if the stream ends or is not MRD."""
         (kind,) = struct.unpack("<H", self._exactly(2))
         if kind == CLOSE:
             return kind, None

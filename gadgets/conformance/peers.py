@@ -1,4 +1,4 @@
-"""Cases of what peers do: correct ones in all their ways, and ones that fail; each returns in a few words what happened."""
+"""Cases of what peers do: correct peers of every kind, and failing ones; each returns what happened in a few words."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def fifty_scans(bench: Bench) -> str:
         facts.append(bench.health())
     floor = lambda name, part: min(f[name] for f in part)  # noqa: E731 - what is freed between scans does not count
     grown = {name: round(floor(name, facts[-20:]) - floor(name, facts[5:25]), 1) for name in ("rss_mib", "open_files", "threads")}
-    most = 4 if bench.process is not None else 16  # MiB; a foreign server has several heaps, which come and go
+    most = 4 if bench.process is not None else 16  # MiB; a server not started by the suite has several heaps, which come and go
     expect(grown["rss_mib"] < most and grown["open_files"] <= 0 and grown["threads"] <= 0, f"between scans 6-25 and 31-50 the least grew by {grown}")
     return f"between scans 6-25 and 31-50 the least grew by {grown['rss_mib']:g} MiB, {grown['open_files']} files, {grown['threads']} threads"
 

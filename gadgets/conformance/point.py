@@ -1,6 +1,6 @@
-"""A spot at a known place of an oblique slab: its k-space in closed form, and where images show it.
+"""A spot at a known position in an oblique slab: its k-space in closed form, and where images show it.
 
-Nothing of the simulation or of the code under test is used.
+It uses nothing from the simulation or the code under test.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ SLABS = {
 
 
 def point_scan(encoded, fov, recon=None, recon_fov=None, first=(0, 0), early=0):
-    """Header, acquisitions and voxel size (x, y, z) of the spot, which is as wide as a voxel.
+    """Header, acquisitions and voxel size in mm (x, y, z) of a scan of the spot, which is as wide as a voxel.
 
     Args:
         encoded, fov, recon, recon_fov: matrices and fields of view in mm, x, y, z.
-        first: first E1, E2 acquired.
+        first: first E1 and E2 acquired.
         early: samples missing before the echo.
     """
     recon, recon_fov = recon or encoded, recon_fov or fov
@@ -67,7 +67,7 @@ def _header(encoded, fov, recon, recon_fov, first):
 
 
 def error_voxels(images: list[tuple[bytes, bytes]], voxel: np.ndarray) -> float:
-    """How far the spot lies from its place, in voxels along the worst axis; images are (header, uint16 pixels) as on the wire."""
+    """Distance of the spot from its true position, in voxels along the worst axis; images are (header, uint16 pixels) as on the wire."""
     total, weight = np.zeros(3), 0.0
     for head, pixels in images:
         places, values = _voxels(head, pixels)
@@ -77,7 +77,7 @@ def error_voxels(images: list[tuple[bytes, bytes]], voxel: np.ndarray) -> float:
 
 
 def _voxels(head: bytes, pixels: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """LPS place in mm [n 3] and squared value [n] of each voxel; pixel n//2 lies at the header's position."""
+    """LPS position in mm [n 3] and squared value [n] of each voxel; pixel n//2 lies at the header's position."""
     matrix = np.array(struct.unpack_from("<3H", head, 16))
     fov, position, *directions = (np.array(struct.unpack_from("<3f", head, at)) for at in (22, 36, 48, 60, 72))
     z, y, x_ = (index.ravel() for index in np.indices(matrix[::-1]))

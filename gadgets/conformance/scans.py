@@ -1,4 +1,4 @@
-"""Cases of streams, scans, options, solvers and processes that fail; each returns in a few words what happened."""
+"""Cases of streams, scans, options, solvers and processes that fail; each returns what happened in a few words."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from . import peer as p
 from .case import case, expect, refused, same, told
 from .suite import Bench
 
-# streams that lie
+# malformed streams
 
 
 @case("a header whose XML is cut off is refused")
@@ -62,7 +62,7 @@ def wrong_endianness(bench: Bench) -> str:
         return refused(peer.send(name, struct.pack(">HI", p.HEADER, len(bench.header)), bench.header).half_close().answer(), "message id 256")
 
 
-# scans that cannot be
+# impossible scans
 
 
 @case("samples that are NaN: no image, a sentence")
@@ -120,7 +120,7 @@ def too_large(bench: Bench) -> str:
     return refused(bench.scan(header=bench.header.replace(b"<y>24</y>", b"<y>2400</y>").replace(b"<z>20</z>", b"<z>2000</z>")), "k-space needs .* GiB .* --max-gib")
 
 
-# options that cannot be
+# invalid options
 
 
 @case("an unknown option is refused by name, to Gadgetron and to clients")
@@ -143,7 +143,7 @@ def missing_weights(bench: Bench) -> str:
     return refused(bench.scan(prior="nonesuch", gadgetron=True), "no prior 'nonesuch'")
 
 
-# what is asked for beside the image
+# outputs besides the image
 
 
 @case("an error map, asked for, comes after the image, which stays the same to the bit")
@@ -158,7 +158,7 @@ def error_map(bench: Bench) -> str:
 
 
 def preview_stands(bench: Bench, words: str, **options) -> str:
-    """Gadgetron and clients get the preview to the bit, and then the reason."""
+    """Expect that Gadgetron and clients get the bit-identical preview, and then the reason."""
     for gadgetron in (True, False):
         answer = bench.scan(gadgetron=gadgetron, **options)
         expect(answer.images == bench.expected[:1], f"{len(answer.images)} images and not the preview alone")

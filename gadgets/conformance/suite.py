@@ -1,7 +1,7 @@
 """The conformance suite: what a server promises when peers, networks, scans, solvers and disks fail.
 
-`conform` runs the cases of lines.py, peers.py and scans.py, each against its own time limit, and after each one a correct scan,
-whose images must be the same to the bit as those of the first.
+`conform` runs the cases of lines.py, peers.py and scans.py, each within its own time limit and followed by a correct
+scan, whose images must be bit-identical to those of the first.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SWEEPS = 2
 COMMAND = [sys.executable, "-W", "ignore", "-c", "from gadgets.cli import command; command()", "serve", "--port", "0", "--test-faults"]
 QUICK = ["--timeout-s", "2", "--idle-s", "2", "--grace-s", "1", "--max-gib", "0.5", "--max-message-mib", "64"]
 SLACK_S = 10.0
-ONE_ARENA = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "131072"}  # or the heaps of threads hide a leak behind +-20 MiB
+ONE_ARENA = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "131072"}  # else per-thread heaps hide a leak behind +-20 MiB
 
 
 class Broken(AssertionError):
@@ -37,7 +37,7 @@ class Broken(AssertionError):
 
 @dataclass(frozen=True)
 class Case:
-    """A promise to try; `needs` is "", "faults" (a server that fails on purpose) or "process" (a server that may be killed)."""
+    """A promise to test; `needs` is "", "faults" (a server that fails on purpose) or "process" (a server that may be killed)."""
 
     name: str
     promise: str
@@ -61,10 +61,10 @@ class Bench:
     """The server under test, a tiny scan, and the images that it must give every time.
 
     Args:
-        address: a server that runs already; None starts one of our own, in a child process with short time limits.
+        address: of a running server; None starts one of our own, in a child process with short time limits.
 
     Raises:
-        Broken: if the server does not start, or not even a correct scan gives images.
+        Broken: if the server does not start, or even a correct scan does not give its images.
     """
 
     def __init__(self, address: tuple[str, int] | None = None):
@@ -103,7 +103,7 @@ class Bench:
         return answer.images
 
     def start(self) -> None:
-        """Start (again) the server of our own, and wait until it says its port."""
+        """(Re)start our own server and wait until it reports its port."""
         if self.process is not None:
             self._reap()
         command = [*COMMAND, *QUICK, "--keep-failed", str(self.kept)]
@@ -122,7 +122,7 @@ class Bench:
         return p.Peer(self.address)
 
     def opening(self, header: bytes | None = None, gadgetron: bool = False, **options) -> bytes:
-        """Configuration and header with options, in a host's words or Gadgetron's."""
+        """Configuration, header and options, as a FIRE host or Gadgetron sends them."""
         options = {"sweeps": SWEEPS, **options}
         head = p.text_message(p.HEADER, self.header if header is None else header)
         if gadgetron:
@@ -130,13 +130,13 @@ class Bench:
         return p.config_name("default") + head + p.text_message(p.TEXT, json.dumps({"parameters": options}))
 
     def scan(self, lines: list[bytes] | None = None, header: bytes | None = None, gadgetron: bool = False, **options) -> p.Answer:
-        """A whole scan and its answer."""
+        """Send a whole scan; returns the answer."""
         with self.peer() as peer:
             peer.send(self.opening(header, gadgetron, **options), *(self.messages if lines is None else lines), p.close())
             return peer.answer()
 
     def simulated(self, **options) -> tuple[bytes, list, np.ndarray]:
-        """Header and acquisitions of the tiny object in another protocol, and the object [z y x]."""
+        """Header and acquisitions of the tiny object scanned with another protocol, and the object [z y x]."""
         import nibabel
 
         path, reference = (Path(self.folder.name) / name for name in ("other.h5", "other.nii"))
@@ -145,13 +145,13 @@ class Bench:
             return scan.header_xml, list(scan.acquisitions()), np.asarray(nibabel.load(reference).dataobj).T
 
     def health(self) -> dict:
-        """The server's facts about itself."""
+        """The server's answer to the health query."""
         with self.peer() as peer:
             reply = peer.send(p.query("slicediff::health"), p.close()).answer().replies
         return json.loads(reply[0])
 
     def wait_for(self, happened: Callable[[], bool], what: str, longest_s: float = 10.0) -> None:
-        """Wait until something is so; Broken if it does not become so."""
+        """Wait until something has happened; Broken if it does not in time."""
         end = time.monotonic() + longest_s
         while not happened():
             if time.monotonic() > end:
@@ -159,11 +159,11 @@ class Bench:
             time.sleep(0.05)
 
     def limit_files(self, nbytes: int) -> None:
-        """No file of the server's may grow beyond this: a disk that is full for it alone."""
+        """Limit the size of the server's files: like a disk that is full for it alone."""
         resource.prlimit(self.process.pid, resource.RLIMIT_FSIZE, (nbytes, resource.RLIM_INFINITY))
 
     def check_next(self) -> None:
-        """The next correct scan gives the very same images."""
+        """Check that the next correct scan gives exactly the same images."""
         answer = self.scan()
         if answer.complaint or not answer.closed:
             raise Broken(f"the next correct scan failed: {answer.complaint or 'no CLOSE'}")
@@ -172,10 +172,10 @@ class Bench:
 
 
 def conform(address: tuple[str, int] | None, only: list[str] | None = None, show: Callable[[str], None] = lambda name: None) -> Iterator[Result]:
-    """Run the suite on the server at (host, port), None for one of our own, and yield a result per case.
+    """Run the suite on the server at `address` (host, port), or on our own if None, and yield a result per case.
 
     Raises:
-        Broken: if there is nothing to test, or `only` names no case.
+        Broken: if there is no working server to test, or `only` names an unknown case.
     """
     cases = all_cases()
     unknown = set(only or ()) - {case.name for case in cases}
@@ -197,7 +197,7 @@ def all_cases() -> list[Case]:
 
 
 def run_case(case: Case, bench: Bench) -> Result:
-    """One case and the correct scan after it, within the case's limit."""
+    """Run one case within its time limit, and the correct scan after it."""
     if case.needs and bench.process is None:
         return Result(case.name, case.promise, "skipped", "needs a server of the suite's own", 0.0)
     began, end = time.monotonic(), {}
@@ -223,7 +223,7 @@ def _try(case: Case, bench: Bench, end: dict) -> None:
         end["is"] = ("passed", happened)
     except Broken as error:
         end["is"] = ("failed", str(error))
-    except Exception as error:  # whatever a broken server makes of its peer
+    except Exception as error:  # whatever a broken server does to its peer
         end["is"] = ("failed", f"{type(error).__name__}: {error}")
 
 
