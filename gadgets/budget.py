@@ -1,4 +1,4 @@
-"""The memory that the k-space of one connection may take, and whether what came is worth reconstructing."""
+"""The memory that the k-space of one connection may use, and whether an aborted scan is worth reconstructing."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from .geometry import ScanError, announced, read_geometry
 from .volume import Scan
 
 CENTRE = 8  # lines along each phase-encode axis
-FEWEST = 0.02  # of all lines; R = 16 cut off after a third
+FEWEST = 0.02  # of all lines: R = 16, aborted after a third
 
 
 def to_compute(coils: int, shape: tuple[int, ...], virtual: int) -> int:
-    """Bytes that the image of a volume takes on a CPU beside its k-space: three arrays of the virtual coils and some of single images.
+    """Bytes needed to reconstruct a volume on a CPU, besides its k-space: three arrays over the virtual coils and a few single images.
 
-    The calibration of all coils comes to it, 8 MiB a coil, and what a denoiser takes for a batch of slices, 128 MiB. The
-    peak of `slicediff recon` with 8 to 32 coils and 190,000 to 330,000 voxels is 0.5 to 0.8 times this above that of a tiny scan.
+    Added are 8 MiB per coil for the calibration of all coils, and 128 MiB for a denoiser's batch of slices. The peak of
+    `slicediff recon` with 8 to 32 coils and 190,000 to 330,000 voxels exceeds that of a tiny scan by 0.5 to 0.8 times this.
     """
     return 8 * 3 * (min(coils, virtual) + 3) * math.prod(shape) + (coils << 23) + (128 << 20)
 
 
 def check_memory(nbytes: int, what: str) -> None:
-    """ScanError if the machine, or the limit of this container or service, has no room: the kernel would end this process and all of its scans."""
+    """ScanError if the machine, or this container's or service's limit, lacks the memory: the kernel would kill this process with all its scans."""
     free = free_memory()
     if free is not None and nbytes > free:
         raise ScanError(f"{what} {nbytes / 2**30:.2g} GiB, and {free / 2**30:.2g} GiB of this machine's memory are free now: send it again later")
 
 
 class Budget:
-    """Sees to it that the k-space of one connection, and each of its images, stays below `max_gib`.
+    """Keeps the k-space of one connection, and each of its images, below `max_gib`.
 
     Args:
-        virtual: coils to compute with where the memory that takes is the host's own, on a CPU; 0 where a GPU has it.
+        virtual: number of virtual coils if the reconstruction uses host memory, on a CPU; 0 on a GPU.
 
     Raises:
-        ScanError: at once by the header alone, on `check` once the lines tell more than the header did.
+        ScanError: at once, from the header alone; by `check`, if the lines turn out to need more than the header announced.
     """
 
     def __init__(self, header, max_gib: float, virtual: int = 0):
@@ -60,7 +60,7 @@ class Budget:
             )
 
     def check(self, coils: int, volumes: int) -> None:
-        """ScanError if so many volumes of k-space, gathered side by side, would not fit."""
+        """ScanError if so many volumes of k-space, gathered at once, would not fit."""
         if self.nbytes(coils) * volumes > self.max_bytes:
             gib = self.nbytes(coils) * volumes / 2**30
             z, y, x = self.geometry.shape
@@ -75,13 +75,13 @@ class Budget:
 
 
 def _announced_volumes(header) -> int:
-    """How many volumes are gathered side by side, by the header's limits."""
+    """How many volumes are gathered at once, by the header's limits."""
     found = announced(header)
     return math.prod(max(1, found.get(name, 1)) for name in ("slice", "contrast", "set", "phase"))
 
 
 def free_memory(root: Path = Path("/")) -> int | None:
-    """Bytes of memory that can be had without swapping, of the machine and of this container or service; None where not known (not Linux)."""
+    """Bytes of memory available without swapping, within the limits of the machine and of this container or service; None if unknown (not Linux)."""
     try:
         found = re.search(r"MemAvailable:\s*(\d+) kB", (root / "proc/meminfo").read_text())
     except OSError:
@@ -90,9 +90,9 @@ def free_memory(root: Path = Path("/")) -> int | None:
 
 
 def _left_to_groups(root: Path) -> Iterator[int]:
-    """What the control groups of this process (a container's or service's memory limit) leave; cache that can be dropped is free."""
+    """Memory left by the control groups of this process (a container's or service's limit); cache that can be dropped counts as free."""
     own = re.findall(r"^(?:0:|\d+:memory):/*(.*)$", (root / "proc/self/cgroup").read_text(), re.MULTILINE) if (root / "proc/self/cgroup").exists() else []
-    groups = {Path(), *(group for path in own for group in (Path(path), *Path(path).parents))}  # each lies within those above it; inside a container its own is the mount's root
+    groups = {Path(), *(group for path in own for group in (Path(path), *Path(path).parents))}  # each is within its parents; inside a container, its own is the mount's root
     for place, limit, used, cache in (("", "memory.max", "memory.current", "inactive_file"), ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")):
         for group in groups:
             folder = root / "sys/fs/cgroup" / place / group
@@ -102,7 +102,7 @@ def _left_to_groups(root: Path) -> Iterator[int]:
 
 
 def worth_an_image(scan: Scan) -> bool:
-    """Whether lines of a scan that broke off make an image: some in each quadrant of the k-space centre, and not a few in all."""
+    """Whether an aborted scan has enough lines for an image: some in each quadrant of the k-space centre, and not too few in all."""
     there = scan.counts > 0
     if scan.calibration is not None:
         there = there | (scan.calibration[1] > 0)
@@ -111,6 +111,6 @@ def worth_an_image(scan: Scan) -> bool:
 
 
 def _halves(n: int) -> list[slice]:
-    """The two halves of the centre of an axis; of one line, that line."""
+    """The two halves of the central part of an axis; if it is a single line, that line."""
     middle, reach = n // 2, min(CENTRE, n) // 2
     return [slice(middle - reach, middle), slice(middle, middle + reach)] if reach else [slice(0, 1)]

@@ -1,4 +1,4 @@
-"""Lines for coil maps alone: which volumes they serve."""
+"""Calibration lines, used for coil maps only, and the volumes they serve."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from .geometry import Geometry, ScanError, read_geometry
 from .readout import Readout
 from .volume import Grid, shift_between
 
-ENOUGH = 0.5  # of the lines of the fullest calibration: those with fewer are strays
-AWAY_MM, TURNED_DEGREES = 5.0, 3.0  # of calibration against the image; maps are smooth
+ENOUGH = 0.5  # of the lines of the fullest calibration; those with fewer are strays
+AWAY_MM, TURNED_DEGREES = 5.0, 3.0  # tolerated between calibration and image; coil maps are smooth
 Place = tuple[int, int, int, int]  # slice, contrast, set, phase
 
 
 class Calibrations:
-    """Calibration lines by slice (slab), contrast, set and phase; each repetition keeps its own until its volumes were handed out.
+    """Calibration lines by slice (slab), contrast, set and phase; each repetition keeps its own until its volumes are finished.
 
     Args:
-        header: with the encodings that calibration may have of its own.
+        header: of the scan; may have separate encodings for calibration.
         image: geometry of the image.
         readout: of the image's lines.
     """
@@ -53,25 +53,25 @@ class Calibrations:
             grid.head = grid.head or line.getHead()
 
     def image_has(self, contrast: int, oversampling: int) -> None:
-        """Be told the oversampling of the image's lines."""
+        """Note the oversampling of the image's lines, and add those that waited for it."""
         self.oversampling[contrast] = oversampling
         waiting, self.unsure = self.unsure, []
         for line, key in waiting:
             self.add(line, key)
 
     def move(self, image: Geometry) -> None:
-        """Go on with another centre of the image's k-space; lines of its own encoding that came already are moved."""
+        """Continue with another k-space centre of the image; lines already gathered in the image's encoding are moved."""
         shift = shift_between(self.image, image)
         for grid in (grid for grids in self.grids.values() for grid in grids.values() if not grid.foreign):
-            grid.kspace = grid.kspace.copy()  # volumes that were handed out may be computed with it now
+            grid.kspace = grid.kspace.copy()  # finished volumes may be in reconstruction with it
             grid.move(shift)
         self.image, self.encodings[0] = image, (image, self.encodings[0][1])
 
     def of(self, key: tuple[int, ...], coils: int) -> tuple[Grid | None, list[str]]:
-        """Calibration lines of volume `key`, and what the user should know.
+        """Calibration lines for volume `key`, and notes for the user.
 
-        They are the newest that came for its repetition or before, of its own contrast, set and phase or else of others of
-        its slice; a few stray lines are no newer calibration.
+        The newest from its own or an earlier repetition, with its contrast, set and phase if possible, else with others
+        of its slice; a few stray lines do not count as a newer calibration.
         """
         filled = [(place, repetition, grid) for place, grids in self.grids.items() for repetition, grid in grids.items() if grid.filled]
         here = [found for found in filled if found[0][0] == key[0]]
@@ -92,7 +92,7 @@ class Calibrations:
         return None, remarks
 
     def forget(self, before: int) -> None:
-        """Let go what served repetitions below `before` alone: the newest of them that is worth the name may serve later ones too."""
+        """Release calibration of repetitions below `before`, except the newest with enough lines: it may serve later repetitions too."""
         for grids in self.grids.values():
             most = max((grid.filled for repetition, grid in grids.items() if repetition < before), default=0)
             kept = max((repetition for repetition, grid in grids.items() if repetition < before and grid.filled >= ENOUGH * most), default=before)
@@ -100,7 +100,7 @@ class Calibrations:
                 del grids[repetition]
 
     def _grid(self, key: tuple[int, ...], coils: int) -> Grid:
-        """Where a line goes; begun again once most lines have another number of channels."""
+        """Grid for a line; started afresh once most lines have another number of channels."""
         grids = self.grids.setdefault(_place(key), {})
         grid = grids.get(key[2])
         if grid is None or (len(grid.kspace) != coils and grid.unfit >= grid.lines):
@@ -110,11 +110,11 @@ class Calibrations:
         return grid
 
     def _of_image(self, contrast: int) -> int:
-        """Oversampling of the image's lines of this contrast, or of any; 0 if none came."""
+        """Oversampling of the image's lines of this contrast, else of any; 0 if none has come."""
         return self.oversampling.get(contrast, next(iter(self.oversampling.values()), 0))
 
     def _encoding(self, number: int) -> tuple[Geometry, Readout] | None:
-        """Geometry and readout of an encoding whose phase encodes fit the image's, else None."""
+        """Geometry and readout of an encoding with the image's field of view along the phase encodings, else None."""
         if number not in self.encodings:
             try:
                 own = read_geometry(self.header, number).refitted((True, True))
@@ -127,7 +127,7 @@ class Calibrations:
 
 
 def lies_elsewhere(image: ismrmrd.AcquisitionHeader, calibration: ismrmrd.AcquisitionHeader) -> list[str]:
-    """What to tell of calibration whose headers place it away from the image: the maps are then those of another place."""
+    """Note for the user if the headers place the calibration away from the image: its coil maps are then those of another place."""
     frames = [np.array([head.position, head.read_dir, head.phase_dir, head.slice_dir], float) for head in (image, calibration)]
     if not np.isfinite(frames).all():
         return []

@@ -1,4 +1,4 @@
-"""Gadgetron chain XML: finding our options in it, and the chains that ship with the package."""
+"""Gadgetron chain XML: finding our options in it, and the chains shipped with the package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DEFAULT_NAMES = ("default", "default.xml", "slicediff", "gadgets", "null", "")
 
 
 def properties_of(xml: bytes | str) -> dict[str, str]:
-    """Our options in an external node's <configuration>, or in a whole chain that holds our node.
+    """Our options in an external node's <configuration>, or in a whole chain that contains our node.
 
     A document without elements (Gadgetron sends a bare declaration) has none.
 
@@ -36,7 +36,7 @@ def properties_of(xml: bytes | str) -> dict[str, str]:
 
 
 def is_gadgetron_peer(config: str) -> bool:
-    """Whether a configuration text comes from Gadgetron's <connect> and not from a client's chain script."""
+    """Whether a configuration text comes from Gadgetron's <connect> rather than from a client's chain script."""
     try:
         return not is_chain(ElementTree.fromstring(config.strip()))
     except ElementTree.ParseError:
@@ -49,10 +49,10 @@ def is_chain(root: ElementTree.Element) -> bool:
 
 
 def options_of_config_name(name: str) -> dict[str, str]:
-    """Options behind a configuration name that a client asks for: a shipped chain, a preset, or the default.
+    """Options for a configuration name that a client requests: a shipped chain, a preset, or the default.
 
     Raises:
-        OptionsError: naming what is known.
+        OptionsError: listing the known names.
     """
     if name in DEFAULT_NAMES:
         return {}
@@ -69,7 +69,7 @@ def options_of_config_name(name: str) -> dict[str, str]:
 def config_folders() -> list[Path]:
     """Where shipped chains may lie: the checkout, the environment's share, the user's."""
     here = Path(__file__).resolve().parent.parent / "config_xml"
-    bases = [sys.prefix, sysconfig.get_path("data")]
+    bases = [sys.prefix, sysconfig.get_path("data"), sysconfig.get_path("data", sysconfig.get_preferred_scheme("user"))]
     return [f for f in dict.fromkeys([here, *(Path(b) / "share/gadgetron/config" for b in bases)]) if f.is_dir()]
 
 

@@ -1,4 +1,4 @@
-"""Whether what came is what was promised: an aborted scan is recognised here."""
+"""Whether all lines came that header and flags announce: aborted scans are recognised here."""
 
 from __future__ import annotations
 
@@ -9,45 +9,45 @@ from .geometry import Geometry
 
 INCOMPLETE = "the scan seems incomplete: "
 NO_CENTRE = f"{INCOMPLETE}no line was received at the centre of k-space; brightness and contrast are wrong"
-AROUND = 3  # times the reach of a hole: how far around it others are looked for
-ELLIPSE = 0.7  # the corners may be left out (pi/4), and a little more
+AROUND = 3  # times the reach of a hole: how far around it others are sought
+ELLIPSE = 0.7  # of the lines: the corners may be left out (pi/4), and a little more
 
 
 def missing_ends(flags: int) -> list[str]:
-    """Beginnings that were flagged without their ends; `flags` are those of all lines together."""
+    """Notes on first lines that were flagged without a flagged last line; `flags` combines those of all lines."""
     if flags & END_BIT:
         return []
     return [f"{INCOMPLETE}the first line of a {name} was flagged, but its last line never came" for name, first, last in PAIRS if flags & first and not flags & last]
 
 
 def missing_volumes(promised: dict[str, int], seen: dict[str, set[int]]) -> list[str]:
-    """Counters of which fewer values came than the header promises."""
+    """Notes on counters with fewer values received than the header announces."""
     short = ((name, count, len(seen.get(name, ()))) for name, count in promised.items())
     return [f"{INCOMPLETE}the header announces {count} {name}s, {came} {'was' if came == 1 else 'were'} received" for name, count, came in short if came < count]
 
 
 def hole_at_centre(counts: np.ndarray) -> np.ndarray:
-    """Places [z y] of a hole at k = 0, none if there is none: it reaches farther from any line than others around it, whatever the pattern."""
+    """Mask [z y] of a hole at k = 0, if there is one: it reaches farther from any line than the gaps around it, whatever the sampling pattern."""
     filled, centre = counts > 0, tuple(n // 2 for n in counts.shape)
     if not filled.any() or filled[centre]:
         return np.zeros_like(filled)
     covered, reach = _grown(filled), 1
     while not covered[centre]:
         covered, reach = _grown(covered), reach + 1
-    far = ~_grown(filled, reach - 1)  # as far from any line as k = 0
+    far = ~_grown(filled, reach - 1)  # at least as far from any line as k = 0
     hole, before = np.zeros_like(filled), None
     hole[centre] = True
     while not np.array_equal(hole, before):
         hole, before = _grown(hole) & far, hole
     distance = np.maximum.outer(*(abs(np.arange(n) - n // 2) for n in filled.shape))
-    gap = bool((hole & (distance > AROUND * reach)).any())  # between lines, from one end to the other
+    gap = bool((hole & (distance > AROUND * reach)).any())  # between lines, running from one end to the other
     if gap or (far & ~hole & _around(filled, AROUND * reach)).any():
         return np.zeros_like(filled)
     return _grown(hole, reach - 1) & ~filled
 
 
 def _around(filled: np.ndarray, radius: int) -> np.ndarray:
-    """Places [z y] as near as that to k = 0, of a narrow k-space farther along it, but not beyond the first and last lines."""
+    """Mask [z y] of places within `radius` of k = 0 (farther along a narrow k-space), but not beyond the first and last lines."""
     wanted, sides = (2 * radius + 1) ** 2, sorted(filled.shape)
     radius = max(radius, -(-wanted // min(2 * radius + 1, sides[0])) // 2)
     near = []
@@ -58,7 +58,7 @@ def _around(filled: np.ndarray, radius: int) -> np.ndarray:
 
 
 def _grown(filled: np.ndarray, steps: int = 1) -> np.ndarray:
-    """True [z y] and what lies within so many places of it."""
+    """Mask [z y] dilated by `steps` places."""
     for _ in range(steps):
         padded = np.pad(filled, 1)
         z, y = filled.shape
@@ -67,7 +67,7 @@ def _grown(filled: np.ndarray, steps: int = 1) -> np.ndarray:
 
 
 def missing_lines(geometry: Geometry, counts: np.ndarray) -> list[str]:
-    """What k-space [z y] lacks: an announced end never approached, or too few lines for the announced acceleration."""
+    """Notes on what k-space [z y] lacks: an announced end was never approached, or too few lines came for the announced acceleration."""
     filled = counts > 0
     if not filled.any():
         return []

@@ -11,7 +11,7 @@ Panel = tuple[np.ndarray, float, str, float]  # plane, aspect of its pixels, col
 
 
 def anatomical(volume: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Volume [z y x] with its RAS affine turned to axes [right anterior superior], and its voxel_mm."""
+    """Volume [z y x] with an RAS affine, reoriented to axes [right anterior superior], and its voxel_mm."""
     import nibabel
 
     image = nibabel.as_closest_canonical(nibabel.Nifti1Image(np.ascontiguousarray(volume.T, np.float32), affine))
@@ -21,7 +21,7 @@ def anatomical(volume: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.n
 def planes(volume: np.ndarray, voxel_mm: np.ndarray) -> list[tuple[np.ndarray, float]]:
     """Axial, coronal and sagittal plane of a RAS volume, each with its pixel aspect; superior and anterior up.
 
-    Planes across a thin slab are left out, the largest plane never.
+    Planes across a thin slab are omitted, but never the largest plane.
     """
     i, j, k = (n // 2 for n in volume.shape)
     dx, dy, dz = voxel_mm
@@ -39,7 +39,7 @@ def draw_orthogonal(volume: np.ndarray, affine: np.ndarray, path: str | Path) ->
 def draw_comparison(
     volumes: dict[str, np.ndarray], affine: np.ndarray, path: str | Path, captions: dict[str, str], reference: str, errors: int = 1
 ) -> None:
-    """Volumes [z y x] side by side in three orientations with captions, and their errors against `reference` in `errors` of them, as PNG."""
+    """Volumes [z y x] side by side in three orientations with captions, and their errors against `reference` in the first `errors` of these, as PNG."""
     panels = comparison_panels(list(volumes.values()), affine, volumes[reference], errors)
     rows = sum(colours == "magma" for *_, colours, _ in panels[0])
     note = f"last {'row' if rows == 1 else f'{rows} rows'}: absolute error, brightened 5 times"
@@ -63,7 +63,7 @@ def draw_denoising(images: np.ndarray, title: str, path: str | Path) -> None:
 
 
 def comparison_panels(volumes: list[np.ndarray], affine: np.ndarray, reference: np.ndarray, errors: int) -> list[list[Panel]]:
-    """A column for each volume [z y x]: its planes, and below them the absolute error against `reference` in the first `errors` of them, brightened 5 times."""
+    """A column per volume [z y x]: its planes, and below them the absolute error against `reference` in the first `errors` planes, brightened 5 times."""
     turned = [anatomical(v, affine) for v in volumes]
     truth, top = anatomical(reference, affine)[0], _top(turned[-1][0])
     shown = [[(p, a, "gray", top) for p, a in planes(v, mm)] for v, mm in turned]
@@ -76,7 +76,7 @@ def _top(volume: np.ndarray) -> float:
 
 
 def _draw(panels: list[list[Panel]], titles: list[str], path: str | Path, note: str = "") -> None:
-    """Columns of panels below their titles."""
+    """Columns of panels under their titles."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

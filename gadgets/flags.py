@@ -1,4 +1,4 @@
-"""What the flags and counters of an acquisition mean for us."""
+"""What the flags and counters of an acquisition mean here."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PAIRS = (  # name, its first line, its last line
     ("repetition", FIRST_BIT, LAST_BIT),
     ("slice", _bits(ismrmrd.ACQ_FIRST_IN_SLICE), _bits(ismrmrd.ACQ_LAST_IN_SLICE)),
 )
-KEY = ("slice", "contrast", "repetition", "set", "phase")  # the counters that tell volumes apart
+KEY = ("slice", "contrast", "repetition", "set", "phase")  # the counters that identify a volume
 
 
 def volume_key(idx) -> tuple[int, int, int, int, int]:
@@ -39,11 +39,11 @@ def volume_key(idx) -> tuple[int, int, int, int, int]:
 
 
 def volume_name(number: int, idx) -> str:
-    """Volume `number` (from 0) of a scan for the user, such as "volume 2 (repetition 1)"; counters at 0 go without saying."""
+    """User-facing name of volume `number` (from 0) of a scan, such as "volume 2 (repetition 1)"; counters at 0 are omitted."""
     counters = [f"{name} {value}" for name in KEY if (value := getattr(idx, name))]
     return f"volume {number + 1}" + f" ({', '.join(counters)})" * bool(counters)
 
 
 def is_calibration_only(flags: int) -> bool:
-    """Whether a line is flagged for parallel calibration and not for the image too."""
+    """Whether a line is flagged for parallel calibration and not also for imaging."""
     return bool(flags & CALIBRATION_BIT) and not flags & BOTH_BIT

@@ -1,6 +1,6 @@
-"""Acquisitions to k-space, volume by volume, while the scan runs: what each line's flags and counters mean.
+"""Gathers acquisitions into k-space, volume by volume, while the scan runs; interprets the flags and counters of each line.
 
-Each line is cut, turned, centred and Fourier transformed along the readout as it arrives, and its
+Each line is trimmed, reversed if necessary, centred and Fourier transformed along the readout as it arrives, and its
 readout oversampling is removed, so that the array has the size of the image from the start.
 """
 
@@ -25,33 +25,33 @@ from .readout import Readout
 from .recon_data import ReconBit, ReconData, ReconDataError, take_lines
 from .volume import Grid, Scan, Volume
 
-DOUBTFUL = 2  # lines, no more than which do not move the centre of k-space
-STRAYS = 8  # so many lines that come late do not make repetitions interleaved
-SETTLED = 128  # lines, the least size of a repetition in the rules below
-IN_A_ROW = 0.5  # of its size as lines of a later one in a row: one that lacks nothing the header announces, but its last flag, is over
-SINCE = 4  # of its size as lines since its last one: one of which nobody knows whether it lacks something is over
-SINCE_LACKING = 8  # one is over that lacks its last flag, where its first one was flagged, or averages
+DOUBTFUL = 2  # lines; up to this many do not move the k-space centre
+STRAYS = 8  # late lines; up to this many do not mean that repetitions are interleaved
+SETTLED = 128  # lines; minimum size of a repetition in the rules below
+IN_A_ROW = 0.5  # times its size: after more consecutive lines of a later one, a repetition complete by the header but for its last-line flag is over
+SINCE = 4  # times its size: after more lines since its last one, a repetition that may or may not be complete is over
+SINCE_LACKING = 8  # the same for one known to lack averages, or its last-line flag (its first line was flagged)
 AS_LONG = "the lines are too short for the readout oversampling that other lines of the scan have"
-MAX_NOISE_SAMPLES = 1 << 24  # more make the covariance no better
+MAX_NOISE_SAMPLES = 1 << 24  # more do not improve the covariance
 INTEGRATED = ("embedded", "interleaved")
 Admit = Callable[[int, int], None]
 
 
 def no_limit(coils: int, volumes: int) -> None:
-    """There is memory for all."""
+    """Admit every volume."""
 
 
 def gather(header: ismrmrd.xsd.ismrmrdHeader, items: Iterable, admit: Admit = no_limit) -> Iterator[Scan]:
     """Yield each volume once its last line has arrived (a later repetition began, or the input ended).
 
-    Volumes are told apart by slice (slab), contrast, repetition, set and phase; averages are summed.
-    Items are acquisitions or Gadgetron's buffers of them; others (waveforms) are left aside.
+    Volumes differ in slice (slab), contrast, repetition, set or phase; averages are summed.
+    Items are acquisitions or Gadgetron's buffers of them; others (waveforms) are ignored.
 
     Args:
-        admit: told before each new volume its coils and how many are then gathered side by side; may raise.
+        admit: called before each new volume with its number of coils and the number of volumes then gathered at once; may raise.
 
     Raises:
-        ScanError: when there is nothing to reconstruct.
+        ScanError: if there is nothing to reconstruct.
     """
     gatherer = Gatherer(header, admit)
     found = 0
@@ -77,32 +77,32 @@ class Gatherer:
         self.volumes: dict[tuple[int, ...], Volume] = {}
         self.calibrations = Calibrations(header, self.geometry, self.readout)
         self.noise: list[np.ndarray] = []
-        self.noise_dwell_us = self.noise_power = 0.0  # of the first noise line, and of noise in the first volume over that of its lines
+        self.noise_dwell_us = self.noise_power = 0.0  # dwell time of the first noise line; noise power in the first volume relative to the noise lines
         self.bandwidth_ratio = noise_bandwidth(header)
-        self.others: Counter[int] = Counter()  # lines of each encoding space that is not the image's
+        self.others: Counter[int] = Counter()  # lines of each encoding space other than the image's
         self.skipped = self.foreign = self.late = self.channelless = self.calibrating = self.lines = self.streak = 0
-        self.back = 0  # lines of repetitions that went on after a later one had begun
-        self.repetition, self.flags = -1, {}  # of each repetition: the flags of all its lines together
-        self.newest: dict[int, int] = {}  # of each repetition: how many lines had come with its last one
-        self.ended: set[int] = set()  # repetitions whose last line was flagged, with no volume begun since
+        self.back = 0  # lines of a repetition that came after a later one had begun
+        self.repetition, self.flags = -1, {}  # the latest; for each one, the flags of all its lines combined
+        self.newest: dict[int, int] = {}  # for each repetition: number of lines received up to its last one
+        self.ended: set[int] = set()  # repetitions whose last line was flagged, with no new volume since
         self.seen: dict[str, set[int]] = {name: set() for name in self.promised}
         self.notes: list[str] = []
-        self.doubtful: list[ismrmrd.Acquisition] = []  # lines that the header's centre puts outside of the matrix, and another one inside
+        self.doubtful: list[ismrmrd.Acquisition] = []  # lines outside the matrix with the header's centre, inside with another
         self.centred = False  # whether a volume has shown where k = 0 lies
-        self.echoes: dict[int, int] = {}  # of each contrast, by how many samples its lines misplace it
+        self.echoes: dict[int, int] = {}  # for each contrast: by how many samples its lines misstate the echo position
         self.given: set[tuple[int, ...]] = set()
-        self.offered: tuple[tuple[int, ...], np.ndarray] | None = None  # a block of lines that may become its volume's array
+        self.offered: tuple[tuple[int, ...], np.ndarray] | None = None  # a block of lines that may become the array of its volume
         self.series: dict[tuple[int, ...], float] = {}
         self.phase_reference: dict[int, torch.Tensor] = {}
 
     def take(self, item) -> Iterator[Scan]:
-        """Take whatever a scan consists of; yield the volumes of earlier repetitions that are complete."""
+        """Take one item of any kind; yield complete volumes of earlier repetitions."""
         if isinstance(item, ismrmrd.Acquisition):
             return self.add(item)
         return self.add_buffers(item) if isinstance(item, ReconData) else iter(())
 
     def add_buffers(self, message: ReconData) -> Iterator[Scan]:
-        """Take the lines out of a ReconData; a block that has the size of a volume becomes its array."""
+        """Take the lines out of a ReconData message; a block of the size of a volume becomes that volume's array."""
         for bit in message.bits:
             for data, headers in self._reference_blocks(bit):
                 for line in take_lines(data, headers):
@@ -114,7 +114,7 @@ class Gatherer:
                 self.offered = None
 
     def _reference_blocks(self, bit: ReconBit) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Blocks of lines for calibration alone; those that serve the image too are in the data."""
+        """Blocks of calibration-only lines; those also used for imaging are in the data."""
         try:
             blocks = list(bit.reference.blocks()) if bit.reference is not None else []
         except ReconDataError as error:
@@ -125,7 +125,7 @@ class Gatherer:
         return blocks
 
     def _adopt(self, data: np.ndarray, headers: np.ndarray) -> None:
-        """Gather into the block itself where all its lines stay where they are."""
+        """Offer the block itself as the array to gather into, if all its lines are already in place."""
         acquired = headers[headers["number_of_samples"] > 0]
         idx = acquired["idx"]
         keys = np.unique(np.stack([idx[name] for name in KEY], axis=-1), axis=0) if acquired.size else []
@@ -137,7 +137,7 @@ class Gatherer:
             self.offered = key, data
 
     def add(self, line: ismrmrd.Acquisition) -> Iterator[Scan]:
-        """Take one acquisition; yield the volumes of earlier repetitions that are complete."""
+        """Take one acquisition; yield complete volumes of earlier repetitions."""
         flags = line.flags
         if flags & NOISE_BIT:
             self._add_noise(line)
@@ -173,7 +173,7 @@ class Gatherer:
                 self._image(line, key)
 
     def _doubt(self, line: ismrmrd.Acquisition, key: tuple[int, ...]) -> Iterator[Scan]:
-        """Keep a line that bears out another centre of k-space than the header's; once there are more than strays, take that one for the whole scan."""
+        """Keep a line that supports a k-space centre other than the header's; once there are too many to be strays, use that centre for the whole scan."""
         volume = self.volumes.get(key)
         if volume is not None and len(volume.grid.kspace) != line.active_channels:
             volume.grid.unfit += 1
@@ -191,24 +191,24 @@ class Gatherer:
             yield from self.add(line)
 
     def _add_noise(self, line: ismrmrd.Acquisition) -> None:
-        """Keep a noise line, scaled to the dwell time of the first one that tells its own: its power goes with 1/dwell."""
+        """Keep a noise line, scaled to the dwell time of the first one that states it: noise power is proportional to 1/dwell."""
         if sum(n.size for n in self.noise) >= MAX_NOISE_SAMPLES:
             return
-        dwell_us = _dwell_us(line) or self.noise_dwell_us  # not told: as before
+        dwell_us = _dwell_us(line) or self.noise_dwell_us  # not stated: that of the first
         self.noise_dwell_us = self.noise_dwell_us or dwell_us
         scale = (dwell_us / self.noise_dwell_us) ** 0.5 if dwell_us else 1.0
         there, _, _ = self.readout.echo(line)
         self.noise.append(np.array(line.data[:, there]) if scale == 1.0 else line.data[:, there] * np.float32(scale))
 
     def what_came(self) -> str:
-        """Which lines came that make no image."""
+        """Which lines came that are not image lines, in words."""
         found = [(count, "", f" of encoding space {number}") for number, count in sorted(self.others.items())]
         found += [(self.calibrating - sum(self.others.values()), "calibration ", ""), (self.channelless, "", " without channels")]
         found += [(len(self.noise), "noise ", ""), (self.skipped, "other ", "")]
         return ", ".join([of_lines(count, "{lines}" + which, kind) for count, kind, which in found if count > 0] or ["no line"]) + " came"
 
     def finish(self, before: int | None = None) -> Iterator[Scan]:
-        """Hand out and forget all volumes, or those of repetitions below `before`."""
+        """Yield and release all volumes, or those of repetitions below `before`."""
         promised = {name: count for name, count in self.promised.items() if name != "slice" or not self.partitions.are_slices}
         notes = missing_volumes(promised, self.seen) if before is None else []
         for key in sorted(key for key in self.volumes if before is None or key[2] < before):
@@ -234,11 +234,11 @@ class Gatherer:
         volume = self.volumes[key] = Volume(self.geometry, coils, kspace)
         for name, value in zip(KEY, key):
             self.seen.setdefault(name, set()).add(value)
-        self.ended.discard(key[2])  # where repetitions run inside of another counter, each of its values has them all
+        self.ended.discard(key[2])  # if repetition is the inner loop of another counter, it recurs for each value of that counter
         return volume
 
     def _settled(self, repetition: int) -> Iterator[Scan]:
-        """Volumes of repetitions before this line's, in order, once no line of them can follow: repetitions may be interleaved."""
+        """Volumes of repetitions before this line's, in order, once none of their lines can follow: repetitions may be interleaved."""
         self.lines += 1
         self.newest[repetition] = self.lines
         self.streak = self.streak + 1 if repetition == self.repetition else 0
@@ -250,9 +250,9 @@ class Gatherer:
             yield from self.finish(still_open)
 
     def _over(self, repetition: int) -> bool:
-        """Whether a repetition has all its lines: its last one was flagged, or enough of later ones came instead.
+        """Whether a repetition is over: its last line was flagged, or enough lines of later repetitions have come.
 
-        Of interleaved repetitions only the flag tells; until one comes back, a segment of them looks like a whole one.
+        For interleaved repetitions only the flag counts; until an earlier one resumes, a segment looks like a whole repetition.
         """
         if repetition in self.ended or self.back > STRAYS:
             return repetition in self.ended
@@ -300,7 +300,7 @@ class Gatherer:
         return scan
 
     def _centre_lines(self, volume: Volume) -> None:
-        """Put k = 0 where the strongest lines are, for the whole scan, where that is far from where the header has it; the first volume that shows it decides."""
+        """Move k = 0 to the strongest lines, for the whole scan, if they are far from the header's centre; the first volume with a clear result decides."""
         offset = None if self.centred else centre_offset(volume.grid.energy)
         if offset is None:
             return
@@ -312,7 +312,7 @@ class Gatherer:
             self.calibrations.move(self.geometry)
 
     def _centre_echoes(self, volume: Volume, contrast: int, calibration: Grid | None) -> list[str]:
-        """Put the echo in the middle of the readout where lines say it was elsewhere, alike for all volumes of a contrast; what the user should know."""
+        """Centre the echo if the lines misstate its position, by the same shift for all volumes of a contrast; returns notes for the user."""
         offset = self.echoes[contrast] = volume.grid.centre_echo(self.echoes.get(contrast))
         if calibration is not None:
             calibration.centre_echo()
@@ -322,10 +322,10 @@ class Gatherer:
         return [f"the echo lies {abs(offset)} samples (without oversampling) {side} the centre sample that the lines state: its true place was used"] if offset else []
 
     def _noise(self, volume: Volume) -> tuple[torch.Tensor | None, float, list[str]]:
-        """[coils samples] scaled to the noise of one gathered sample, the brightness of images in its units, and what the user should know.
+        """Noise [coils samples] scaled to that of one gathered sample, the `brightness` of `Scan`, and notes for the user.
 
-        Noise power per sample goes with 1/dwell; a noise scan sees only the receiver's noise bandwidth of it,
-        the middle of the readout sees all (Kellman and McVeigh, MRM 2005).
+        Noise power per sample is proportional to 1/dwell; a noise scan sees only the receiver's noise bandwidth of it,
+        whereas the middle of the readout sees all of it (Kellman and McVeigh, MRM 2005).
         """
         coils = len(volume.grid.kspace)
         usable = [n for n in self.noise if n.shape[0] == coils]
@@ -341,5 +341,5 @@ class Gatherer:
 
 
 def _dwell_us(head: ismrmrd.AcquisitionHeader | ismrmrd.Acquisition) -> float:
-    """Time of a sample, 0 if it is not told or makes no sense."""
+    """Dwell time, 0 if it is not stated or makes no sense."""
     return head.sample_time_us if 0 < head.sample_time_us < math.inf else 0.0

@@ -1,4 +1,4 @@
-"""What the ISMRMRD header says of one encoding: matrix, field of view, limits, and what was assumed where it is silent."""
+"""What the ISMRMRD header says about one encoding: matrix, field of view, limits, and what was assumed where it is silent."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import ismrmrd
 
 MAX_MATRIX = 65535  # what an image header can hold
 MAX_IMAGE_BYTES = 64 << 30
-SMALLEST_MM = 0.02  # voxels of images; microscopes for rodents come near
+SMALLEST_MM = 0.02  # voxels of images; MR microscopy of rodents comes near
 HALVED = 1.5  # times the reconstructed matrix
-LEAST_SIDE = 16  # of the matrix, one over it, lies on either side of k = 0 in any scan of partial Fourier
+LEAST_SIDE = 16  # at least 1/16 of the matrix lies on either side of k = 0 in any partial Fourier scan
 STEPS = ("kspace_encoding_step_1", "kspace_encoding_step_2")
 
 
@@ -21,11 +21,12 @@ class ScanError(ValueError):
 
 @dataclass(frozen=True)
 class Geometry:
-    """Matrix and field of view as x, y, z; where k = 0 lies among the encoding steps (E1, E2).
+    """Matrix and field of view as x, y, z; `centre` is the position of k = 0 among the encoding steps (E1, E2).
 
     `readout` is the length of a gathered line, without oversampling; `acceleration` is along E1, E2;
-    `calibration` is the header's calibration mode, empty if it states none. `fitting` is another centre (E1, E2) with which
-    all announced steps would lie in the matrix, where the header's puts some outside (else None): the lines will tell (see `beyond`).
+    `calibration` is the header's calibration mode, empty if it states none. `fitting` is an alternative centre (E1, E2)
+    that would put all announced steps inside the matrix, where the header's puts some outside (else None): the lines
+    will decide (see `beyond`).
     """
 
     encoded_matrix: tuple[int, int, int]
@@ -52,19 +53,19 @@ class Geometry:
         return (z, y, x)
 
     def place(self, step_1: int, step_2: int) -> tuple[int, int]:
-        """Where encoding steps E1, E2 lie in the gathered matrix, as z, y; k = 0 lies at n//2."""
+        """Place z, y of encoding steps E1, E2 in the gathered matrix; k = 0 lies at n//2."""
         (cy, cz), (_, ny, nz) = self.centre, self.encoded_matrix
         return step_2 + nz // 2 - cz, step_1 + ny // 2 - cy
 
     def beyond(self, steps: tuple[int, int]) -> tuple[bool, bool]:
-        """Along which of E1, E2 a line bears out the other centre: announced, and outside of the matrix with the header's."""
+        """Along which of E1, E2 a line supports the alternative centre: its step is announced, but outside the matrix with the header's."""
         return tuple(
             fitting is not None and low <= step <= high and not 0 <= step + n // 2 - stated < n
             for fitting, (low, high), step, n, stated in zip(self.fitting, self.limits, steps, self.encoded_matrix[1:], self.centre)
         )
 
     def refitted(self, axes: tuple[bool, bool]) -> Geometry:
-        """With the other centre along those of E1, E2 where lines have borne it out."""
+        """With the alternative centre along those `axes` (E1, E2) where lines have supported it."""
         centre, fitting, notes = list(self.centre), list(self.fitting), list(self.warnings)
         for axis in (axis for axis in (0, 1) if axes[axis] and fitting[axis] is not None):
             notes.append(f"{self._doubt(axis)}: {fitting[axis]} assumed")
@@ -72,14 +73,14 @@ class Geometry:
         return replace(self, centre=tuple(centre), fitting=tuple(fitting), warnings=tuple(notes))
 
     def recentred(self, offset: tuple[int, int]) -> Geometry:
-        """With k = 0 so many lines (z, y) farther on."""
+        """With k = 0 moved by `offset` lines (z, y)."""
         centre = tuple(stated + by for stated, by in zip(self.centre, offset[::-1]))
         limits = tuple((max(low, at - n // 2), min(high, at + (n - 1) // 2)) for (low, high), at, n in zip(self.limits, centre, self.encoded_matrix[1:]))
         notes = [f"the strongest lines lie {abs(by)} lines {'beyond' if by > 0 else 'before'} the header's centre {stated} of {name}: {at} assumed" for by, stated, name, at in zip(offset[::-1], self.centre, STEPS, centre) if by]
         return replace(self, centre=centre, limits=limits, warnings=(*self.warnings, *notes))
 
     def settled(self) -> Geometry:
-        """With the header's centre where it is still in doubt, and the steps that it leaves: scans of partial Fourier often announce those of the whole matrix."""
+        """With the header's centre where still in doubt, and only the steps inside the matrix: partial Fourier scans often announce those of all of it."""
         limits, notes = list(self.limits), list(self.warnings)
         for axis in (axis for axis in (0, 1) if self.fitting[axis] is not None):
             (low, high), stated, n = limits[axis], self.centre[axis], self.encoded_matrix[1 + axis]
@@ -96,7 +97,7 @@ def read_geometry(header: ismrmrd.xsd.ismrmrdHeader, number: int = 0) -> Geometr
     """Geometry of one encoding.
 
     Raises:
-        ScanError: without an encoding, with an impossible matrix, or for a trajectory that is not Cartesian.
+        ScanError: if there is no encoding, the matrix is impossible or the trajectory is not Cartesian.
     """
     if not header.encoding:
         raise ScanError("the header has no encoding: matrix and field of view are unknown")
@@ -119,7 +120,7 @@ def read_geometry(header: ismrmrd.xsd.ismrmrdHeader, number: int = 0) -> Geometr
 
 
 def announced(header: ismrmrd.xsd.ismrmrdHeader) -> dict[str, int]:
-    """How many averages, slices, contrasts, phases, repetitions and sets the header promises; silent ones are left out."""
+    """How many averages, slices, contrasts, phases, repetitions and sets the header announces; unstated ones are left out."""
     limits = header.encoding[0].encodingLimits
     found = {name: getattr(limits, name, None) for name in ("average", "slice", "contrast", "phase", "repetition", "set")}
     return {name: limit.maximum - (limit.minimum or 0) + 1 for name, limit in found.items() if limit is not None and limit.maximum is not None}
@@ -133,7 +134,7 @@ def noise_bandwidth(header: ismrmrd.xsd.ismrmrdHeader) -> float:
 
 
 def _limits(encoding, name: str, size: int) -> tuple[tuple[int, int], int, int | None, list[str]]:
-    """First and last step, the step of k = 0, another one that would fit better, and what had to be assumed."""
+    """First and last step, the step of k = 0, an alternative that would fit better (or None), and notes on what was assumed."""
     limit = getattr(encoding.encodingLimits, name, None) if encoding.encodingLimits else None
     if limit is None or limit.maximum is None:
         return (0, size - 1), size // 2, None, [f"the header has no limits for {name}: centre {size // 2} assumed"] if size > 1 else []
@@ -146,7 +147,7 @@ def _limits(encoding, name: str, size: int) -> tuple[tuple[int, int], int, int |
         centre = (low + high + 1) // 2
     after = (size - 1) // 2
     lost = _lost(low, high, centre, size)
-    if lost == 1 and high - low + 1 == size:  # (high - low) / 2, rounded down by who wrote it
+    if lost == 1 and high - low + 1 == size:  # the writer rounded (high - low) / 2 down
         centre, lost = low + size // 2, 0
     if lost > size // 10 and high - low < size:
         fitting = min(max(centre, high - after), low + size // 2)
@@ -160,12 +161,12 @@ def _limits(encoding, name: str, size: int) -> tuple[tuple[int, int], int, int |
 
 
 def _lost(low: int, high: int, centre: int, size: int) -> int:
-    """How many of the steps a centre puts outside of the matrix."""
+    """Number of steps that a centre puts outside the matrix."""
     return max(0, centre - size // 2 - low) + max(0, high - centre - (size - 1) // 2)
 
 
 def _halved(encoded, encoded_fov, recon, recon_fov) -> list[str]:
-    """A note on a readout that the header wants at half its resolution: more often its field of view was written without the oversampling."""
+    """A note if the header asks for half the readout resolution: more often, the encoded field of view was written without the oversampling."""
     if encoded[0] < HALVED * recon[0] or abs(encoded_fov[0] / recon_fov[0] - 1) > 0.01:
         return []
     return [f"the header wants {recon[0]} voxels of {encoded[0]} along the readout over the same field of view of {recon_fov[0]:g} mm: if the image looks too narrow, the header's encoded field of view lacks the oversampling"]
@@ -202,7 +203,7 @@ def _fov(space) -> tuple[float, float, float]:
 
 
 def _check_image(encoded_fov_mm, recon_matrix, recon_fov_mm) -> None:
-    """ScanError for images that no scan is meant for: they would take all memory before anybody sees why."""
+    """ScanError for implausible image sizes, which would use up all memory before anyone sees why."""
     if 8 * math.prod(recon_matrix) > MAX_IMAGE_BYTES:
         x, y, z = recon_matrix
         raise ScanError(f"the header asks for an image of {x} x {y} x {z} voxels; the limit is {MAX_IMAGE_BYTES >> 30} GiB of complex numbers")

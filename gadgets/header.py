@@ -1,4 +1,4 @@
-"""ISMRMRD headers as XML: read tolerantly, passed on without what hangs other servers."""
+"""ISMRMRD headers as XML: read tolerantly, and passed on without what makes other servers hang."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from xsdata.formats.dataclass.parsers.config import ParserConfig
 from .geometry import ScanError
 
 NAMESPACE = b'xmlns="http://www.ismrm.org/ISMRMRD"'
-TOLERANT = ParserConfig(fail_on_unknown_properties=False)  # a newer schema's elements are left aside
+TOLERANT = ParserConfig(fail_on_unknown_properties=False)  # elements of a newer schema are ignored
 NUMBERS = ("matrixSizeType", "fieldOfViewMm", "limitType", "accelerationFactorType")
-MAY_BE_EMPTY = ("receiverChannels", "relativeReceiverNoiseBandwidth", "TE", "TI")  # converters write what they do not know so
-warnings.filterwarnings("ignore", category=ConverterWarning)  # where a word matters it is told below
+MAY_BE_EMPTY = ("receiverChannels", "relativeReceiverNoiseBandwidth", "TE", "TI")  # converters leave unknown values empty
+warnings.filterwarnings("ignore", category=ConverterWarning)  # where text in place of a number matters, it is reported below
 
 
 def parse_header(xml: bytes | str):
-    """ISMRMRD header object; ScanError if the XML is no such header."""
+    """ISMRMRD header object; ScanError if the XML is not an ISMRMRD header."""
     text = strip_version(xml.encode() if isinstance(xml, str) else xml)
     if b"<!DOCTYPE" in text:
         raise ScanError("the ISMRMRD header cannot be read: it has a document type, which may grow without end")
     try:
         header = XmlParser(config=TOLERANT).from_bytes(_as_utf8(text), ismrmrd.xsd.ismrmrdHeader)
-    except Exception as error:  # xsdata raises a family of its own for malformed documents
+    except Exception as error:  # xsdata has its own exception classes for malformed documents
         raise ScanError(f"the ISMRMRD header cannot be read: {_plain(error)}") from error
     _check_numbers(header)
     return header
 
 
 def _check_numbers(node) -> None:
-    """ScanError for a word in the place of a number that is needed; elsewhere it is let be: anonymised headers have odd dates."""
+    """ScanError for text in place of a required number; elsewhere it is tolerated: anonymised headers have odd dates."""
     for name, value in vars(node).items():
         if name in MAY_BE_EMPTY:
             value = [item for item in value if item != ""] if isinstance(value, list) else None if value == "" else value
@@ -47,12 +47,12 @@ def _check_numbers(node) -> None:
 
 
 def strip_version(xml: bytes) -> bytes:
-    """Remove <version>: Gadgetron hangs on one that is not its own library's."""
+    """Remove <version>: Gadgetron hangs if it is not that of its own library."""
     return re.sub(rb"\s*<(\w+:)?version\s*(/>|>[^<]*</(\w+:)?version\s*>)", b"", xml.rstrip(b"\0"), count=1)
 
 
 def _as_utf8(text: bytes) -> bytes:
-    """Without a declaration, which may be wrong about the encoding, and with the namespace, as Gadgetron reads it."""
+    """As UTF-8 without an XML declaration, which may state the wrong encoding, and with the namespace, as Gadgetron reads it."""
     text = re.sub(rb"^\s*(\xef\xbb\xbf)?\s*<\?xml.*?\?>", b"", text, count=1, flags=re.S)
     text = text if b"xmlns" in text else text.replace(b"<ismrmrdHeader", b"<ismrmrdHeader " + NAMESPACE, 1)
     try:
@@ -62,7 +62,7 @@ def _as_utf8(text: bytes) -> bytes:
 
 
 def _plain(error: Exception) -> str:
-    """What is wrong in words of the header; xsdata tells of a missing element in Python's."""
+    """The error in terms of the header; xsdata reports a missing element in Python's."""
     text = " ".join(str(error).split())[:300]
     lacks = re.match(r"(\w+?)(Type)?\.?(__init__)?\(\) missing .*arguments?: (.*)", text)
     return f"its {lacks[1]} lacks {lacks[4].replace(chr(39), '')}" if lacks else text

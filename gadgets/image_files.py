@@ -31,9 +31,9 @@ class ImageWriter:
         self.path, self.group, self.count = Path(path), group or _new_group(Path(path)), 0
 
     def check(self, series: int, dtype: np.dtype, shape: tuple[int, ...]) -> None:
-        """FileError if images [channels z y x] of this type and size cannot join those that the series has already, or the disk is full.
+        """FileError if images [channels z y x] of this type and size cannot join those already in the series, or the disk is full.
 
-        HDF5 loses all images of a file when the disk fills up while it writes one.
+        HDF5 loses all images of a file if the disk fills up during a write.
         """
         needed, free = math.prod(shape) * np.dtype(dtype).itemsize + self.ROOM, shutil.disk_usage(self.path.absolute().parent).free
         if free < needed:
@@ -51,7 +51,7 @@ class ImageWriter:
         """Append one image; written to disk at once, so that a later failure loses nothing.
 
         Raises:
-            FileError: before anything is written, if the image is not like those of its series in the file.
+            FileError: before anything is written, if the image does not match those of its series in the file.
         """
         self.check(image.image_series_index, image.data.dtype, image.data.shape)
         try:
@@ -63,7 +63,7 @@ class ImageWriter:
 
 
 def _inside(file: h5py.File, name: str, where: str) -> h5py.Group | None:
-    """A group of a file, None if there is none yet; FileError if something else has its name."""
+    """Group `name` of a file, None if it does not exist yet; FileError if something else has its name."""
     for parent in (name.rpartition("/")[0], name):
         if parent in file and not isinstance(file[parent], h5py.Group):
             raise FileError(f"{where} cannot take images: {parent!r} is no group there")
@@ -91,7 +91,7 @@ def _words(dtype: np.dtype, shape: tuple[int, ...]) -> str:
 
 
 def _new_group(path: Path) -> str:
-    """The time, as gadgetron_ismrmrd_client names its groups; with a number if another run of this second has it."""
+    """The time, as gadgetron_ismrmrd_client names its groups; with a number if another run in the same second has taken it."""
     name, known = time.strftime("%Y-%m-%d %H:%M:%S"), []
     if path.exists():
         with open_hdf5(path) as file:
@@ -108,7 +108,7 @@ def _check_writable(path: Path) -> None:
 def read_images(path: str | Path, group: str | None = None) -> list[ismrmrd.Image]:
     """All images of a group (the last one by default), by series.
 
-    Read here and not by ismrmrd.Dataset, which before 1.15 opens files for writing.
+    Not read with ismrmrd.Dataset, which before 1.15 opens files for writing.
     """
     if not Path(path).is_file():
         raise FileError(f"no such image file: {path}")
@@ -125,9 +125,9 @@ def _series(node: h5py.Group) -> Iterator[ismrmrd.Image]:
 
 
 def join_partitions(images: Iterable[ismrmrd.Image]) -> list[ismrmrd.Image]:
-    """Whole volumes: the partitions of each as one 3D image that has the volume's number; what is whole stays as it is.
+    """Whole volumes: the partitions of each joined into one 3D image with the volume's number; whole volumes stay as they are.
 
-    The number in the Meta attributes counts, where there is one: that of the header begins again after 65,535.
+    The image number in the Meta attributes takes precedence, if there is one: the header's wraps around after 65,535.
     """
     volumes: dict[tuple[int, int], list[ismrmrd.Image]] = {}
     for image in images:
@@ -138,7 +138,7 @@ def join_partitions(images: Iterable[ismrmrd.Image]) -> list[ismrmrd.Image]:
 
 
 def _join(parts: list[ismrmrd.Image], number: int) -> ismrmrd.Image:
-    """One image of partitions in order; the place of pixel n//2 is that of the partition n//2."""
+    """One image from partitions in order; its position, of pixel n//2, is that of partition n//2."""
     joined = ismrmrd.Image.from_array(np.concatenate([part.data[0] for part in parts]), transpose=False)
     head, (x, y, z) = parts[len(parts) // 2].getHead(), parts[0].field_of_view
     head.matrix_size, head.field_of_view, head.image_index = joined.getHead().matrix_size, (x, y, z * len(parts)), number
@@ -148,13 +148,13 @@ def _join(parts: list[ismrmrd.Image], number: int) -> ismrmrd.Image:
 
 
 def write_nifti(image: ismrmrd.Image, path: str | Path) -> None:
-    """Write one 3D image as NIfTI in RAS millimetres, magnitude as float32 in the units before scaling."""
+    """Write one 3D image as NIfTI in RAS millimetres: magnitude as float32, in the units before scaling."""
     pixels = np.abs(image.data[0]).astype(np.float32) / float(image.meta.get("GADGETRON_ScaleRatio", 1))
     save_nifti(pixels, affine(image.getHead()), path)
 
 
 def save_nifti(pixels: np.ndarray, matrix: np.ndarray, path: str | Path) -> None:
-    """Save pixels [z y x] as NIfTI; `matrix` maps pixel (x, y, z) to RAS millimetres of the scanner."""
+    """Save pixels [z y x] as NIfTI; `matrix` maps pixel (x, y, z) to scanner RAS millimetres."""
     import nibabel
 
     image = nibabel.Nifti1Image(pixels.T, matrix)

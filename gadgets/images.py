@@ -1,7 +1,7 @@
-"""Volumes to ISMRMRD images: matrix, geometry, pixel type and Meta attributes as a console wants them.
+"""Volumes to ISMRMRD images: matrix, geometry, pixel type and Meta attributes as a console expects them.
 
-Convention: the header's position is the LPS place of pixel index n//2 on each axis, the centre of the
-FFT grid, which is also where the acquisition headers put it.
+Convention: the header's position is the LPS position of pixel index n//2 on each axis, the centre of the
+FFT grid, as in the acquisition headers.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from .volume import Scan
 
 SERIES = {"preview": 1, "final": 2, "error": 3}
 FULL_SCALE = 4095
-SAMPLED = 1_000_000  # voxels, for percentiles: sorting all of a large volume takes longer than making pixels of it
+SAMPLED = 1_000_000  # voxels, for percentiles: sorting a whole large volume takes longer than converting it to pixels
 BETWEEN_NOTES = "; "
-RIGHT_ANGLE = 1e-2  # by how much products of the directions may miss those of unit vectors at right angles
+RIGHT_ANGLE = 1e-2  # tolerance of the directions' dot products against those of orthonormal vectors
 
 
 def to_recon_matrix(volume: torch.Tensor, geometry: Geometry) -> torch.Tensor:
-    """Cut [z y x] to the reconstructed field of view and interpolate it to the reconstructed matrix."""
+    """Crop [z y x] to the reconstructed field of view and interpolate it to the reconstructed matrix."""
     gathered_fov = [n * mm for n, mm in zip(volume.shape, geometry.voxel_mm)]
     extent = [recon / fov for recon, fov in zip(reversed(geometry.recon_fov_mm), gathered_fov)]
     return resample(volume, tuple(reversed(geometry.recon_matrix)), extent)
@@ -37,14 +37,14 @@ def to_recon_matrix(volume: torch.Tensor, geometry: Geometry) -> torch.Tensor:
 def make_images(volume: torch.Tensor, scan: Scan, options: Options, header, series: int, number: int, name: str, notes: list[str]) -> Iterator[ismrmrd.Image]:
     """Images of one reconstructed volume [z y x]: one 3D image, or one per partition.
 
-    Images of a series with the same contrast and set have one scale: the first of their volumes fixes it, because
-    the later ones are not known when it is sent, and a scale of its own for each would hide changes over time.
-    Another contrast or set has a scale of its own: a dark first one (MP2RAGE) would leave no room for it.
+    Images of a series with the same contrast and set share one scale: the first of their volumes fixes it, because
+    the later ones are not known when it is sent, and individual scales would hide changes over time.
+    Each contrast or set has its own scale: a dark first one (MP2RAGE) would leave no headroom for the others.
 
     Args:
         header: the scan's ISMRMRD header, for the protocol name and timing.
         series: image_series_index.
-        number: of the volume in the scan, for image_index.
+        number: index of the volume in the scan, for image_index.
         name: what the image is; goes into the series description.
         notes: what the user should know; goes into the comment.
 
@@ -78,16 +78,17 @@ def image_kind(geometry: Geometry, options: Options) -> tuple[np.dtype, tuple[in
 
 
 def notes_of(image: ismrmrd.Image) -> list[str]:
-    """What the comment of an image tells its user besides its name; nothing if it has none, as another server's may."""
+    """Notes for the user in the comment of an image, without its name; empty if it has no comment, as from another server."""
     comment = image.meta.get("ImageComment", "")
     return (comment if isinstance(comment, str) else BETWEEN_NOTES.join(comment)).split(BETWEEN_NOTES)[1:]
 
 
 def to_pixels(volume: torch.Tensor, output: str, scale: float | None = None) -> tuple[np.ndarray, float, int]:
-    """Pixels of the wanted type, the factor they were multiplied by, and how many voxels had to be cut.
+    """Pixels of the requested type, the factor they were multiplied by, and the number of clipped voxels.
 
-    uint16 (12 bit): the factor given, else the one that puts the 99.9th percentile at 2/3, so that half as much
-    again finds room in later volumes; less if this one would be cut (small bright things in much air). Computed where the volume is; only pixels leave the GPU.
+    uint16 (12 bit): the factor given, else the one that puts the 99.9th percentile at 2/3 of full scale, which leaves
+    50 % headroom for later volumes; less if this one would be clipped (small bright objects in much air).
+    Computed on the volume's device; only pixels leave the GPU.
     """
     if output == "complex64":
         return volume.to(torch.complex64).cpu().numpy(), 1.0, 0
@@ -103,7 +104,7 @@ def to_pixels(volume: torch.Tensor, output: str, scale: float | None = None) -> 
 
 
 def make_meta(scan: Scan, frame: Frame, pixels: np.ndarray, scale: float, name: str, comment: str, header) -> dict:
-    """Meta attributes in Gadgetron's and in FIRE's words, ASCII only."""
+    """Meta attributes under Gadgetron's and FIRE's names, ASCII only."""
     geometry, protocol = scan.geometry, getattr(header.measurementInformation, "protocolName", None) or ""
     top = float(np.percentile(np.abs(evenly(pixels, SAMPLED)), 99.5))
     window = {"Center": str(max(1, round(top / 2))), "Width": str(max(1, round(top)))}
@@ -118,7 +119,7 @@ def make_meta(scan: Scan, frame: Frame, pixels: np.ndarray, scale: float, name: 
         "SeriesDescription": _ascii(f"{protocol} {name}".strip()),
         "GADGETRON_WindowCenter": window["Center"], "WindowCenter": window["Center"],
         "GADGETRON_WindowWidth": window["Width"], "WindowWidth": window["Width"],
-        "GADGETRON_ScaleRatio": f"{scale:.9g}", "GADGETRON_ScaleOffset": "0",  # no RescaleSlope: a console would apply the window to what it makes of the pixels
+        "GADGETRON_ScaleRatio": f"{scale:.9g}", "GADGETRON_ScaleOffset": "0",  # no RescaleSlope: a console would apply the window to the rescaled pixels
         "ImageRowDir": read, "ImageColumnDir": phase, "ImageSliceNormDir": slices,
         "read_dir": read, "phase_dir": phase, "slice_dir": slices,
         "Keep_image_geometry": "1",
@@ -129,7 +130,7 @@ def make_meta(scan: Scan, frame: Frame, pixels: np.ndarray, scale: float, name: 
 
 
 def _about_the_scan(scan: Scan, header) -> dict:
-    """What the header says of protocol and timing (ms), under the names of both conventions."""
+    """Protocol and timing (ms) from the header, under the names of both conventions."""
     information, sequence = header.measurementInformation, header.sequenceParameters
     out = {}
     for ours, theirs in (("measurementID", "measurementID"), ("protocolName", "protocolName"), ("patientPosition", "patient_position")):
@@ -139,13 +140,13 @@ def _about_the_scan(scan: Scan, header) -> dict:
     idx = scan.head.idx
     for ours, names, number in (("TE", ("GADGETRON_TE", "EchoTime"), idx.contrast), ("TI", ("GADGETRON_TI", "InversionTime"), idx.contrast or idx.set)):
         times = list(getattr(sequence, ours, None) or [])
-        if len(times) == 1 or number < len(times):  # none rather than that of another image
+        if len(times) == 1 or number < len(times):  # none rather than another image's
             out |= dict.fromkeys(names, f"{times[number if number < len(times) else 0]:g}")
     return out
 
 
 def frame_of(scan: Scan) -> tuple[Frame, list[str]]:
-    """Where the lines say that the volume lies, and what was assumed where their directions are not three at right angles, whatever their lengths."""
+    """Position and orientation of the volume by its lines, and notes on what was assumed, e.g. if their directions, of any length, are not orthogonal."""
     head, notes = scan.head, []
     given = np.array([head.read_dir, head.phase_dir, head.slice_dir], float)
     directions = _of_unit_length(given) if np.isfinite(given).all() else given
@@ -167,7 +168,7 @@ def frame_of(scan: Scan) -> tuple[Frame, list[str]]:
 
 
 def _of_unit_length(directions: np.ndarray) -> np.ndarray:
-    """Three directions (rows) with length 1; one that is zero is at right angles to the others, right-handed."""
+    """Three directions (rows) normalised to length 1; a single zero direction becomes perpendicular to the others, right-handed."""
     lengths = np.linalg.norm(directions, axis=1, keepdims=True)
     out = np.divide(directions, lengths, out=np.zeros_like(directions), where=lengths > 0)
     missing = np.flatnonzero(lengths[:, 0] == 0)
@@ -194,7 +195,7 @@ def _image(pixels: np.ndarray, head, frame: Frame, z: int, partitions: int, seri
     out.image_series_index, out.image_index = series, index
     if partitions > 1:
         out.slice = head.idx.slice * partitions + z
-    image.meta = ismrmrd.Meta({**meta, "GADGETRON_ImageNumber": str(index), "PatientPosition": [f"{v:.6f}" for v in position]})  # Gadgetron's word for the place
+    image.meta = ismrmrd.Meta({**meta, "GADGETRON_ImageNumber": str(index), "PatientPosition": [f"{v:.6f}" for v in position]})  # Gadgetron's name for the position
     out.attribute_string_len = len(image.attribute_string.encode())
     image.setHead(out)
     return image

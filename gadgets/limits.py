@@ -1,20 +1,20 @@
-"""What a server grants a connection: time, memory, a place."""
+"""What a server grants a connection: time, memory, a slot."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 
-MOST = 1e6  # GiB, seconds, connections: more than anybody needs, less than sockets and clocks bear
+MOST = 1e6  # GiB, seconds, connections: more than anyone needs, less than sockets and clocks can handle
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a server; ValueError names the one that cannot be."""
+    """Limits of a server; ValueError names an impossible one."""
 
-    timeout_s: float = 600.0  # longest silence in the middle of a scan
+    timeout_s: float = 600.0  # longest silence during a scan
     idle_s: float = 60.0  # longest wait for a configuration and a header
-    slots: int = 1  # reconstructions at a time
+    slots: int = 1  # simultaneous reconstructions
     max_gib: float = 16.0  # k-space of one connection
     max_message_mib: float = 256.0
     connections: int = 64

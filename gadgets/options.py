@@ -1,4 +1,4 @@
-"""Every option of the plugin: one frozen, validated object, whatever it was filled from."""
+"""All options of the plugin: one frozen, validated object, whatever their source."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ PRESETS_DIR = Path(__file__).parent / "presets"
 
 
 class OptionsError(ValueError):
-    """A wrong option name or value; the message is one sentence for the user."""
+    """An invalid option name or value; the message is one sentence for the user."""
 
 
 class Options(BaseModel):
-    """Options of a reconstruction; the descriptions are what the README's table shows."""
+    """Options of a reconstruction; the descriptions appear in the README's table."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -58,12 +58,12 @@ class Options(BaseModel):
 
 
 def make_options(*sources: Mapping[str, Any]) -> Options:
-    """Options from mappings, later ones winning; values may be text (XML properties) or typed.
+    """Options from mappings, later ones taking precedence; values may be text (XML properties) or typed.
 
     A key `preset` in any source is loaded first.
 
     Raises:
-        OptionsError: naming the option, what was expected and what came.
+        OptionsError: naming the option, what was expected and what was given.
     """
     merged: dict[str, Any] = {}
     for source in sources:
@@ -82,7 +82,7 @@ def make_options(*sources: Mapping[str, Any]) -> Options:
 
 
 def read_preset(name_or_path: str) -> dict[str, Any]:
-    """Options of a shipped preset or of a YAML file; OptionsError says what exists."""
+    """Options of a shipped preset or of a YAML file; if there is none, OptionsError lists the shipped ones."""
     shipped = PRESETS_DIR / f"{name_or_path}.yaml"
     path = shipped if shipped.is_file() else Path(name_or_path)
     if not path.is_file():
@@ -91,7 +91,7 @@ def read_preset(name_or_path: str) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file of option: value; OptionsError if it is something else."""
+    """Contents of a YAML file of option: value; OptionsError if it is anything else."""
     try:
         content = yaml.safe_load(path.read_text()) or {}
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
@@ -107,7 +107,7 @@ def preset_names() -> list[str]:
 
 
 def options_from_json(text: str) -> tuple[dict[str, Any], list[str]]:
-    """Options of a FIRE/OpenRecon parameter message, {"parameters": {name: value}}, and the names that are the host's own."""
+    """Options of a FIRE/OpenRecon parameter message, {"parameters": {name: value}}, and the other names, which are the host's own."""
     try:
         parameters = json.loads(text).get("parameters") or {}
         others = sorted(set(parameters) - set(Options.model_fields) - {"preset"})
@@ -124,7 +124,7 @@ def _none_if_empty(value: Any) -> Any:
 
 
 def error_sentence(error: ValidationError, known: Iterable[str]) -> str:
-    """The first thing that is wrong, with the option's name and what came; `known` are the valid names."""
+    """The first error, with the option's name and the value given; `known` are the valid names."""
     first = error.errors()[0]
     name = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":

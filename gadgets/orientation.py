@@ -1,4 +1,4 @@
-"""Where an image lies and how its pixels run: one frame, turned together with the pixels."""
+"""Position and orientation of an image: one frame, reoriented together with the pixels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ STEPS = ("transpose", "flip_x", "flip_y", "flip_z")
 
 @dataclass(frozen=True)
 class Frame:
-    """Directions of x, y, z (rows, LPS), field of view x, y, z in mm, and the LPS place of pixel n//2."""
+    """Directions of x, y, z (rows, LPS), field of view x, y, z in mm, and the LPS position of pixel n//2."""
 
     directions: np.ndarray
     fov_mm: tuple[float, float, float]
@@ -19,7 +19,7 @@ class Frame:
 
 
 def parse_orientation(text: str) -> tuple[str, ...]:
-    """Steps of an orientation such as "transpose+flip_x", in the order in which they are done; "acquired" has none.
+    """Steps of an orientation such as "transpose+flip_x", in the order in which they are applied; "acquired" has none.
 
     Raises:
         ValueError: for a step that does not exist.
@@ -32,7 +32,7 @@ def parse_orientation(text: str) -> tuple[str, ...]:
 
 
 def orient(pixels: np.ndarray, frame: Frame, orientation: str) -> tuple[np.ndarray, Frame]:
-    """Pixels [z y x] in another order, and the frame that goes with it: nothing moves in the patient."""
+    """Reordered pixels [z y x] and the matching frame: nothing moves in patient coordinates."""
     for step in parse_orientation(orientation):
         if step == "transpose":
             x, y, z = frame.fov_mm
@@ -43,7 +43,7 @@ def orient(pixels: np.ndarray, frame: Frame, orientation: str) -> tuple[np.ndarr
 
 
 def _flip(pixels: np.ndarray, frame: Frame, axis: int) -> tuple[np.ndarray, Frame]:
-    """Reversed along x, y or z (axis 0, 1, 2); pixel n//2 of an even length then is another one."""
+    """Reverse along x, y or z (axis 0, 1, 2); for an even length, pixel n//2 is then a different one."""
     n = pixels.shape[2 - axis]
     directions = frame.directions.copy()
     position = frame.position + (n - 1 - 2 * (n // 2)) * directions[axis] * frame.fov_mm[axis] / n

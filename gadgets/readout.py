@@ -7,20 +7,20 @@ import numpy as np
 
 from .geometry import Geometry
 
-SHARE = 2  # so many lines without a sign of oversampling, for each that shows it, are short ones of an oversampled scan
-BEYOND = 16  # one over it of the matrix, beyond which no line reaches on either side
-OVERSAMPLED = 1.5  # times the header's matrix: more samples than this are readout oversampling that it does not tell of
+SHARE = 2  # for each line that shows oversampling, up to so many without a sign of it are short lines of an oversampled scan
+BEYOND = 16  # no line extends beyond k-space, on either side, by more than 1/16 of the matrix
+OVERSAMPLED = 1.5  # times the header's matrix: lines this long have readout oversampling that the header does not state
 
 
 class Readout:
     """Transforms lines of one encoding to the voxel grid of the image along x; the transform is unitary.
 
-    A line's oversampling is 0 where it was removed before us, 1 as the header tells of it, n where the samples fill the
+    A line's oversampling is 0 if it was removed upstream, 1 if it is as the header states, n if the samples fill the
     header's matrix n times.
 
     Args:
         image: geometry of the image.
-        own: geometry of the encoding that the lines belong to, if it is another one (external calibration).
+        own: geometry of the lines' encoding, if it is not the image's (external calibration).
     """
 
     def __init__(self, image: Geometry, own: Geometry | None = None):
@@ -32,24 +32,24 @@ class Readout:
         self.long = self.bare = 0
 
     def saw(self, oversampling: int) -> None:
-        """Remember what a line of the image shows."""
+        """Record whether an imaging line shows oversampling."""
         self.long, self.bare = self.long + (oversampling > 0), self.bare + (oversampling == 0)
 
     @property
     def oversampled(self) -> bool:
-        """Whether enough of the scan's lines show oversampling for the others to be short: nobody removes it from some lines only."""
+        """Whether enough lines show oversampling for the others to be merely short: it is never removed from only some lines."""
         return SHARE * self.long >= self.bare and self.long > 0
 
     def echo(self, line: ismrmrd.Acquisition) -> tuple[slice, int, bool]:
-        """Which samples count, where the echo lies among them, and whether that had to be assumed."""
+        """Samples to use, the echo's index among them, and whether that index had to be assumed."""
         first, last = line.discard_pre, max(line.discard_pre, line.number_of_samples - line.discard_post)
         samples, centre = last - first, line.center_sample - first
         beyond = max(samples - centre - (self.full + 1) // 2, centre - self.full // 2) if 0 <= centre < samples <= self.full else 0
-        middle = beyond > (self.full // BEYOND if line.center_sample else 0)  # so many samples would lie outside of k-space: nobody knew the place
+        middle = beyond > (self.full // BEYOND if line.center_sample else 0)  # too many samples outside k-space: the writer did not know the centre sample
         return slice(first, last), samples // 2 if middle else centre, middle
 
     def oversampling(self, line: ismrmrd.Acquisition) -> int:
-        """What the line alone shows of its oversampling: none where its samples reach no further than they would without."""
+        """Oversampling that the line itself shows: 0 if its samples reach no further than they would without."""
         there, centre, _ = self.echo(line)
         samples = there.stop - there.start
         if samples >= OVERSAMPLED * self.full:
@@ -67,7 +67,7 @@ class Readout:
         row[:, half - left : half] += image[:, length - left :]
 
     def _wrapped(self, data: np.ndarray, centre: int, length: int) -> np.ndarray:
-        """Samples at k modulo `length`, as the transform wants them; samples beyond it are cut."""
+        """Samples at k modulo `length`, the order of the FFT; those beyond it are cut off."""
         if self.work.shape != (len(data), length):
             self.work = np.zeros((len(data), length), np.complex64)
         first, last = max(0, centre - length // 2), min(data.shape[1], centre + (length + 1) // 2)

@@ -1,4 +1,4 @@
-"""Gadgetron's ReconData: what BucketToBuffer makes of a scan, read in bulk into arrays.
+"""Gadgetron's ReconData, the output of BucketToBuffer, read in bulk into arrays.
 
 Axis order here is the reverse of Gadgetron's, so that arrays are C-contiguous as they come off the wire.
 """
@@ -20,7 +20,7 @@ SAMPLING_BYTES = 56
 
 
 class ReconDataError(ValueError):
-    """Buffers that contradict themselves; the message is one sentence."""
+    """Inconsistent buffers; the message is one sentence."""
 
 
 @dataclass
@@ -40,7 +40,7 @@ class ReconBuffer:
         """Data [CHA E2 E1 E0] and headers [E2 E1] of each LOC, S and N.
 
         Raises:
-            ReconDataError: where headers and data do not belong together.
+            ReconDataError: if headers and data do not match.
         """
         expected = (*self.data.shape[:3], *self.data.shape[4:6])
         if self.headers.shape != expected:
@@ -64,7 +64,7 @@ class ReconData:
     bits: list[ReconBit]
 
     def buffers(self) -> Iterator[ReconBuffer]:
-        """Reference lines before the data they belong to."""
+        """All buffers, reference lines before the data they belong to."""
         for bit in self.bits:
             yield from (buffer for buffer in (bit.reference, bit.data) if buffer is not None)
 
@@ -72,7 +72,7 @@ class ReconData:
 def take_lines(data: np.ndarray, headers: np.ndarray) -> Iterator[ismrmrd.Acquisition]:
     """Acquired lines of a block as acquisitions of E0 samples, echo at E0//2, where Gadgetron puts it.
 
-    Each line is taken out of the block, which holds zeros in the end and may serve as the array that is gathered into.
+    Each line is removed from the block, which is all zeros at the end and may serve as the array to gather into.
     """
     data[:, headers["number_of_samples"] == 0] = 0
     for place, line in lines_of(data, headers):
@@ -81,7 +81,7 @@ def take_lines(data: np.ndarray, headers: np.ndarray) -> Iterator[ismrmrd.Acquis
 
 
 def lines_of(data: np.ndarray, headers: np.ndarray) -> Iterator[tuple[tuple[int, int], ismrmrd.Acquisition]]:
-    """Place (E2, E1) of each acquired line, and a copy of it as an acquisition; the block stays as it is."""
+    """Place (E2, E1) of each acquired line, and a copy of it as an acquisition; the block is left unchanged."""
     for e2, e1 in np.argwhere(headers["number_of_samples"] > 0):
         head = ismrmrd.AcquisitionHeader.from_buffer_copy(headers[e2, e1].tobytes())
         samples = data[:, e2, e1].copy()
@@ -94,15 +94,15 @@ class ReconDataReader:
     """Reads the payload of a ReconData message.
 
     Args:
-        read: gives exactly n bytes, or raises.
-        max_bytes: of all arrays of the message together.
+        read: returns exactly n bytes, or raises.
+        max_bytes: limit for all arrays of the message together.
     """
 
     def __init__(self, read: Callable[[int], bytes], max_bytes: int = MAX_ARRAY_BYTES):
         self.read, self.left = read, max_bytes
 
     def message(self) -> ReconData:
-        """The whole payload; ReconDataError where lengths make no sense."""
+        """Read the whole payload; ReconDataError if lengths make no sense."""
         (count,) = struct.unpack("<Q", self.read(8))
         if count > MAX_DIMENSIONS:
             raise ReconDataError(f"a ReconData of {count} encoding spaces was announced, the limit is {MAX_DIMENSIONS}: the stream is damaged or out of step")
@@ -110,7 +110,7 @@ class ReconDataReader:
 
     def _buffer(self) -> ReconBuffer:
         data = self._array(np.dtype(np.complex64))
-        for _ in range(2):  # trajectory and density weights, which Cartesian scans have no use for
+        for _ in range(2):  # trajectory and density weights, not needed for Cartesian scans
             self._optional(lambda: self._array(np.dtype(np.float32)))
         headers = self._array(acquisition_header_dtype)
         encoded, recon, limits = self._sampling()
@@ -134,7 +134,7 @@ class ReconDataReader:
         if not count or not nbytes:
             return np.empty(0, dtype)
         try:
-            out = np.empty(nbytes, np.uint8)  # untouched pages cost nothing: a lie about the length fills no memory
+            out = np.empty(nbytes, np.uint8)  # untouched pages cost nothing: a false length uses no memory
         except MemoryError:
             raise ReconDataError(f"an array of {nbytes} bytes was announced, which does not fit into memory") from None
         for start in range(0, nbytes, CHUNK_BYTES):
@@ -150,7 +150,7 @@ class ReconDataReader:
 
 
 def _with_axes(array: np.ndarray, axes: int) -> np.ndarray:
-    """Trailing axes of length 1 may be missing on the wire."""
+    """Restore axes of length 1 that may be missing on the wire, where they are the trailing ones."""
     if array.ndim > axes:
         raise ReconDataError(f"expected an array of at most {axes} dimensions, got {array.ndim}")
     return array.reshape((1,) * (axes - array.ndim) + array.shape) if array.size else array.reshape((0,) * axes)

@@ -1,4 +1,4 @@
-"""ISMRMRD scans as HDF5 files, also as other programs write and damage them."""
+"""ISMRMRD scans as HDF5 files, including those that other programs write differently or damage."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class ScanFile:
     """An ISMRMRD scan in HDF5, read in blocks.
 
     Args:
-        group: that holds it, also one within others (study/scan1); by default `dataset`, or the only one at the top that holds a scan.
+        group: of the scan, may be nested (study/scan1); by default `dataset`, or the only top-level group that holds a scan.
 
     Raises:
-        FileError: if the file, its group, its header or its acquisitions are missing, or are not what ISMRMRD makes of them.
+        FileError: if the file, its group, its header or its acquisitions are missing or not in ISMRMRD format.
     """
 
     def __init__(self, path: str | Path, group: str | None = None):
@@ -40,7 +40,7 @@ class ScanFile:
             raise
 
     def _xml(self) -> bytes:
-        """The header's text, whether it stands alone or first in an array."""
+        """The header's text, whether a scalar or the first element of an array."""
         node = self.group["xml"]
         try:
             text = node[()] if node.shape == () else node[0]
@@ -54,7 +54,7 @@ class ScanFile:
         if not {"head", "data"} <= names or table.shape[1:] not in ((), (1,)):
             raise FileError(f"{self.group.name}/data of {self.file.filename} is no table of acquisitions (head, traj, data)")
         samples = h5py.check_vlen_dtype(table.dtype["data"]) or table.dtype["data"].base
-        if samples != np.float32:  # h5py returns the bytes of others unchanged and calls them float32
+        if samples != np.float32:  # h5py returns the bytes of other types unchanged and calls them float32
             raise FileError(f"the samples of {self.group.name}/data of {self.file.filename} are stored as {samples}, expected {np.dtype(np.float32)}: write them as little-endian float32")
 
     def _find(self, path: str | Path, group: str | None) -> str:
@@ -79,11 +79,11 @@ class ScanFile:
         return self.group["data"].shape[0]
 
     def acquisitions(self) -> Iterator[ismrmrd.Acquisition]:
-        """All acquisitions in order that can be read; then, if there were others, FileError."""
+        """All readable acquisitions in order; then FileError if some could not be read."""
         table, lost, reason = self.group["data"], 0, ""
         for first in range(0, len(self), ROWS):
             try:
-                rows = table[first : first + ROWS].reshape(-1)  # some write a table of one column
+                rows = table[first : first + ROWS].reshape(-1)  # some programs write a table of one column
             except OSError as error:
                 lost, reason = lost + min(ROWS, len(self) - first), reason or f"the scan file is damaged near acquisition {first}: {error}"
                 continue
@@ -97,7 +97,7 @@ class ScanFile:
             raise FileError(f"{reason}; {of_lines(lost, '{lines} of the file {were} left out')}")
 
     def waveforms(self) -> Iterator[ismrmrd.Waveform]:
-        """All waveforms in order that can be read; then, if there were others, FileError."""
+        """All readable waveforms in order; then FileError if some could not be read."""
         try:
             rows = self.group["waveforms"][()] if "waveforms" in self.group else np.empty(0, ismrmrd.hdf5.waveform_dtype)
         except OSError as error:
@@ -114,7 +114,7 @@ class ScanFile:
             raise FileError(f"waveforms of the scan file have other sizes than they announce: {lost} of {len(rows)} were left out")
 
     def items(self) -> Iterator[ismrmrd.Acquisition | ismrmrd.Waveform]:
-        """Acquisitions and waveforms, each waveform before the first acquisition that is not earlier; FileError as of both, in the end."""
+        """Acquisitions and waveforms, each waveform before the first acquisition that is not earlier; a FileError of either comes at the end."""
         damage: list[FileError] = []
         waveforms = until_damaged(self.waveforms(), damage)
         waiting = next(waveforms, None)
@@ -131,7 +131,7 @@ class ScanFile:
 
 
 def until_damaged(items: Iterator, damage: list[FileError]) -> Iterator:
-    """`items` up to a FileError, which is put into `damage`: what came before it is worth something."""
+    """`items` up to a FileError, which is appended to `damage`: what came before it is still useful."""
     try:
         yield from items
     except FileError as error:
@@ -139,17 +139,17 @@ def until_damaged(items: Iterator, damage: list[FileError]) -> Iterator:
 
 
 def scans_in(file: h5py.File) -> list[str]:
-    """Names of the groups at the top that hold a scan."""
+    """Names of the top-level groups that hold a scan."""
     return [name for name, node in file.items() if is_scan(node)]
 
 
 def is_scan(node) -> bool:
-    """Whether something in an HDF5 file is a group with a header and acquisitions."""
+    """Whether an HDF5 node is a group with a header and acquisitions."""
     return isinstance(node, h5py.Group) and {"xml", "data"} <= set(node)
 
 
 def by_name(rows: np.ndarray, wanted: np.dtype) -> np.ndarray:
-    """Structures with the same fields laid out as `wanted`: other programs align, order or store them in another way. What is missing is 0."""
+    """Records with their fields laid out as `wanted`: other programs align, order or store them differently. Missing fields are 0."""
     if rows.dtype == wanted:
         return rows
     out = np.zeros(rows.shape, wanted)
@@ -168,7 +168,7 @@ def _acquisition(head: np.void, row: np.void, number: int) -> ismrmrd.Acquisitio
 
 
 class ScanWriter:
-    """Writes an ISMRMRD scan to HDF5, in blocks; replaces an existing file. Its header has no <version>."""
+    """Writes an ISMRMRD scan to HDF5, in blocks; replaces an existing file. The header is written without <version>."""
 
     def __init__(self, path: str | Path, header_xml: str | bytes):
         header_xml = strip_version(header_xml.encode() if isinstance(header_xml, str) else header_xml)

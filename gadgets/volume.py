@@ -1,4 +1,4 @@
-"""k-space of one volume: preallocated, written as lines arrive."""
+"""k-space of one volume: preallocated, filled as lines arrive."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from .geometry import Geometry, ScanError
 from .readout import Readout
 
 MAX_VOLUME_BYTES = 64 << 30
-BOTH_WAYS = 0.1  # of the lines
-DECIDED = 16  # places filled from which a volume of short lines stays one, whatever the rest of the scan shows
+BOTH_WAYS = 0.1  # of the lines: the user is warned if more than this run in each of the two readout directions
+DECIDED = 16  # filled places beyond which a volume of short lines is kept as such, whatever the rest of the scan shows
 
 
 @dataclass
 class Scan:
-    """One volume: sums of lines [coils z y x] (x in image space), line counts [z y], and its headers.
+    """One volume: sums of lines [coils z y x] (x in image space), line counts [z y], geometry and header.
 
-    `head` is the header of the acquired line nearest the k-space centre, or of the first one if none could be used; `series` (scales, by series, contrast
-    and set) and `phase_reference` (by number of coils) are shared by all volumes of a scan, for what must be the same
-    in all of their images. `brightness` brings an image in units of the noise to those of the scan's first volume,
-    whose lines may have another dwell time. `flaw` says why no image can be made of it, if so.
+    `head` is the header of the acquired line nearest the k-space centre, or of the first line if none could be used.
+    `series` (pixel scales, by series, contrast and set) and `phase_reference` (by number of coils) are shared by all
+    volumes of a scan, as they must be the same for all its images. `brightness` converts an image in noise units to
+    those of the scan's first volume, whose lines may have another dwell time. `flaw` says why no image can be made of
+    the volume, if so.
     """
 
     geometry: Geometry
@@ -44,9 +45,9 @@ class Scan:
 
 
 class Grid:
-    """Sums [coils z y x] of lines at their places, and how many came [z y].
+    """Sums of lines [coils z y x] at their places, and line counts [z y].
 
-    `kspace` may bring the array to gather into, of zeros by the time that its lines come.
+    `kspace` may supply the array to gather into, all zeros by the time its lines come.
     """
 
     def __init__(self, geometry: Geometry, coils: int, kspace: np.ndarray | None = None):
@@ -54,15 +55,15 @@ class Grid:
         if nbytes > MAX_VOLUME_BYTES:
             raise ScanError(f"the header asks for {nbytes / 2**30:.0f} GiB of k-space ({coils} coils, matrix {geometry.shape}); the limit is {MAX_VOLUME_BYTES >> 30} GiB")
         self.kspace = np.zeros((coils, *geometry.shape), np.complex64) if kspace is None else kspace
-        self.counts, self.energy = (np.zeros(geometry.shape[:2], np.float32) for _ in range(2))  # energy of the strongest line of each place
+        self.counts, self.energy = (np.zeros(geometry.shape[:2], np.float32) for _ in range(2))  # energy of the strongest line at each place
         self.lines = self.filled = self.outside = self.unfit = self.uncentred = self.empty = self.reversed = 0
         self.echo_moved = False
-        self.lengths: dict[str, int] = {}  # what was assumed of lines that are longer or shorter than the header says
+        self.lengths: dict[str, int] = {}  # what was assumed about lines longer or shorter than the header says, and of how many
         self.foreign = False
-        self.head: ismrmrd.AcquisitionHeader | None = None  # of the first line, of calibration
+        self.head: ismrmrd.AcquisitionHeader | None = None  # of the first line; for calibration only
 
     def place(self, line: ismrmrd.Acquisition, own: Geometry, image: Geometry) -> tuple[int, int] | None:
-        """Where a line of encoding `own` belongs, as z, y; None, and counted, if it is outside the matrix."""
+        """Place z, y of a line of encoding `own`; outside the matrix, the line is counted and None returned."""
         idx = line.idx
         z, y = own.place(idx.kspace_encode_step_1, idx.kspace_encode_step_2)
         if own is not image:
@@ -74,17 +75,17 @@ class Grid:
         return None
 
     def move(self, shift: tuple[int, int]) -> None:
-        """Move all lines by `shift` (z, y); those that come to lie outside of the matrix are counted."""
+        """Move all lines by `shift` (z, y); those that leave the matrix are dropped and counted."""
         gone = shifted(np.ones(self.counts.shape, bool), tuple(-n for n in shift)) == 0
         self.outside += int(self.counts[gone].sum())
         self.kspace[:, gone] = 0
-        for coil in self.kspace:  # one by one, to need no second array
+        for coil in self.kspace:  # one at a time, to avoid a second array
             coil[:] = np.roll(coil, shift, (0, 1))
         self.counts, self.energy = (shifted(array, shift) for array in (self.counts, self.energy))
         self.lines, self.filled = int(self.counts.sum()), int((self.counts > 0).sum())
 
     def centre_echo(self, offset: int | None = None) -> int:
-        """Move the echo to the middle, by `offset` samples or as the lines themselves show it; returns by how many, once and for all."""
+        """Centre the echo, by `offset` samples or as the lines themselves show; returns the offset. Acts only once, then returns 0."""
         if self.echo_moved:
             return 0
         offset = echo_offset(self.kspace, self.energy) if offset is None else offset
@@ -94,7 +95,7 @@ class Grid:
         return offset
 
     def add(self, line: ismrmrd.Acquisition, place: tuple[int, int], readout: Readout, oversampling: int) -> bool:
-        """Add a line at its place, turned if it was read backwards; False, and counted, if it does not fit."""
+        """Add a line at its place, flipped if its readout is reversed; if it does not fit, it is counted and False returned."""
         there, centre, assumed = readout.echo(line)
         data = line.data[:, there]
         samples = data.shape[1]
@@ -124,7 +125,7 @@ class Grid:
         self.lengths[text] = self.lengths.get(text, 0) + 1
 
     def warnings(self, kind: str) -> list[str]:
-        """What was left out, for the user."""
+        """What was left out or assumed, for the user."""
         out = []
         if self.outside:
             out.append(of_lines(self.outside, "{lines} lay outside the encoded matrix and {were} left out", kind))
@@ -139,7 +140,7 @@ class Grid:
 
 
 def shifted(array: np.ndarray, shift: tuple[int, int]) -> np.ndarray:
-    """[z y] moved by `shift`, zeros (or false) where nothing comes from."""
+    """Array [z y] moved by `shift`, filled with zeros (or False)."""
     out = np.zeros_like(array)
     there, here = ([slice(max(0, sign * n), len_ + min(0, sign * n)) for n, len_ in zip(shift, array.shape)] for sign in (1, -1))
     out[tuple(there)] = array[tuple(here)]
@@ -147,12 +148,12 @@ def shifted(array: np.ndarray, shift: tuple[int, int]) -> np.ndarray:
 
 
 def shift_between(old: Geometry, new: Geometry) -> tuple[int, int]:
-    """By how many places (z, y) lines move from one centre to another."""
+    """Shift (z, y) of lines from one k-space centre to another."""
     return tuple(before - after for before, after in zip(old.centre[::-1], new.centre[::-1]))
 
 
 class Volume:
-    """One volume under construction: its grid, and what its lines said."""
+    """One volume under construction: its grid, and what its lines have shown."""
 
     def __init__(self, geometry: Geometry, coils: int, kspace: np.ndarray | None = None):
         self.geometry = geometry
@@ -165,12 +166,12 @@ class Volume:
         self.calibrating = np.zeros(self.geometry.shape[:2], bool)
         self.head: ismrmrd.AcquisitionHeader | None = None
         self.nearest, self.judged = np.inf, (0, False)
-        self.other_nearest, self.other_head = np.inf, None  # to the other centre, where the header's is in doubt
+        self.other_nearest, self.other_head = np.inf, None  # with respect to the alternative centre, where the header's is in doubt
         self.averages = self.duplicates = self.certain = 0
         self.strange: set[tuple[int, int]] = set()  # places of lines unlike the others
 
     def add(self, line: ismrmrd.Acquisition, readout: Readout) -> None:
-        """Add one imaging line at its place; a line that does not fit is counted."""
+        """Add one imaging line at its place; a line that does not fit is only counted."""
         if self.first is None:
             self.first = line.getHead()
         place = self.grid.place(line, self.geometry, self.geometry)
@@ -189,9 +190,9 @@ class Volume:
             self.note(line.idx.average, line.flags, place, line.getHead)
 
     def _is_one_of_us(self, coils: int, oversampling: int, may_be_short: bool, place: tuple[int, int]) -> bool:
-        """Whether a line has the channels and the oversampling of the others; the first ones may have been the odd ones out.
+        """Whether a line has the channels and oversampling of the others; the first lines may have been the odd ones out.
 
-        A short line of an oversampled scan has less resolution. Places count, not lines: noise lines without a flag share one.
+        A short line of an oversampled scan has lower resolution. Places count, not lines: unflagged noise lines share one.
         """
         ours = coils == len(self.grid.kspace)
         if ours and oversampling == self.oversampling:
@@ -208,8 +209,8 @@ class Volume:
         return True
 
     def note(self, average: int, flags: int, place: tuple[int, int], head) -> None:
-        """Remember a line that was added; `head()` gives its header if it is the nearest to the centre."""
-        bit = np.uint64(1 << average if average < 64 else 0)  # of the later ones nobody asks whether they came twice
+        """Record a line that was added; `head()` is called for its header if it is the nearest to the centre so far."""
+        bit = np.uint64(1 << average if average < 64 else 0)  # later averages are not checked for duplicates
         self.averages = max(self.averages, average + 1)
         if self.averages_at[place] & bit:
             self.duplicates += 1
@@ -229,7 +230,7 @@ class Volume:
             self.other_nearest, self.other_head = distance, head()
 
     def move(self, geometry: Geometry) -> None:
-        """Go on with another centre; lines that came already are moved."""
+        """Continue with another k-space centre; lines already gathered are moved."""
         shift = shift_between(self.geometry, geometry)
         self.geometry = geometry
         self.grid.move(shift)
@@ -238,13 +239,13 @@ class Volume:
         self.nearest, self.head, self.judged = self.other_nearest, self.other_head or self.head, (0, False)
 
     def lacks_nothing(self, averages: int) -> bool:
-        """Whether as many lines and averages came as the header announces; the answer is kept until another line comes."""
+        """Whether as many lines and averages came as the header announces; cached until another line comes."""
         if self.judged[0] != self.grid.lines:
             self.judged = self.grid.lines, self.averages >= averages and not missing_lines(self.geometry.settled(), self.grid.counts)
         return self.judged[1]
 
     def scan(self, noise: torch.Tensor | None, calibration: Grid | None) -> Scan:
-        """The finished volume with what the user should know of it."""
+        """The finished volume, with notes for the user."""
         self.geometry = self.geometry.settled()
         scan = Scan(self.geometry, torch.from_numpy(self.grid.kspace), torch.from_numpy(self.grid.counts), self.head or self.first, noise)
         scan.warnings += [*self.geometry.warnings, *self.grid.warnings("")]
@@ -264,7 +265,7 @@ class Volume:
         return scan
 
     def _take_centre(self, calibration: Grid) -> list[str]:
-        """Take calibration lines for the image too if it has none of them and the header does not say whose they are; or into a hole at its centre."""
+        """Use calibration lines for the image too if it has none of them and the header names no calibration mode, or to fill a hole at its centre."""
         if calibration.foreign or not self.grid.lines:
             return []
         there = calibration.counts > 0
@@ -279,16 +280,16 @@ class Volume:
         return [remark]
 
     def _hole(self) -> np.ndarray:
-        """Places [z y] of a hole at the centre that calibration lines of the same scan may fill; none if more than that is missing."""
+        """Places [z y] of a hole at the centre that calibration lines of the same scan may fill; none if more than the hole is missing."""
         if self.geometry.calibration == "external" or missing_lines(self.geometry, self.grid.counts):
             return np.zeros(self.grid.counts.shape, bool)
         return hole_at_centre(self.grid.counts)
 
     def _calibration(self, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
-        """Calibration lines, and the imaging lines that serve as such where there are none."""
+        """Calibration lines and their counts, completed by imaging lines that also serve as calibration."""
         kspace, counts = grid.kspace, grid.counts
         shared = self.calibrating & (counts == 0)
         if self.geometry.calibration not in ("separate", "external") and shared.any():
-            kspace, counts = kspace.copy(), counts.copy()  # the calibration serves other volumes too, which have lines of their own
+            kspace, counts = kspace.copy(), counts.copy()  # other volumes, with imaging lines of their own, use the same calibration
             kspace[:, shared], counts[shared] = self.grid.kspace[:, shared], self.grid.counts[shared]
         return torch.from_numpy(kspace), torch.from_numpy(counts)

@@ -1,1 +1,1 @@
-"""Scans that never were: a volume or phantom, seen by coils, as the lines of a complete ISMRMRD scan."""
+"""Simulated scans: a volume or phantom, seen by coils, as the lines of a complete ISMRMRD scan."""

@@ -1,4 +1,4 @@
-"""What a simulated scan is like, and the ISMRMRD header that announces it."""
+"""Options of a simulated scan, and the ISMRMRD header that announces it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ x = ismrmrd.xsd
 
 @dataclass(frozen=True)
 class SimulateOptions:
-    """What a simulated scan is like.
+    """Options of a simulated scan.
 
-    snr is tissue brightness over the noise of a full scan's image; `calibration` says whether the calibration square is
-    part of the scan (integrated), comes before it as lines of their own (separate), or as a scan of its own with half
-    of the readout and another contrast (external); `partial_echo` is the fraction of the readout that is sampled;
-    `navigators` is how many imaging lines lie between two navigator lines, 0 for none; `waveforms` adds a physiological one.
+    `snr` is tissue brightness over the image noise of a fully sampled scan; `calibration` says whether the calibration
+    square is part of the scan (integrated), comes before it as separate lines (separate), or as a separate scan with
+    half the readout and another contrast (external); `partial_echo` is the fraction of the readout that is sampled;
+    `navigators` is the number of lines from one navigator to the next, 0 for none; `waveforms` adds a physiological one.
     """
 
     voxel_mm: float | None = None
@@ -58,7 +58,7 @@ class SimulateOptions:
                 raise ValueError(f"simulation option {name} cannot be {getattr(self, name)}")
 
     def samples(self, nx: int) -> int:
-        """Samples of a whole readout of an image that is `nx` wide; ValueError if a line cannot hold them."""
+        """Samples of a full readout for an image `nx` wide; ValueError if a line cannot hold them."""
         samples = int(2 * round(nx * self.oversampling / 2)) if self.oversampling > 1 else nx
         if samples > MAX_MATRIX:
             raise ValueError(f"simulation option oversampling cannot be {self.oversampling:g}: a readout would have {samples} samples, and a line holds {MAX_MATRIX}")
@@ -66,12 +66,12 @@ class SimulateOptions:
 
     @property
     def apart(self) -> bool:
-        """Whether calibration lines are lines of their own."""
+        """Whether calibration lines are separate from imaging lines."""
         return self.calibration != "integrated" and self.acs > 0
 
 
 def make_header(matrix: tuple[int, int, int], voxel_mm: tuple[float, float, float], dropped: list[int], options: SimulateOptions) -> str:
-    """ISMRMRD header XML; matrix is x, y, z, voxel_mm z, y, x, dropped the missing lines of E1, E2."""
+    """ISMRMRD header XML; `matrix` is x, y, z, `voxel_mm` z, y, x, `dropped` the number of missing lines along E1, E2."""
     nx, ny, nz = matrix
     size = [n * mm for n, mm in zip(matrix, reversed(voxel_mm))]
     samples = options.samples(nx)
@@ -119,7 +119,7 @@ def _half(samples: int) -> int:
 
 
 def announced_factors(options: SimulateOptions, partitions: int) -> tuple[int, int]:
-    """Acceleration along E1, E2 for the header: the lattice of a regular scan; at random, no fewer lines come than this."""
+    """Acceleration along E1, E2 for the header: the lattice of a regular scan; with random sampling, no fewer lines come than this implies."""
     if options.pattern == "full" or options.acceleration <= 1:
         return (1, 1)
     second = max(1, int(options.acceleration**0.5)) if partitions > 1 else 1
@@ -128,7 +128,7 @@ def announced_factors(options: SimulateOptions, partitions: int) -> tuple[int, i
 
 
 def tilt(directions: np.ndarray) -> np.ndarray:
-    """Directions (rows) turned by 20 degrees about z and 12 about x: a doubly oblique slab."""
+    """Directions (rows) rotated by 20 degrees about z and 12 about x: a double-oblique slab."""
     a, b = np.deg2rad(20), np.deg2rad(12)
     about_z = np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]])
     about_x = np.array([[1, 0, 0], [0, np.cos(b), -np.sin(b)], [0, np.sin(b), np.cos(b)]])

@@ -1,7 +1,7 @@
-"""Writes a complete ISMRMRD 3D scan of a volume: what a scanner would have sent, reference known.
+"""Writes a complete ISMRMRD 3D scan of a volume: what a scanner would have sent, with a known reference.
 
-The volume gets object phase, is seen by each coil at its own resolution, and is then cropped in k-space
-to the voxel size asked for: the reconstruction never meets the maps or the grid the data were made with.
+The volume is given object phase, weighted by each coil at its original resolution, and then cropped in k-space to
+the requested voxel size: the reconstruction never sees the coil maps or the grid from which the data were made.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def simulate(volume: str | Path, scan: str | Path, options: SimulateOptions, ref
     """Write the scan of `volume` (NIfTI, .npy, or "phantom") to `scan`; returns facts about it.
 
     Args:
-        reference: NIfTI to write the noise-free, fully sampled root sum of squares of the first contrast to.
+        reference: NIfTI file to write, with the noise-free, fully sampled root sum of squares of the first contrast.
 
     Raises:
-        FileError: if the volume cannot be read, the reference not be written, or two of the files are one.
+        FileError: if the volume cannot be read, the reference cannot be written, or two of the files are the same.
         ValueError: for impossible options.
     """
     if reference is not None:
@@ -61,7 +61,7 @@ def simulate(volume: str | Path, scan: str | Path, options: SimulateOptions, ref
 
 
 class _Contrasts:
-    """contrast -> k-space [coils z y samples]; the last one is kept."""
+    """contrast -> k-space [coils z y samples]; the latest is cached."""
 
     def __init__(self, images: torch.Tensor, truth: torch.Tensor, options: SimulateOptions):
         self.images, self.decay, self.options = images, DECAY_PER_CONTRAST * truth / truth.max(), options
@@ -76,14 +76,14 @@ class _Contrasts:
 
 
 def load_object(volume: str | Path) -> tuple[torch.Tensor, tuple[float, float, float], np.ndarray, tuple[float, float, float]]:
-    """Volume [z y x], voxel_mm (z y x), directions of x, y, z (rows, LPS) and the LPS place of voxel n//2."""
+    """Volume [z y x], voxel_mm (z y x), directions of x, y, z (rows, LPS) and the LPS position of voxel n//2."""
     if str(volume) == "phantom":
         return phantom(), (2.5, 2.5, 2.5), np.eye(3), (0.0, 0.0, 0.0)
     if not Path(volume).is_file():
         raise FileError(f"no such volume: {volume} (give a NIfTI or .npy file, or the word phantom)")
     try:
         data, voxel_mm = read_volume(volume)
-    except Exception as error:  # nibabel and numpy raise many kinds for damaged files
+    except Exception as error:  # nibabel and numpy raise many kinds of errors for damaged files
         raise FileError(f"{volume} cannot be read as a volume: {error}") from None
     data = torch.from_numpy(np.abs(np.asarray(data)).astype(np.float32))
     if str(volume).endswith(".npy"):
@@ -97,7 +97,7 @@ def load_object(volume: str | Path) -> tuple[torch.Tensor, tuple[float, float, f
 
 
 def coil_images(data: torch.Tensor, voxel_mm, options: SimulateOptions) -> tuple[torch.Tensor, tuple[float, float, float]]:
-    """What each coil sees [coils z y x] complex, cropped in k-space to the voxel size asked for, and that size."""
+    """Complex coil images [coils z y x], cropped in k-space to the requested voxel size, and their exact voxel size."""
     shape = list(data.shape)
     if options.voxel_mm is not None:
         shape = [max(1, min(n, round(n * mm / options.voxel_mm))) for n, mm in zip(shape, voxel_mm)]
@@ -110,7 +110,7 @@ def coil_images(data: torch.Tensor, voxel_mm, options: SimulateOptions) -> tuple
 
 
 def _check_apart(**paths: str | Path | None) -> None:
-    """FileError where two of the files are one: what is written would take the place of the other."""
+    """FileError if two of the files are the same: what is written would replace the other."""
     files = {name: Path(path).absolute().resolve() for name, path in paths.items() if path is not None and str(path) != "phantom"}
     for one, other in itertools.combinations(files, 2):
         if files[one] == files[other]:
@@ -118,14 +118,14 @@ def _check_apart(**paths: str | Path | None) -> None:
 
 
 def _check_reference(path: Path) -> None:
-    """FileError for a place where no NIfTI can be written, said before the work."""
+    """FileError, before any work is done, if no NIfTI can be written there."""
     if not path.name.lower().endswith((".nii", ".nii.gz")):
         raise FileError(f"the reference is a NIfTI, whose name ends in .nii or .nii.gz: it cannot be written to {path}")
     check_place(path)
 
 
 def write_reference(truth: torch.Tensor, voxel_mm, directions: np.ndarray, centre, path: str | Path) -> None:
-    """Reference magnitude [z y x] as NIfTI, in the same place as the images of the scan."""
+    """Reference magnitude [z y x] as NIfTI, in the same position as the images of the scan."""
     matrix = np.eye(4)
     matrix[:3, :3] = directions.T * np.array(voxel_mm)[::-1]
     matrix[:3, 3] = np.array(centre) - matrix[:3, :3] @ [n // 2 for n in reversed(truth.shape)]

@@ -1,4 +1,4 @@
-"""The order, flags and counters of a simulated scan's lines, as a scanner would play them."""
+"""The order, flags and counters of a simulated scan's lines, as a scanner would send them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LINES_PER_WAVEFORM = 40
 
 
 class Noise:
-    """Receiver noise with unequal gains and correlated coils, image noise `sigma` per real part for a full scan."""
+    """Receiver noise with unequal gains and correlated coils; `sigma` is the image noise of a full scan, per real or imaginary part."""
 
     def __init__(self, coils: int, sigma: float, seed: int):
         self.random = np.random.default_rng([seed, 20])
@@ -29,7 +29,7 @@ class Noise:
         self.mix = (sigma * mix).astype(np.complex64)
 
     def draw(self, samples: int) -> np.ndarray:
-        """[coils samples] complex64."""
+        """Noise [coils samples], complex64."""
         shape = (len(self.mix), samples)
         return self.mix @ (self.random.standard_normal(shape) + 1j * self.random.standard_normal(shape)).astype(np.complex64)
 
@@ -41,7 +41,7 @@ class Sequence:
     Args:
         kspace: contrast -> [coils z y samples], without noise.
         mask: [z y] phase encodes to acquire.
-        dropped: missing lines at the beginning of E1, E2.
+        dropped: number of lines missing at the beginning of E1, E2.
         geometry: position and directions of every line.
     """
 
@@ -54,7 +54,7 @@ class Sequence:
     count: int = field(default=0, init=False)
 
     def items(self) -> Iterator[ismrmrd.Acquisition | ismrmrd.Waveform]:
-        """Everything, in the order in which a scanner would send it."""
+        """All lines and waveforms, in the order in which a scanner would send them."""
         yield from self._noise_lines()
         if self.options.apart:
             yield from self._calibration_lines()
@@ -80,7 +80,7 @@ class Sequence:
             yield line
 
     def _calibration_lines(self) -> Iterator[ismrmrd.Acquisition]:
-        """The centre square, before the scan; an external one is of half the resolution along the readout, and brighter."""
+        """The calibration square, before the scan; an external one has half the resolution along the readout and is brighter."""
         external, kspace = self.options.calibration == "external", self.kspace(0)
         places = np.argwhere(self._square(whole=external))
         low = places[0] if external else self.dropped[::-1]
@@ -121,7 +121,7 @@ class Sequence:
         return line
 
     def _with_company(self, line: ismrmrd.Acquisition) -> Iterator[ismrmrd.Acquisition | ismrmrd.Waveform]:
-        """A line, and what else is measured at its time: a navigator of the same counters, a waveform."""
+        """A line, after what else is measured at its time: a navigator with the same counters, a waveform."""
         every = self.options.navigators
         if every and line.scan_counter % every == 0:
             navigator = ismrmrd.Acquisition.from_array(100 * self.noise.draw(line.number_of_samples), sample_time_us=DWELL_US, idx=line.idx)
@@ -134,7 +134,7 @@ class Sequence:
         yield line
 
     def _square(self, whole: bool = False) -> np.ndarray:
-        """Where calibration lines lie [z y], without what partial Fourier leaves out unless the whole is wanted."""
+        """Mask [z y] of the calibration square, without what partial Fourier omits unless `whole`."""
         out = centre_block(self.mask.shape, [self.options.acs] * 2).numpy()
         if not whole:
             out[: self.dropped[1]] = out[:, : self.dropped[0]] = False
