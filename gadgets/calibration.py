@@ -6,6 +6,9 @@ from collections import Counter
 
 import ismrmrd
 import numpy as np
+import torch
+
+from recon_core.coils import MAX_ACS, find_acs, folding, too_few
 
 from .failure import of_lines
 from .geometry import Geometry, ScanError, read_geometry
@@ -124,6 +127,36 @@ class Calibrations:
             except (ScanError, IndexError):
                 self.encodings[number] = None
         return self.encodings[number]
+
+
+class CentreSquares:
+    """The fully sampled centres of image lines, by slab: a scan may acquire one with its first volume only.
+
+    Later volumes are then regularly undersampled without any calibration, which would leave them aliased.
+    """
+
+    def __init__(self):
+        self.latest: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def of(self, slab: int, kspace: np.ndarray, counts: np.ndarray, keep: bool) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Calibration (kspace [coils z y x], counts [z y]) from an earlier volume, for one that needs it.
+
+        Of a volume with a centre of its own, that is kept for later ones if `keep` is set.
+        """
+        lines = torch.from_numpy(counts)
+        size = find_acs(lines)
+        if not too_few(size, counts.shape):
+            block = tuple(slice(n // 2 - m // 2, n // 2 - m // 2 + m) for n, m in zip(counts.shape, (min(n, MAX_ACS) for n in size)))
+            if keep:
+                self.latest[slab] = kspace[:, block[0], block[1]].copy(), counts[block].copy()
+            return None
+        square, there = self.latest.get(slab, (None, None))
+        if square is None or len(square) == 1 or len(square) != len(kspace) or folding(lines) == 1:
+            return None
+        whole, came = np.zeros_like(kspace), np.zeros_like(counts)
+        block = tuple(slice(n // 2 - m // 2, n // 2 - m // 2 + m) for n, m in zip(counts.shape, there.shape))
+        whole[:, block[0], block[1]], came[block] = square, there
+        return torch.from_numpy(whole), torch.from_numpy(came)
 
 
 def lies_elsewhere(image: ismrmrd.AcquisitionHeader, calibration: ismrmrd.AcquisitionHeader) -> list[str]:

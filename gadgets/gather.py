@@ -14,7 +14,7 @@ import ismrmrd
 import numpy as np
 import torch
 
-from .calibration import Calibrations, lies_elsewhere
+from .calibration import Calibrations, CentreSquares, lies_elsewhere
 from .centre import centre_offset, narrow
 from .completeness import missing_ends, missing_volumes
 from .failure import of_lines
@@ -76,6 +76,7 @@ class Gatherer:
         self.partitions = Partitions(self.geometry, header)
         self.volumes: dict[tuple[int, ...], Volume] = {}
         self.calibrations = Calibrations(header, self.geometry, self.readout)
+        self.squares = CentreSquares()
         self.noise: list[np.ndarray] = []
         self.noise_dwell_us = self.noise_power = 0.0  # dwell time of the first noise line; noise power in the first volume relative to the noise lines
         self.bandwidth_ratio = noise_bandwidth(header)
@@ -269,12 +270,25 @@ class Gatherer:
     def _scan(self, volume: Volume, key: tuple[int, ...], notes: list[str]) -> Scan:
         self._centre_lines(volume)
         noise, brightness, remarks = self._noise(volume)
-        calibration, more = self.calibrations.of(key, len(volume.grid.kspace))
+        calibration, told = self.calibrations.of(key, len(volume.grid.kspace))
         remarks += self._centre_echoes(volume, key[1], calibration)
         scan = volume.scan(noise, calibration)
-        remarks += more
+        remarks += told
+        if scan.calibration is None:
+            more = self.repetition > key[2] or any(self.promised.get(name, 1) > 1 for name in KEY[1:])
+            scan.calibration = self.squares.of(key[0], volume.grid.kspace, volume.grid.counts, keep=more)
+            remarks += ["the lines are regularly undersampled without calibration lines: the coil maps are made from those of an earlier volume"] * (scan.calibration is not None)
         if calibration is not None and scan.calibration is not None and calibration.head is not None:
             remarks += lies_elsewhere(scan.head, calibration.head)
+        remarks += self._remarks(volume, calibration)
+        scan.warnings += [*self.notes, *self.partitions.notes, *remarks, *notes]
+        scan.flaw = scan.flaw or self.partitions.flaw(volume.grid.counts, self.seen.get("slice", ()))
+        scan.series, scan.phase_reference, scan.brightness = self.series, self.phase_reference, brightness
+        return scan
+
+    def _remarks(self, volume: Volume, calibration: Grid | None) -> list[str]:
+        """What the user should know about the lines of a volume, and about those of the scan that were left out."""
+        remarks = []
         if volume.geometry.calibration == "interleaved" and calibration is None:
             remarks.append("calibration is interleaved over the repetitions: each repetition and its coil maps are made from their own lines only")
         if volume.oversampling == 0 and any(self.calibrations.oversampling.values()):
@@ -294,10 +308,7 @@ class Gatherer:
             remarks.append(of_lines(len(self.doubtful), "{lines} lay outside the encoded matrix and {were} left out"))
         if self.late:
             remarks.append(of_lines(self.late, "{lines} of volumes that had already been reconstructed {were} left out"))
-        scan.warnings += [*self.notes, *self.partitions.notes, *remarks, *notes]
-        scan.flaw = scan.flaw or self.partitions.flaw(volume.grid.counts, self.seen.get("slice", ()))
-        scan.series, scan.phase_reference, scan.brightness = self.series, self.phase_reference, brightness
-        return scan
+        return remarks
 
     def _centre_lines(self, volume: Volume) -> None:
         """Move k = 0 to the strongest lines, for the whole scan, if they are far from the header's centre; the first volume with a clear result decides."""

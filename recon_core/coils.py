@@ -39,6 +39,11 @@ def find_acs(mask: Tensor) -> tuple[int, int]:
     return best
 
 
+def too_few(size: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether calibration lines of `size` (z, y) are too few for the coil maps of a matrix of `shape` (z, y)."""
+    return any(n < min(MIN_ACS, full) for n, full in zip(size, shape))
+
+
 def folding(mask: Tensor) -> int:
     """How many-fold the image of a `mask` [z y] is aliased: the acceleration of its regular pattern about k = 0, 1 if it has none.
 

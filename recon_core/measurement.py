@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .coils import MIN_ACS, compression_matrix, cut_acs, find_acs, folding, in_phase, low_resolution_maps, maps_of, overlap, signal_operators, widened
+from .coils import MIN_ACS, compression_matrix, cut_acs, find_acs, folding, in_phase, low_resolution_maps, maps_of, overlap, signal_operators, too_few, widened
 from .fft import centre_crop_or_pad, ifft
 from .noise import whiten
 from .scale import evenly, intensity_scale
@@ -175,7 +175,7 @@ def measure(
     sigma, shown = (level / most**0.5 for level in (whitened.sigma, whitened.shown))
     kept = data if keep_lines or len(usable_axes(operator.shape)) == 1 else None
     adjoint = operator.adjoint(data)
-    calibrated = _calibrated(operator, adjoint, acs) if calibration is not None and _thin(find_acs(counts), counts.shape) else None
+    calibrated = _calibrated(operator, adjoint, acs) if calibration is not None and too_few(find_acs(counts), counts.shape) else None
     tissue = None if calibrated is None else intensity_scale(calibrated, voxel_mm)
     return Measurement(operator, adjoint, energy_of(data), samples, sigma, voxel_mm, acs_size, mixing, whitened.known, shown, warnings, kept, calibrated, tissue)
 
@@ -215,11 +215,6 @@ def _calibration_block(reference: Tensor, lines: Tensor, factor: Tensor, mixing:
     block = cut_acs(reference, size)
     averaged = centre_crop_or_pad(factor * lines.sqrt(), size).square().mean().sqrt()
     return _mix(mixing, block * centre_crop_or_pad(factor, block.shape[1:3])[..., None]), size, float(averaged)
-
-
-def _thin(size: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    """Whether calibration lines of `size` (z, y) are too few for coil maps."""
-    return any(n < min(MIN_ACS, full) for n, full in zip(size, shape))
 
 
 def _calibrated(operator: Sense, adjoint: Tensor, acs: Tensor) -> Tensor | None:
@@ -294,7 +289,7 @@ def _maps(acs: Tensor, sigma: float, size: tuple[int, int], whole: tuple[int, ..
     everywhere = torch.ones(shape, device=home)
     if whole[0] == 1:
         return torch.ones(whole, dtype=acs.dtype, device=home), everywhere, []
-    if _thin(size, shape):
+    if too_few(size, shape):
         few = (
             f"calibration lines cover only {size[0]} x {size[1]} (z x y) of the k-space centre, "
             f"{MIN_ACS} x {MIN_ACS} are wanted: coil maps were made from a smoothed image and may be poor"

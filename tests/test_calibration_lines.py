@@ -6,11 +6,13 @@ import ismrmrd
 import numpy as np
 import pytest
 import torch
-from conftest import gathered, line_like
+from conftest import gathered, line_like, load_small_scan
 
 from gadgets.gather import gather
 from gadgets.options import make_options
 from gadgets.recon import reconstruct
+from gadgets.simulation.protocol import SimulateOptions
+from recon_core.measurement import measure
 
 ONLY, BOTH = ismrmrd.ACQ_IS_PARALLEL_CALIBRATION, ismrmrd.ACQ_IS_PARALLEL_CALIBRATION_AND_IMAGING
 
@@ -75,6 +77,28 @@ def test_integrated_lines_are_image_lines(scan_with):
     scan = gathered(header, [*on, *off])
     assert scan.calibration is None
     assert bool((scan.counts[3:8, 4:9] == 1).all()) and int(scan.counts.sum()) == len(on) + len(off)
+
+
+@pytest.mark.parametrize("mode", ["embedded", "other"])
+def test_a_centre_square_of_the_first_repetition_serves_the_later_ones(tmp_path, mode):
+    """Regularly undersampled without one they would be aliased; with it their maps are those of the first, their lines their own."""
+    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=4, pattern="full", noise_lines=16, repetitions=3, snr=200), (24, 26, 16))
+    header.encoding[0].parallelImaging.calibrationMode = ismrmrd.xsd.calibrationModeType(mode)
+    scan = []
+    for line in lines:
+        step_1, step_2, repetition = line.idx.kspace_encode_step_1, line.idx.kspace_encode_step_2, line.idx.repetition
+        square = repetition == 0 and 7 <= step_1 < 19 and 6 <= step_2 < 18
+        if line.is_flag_set(ismrmrd.ACQ_IS_NOISE_MEASUREMENT) or step_1 % 2 == 1 and step_2 % 2 == 0 or square:
+            scan.append(flagged(line, BOTH) if square else line)
+    first, *later = gather(header, scan)
+    assert len(later) == 2 and not [w for w in first.warnings if "earlier volume" in w]
+    for volume in later:
+        assert [w for w in volume.warnings if "the coil maps are made from those of an earlier volume" in w]
+        assert int(volume.calibration[1].sum()) == 144 and int(volume.counts.sum()) == 13 * 12
+    options = make_options({"method": "cg", "device": "cpu", "output": "float32"})
+    images = [image.data[0] for image in reconstruct(header, scan, None, options)]
+    assert np.corrcoef(images[0].ravel(), images[1].ravel())[0, 1] > 0.97
+    assert not [w for volume in later for w in measure(volume.kspace, volume.counts, volume.geometry.voxel_mm, volume.noise, volume.calibration).warnings if "CAUTION" in w]
 
 
 def test_lines_for_both_complete_the_calibration_when_the_header_names_no_mode(scan_with):
