@@ -15,6 +15,7 @@ from .geometry import Geometry, ScanError, read_geometry
 from .readout import Readout
 from .volume import Grid, shift_between
 
+Centre = tuple[np.ndarray, np.ndarray]  # sums of lines [coils z y x], at most MAX_ACS along z and y, and their counts [z y]
 ENOUGH = 0.5  # of the lines of the fullest calibration; those with fewer are strays
 AWAY_MM, TURNED_DEGREES = 5.0, 3.0  # tolerated between calibration and image; coil maps are smooth
 Place = tuple[int, int, int, int]  # slice, contrast, set, phase
@@ -129,34 +130,48 @@ class Calibrations:
         return self.encodings[number]
 
 
-class CentreSquares:
-    """The fully sampled centres of image lines, by slab: a scan may acquire one with its first volume only.
+class Centres:
+    """The k-space centres of image lines, for later volumes that are regularly undersampled without calibration lines of their own.
 
-    Later volumes are then regularly undersampled without any calibration, which would leave them aliased.
+    A scan may acquire a full centre with its first volume only, or spread it over the repetitions, each of which acquires
+    other lines (interleaved calibration; TSENSE, Kellman et al., MRM 2001).
     """
 
     def __init__(self):
-        self.latest: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self.full: dict[int, Centre] = {}  # the latest of each slab
+        self.together: dict[Place, Centre] = {}  # sums over repetitions
 
-    def of(self, slab: int, kspace: np.ndarray, counts: np.ndarray, keep: bool) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Calibration (kspace [coils z y x], counts [z y]) from an earlier volume, for one that needs it.
+    def serve(self, key: tuple[int, ...], kspace: np.ndarray, counts: np.ndarray, keep: bool) -> tuple[tuple[torch.Tensor, torch.Tensor] | None, str]:
+        """Calibration (kspace [coils z y x], counts [z y]) for volume `key`, and a note for the user; None if it needs none or there is none.
 
-        Of a volume with a centre of its own, that is kept for later ones if `keep` is set.
+        What the volume itself acquired is kept for later ones if `keep` is set.
         """
-        lines = torch.from_numpy(counts)
-        size = find_acs(lines)
-        if not too_few(size, counts.shape):
-            block = tuple(slice(n // 2 - m // 2, n // 2 - m // 2 + m) for n, m in zip(counts.shape, (min(n, MAX_ACS) for n in size)))
+        middle = tuple(slice(n // 2 - m // 2, n // 2 - m // 2 + m) for n, m in zip(counts.shape, (min(n, MAX_ACS) for n in counts.shape)))
+        own = kspace[:, middle[0], middle[1]], counts[middle]
+        if not too_few(find_acs(torch.from_numpy(own[1])), counts.shape):
             if keep:
-                self.latest[slab] = kspace[:, block[0], block[1]].copy(), counts[block].copy()
-            return None
-        square, there = self.latest.get(slab, (None, None))
-        if square is None or len(square) == 1 or len(square) != len(kspace) or folding(lines) == 1:
-            return None
+                self.full[key[0]] = own[0].copy(), own[1].copy()
+            return None, ""
+        if len(kspace) == 1 or folding(torch.from_numpy(counts)) == 1:
+            return None, ""
+        found, note = self.full.get(key[0]), "those of an earlier volume"
+        if found is None or len(found[0]) != len(kspace):
+            found, note = self._with_others(_place(key), own, keep), "the lines of several repetitions"
+        if found is None or too_few(find_acs(torch.from_numpy(found[1])), counts.shape):
+            return None, ""
         whole, came = np.zeros_like(kspace), np.zeros_like(counts)
-        block = tuple(slice(n // 2 - m // 2, n // 2 - m // 2 + m) for n, m in zip(counts.shape, there.shape))
-        whole[:, block[0], block[1]], came[block] = square, there
-        return torch.from_numpy(whole), torch.from_numpy(came)
+        whole[:, middle[0], middle[1]], came[middle] = found
+        return (torch.from_numpy(whole), torch.from_numpy(came)), f"the lines are regularly undersampled without calibration lines: the coil maps are made from {note}"
+
+    def _with_others(self, place: Place, own: Centre, keep: bool) -> Centre | None:
+        """The sum of this centre and those of earlier repetitions, None if there are none of these."""
+        before = self.together.get(place)
+        if before is not None and len(before[0]) == len(own[0]):
+            self.together[place] = before[0] + own[0], before[1] + own[1]
+            return self.together[place]
+        if keep:
+            self.together[place] = own[0].copy(), own[1].copy()
+        return None
 
 
 def lies_elsewhere(image: ismrmrd.AcquisitionHeader, calibration: ismrmrd.AcquisitionHeader) -> list[str]:

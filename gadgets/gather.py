@@ -14,7 +14,7 @@ import ismrmrd
 import numpy as np
 import torch
 
-from .calibration import Calibrations, CentreSquares, lies_elsewhere
+from .calibration import Calibrations, Centres, lies_elsewhere
 from .centre import centre_offset, narrow
 from .completeness import missing_ends, missing_volumes
 from .failure import of_lines
@@ -76,7 +76,7 @@ class Gatherer:
         self.partitions = Partitions(self.geometry, header)
         self.volumes: dict[tuple[int, ...], Volume] = {}
         self.calibrations = Calibrations(header, self.geometry, self.readout)
-        self.squares = CentreSquares()
+        self.centres = Centres()
         self.noise: list[np.ndarray] = []
         self.noise_dwell_us = self.noise_power = 0.0  # dwell time of the first noise line; noise power in the first volume relative to the noise lines
         self.bandwidth_ratio = noise_bandwidth(header)
@@ -276,8 +276,8 @@ class Gatherer:
         remarks += told
         if scan.calibration is None:
             more = self.repetition > key[2] or any(self.promised.get(name, 1) > 1 for name in KEY[1:])
-            scan.calibration = self.squares.of(key[0], volume.grid.kspace, volume.grid.counts, keep=more)
-            remarks += ["the lines are regularly undersampled without calibration lines: the coil maps are made from those of an earlier volume"] * (scan.calibration is not None)
+            scan.calibration, note = self.centres.serve(key, volume.grid.kspace, volume.grid.counts, keep=more)
+            remarks += [note] * bool(note)
         if calibration is not None and scan.calibration is not None and calibration.head is not None:
             remarks += lies_elsewhere(scan.head, calibration.head)
         remarks += self._remarks(volume, calibration)
@@ -290,7 +290,7 @@ class Gatherer:
         """What the user should know about the lines of a volume, and about those of the scan that were left out."""
         remarks = []
         if volume.geometry.calibration == "interleaved" and calibration is None:
-            remarks.append("calibration is interleaved over the repetitions: each repetition and its coil maps are made from their own lines only")
+            remarks.append("calibration is interleaved over the repetitions: the coil maps are made from the lines of this and earlier repetitions")
         if volume.oversampling == 0 and any(self.calibrations.oversampling.values()):
             remarks.append(f"{AS_LONG}: it was assumed to be removed already")
         elif volume.oversampling == 0 and not volume.grid.lengths and self.readout.full_length > self.readout.cut_length and narrow(volume.grid.kspace, volume.grid.energy):
