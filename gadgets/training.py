@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 from pydantic import ValidationError
 
-from recon_core.train import TrainOptions
+from recon_core.train_options import TrainOptions
 from recon_core.volumes import Volume, read_volume
 
 from .files import FileError, open_hdf5

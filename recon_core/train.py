@@ -21,7 +21,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from .batches import Batches
@@ -29,38 +28,11 @@ from .curve import Curve
 from .prior import TRAINED_MM, Prior, find_weights, half_is_faster, load_prior, move_weights, read_card, replaced, save_prior
 from .rehearsal import Lesson, Rehearsal, lesson_loss
 from .team import Team
+from .train_options import TrainOptions
 from .validation import Validation
 from .volumes import SlicePool, Volume
 
 MAY_CHANGE = {"steps", "save_every_s", "validate_every", "device", "start_share", "workers", "scan_workers"}  # options that may differ when a run is resumed
-
-
-class TrainOptions(BaseModel):
-    """What a training run depends on; `workers` affects only its speed."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    architecture: str = Field("small", description="small (for CPUs too), base, or operator (in function space; it learns on voxels of 2 mm)")
-    steps: int = Field(12000, ge=1, description="may be changed when a run is resumed")
-    batch: int = Field(16, ge=1, description="slices per step, of all processes together")
-    crop: int = Field(64, ge=8, description="side of the square training crops")
-    learning_rate: float = Field(8e-4, gt=0, description="of AdamW")
-    ema_decay: float = Field(0.999, ge=0, lt=1, description="of the averaged weights, per step")
-    voxel_mm: tuple[float, float] = Field((0.5, 4.0), description="finest and coarsest voxel size; the same twice for one fixed size")
-    vary_sharpness: bool = Field(True, description="taper or interpolate some volumes, as protocols do; off to compare voxel sizes")
-    sigma_range: tuple[float, float] = Field((0.008, 2.0), description="noise levels, in tissue brightness")
-    vary_contrast: bool = Field(True, description="redraw the intensity curve of most volumes, so that other contrasts are met")
-    phantoms: float = Field(0.1, ge=0, le=1, description="share of the volumes drawn that are simulated phantoms, each made anew, so that those are met as well")
-    seed: int = Field(0, ge=0, description="of everything random")
-    save_every_s: float = Field(60.0, ge=0, description="at most this much work is lost by a kill")
-    validate_every: int = Field(1000, ge=1, description="steps between validations")
-    own_states: float = Field(0.0, ge=0, description="weight, beside denoising, of lessons from the solver's own states (rehearsal.py); 0 for none")
-    start_from: str | None = Field(None, description="weights to go on from, for example to add a site's own volumes")
-    start_share: float = Field(0.5, ge=0, le=1, description="share of the weights started from in those that are written (arXiv 2109.01903)")
-    precision: str = Field("auto", pattern="^(auto|fp32|bf16)$", description="of the network: auto (bf16 where the device has it), fp32 or bf16")
-    device: str = Field("auto", pattern="^(auto|cpu|cuda)$", description="auto (a GPU per process if there is one), cpu or cuda")
-    workers: int | None = Field(None, ge=0, description="threads that draw volumes ahead of the network, 0 for none; by default up to 4 beside a GPU, none on CPUs, which the network fills; no weight depends on it")
-    scan_workers: int | None = Field(None, ge=0, description="processes that simulate scans for own_states ahead of the network, 0 for none; by default up to 10 beside a GPU, none on CPUs")
 
 
 def train(

@@ -18,7 +18,6 @@ from conftest import load_small_scan
 
 from gadgets import version
 from gadgets.cli import main
-from gadgets.commands.train import OPTIONS
 from gadgets.demo import EXAMPLE
 from gadgets.files import FileError
 from gadgets.image_files import ImageWriter, read_images
@@ -27,7 +26,7 @@ from gadgets.flags import NOISE_BIT
 from gadgets.header import parse_header
 from gadgets.simulation.protocol import SimulateOptions
 from recon_core.simulate import phantom
-from recon_core.train import TrainOptions
+from recon_core.train_options import TrainOptions
 
 
 def run(capsys, *arguments):
@@ -401,10 +400,11 @@ def test_the_version_and_what_training_can_be_told(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--version"])
     assert ended.value.code == 0 and capsys.readouterr().out == f"slicediff {version()}\n"
-    fields = TrainOptions.model_fields
-    for name, what in OPTIONS.items():
-        default = fields[name].default
-        assert default is None or str(f"{default:g}" if isinstance(default, float) else default) in what, name
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    for name, field in TrainOptions.model_fields.items():
+        assert f"--{name.replace('_', '-')} " in told and " ".join(field.description.split()[:4]) in told, name
 
 
 def test_conform_with_a_port_alone_tests_the_server_there(capsys):

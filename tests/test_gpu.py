@@ -22,7 +22,8 @@ from recon_core.neural_field import NeuralField
 from recon_core.prior import load_prior
 from recon_core.representation import Grid
 from recon_core.simulate import phantom
-from recon_core.train import TrainOptions, train
+from recon_core.train import train
+from recon_core.train_options import TrainOptions
 from recon_core.variational import VariationalConfig
 from recon_core.volumes import Volume
 

@@ -15,7 +15,8 @@ from recon_core.measurement import measure
 from recon_core.neural_operator import NOISE_MM, TAP_MM, NeuralOperator, sampled_kernel, smooth_noise
 from recon_core.prior import Prior, PriorError, load_prior
 from recon_core.simulate import phantom
-from recon_core.train import TrainOptions, first_prior
+from recon_core.train import first_prior
+from recon_core.train_options import TrainOptions
 
 MESHES = [(1.0, 1.0), (4.0, 4.0), (1.0, 4.0)]
 

@@ -17,7 +17,8 @@ from recon_core.prior import Prior, load_prior
 from recon_core.rehearsal import NOTHING_WRONG, Rehearsal, lesson_loss, of_few_shapes
 from recon_core.simulate import phantom
 from recon_core.slices import MIN_SIDE, usable_axes
-from recon_core.train import TrainOptions, first_prior, train
+from recon_core.train import first_prior, train
+from recon_core.train_options import TrainOptions
 from recon_core.validation import Validation
 from recon_core.variational import VariationalConfig
 from recon_core.volumes import SlicePool, Volume, dipole_field, load_volume, to_voxel_mm
@@ -202,7 +203,8 @@ def test_two_processes_do_what_one_does(volumes, tmp_path, short_scans):
 import sys
 from pathlib import Path
 from recon_core.rehearsal import Rehearsal
-from recon_core.train import TrainOptions, train
+from recon_core.train import train
+from recon_core.train_options import TrainOptions
 from recon_core.variational import VariationalConfig
 from recon_core.volumes import load_volume
 Rehearsal.config, Rehearsal.voxels = VariationalConfig(sweeps=2), (15_000, 20_000)
