@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .coils import MIN_ACS, compression_matrix, cut_acs, find_acs, folding, in_phase, low_resolution_maps, maps_of, overlap, signal_operators, too_few, widened
-from .fft import centre_crop_or_pad, ifft
+from .fft import centre_crop_or_pad, fft, ifft
 from .noise import whiten
 from .scale import evenly, intensity_scale
 from .sense import Sense
@@ -23,6 +23,8 @@ SINGLE_VOLUMES = 14  # besides these: 12 coils of 320 x 320 x 256 peak at 9.4 Gi
 KEPT_ARRAYS = 2  # data that are kept, and a part of them
 DARK, DARKEST, SEEN = 0.025, 0.005, 15.0  # share of the bright signal, the same at the highest SNR, multiple of the noise: where the object ends
 WRAPS, WRAPS_BADLY = 0.08, 0.4  # share of the object that lies over other parts of it: reported, and reported with CAUTION
+PHASE_GAIN = 1.2  # times as much of the data must another phase of the calibration explain
+PHASE_ROUNDS, PHASE_RHO, PHASE_ITERATIONS = 2, 1e-3, 10  # of the conjugate gradients that show the phase of a scan whose calibration has another
 TRUSTED = 2.0  # times the median count: what some lines gain from more averages, coil-map errors in them cost all others
 
 
@@ -218,18 +220,37 @@ def _calibration_block(reference: Tensor, lines: Tensor, factor: Tensor, mixing:
 
 
 def _calibrated(operator: Sense, adjoint: Tensor, acs: Tensor) -> Tensor | None:
-    """Image [z y x] of the calibration lines, times the complex factor that makes it explain y best; None if there is none.
+    """Image [z y x] of the calibration lines, with the factor and the smooth phase that make it explain y best; None if there is none.
 
-    The calibration may have another contrast, phase or gain; only its own part of k-space is compared with y.
+    The calibration may have another contrast, gain or echo time, and with that another phase: it is that of what the scan itself
+    shows by conjugate gradients, at the resolution of the calibration. Only its own part of k-space is compared with y.
     """
     if not acs.numel():
         return None
     image, maps = torch.zeros_like(adjoint), operator.coil_maps()
     for coil, of_coil in zip(acs, maps):
         image += of_coil.to(image.device).conj() * _low_resolution(coil.to(image.device), operator.shape)
-    explained = inner(image, operator.normal(image))
-    factor = complex(torch.vdot(image.flatten(), adjoint.flatten())) / explained if explained else 0
-    return factor * image if factor else None
+    (best, most), start = _fitted(operator, image, adjoint), None
+    for _ in range(PHASE_ROUNDS):
+        seen = operator.solve(adjoint, PHASE_RHO, start, PHASE_ITERATIONS)
+        turned, explained = _fitted(operator, image * torch.sgn(_blurred(seen * image.conj(), acs.shape[1:3])), adjoint)
+        best, most = (turned, explained) if explained > PHASE_GAIN * most else (best, most)
+        start = best
+    return best if most else None
+
+
+def _fitted(operator: Sense, image: Tensor, adjoint: Tensor) -> tuple[Tensor, float]:
+    """`image` [z y x] times the complex factor that makes A x explain y best, and how much of ||y||^2 that explains."""
+    energy = inner(image, operator.normal(image))
+    factor = complex(torch.vdot(image.flatten(), adjoint.flatten())) / energy if energy else 0
+    return factor * image, abs(factor) ** 2 * energy
+
+
+def _blurred(volume: Tensor, lines: Sequence[int]) -> Tensor:
+    """[z y x] with a Hann window over so many central lines (z, y) of its k-space."""
+    sides = [min(pair) for pair in zip(lines, volume.shape)]
+    window = _hann(sides[0], volume)[:, None] * _hann(sides[1], volume)
+    return ifft(fft(volume, (0, 1)) * centre_crop_or_pad(window, volume.shape[:2])[..., None], (0, 1))
 
 
 def _low_resolution(coil: Tensor, shape: tuple[int, int, int]) -> Tensor:
@@ -332,6 +353,9 @@ def _support(acs: Tensor, shape: tuple[int, int, int], sigma: float) -> Tensor:
 def _window(acs: Tensor) -> Tensor:
     out = torch.ones(acs.shape[1:], device=acs.device)
     for axis, n in enumerate(acs.shape[1:]):
-        ramp = torch.hann_window(n + 2, periodic=False, device=acs.device)[1:-1]
-        out = out * ramp.reshape([-1 if i == axis else 1 for i in range(3)])
+        out = out * _hann(n, acs).reshape([-1 if i == axis else 1 for i in range(3)])
     return out
+
+
+def _hann(length: int, like: Tensor) -> Tensor:
+    return torch.hann_window(length + 2, periodic=False, device=like.device)[1:-1]

@@ -3,8 +3,8 @@
     python tests/benchmarks/lattices.py gadgets/example/head_2mm.nii.gz
 
 The volume is seen by 8 coils at --voxel-mm, SNR --snr, 30 readout positions. Lattices have k = 0 on them or as far from them
-as can be (`offset`, lines); the calibration is 20 x 20 lines of the same contrast, or of another one with inverted brightness
-(`calibration`). `begins` says where the conjugate gradients begin: at the calibration's image (the default) or, with 15
+as can be (`offset`, lines); the calibration is 20 x 20 lines of the same contrast, of another one with inverted brightness, or with
+another phase, as another echo time makes it: 3 radians from the middle to the edge along both phase encodes (`calibration`). `begins` says where the conjugate gradients begin: at the calibration's image (the default) or, with 15
 iterations as for other scans, at zero. Written to results/lattices.csv: PSNR inside the object, and the brightness there
 over the true one, of CG-SENSE and of slice diffusion after it.
 """
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--snr", type=float, default=30.0)
     arguments = parser.parse_args()
     prior, rows = load_prior("small"), []
-    for calibration in ("same contrast", "another contrast"):
+    for calibration in ("same contrast", "another contrast", "another phase"):
         for steps, offset in LATTICES:
             scan, whole, truth = separately_calibrated(arguments.volume, arguments.voxel_mm, arguments.snr, steps, offset, calibration)
             for begins in ("calibration", "zero"):
@@ -67,11 +67,17 @@ def separately_calibrated(path: Path, voxel_mm: float, snr: float, steps: tuple[
     lattice = torch.zeros(truth.shape[:2])
     lattice[tuple(slice((n // 2 + away) % step, None, step) for n, step, away in zip(lattice.shape, steps, offset))] = 1
     square = centre_block(lattice.shape, ACS).float()
-    dark = 1 if calibration == "same contrast" else (1 - truth / truth.max()).square()
-    separate = noisy(images * dark) * square[..., None]
+    changes = {"another contrast": (1 - truth / truth.max()).square(), "another phase": other_phase(truth.shape[:2])[..., None]}
+    separate = noisy(images * changes.get(calibration, 1)) * square[..., None]
     lines, kspace, calibrated = torch.from_numpy(noise.draw(4096)), noisy(images), (separate, square)
     scan = measure(kspace * lattice[..., None], lattice, size, lines, calibrated)
     return scan, cg_sense(measure(kspace, torch.ones_like(lattice), size, lines, calibrated)), truth
+
+
+def other_phase(shape: tuple[int, int]) -> Tensor:
+    """exp(i 3 (z^2 + y)) [z y], z and y from -1 to 1."""
+    z, y = torch.meshgrid(*(torch.linspace(-1, 1, n) for n in shape), indexing="ij")
+    return torch.exp(3j * (z**2 + y))
 
 
 def judged(name: str, image: Tensor, whole: Tensor, truth: Tensor) -> dict:

@@ -231,7 +231,7 @@ def lattices(name: str) -> str:
             for image in ("cg", "diffusion"):
                 cell = f"{float(row[f'{image} psnr']):.1f} ({float(row[f'{image} brightness']):.2f})"
                 found.setdefault((row["lattice"], row["offset"]), {})[row["calibration"], image, row["begins"]] = cell
-    columns = [("same contrast", "cg"), ("same contrast", "diffusion"), ("another contrast", "diffusion")]
+    columns = [("same contrast", "cg"), ("same contrast", "diffusion"), ("another contrast", "diffusion"), ("another phase", "diffusion")]
     lines = [line(["lattice, z x y", "lines from k = 0", *(f"{METHODS[image]}, {calibration}" for calibration, image in columns)]), rule(2 + len(columns))]
     for key, cells in found.items():
         lines.append(line([*(part.replace("x", " x ") for part in key), *(f"{cells[(*column, 'zero')]} / {cells[(*column, 'calibration')]}" for column in columns)]))
