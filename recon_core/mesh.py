@@ -27,7 +27,7 @@ def on_finer_mesh(measurement: Measurement, factor: float, start: Tensor) -> Mea
 
     Intensities are kept: `kspace_crop` of a volume to the old matrix is the volume on the old grid. `sigma` is scaled like the
     lines by the larger transform, so the solver takes an image's noise on this grid to be higher than it is by the root of the ratio of
-    voxels (`factor` where both phase encodes are refined); given the true value, it reconstructed planes 0.05 to 0.2 dB worse.
+    voxels (`factor` where both phase encodes are refined); given the true value, it reconstructed planes worse.
 
     Args:
         measurement: one that keeps its `lines` [coils z y x] and has usable slices of one orientation only.
