@@ -269,7 +269,7 @@ class Gatherer:
 
     def _scan(self, volume: Volume, key: tuple[int, ...], notes: list[str]) -> Scan:
         self._centre_lines(volume)
-        noise, brightness, remarks = self._noise(volume)
+        noise, gain, remarks = self._noise(volume)
         calibration, told = self.calibrations.of(key, len(volume.grid.kspace))
         remarks += self._centre_echoes(volume, key[1], calibration)
         scan = volume.scan(noise, calibration)
@@ -283,7 +283,7 @@ class Gatherer:
         remarks += self._remarks(volume, calibration)
         scan.warnings += [*self.notes, *self.partitions.notes, *remarks, *notes]
         scan.flaw = scan.flaw or self.partitions.flaw(volume.grid.counts, self.seen.get("slice", ()))
-        scan.series, scan.phase_reference, scan.brightness = self.series, self.phase_reference, brightness
+        scan.series, scan.phase_reference, scan.gain = self.series, self.phase_reference, gain
         return scan
 
     def _remarks(self, volume: Volume, calibration: Grid | None) -> list[str]:
@@ -333,7 +333,7 @@ class Gatherer:
         return [f"the echo lies {abs(offset)} samples (without oversampling) {side} the centre sample that the lines state: its true place was used"] if offset else []
 
     def _noise(self, volume: Volume) -> tuple[torch.Tensor | None, float, list[str]]:
-        """Noise [coils samples] scaled to that of one gathered sample, the `brightness` of `Scan`, and notes for the user.
+        """Noise [coils samples] scaled to that of one gathered sample, the `gain` of `Scan`, and notes for the user.
 
         Noise power per sample is proportional to 1/dwell; a noise scan sees only the receiver's noise bandwidth of it,
         whereas the middle of the readout sees all of it (Kellman and McVeigh, MRM 2005).

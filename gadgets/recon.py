@@ -15,7 +15,8 @@ import torch
 
 from recon_core.cg_sense import cg_sense
 from recon_core.device_failure import GPU_LOST, ran_out_of_memory, why_the_cpu
-from recon_core.measurement import Measurement, measure
+from recon_core.measure import measure
+from recon_core.measurement import Measurement
 from recon_core.methods import METHODS
 from recon_core.trust import doubts
 
@@ -77,8 +78,8 @@ def images_of(scan: Scan, prior, options: Options, images: Callable[..., list[is
     if not (outcome.failure and options.preview):
         yield from images(outcome.volume, series=SERIES["final"], name=outcome.name, notes=notes + outcome.remarks)
     if options.error_map and not outcome.failure:
-        doubt = estimate_error(measurement, preview, prior, options, report, hurry)
-        yield from images(doubt.volume, series=SERIES["error"], name=doubt.name, notes=notes + doubt.remarks)
+        error = estimate_error(measurement, preview, prior, options, report, hurry)
+        yield from images(error.volume, series=SERIES["error"], name=error.name, notes=notes + error.remarks)
     return outcome.failure
 
 
@@ -112,7 +113,7 @@ def _look(scan: Scan, options: Options, device: torch.device, report: Report, sp
     if device.type == "cpu" or spare:  # scans that arrived meanwhile may have taken the free memory
         check_memory(to_compute(coils, shape, options.coils), "its image needs")
     reference = scan.phase_reference.get(coils)
-    how = dict(coils=options.coils, device=device, phase_reference=reference, louder=louder, keep_lines=options.error_map, brightness=scan.brightness, on_host=spare)
+    how = dict(coils=options.coils, device=device, phase_reference=reference, louder=louder, keep_lines=options.error_map, gain=scan.gain, on_host=spare)
     measurement = measure(scan.kspace, scan.counts, scan.geometry.voxel_mm, scan.noise, scan.calibration, **how)
     scan.phase_reference.setdefault(coils, measurement.mixing[0].cpu())
     report("measured", {"coils": measurement.operator.coils, "acs": list(measurement.acs), "warnings": scan.warnings + measurement.warnings})

@@ -16,7 +16,8 @@ from recon_core.ahead import Ahead, Crew
 from recon_core.cg_sense import cg_sense
 from recon_core.device_failure import GpuHangs, ran_out_of_memory
 from recon_core.jackknife import estimated_error
-from recon_core.measurement import Measurement, measure
+from recon_core.measure import measure
+from recon_core.measurement import Measurement
 from recon_core.methods import METHODS
 from recon_core.metrics import object_mask
 from recon_core.prior import Prior, PriorError, load_prior

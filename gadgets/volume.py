@@ -26,7 +26,7 @@ class Scan:
 
     `head` is the header of the acquired line nearest the k-space centre, or of the first line if none could be used.
     `series` (pixel scales, by series, contrast and set) and `phase_reference` (by number of coils) are shared by all
-    volumes of a scan, as they must be the same for all its images. `brightness` converts an image in noise units to
+    volumes of a scan, as they must be the same for all its images. `gain` converts an image in noise units to
     those of the scan's first volume, whose lines may have another dwell time. `flaw` says why no image can be made of
     the volume, if so.
     """
@@ -40,7 +40,7 @@ class Scan:
     warnings: list[str] = field(default_factory=list)
     series: dict[tuple[int, ...], float] = field(default_factory=dict)
     phase_reference: dict[int, torch.Tensor] = field(default_factory=dict)
-    brightness: float = 1.0
+    gain: float = 1.0
     flaw: str = ""
 
 

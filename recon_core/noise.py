@@ -31,10 +31,10 @@ class Whitening(NamedTuple):
     warnings: list[str]
 
 
-def whiten(kspace: Tensor, mask: Tensor, factor: Tensor, averages: float, noise: Tensor | None = None, louder: float = 1.0, brightness: float = 1.0) -> Whitening:
+def whiten(kspace: Tensor, mask: Tensor, factor: Tensor, averages: float, noise: Tensor | None = None, louder: float = 1.0, gain: float = 1.0) -> Whitening:
     """Prewhitening by the noise lines, or as well as the scan itself allows.
 
-    With noise lines sigma is 1, or `louder`, times `brightness`. An estimate only evens out the coils and keeps the units of
+    With noise lines sigma is 1, or `louder`, times `gain`. An estimate only evens out the coils and keeps the units of
     the data: otherwise its error would appear as brightness that changes from one volume of a scan to the next. Noise lines
     louder than the scan itself (another receiver gain or bandwidth) give the noise correlation between coils, but not its level.
 
@@ -45,7 +45,7 @@ def whiten(kspace: Tensor, mask: Tensor, factor: Tensor, averages: float, noise:
         averages: largest number of lines summed.
         noise: [coils samples] noise samples, if there are noise lines.
         louder: noise of the scan over that of its noise lines.
-        brightness: factor on data prewhitened by noise lines, so that volumes of different dwell times can be compared.
+        gain: factor on data prewhitened by noise lines, so that volumes of different dwell times can be compared.
     """
     reason = "no noise lines"
     if noise is not None:
@@ -55,7 +55,7 @@ def whiten(kspace: Tensor, mask: Tensor, factor: Tensor, averages: float, noise:
             reason = f"unusable noise lines ({error})"
         else:
             found = _by_noise_lines(matrix, kspace, mask, factor, averages, louder)
-            return found._replace(matrix=brightness * found.matrix, sigma=brightness * found.sigma, shown=brightness * found.shown)
+            return found._replace(matrix=gain * found.matrix, sigma=gain * found.sigma, shown=gain * found.shown)
     return _by_itself(kspace, mask, factor, averages, f"{reason}: the noise level was estimated from the scan itself")
 
 

@@ -23,7 +23,8 @@ from torch.utils.data import Dataset
 from .cg_sense import cg_sense
 from .elsewhere import made_elsewhere
 from .fft import fft
-from .measurement import Measurement, measure
+from .measure import measure
+from .measurement import Measurement
 from .pose import Pose
 from .scale import intensity_scale
 from .simulate import coil_sensitivity, loop_sensitivities, sampling_mask, smooth_phase

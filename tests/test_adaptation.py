@@ -10,7 +10,7 @@ from test_variational import VOXEL, last, problem
 from recon_core.adaptation import PASSES, reconstruct_adapted
 from recon_core.cg_sense import cg_sense
 from recon_core.fft import centre_crop_or_pad
-from recon_core.measurement import measure
+from recon_core.measure import measure
 from recon_core.metrics import object_mask, psnr
 from recon_core.prior import Prior, load_prior
 from recon_core.pupil import Pupil, importance, unexplained

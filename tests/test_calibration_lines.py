@@ -13,7 +13,7 @@ from gadgets.options import make_options
 from gadgets.recon import reconstruct
 from gadgets.simulation.protocol import SimulateOptions
 from recon_core.coils import find_acs
-from recon_core.measurement import measure
+from recon_core.measure import measure
 
 ONLY, BOTH = ismrmrd.ACQ_IS_PARALLEL_CALIBRATION, ismrmrd.ACQ_IS_PARALLEL_CALIBRATION_AND_IMAGING
 

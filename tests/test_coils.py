@@ -9,7 +9,7 @@ from conftest import random_complex
 
 from recon_core.coils import MATRICES_AT_ONCE, compression_matrix, cut_acs, dominant_eigenvectors, find_acs, folding, in_phase, low_resolution_maps, maps_of, overlap, signal_operators
 from recon_core.fft import centre_crop_or_pad, fft
-from recon_core.measurement import measure
+from recon_core.measure import measure
 from recon_core.simulate import coil_sensitivity, loop_sensitivities, phantom
 
 

@@ -627,7 +627,7 @@ def test_what_noise_lines_discard_is_no_noise(tmp_path):
 def test_a_dwell_time_that_makes_no_sense_is_no_dwell_time(tmp_path, dwell):
     header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=2, pattern="full", noise_lines=4))
     plain, scan = gathered(header, lines), gathered(header, [line_like(line, sample_time_us=dwell) for line in lines])
-    assert torch.isfinite(torch.view_as_real(scan.noise)).all() and scan.brightness == plain.brightness == 1
+    assert torch.isfinite(torch.view_as_real(scan.noise)).all() and scan.gain == plain.gain == 1
 
 
 @pytest.mark.parametrize("useless", [False, True])

@@ -17,7 +17,7 @@ from gadgets.solve import load_prior_for, prior_of
 from recon_core.adaptation import reconstruct_adapted
 from recon_core.cg_sense import cg_sense
 from recon_core.gaussians import Gaussians
-from recon_core.measurement import measure
+from recon_core.measure import measure
 from recon_core.neural_field import NeuralField
 from recon_core.prior import load_prior
 from recon_core.representation import Grid

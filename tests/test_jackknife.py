@@ -20,7 +20,8 @@ from recon_core import jackknife
 from recon_core.adaptation import reconstruct_adapted
 from recon_core.cg_sense import cg_sense
 from recon_core.jackknife import CENTRE, GROUPS, estimated_error, smoothed, without_groups
-from recon_core.measurement import Measurement, measure
+from recon_core.measure import measure
+from recon_core.measurement import Measurement
 from recon_core.methods import METHODS
 from recon_core.metrics import object_mask
 from recon_core.prior import load_prior

@@ -11,7 +11,7 @@ from gadgets.cli import main
 from gadgets.image_files import read_images
 from recon_core.cg_sense import cg_sense
 from recon_core.fft import fft, ifft
-from recon_core.measurement import measure
+from recon_core.measure import measure
 from recon_core.methods import METHODS
 from recon_core.metrics import object_mask, psnr
 from recon_core.prior import load_prior

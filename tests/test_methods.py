@@ -11,7 +11,8 @@ from gadgets.options import make_options
 from gadgets.solve import prior_of
 from recon_core.cg_sense import cg_sense
 from recon_core.faithful import FaithfulConfig, diffusion_levels, noise_levels, random_slabs, reconstruct_faithful, slice_gradient
-from recon_core.measurement import Measurement, measure
+from recon_core.measure import measure
+from recon_core.measurement import Measurement
 from recon_core.methods import METHODS
 from recon_core.metrics import object_mask, psnr
 from recon_core.plug_and_play import PlugAndPlayConfig, reconstruct_plug_and_play

@@ -11,7 +11,7 @@ from gadgets.solve import load_prior_for
 from recon_core.cg_sense import cg_sense
 from recon_core.faithful import FaithfulConfig, reconstruct_faithful
 from recon_core.fft import kspace_crop
-from recon_core.measurement import measure
+from recon_core.measure import measure
 from recon_core.neural_operator import NOISE_MM, TAP_MM, NeuralOperator, sampled_kernel, smooth_noise
 from recon_core.prior import Prior, PriorError, load_prior
 from recon_core.simulate import phantom

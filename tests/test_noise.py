@@ -5,7 +5,7 @@ import torch
 from conftest import random_complex
 
 from recon_core.cg_sense import cg_sense
-from recon_core.measurement import measure
+from recon_core.measure import measure
 from recon_core.noise import LOUD, estimate_sigma, whitening_matrix
 
 

@@ -14,7 +14,8 @@ from recon_core.faithful import RMS, FaithfulConfig, prior_mesh, reconstruct_fai
 from recon_core.fft import fft, kspace_crop
 from recon_core.gaussians import Gaussians, Splat, cubes
 from recon_core.interpolation import interpolate
-from recon_core.measurement import Measurement, measure
+from recon_core.measure import measure
+from recon_core.measurement import Measurement
 from recon_core.methods import METHODS
 from recon_core.metrics import object_mask, psnr
 from recon_core.neural_field import NeuralField

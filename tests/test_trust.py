@@ -21,7 +21,7 @@ from gadgets.simulation.protocol import SimulateOptions
 from recon_core.ahead import Ahead, Crew, left_behind
 from recon_core.cg_sense import cg_sense
 from recon_core.fft import fft
-from recon_core.measurement import measure
+from recon_core.measure import measure
 from recon_core.state import State
 from recon_core.trust import BARS, Trust, doubts, judge
 

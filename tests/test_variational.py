@@ -10,8 +10,9 @@ from conftest import random_complex
 from recon_core.cg_sense import cg_sense
 from recon_core.coils import cut_acs
 from recon_core.fft import fft, ifft
-from recon_core.measurement import Measurement, measure
-from recon_core.measurement import _support as support
+from recon_core.low_resolution import object_support as support
+from recon_core.measure import measure
+from recon_core.measurement import Measurement
 from recon_core.methods import METHODS
 from recon_core.metrics import object_mask, psnr
 from recon_core.scale import intensity_scale

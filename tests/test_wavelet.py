@@ -6,7 +6,8 @@ from conftest import random_complex, run_chain
 from test_variational import VOXEL, last, problem
 
 from recon_core.cg_sense import cg_sense
-from recon_core.measurement import Measurement, measure
+from recon_core.measure import measure
+from recon_core.measurement import Measurement
 from recon_core.metrics import object_mask, psnr
 from recon_core.sense import Sense
 from recon_core.wavelet import WaveletConfig, join, reconstruct_wavelet, shrink, split

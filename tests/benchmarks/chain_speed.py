@@ -31,7 +31,7 @@ from gadgets.header import parse_header
 from gadgets.simulation.protocol import SimulateOptions, make_header
 from recon_core.cg_sense import cg_sense
 from recon_core.fft import fft
-from recon_core.measurement import measure
+from recon_core.measure import measure
 from recon_core.methods import METHODS, Method
 from recon_core.prior import Prior, load_prior
 from recon_core.simulate import coil_sensitivity, phantom, sampling_mask

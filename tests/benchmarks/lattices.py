@@ -23,7 +23,8 @@ from torch import Tensor
 from gadgets.simulation.scan import Noise, SimulateOptions, coil_images, load_object
 from recon_core.cg_sense import STRENGTH_OF_LATTICES, cg_sense
 from recon_core.fft import centre_block, fft
-from recon_core.measurement import Measurement, measure
+from recon_core.measure import measure
+from recon_core.measurement import Measurement
 from recon_core.metrics import object_mask, psnr
 from recon_core.prior import load_prior
 from recon_core.scale import intensity_scale

@@ -15,7 +15,8 @@ from torch import Tensor
 from gadgets.simulation.scan import Noise, SimulateOptions, coil_images, load_object
 from recon_core.cg_sense import cg_sense
 from recon_core.fft import fft, ifft
-from recon_core.measurement import Measurement, measure
+from recon_core.measure import measure
+from recon_core.measurement import Measurement
 from recon_core.metrics import object_mask
 from recon_core.scale import intensity_scale
 from recon_core.sense import Sense

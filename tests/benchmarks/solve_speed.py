@@ -20,7 +20,7 @@ from torch import Tensor
 
 from recon_core.cg_sense import cg_sense
 from recon_core.fft import fft
-from recon_core.measurement import measure
+from recon_core.measure import measure
 from recon_core.prior import load_prior
 from recon_core.simulate import coil_sensitivity, phantom, sampling_mask
 from recon_core.variational import reconstruct_variational

@@ -1,0 +1,194 @@
+"""Makes the inverse problem of gathered k-space: prewhitens, averages, compresses coils and estimates coil maps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from .coils import MIN_ACS, compression_matrix, cut_acs, find_acs, folding, in_phase, low_resolution_maps, maps_of, overlap, signal_operators, too_few
+from .fft import centre_crop_or_pad
+from .low_resolution import calibrated_image, object_support
+from .measurement import Measurement, energy_of
+from .noise import whiten
+from .scale import intensity_scale
+from .sense import Sense
+from .slices import usable_axes
+
+WORK_ARRAYS = 3  # data, maps and a temporary copy of the maps
+SINGLE_VOLUMES = 14  # besides these: 12 coils of 320 x 320 x 256 peak at 9.4 GiB (tests/benchmarks/chain_speed.py)
+KEPT_ARRAYS = 2  # data that are kept, and a part of them
+WRAPS, WRAPS_BADLY = 0.08, 0.4  # share of the object that lies over other parts of it: reported, and reported with CAUTION
+TRUSTED = 2.0  # times the median count: what some lines gain from more averages, coil-map errors in them cost all others
+
+
+def measure(
+    kspace: Tensor,
+    counts: Tensor,
+    voxel_mm: tuple[float, float, float],
+    noise: Tensor | None = None,
+    calibration: tuple[Tensor, Tensor] | None = None,
+    *,
+    coils: int = 12,
+    device: str | torch.device = "cpu",
+    phase_reference: Tensor | None = None,
+    louder: float = 1.0,
+    keep_lines: bool = False,
+    gain: float = 1.0,
+    on_host: bool = False,
+) -> Measurement:
+    """Prewhiten, average, compress coils and estimate coil maps.
+
+    Args:
+        kspace: [coils z y x] complex64 sums over averages, x in image space, k = 0 at n//2; may stay on the host.
+        counts: [z y] number of lines summed.
+        voxel_mm: voxel size of the encoded grid along z, y, x.
+        noise: [coils samples] noise samples, if there are noise lines.
+        calibration: separate calibration (kspace, counts) on the same grid, if there is one.
+        coils: maximum number of virtual coils.
+        device: where to compute.
+        phase_reference: [coils] the combination of coils whose map is to be real: the first row of another volume's
+            `mixing`, to make phases comparable with that volume's; by default that of this volume.
+        louder: noise of the scan over that of its noise lines (Measurement.excess_noise).
+        keep_lines: keep `lines` of volumes too, to estimate the error (jackknife.py).
+        gain: factor on the image's units, which noise lines make those of the noise, so that volumes of different dwell times can be compared.
+        on_host: keep the arrays of all coils in host memory, read by the device in parts; by default only if they do not
+            seem to fit.
+
+    Raises:
+        ValueError: if nothing was acquired, or samples are not finite or too large to square.
+    """
+    if not bool(counts.any()):
+        raise ValueError("no imaging line was acquired: nothing to reconstruct")
+    if not _finite(kspace, counts):
+        raise ValueError("the k-space holds NaN, infinity or numbers too large to square; the scan cannot be reconstructed")
+    calibration, of_no_use = _usable(calibration)
+    trusted = counts.clamp_max(TRUSTED * float(counts[counts > 0].median()))
+    most = float(trusted.max())
+    mask = (trusted / most).sqrt()
+    factor = mask / counts.clamp_min(1)
+    reference, lines = (kspace, counts) if calibration is None else calibration
+    reference_factor = 1 / lines.clamp_min(1)  # not `factor`: its weights would blur the relations between neighbouring samples that give the maps
+    whitened = whiten(kspace, mask, factor, most, noise, louder, gain)
+    mixing, warnings = whitened.matrix, [*of_no_use, *whitened.warnings]
+    acs, acs_size, averaged = _calibration_block(reference, lines, reference_factor, mixing)
+    if len(mixing) > 1:
+        compression = compression_matrix(acs if acs.numel() else _mix(mixing, _innermost(kspace, counts)), min(coils, len(mixing)))
+        mixing, acs = compression @ mixing, _mix(compression, acs)
+    if on_host:
+        warnings.append("the GPU's memory ran short: coil maps stay in the host's memory")
+    home = torch.device("cpu") if on_host else _home(mixing.shape[0], kspace.shape[1:], torch.device(device), warnings, WORK_ARRAYS + KEPT_ARRAYS * keep_lines)
+    data = _mix_lines(mixing, kspace, factor, home)
+    all_lines = lambda: _mix_lines(mixing, reference, reference_factor * (lines > 0), home)  # noqa: E731
+    maps, support, doubts = _maps(acs.to(device), whitened.sigma * averaged, acs_size, (len(mixing), *kspace.shape[1:]), all_lines, lines.to(home))
+    warnings += doubts
+    if phase_reference is not None and len(mixing) > 1 and not torch.equal(phase_reference, mixing[0]):
+        maps = in_phase(maps, mixing, phase_reference)
+    operator = Sense(maps.mul_(support), mask, device)
+    samples = int((mask > 0).sum()) * data.shape[0] * data.shape[-1]
+    sigma, shown = (level / most**0.5 for level in (whitened.sigma, whitened.shown))
+    kept = data if keep_lines or len(usable_axes(operator.shape)) == 1 else None
+    adjoint = operator.adjoint(data)
+    calibrated = calibrated_image(operator, adjoint, acs) if calibration is not None and too_few(find_acs(counts), counts.shape) else None
+    tissue = None if calibrated is None else intensity_scale(calibrated, voxel_mm)
+    return Measurement(operator, adjoint, energy_of(data), samples, sigma, voxel_mm, acs_size, mixing, whitened.known, shown, warnings, kept, calibrated, tissue)
+
+
+def _finite(kspace: Tensor, counts: Tensor) -> bool:
+    """Whether all samples of the acquired lines are finite and can be squared; coils together, one plane at a time."""
+    return all(bool(torch.isfinite(lines.sum(dim=0).abs().square().sum())) for _, _, lines in _acquired(kspace, counts))
+
+
+def _usable(calibration: tuple[Tensor, Tensor] | None) -> tuple[tuple[Tensor, Tensor] | None, list[str]]:
+    """The separate calibration if maps can be made from it, else None; and warnings that say why not."""
+    if calibration is None:
+        return None, []
+    if not _finite(*calibration):
+        return None, ["the calibration lines hold NaN, infinity or numbers too large to square and were left out"]
+    if not any(bool(lines.any()) for _, _, lines in _acquired(*calibration)):
+        return None, ["the calibration lines hold only zeros and were left out"]
+    return calibration, []
+
+
+def _calibration_block(reference: Tensor, lines: Tensor, factor: Tensor, mixing: Tensor) -> tuple[Tensor, tuple[int, int], float]:
+    """Calibration lines of the virtual coils [coils z y x], their number (z, y), and their noise relative to a single line."""
+    size = find_acs(lines)
+    if not size[0]:
+        return torch.zeros((len(mixing), 0, 0, 0), dtype=reference.dtype), size, 1.0
+    block = cut_acs(reference, size)
+    averaged = centre_crop_or_pad(factor * lines.sqrt(), size).square().mean().sqrt()
+    return _mix(mixing, block * centre_crop_or_pad(factor, block.shape[1:3])[..., None]), size, float(averaged)
+
+
+def _innermost(kspace: Tensor, counts: Tensor, lines: int = 64) -> Tensor:
+    """The acquired lines nearest the k-space centre [coils lines x], for scans that lack the centre itself."""
+    there = (counts > 0).nonzero()
+    middle = torch.tensor([n // 2 for n in counts.shape], device=there.device)
+    z, y = there[(there - middle).square().sum(1).argsort(stable=True)[:lines]].T
+    return kspace[:, z, y] / counts[z, y, None]
+
+
+def _mix(matrix: Tensor, data: Tensor) -> Tensor:
+    """`matrix` [virtual coils coils] times `data` [coils ...]."""
+    return (matrix @ data.flatten(1)).reshape(len(matrix), *data.shape[1:])
+
+
+def _mix_lines(matrix: Tensor, kspace: Tensor, factor: Tensor, home: torch.device) -> Tensor:
+    """matrix @ (kspace * factor) [virtual coils z y x] at `home`; only lines with a nonzero factor are read and moved."""
+    out = torch.zeros((len(matrix), *kspace.shape[1:]), dtype=kspace.dtype, device=home)
+    matrix = matrix.to(home)
+    for z, there, lines in _acquired(kspace, factor):
+        out[:, z, there.to(home)] = _mix(matrix, lines.to(home) * factor[z, there, None].to(home))
+    return out
+
+
+def _acquired(kspace: Tensor, counts: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Acquired lines, plane by plane (z, indices y, lines [coils lines x]), to avoid a second array of all coils."""
+    for z in range(kspace.shape[1]):
+        there = counts[z].nonzero()[:, 0]
+        if len(there):
+            yield z, there, kspace[:, z, there]
+
+
+def _home(coils: int, shape: tuple[int, int, int], device: torch.device, warnings: list[str], arrays: int = WORK_ARRAYS) -> torch.device:
+    """Where to keep the arrays of all coils: on the device if they fit, else on the host, read by the device in parts."""
+    if device.type != "cuda":
+        return device
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by earlier volumes, available to this one
+    needed, free = 8 * (arrays * coils + SINGLE_VOLUMES) * math.prod(shape), torch.cuda.mem_get_info(device)[0] + cached
+    if needed <= free:
+        return device
+    warnings.append(f"the GPU has {free / 2**30:.1f} GiB free, {coils} coils need {needed / 2**30:.1f} GiB: coil maps stay in the host's memory")
+    return torch.device("cpu")
+
+
+def _maps(acs: Tensor, sigma: float, size: tuple[int, int], whole: tuple[int, ...], all_lines: Callable[[], Tensor], counts: Tensor) -> tuple[Tensor, Tensor, list[str]]:
+    """Coil maps of size `whole` (coils, z, y, x) and support [z y x], by the best method that the calibration lines allow, and warnings.
+
+    If there are too few calibration lines, `all_lines` gives k-space of that size with all lines there are, in numbers
+    `counts` [z y]; maps and support are on the device of `counts`.
+    """
+    shape, home = whole[1:], counts.device
+    everywhere = torch.ones(shape, device=home)
+    if whole[0] == 1:
+        return torch.ones(whole, dtype=acs.dtype, device=home), everywhere, []
+    if too_few(size, shape):
+        few = (
+            f"calibration lines cover only {size[0]} x {size[1]} (z x y) of the k-space centre, "
+            f"{MIN_ACS} x {MIN_ACS} are wanted: coil maps were made from a smoothed image and may be poor"
+        )
+        folded = folding(counts)
+        lattice = f"CAUTION: the undersampling is regular and no calibration separates the coils: the image is aliased {folded}-fold"
+        return low_resolution_maps(all_lines(), counts), everywhere, [few] + [lattice] * (folded > 1)
+    operators = signal_operators(acs, shape, sigma)
+    return maps_of(operators, shape, home), object_support(acs, shape, sigma).to(home), _wraps(overlap(operators, acs))
+
+
+def _wraps(share: float) -> list[str]:
+    """Warnings about an object of which a `share` lies over another part of it."""
+    if share < WRAPS:
+        return []
+    wraps = f"about {share:.0%} of the object seems to lie over other parts of it: it reaches beyond the field of view along a phase encode, and one set of coil maps cannot describe both"
+    return [f"{'CAUTION: ' * (share > WRAPS_BADLY)}{wraps}"]
