@@ -22,6 +22,7 @@ from .volume import Scan
 
 SERIES = {"preview": 1, "final": 2, "error": 3}
 FULL_SCALE = 4095
+CLIPPED = 0.01  # of a volume's voxels: what contrast agent in vessels may cut off rather than change the scale of a series
 SAMPLED = 1_000_000  # voxels, for percentiles: sorting a whole large volume takes longer than converting it to pixels
 BETWEEN_NOTES = "; "
 RIGHT_ANGLE = 1e-2  # tolerance of the directions' dot products against those of orthonormal vectors
@@ -38,7 +39,8 @@ def make_images(volume: torch.Tensor, scan: Scan, options: Options, header, seri
     """Images of one reconstructed volume [z y x]: one 3D image, or one per partition.
 
     Images of a series with the same contrast and set share one scale: the first of their volumes fixes it, because
-    the later ones are not known when it is sent, and individual scales would hide changes over time.
+    the later ones are not known when it is sent, and individual scales would hide changes over time. Only where more
+    than CLIPPED of a volume would be cut off (the first one was an empty slice or a preparation) a new scale begins.
     Each contrast or set has its own scale: a dark first one (MP2RAGE) would leave no headroom for the others.
 
     Args:
@@ -55,9 +57,13 @@ def make_images(volume: torch.Tensor, scan: Scan, options: Options, header, seri
     if not bool(torch.isfinite(torch.view_as_real(volume)).all()):
         raise ValueError(f"the {name} image holds NaN or infinity and was not sent")
     alike = (series, scan.head.idx.contrast, scan.head.idx.set)
-    pixels, scale, saturated = to_pixels(volume, options.output, scan.series.get(alike))
+    earlier = scan.series.get(alike)
+    pixels, scale, saturated = to_pixels(volume, options.output, earlier)
+    if saturated > CLIPPED * pixels.size and earlier is not None:
+        pixels, scale, saturated = to_pixels(volume, options.output)
+        notes = [*notes, f"CAUTION: much brighter than the earlier images of its series: from here on, equal pixels mean {earlier / scale:.3g} times the signal (divide pixels by GADGETRON_ScaleRatio)"]
     if pixels.any():
-        scan.series.setdefault(alike, scale)
+        scan.series[alike] = scale
     if saturated:
         notes = [*notes, f"{saturated} {'voxel is' if saturated == 1 else 'voxels are'} brighter than {FULL_SCALE} and {'was' if saturated == 1 else 'were'} clipped: the first volume of a contrast sets its scale"]
     frame, assumed = frame_of(scan)

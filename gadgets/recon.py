@@ -73,10 +73,10 @@ def images_of(scan: Scan, prior, options: Options, images: Callable[..., list[is
     measurement, preview = look(scan, options, report)
     notes = scan.warnings + measurement.warnings
     if METHODS[options.method].iterative and options.preview:
-        yield from images(preview, series=SERIES["preview"], name=PREVIEW, notes=notes)
+        yield from images(measurement.as_bright_as_measured(preview), series=SERIES["preview"], name=PREVIEW, notes=notes)
     outcome = solve(measurement, preview, prior, options, report, hurry)
     if not (outcome.failure and options.preview):
-        yield from images(outcome.volume, series=SERIES["final"], name=outcome.name, notes=notes + outcome.remarks)
+        yield from images(measurement.as_bright_as_measured(outcome.volume), series=SERIES["final"], name=outcome.name, notes=notes + outcome.remarks)
     if options.error_map and not outcome.failure:
         error = estimate_error(measurement, preview, prior, options, report, hurry)
         yield from images(error.volume, series=SERIES["error"], name=error.name, notes=notes + error.remarks)

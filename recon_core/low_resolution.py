@@ -17,7 +17,8 @@ from .sense import Sense
 
 DARK, DARKEST, SEEN = 0.025, 0.005, 15.0  # share of the bright signal, the same at the highest SNR, multiple of the noise: where the object ends
 PHASE_GAIN = 1.2  # times as much of the data must another phase of the calibration explain
-PHASE_ROUNDS, PHASE_RHO, PHASE_ITERATIONS = 2, 1e-3, 10  # of the conjugate gradients that show the phase of a scan whose calibration has another
+PHASE_ROUNDS, PHASE_SETTLED = 6, 1.01  # at most so many, while each explains this many times as much as the one before
+PHASE_RHO, PHASE_ITERATIONS = 1e-3, 10  # of the conjugate gradients that show the phase of a scan whose calibration has another
 
 
 def object_support(acs: Tensor, shape: tuple[int, int, int], sigma: float) -> Tensor:
@@ -51,13 +52,15 @@ def calibrated_image(operator: Sense, adjoint: Tensor, acs: Tensor) -> Tensor | 
     image, maps = torch.zeros_like(adjoint), operator.coil_maps()
     for coil, of_coil in zip(acs, maps):
         image += of_coil.to(image.device).conj() * _low_resolution(coil.to(image.device), operator.shape)
-    (best, most), start = _fitted(operator, image, adjoint), None
+    (plain, known), turned, start, found = _fitted(operator, image, adjoint), None, None, 0.0
     for _ in range(PHASE_ROUNDS):
-        seen = operator.solve(adjoint, PHASE_RHO, start, PHASE_ITERATIONS)
-        turned, explained = _fitted(operator, image * torch.sgn(_blurred(seen * image.conj(), acs.shape[1:3])), adjoint)
-        best, most = (turned, explained) if explained > PHASE_GAIN * most else (best, most)
-        start = best
-    return best if most else None
+        seen = operator.solve(adjoint if start is None else adjoint + PHASE_RHO * start, PHASE_RHO, start, PHASE_ITERATIONS)
+        start, explained = _fitted(operator, image * torch.sgn(_blurred(seen * image.conj(), acs.shape[1:3])), adjoint)
+        if explained < max(known, PHASE_SETTLED * found):
+            break
+        turned, found = start, explained
+    best = turned if found > PHASE_GAIN * known else plain
+    return best if known or found else None
 
 
 def _fitted(operator: Sense, image: Tensor, adjoint: Tensor) -> tuple[Tensor, float]:

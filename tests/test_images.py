@@ -148,17 +148,31 @@ def test_images_of_nan_are_not_sent():
 
 
 def test_a_series_has_one_scale_and_says_what_was_cut():
-    """The first volume fixes it; a brighter one is cut beyond 1.5 times, and counted."""
+    """The first volume fixes it; where a later one is brighter than 1.5 times in a few voxels (contrast agent), they are cut, and counted."""
     volume = torch.from_numpy(np.random.default_rng(0).uniform(0.5, 1, (8, 10, 12))).to(torch.complex64)
+    enhanced = volume.clone()
+    enhanced[2, 3, :8] *= 3
     scan = a_scan()
     make = lambda v, series, number: next(make_images(v, scan, make_options(), HEADER, series, number, "name", []))  # noqa: E731
-    first, second, bright, other = make(volume, 1, 0), make(1.2 * volume, 1, 1), make(3 * volume, 1, 2), make(3 * volume, 2, 0)
+    first, second, bright, other = make(volume, 1, 0), make(1.2 * volume, 1, 1), make(enhanced, 1, 2), make(3 * volume, 2, 0)
     np.testing.assert_allclose(second.data.astype(float), 1.2 * first.data, atol=1.2)
     assert {i.meta["GADGETRON_ScaleRatio"] for i in (first, second, bright)} == {first.meta["GADGETRON_ScaleRatio"]}
     np.testing.assert_array_equal(other.data, first.data)
     cut = int((bright.data == 4095).sum())
-    assert f"{cut} voxels are brighter than 4095 and were clipped" in bright.meta["ImageComments"]
+    assert cut > 1 and f"{cut} voxels are brighter than 4095 and were clipped" in bright.meta["ImageComments"]
     assert "cut" not in first.meta["ImageComments"] + second.meta["ImageComments"]
+
+
+def test_a_dark_first_volume_does_not_cut_the_later_ones_off():
+    """An empty slice or a preparation comes first: a new scale begins, is told once, and leads back to the same signal."""
+    volume = torch.from_numpy(np.random.default_rng(0).uniform(0.5, 1, (8, 10, 12))).to(torch.complex64)
+    scan = a_scan()
+    dark, full, third = (next(make_images(v, scan, make_options(), HEADER, 1, n, "name", [])) for n, v in enumerate((0.02 * volume, volume, volume)))
+    ratio = [float(i.meta["GADGETRON_ScaleRatio"]) for i in (dark, full, third)]
+    assert ratio[0] == pytest.approx(50 * ratio[1]) and ratio[1] == ratio[2]
+    assert "CAUTION: much brighter than the earlier images of its series: from here on, equal pixels mean 50 times the signal" in full.meta["ImageComment"]
+    assert third.meta["ImageComment"] == "name"
+    np.testing.assert_allclose(full.data[0] / ratio[1], volume.abs(), atol=1 / 2000)
 
 
 def test_the_first_volume_is_not_cut_and_what_is_cut_in_later_ones_is_counted():

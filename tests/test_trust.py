@@ -317,6 +317,16 @@ def test_a_spike_is_told(noise):
     assert text.startswith("CAUTION: CG-SENSE leaves ") and text.endswith(" times the noise of the data unexplained: spikes, motion, or lines of another scan?")
 
 
+def test_noisy_echoes_keep_their_ratio(tmp_path, prior):
+    """Fully sampled, the images of CG-SENSE are as bright as those without regularisation, at SNR 3 as well."""
+    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=3, pattern="full", snr=3, noise_lines=16), (20, 22, 18))
+    shown = {m: list(recon.reconstruct(header, lines, prior, make_options({"method": m, "sweeps": 4, "device": "cpu", "output": "float32"}))) for m in ("zero-filled", "cg", "diffusion")}
+    plain, cg, preview = (shown[m][0].data for m in shown)
+    inside = plain > np.percentile(plain, 90)
+    for image in (cg, preview):
+        assert image[inside].mean() == pytest.approx(plain[inside].mean(), rel=0.02)
+
+
 def test_noise_lines_that_are_too_quiet_are_told_with_both_images_and_change_no_brightness(tmp_path, prior):
     """Of two repetitions each is judged by itself; their units stay those of the noise lines."""
     header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=3, pattern="full", snr=30, noise_lines=16, repetitions=2), (20, 22, 18))

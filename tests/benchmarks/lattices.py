@@ -21,7 +21,7 @@ from scans import save_table
 from torch import Tensor
 
 from gadgets.simulation.scan import Noise, SimulateOptions, coil_images, load_object
-from recon_core.cg_sense import STRENGTH_OF_LATTICES, cg_sense
+from recon_core.cg_sense import cg_sense
 from recon_core.fft import centre_block, fft
 from recon_core.measure import measure
 from recon_core.measurement import Measurement
@@ -49,7 +49,7 @@ def main() -> None:
                 row = {"volume": arguments.volume.name.split(".")[0], "voxel_mm": arguments.voxel_mm, "snr": arguments.snr, "coils": COILS}
                 row |= {"lattice": "x".join(map(str, steps)), "offset": "x".join(map(str, offset)), "calibration": calibration, "begins": begins}
                 there = scan if begins == "calibration" else replace(scan, calibrated=None)
-                start = cg_sense(there) if begins == "calibration" else cg_sense(there, strength=STRENGTH_OF_LATTICES)
+                start = cg_sense(there)
                 for state in reconstruct_variational(there, prior, start):
                     pass
                 rows.append(row | judged("cg", start, whole, truth) | judged("diffusion", state.volume, whole, truth))
