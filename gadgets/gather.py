@@ -89,6 +89,7 @@ class Gatherer:
         self.seen: dict[str, set[int]] = {name: set() for name in self.promised}
         self.notes: list[str] = []
         self.doubtful: list[ismrmrd.Acquisition] = []  # lines outside the matrix with the header's centre, inside with another
+        self.waiting: list[ismrmrd.Acquisition] = []  # lines of the first slice, which may be a partition
         self.centred = False  # whether a volume has shown where k = 0 lies
         self.echoes: dict[int, int] = {}  # for each contrast: by how many samples its lines misstate the echo position
         self.given: set[tuple[int, ...]] = set()
@@ -153,7 +154,12 @@ class Gatherer:
         if line.active_channels < 1:
             self.channelless += 1
             return
-        line = self.partitions(line) if idx.slice or not self.partitions.decided else line
+        if self.partitions.unsure(line):
+            self.waiting.append(line)
+            return
+        if self.waiting:
+            yield from self._release()
+        line = self.partitions(line) if idx.slice or self.partitions.are_planes or not self.partitions.decided else line
         idx, key = line.idx, volume_key(line.idx)
         if line.encoding_space_ref:
             self.others[line.encoding_space_ref] += 1
@@ -172,6 +178,21 @@ class Gatherer:
                 self.late += 1
             else:
                 self._image(line, key)
+
+    def _release(self) -> Iterator[Scan]:
+        """Take the lines that waited for those of another slice."""
+        if self.partitions.are_planes:
+            self._flatten()
+        waiting, self.waiting = self.waiting, []
+        for line in waiting:
+            yield from self.add(line)
+
+    def _flatten(self, *finished: Volume) -> None:
+        """Continue with single slices instead of volumes, also for the `finished` ones."""
+        self.geometry, self.offered = self.partitions.plane(self.geometry), None
+        for volume in (*finished, *self.volumes.values()):
+            volume.flatten(self.geometry)
+        self.calibrations.flatten(self.geometry)
 
     def _doubt(self, line: ismrmrd.Acquisition, key: tuple[int, ...]) -> Iterator[Scan]:
         """Keep a line that supports a k-space centre other than the header's; once there are too many to be strays, use that centre for the whole scan."""
@@ -210,6 +231,9 @@ class Gatherer:
 
     def finish(self, before: int | None = None) -> Iterator[Scan]:
         """Yield and release all volumes, or those of repetitions below `before`."""
+        if before is None and self.waiting:
+            self.partitions.apart_mm = self.partitions.apart_mm or 0.0
+            yield from self._release()
         promised = {name: count for name, count in self.promised.items() if name != "slice" or not self.partitions.are_slices}
         notes = missing_volumes(promised, self.seen) if before is None else []
         for key in sorted(key for key in self.volumes if before is None or key[2] < before):
@@ -231,7 +255,7 @@ class Gatherer:
         return self.offered[1] if self.offered and self.offered[0] == key and len(self.offered[1]) == coils else None
 
     def _volume(self, key: tuple[int, ...], coils: int, kspace: np.ndarray | None = None) -> Volume:
-        self.admit(coils, len(self.volumes) + 1)
+        self.admit(coils, math.ceil((len(self.volumes) + 1) * self.geometry.shape[0] / self.partitions.count))  # of the header's matrix
         volume = self.volumes[key] = Volume(self.geometry, coils, kspace)
         for name, value in zip(KEY, key):
             self.seen.setdefault(name, set()).add(value)
@@ -268,6 +292,8 @@ class Gatherer:
         return self.lines - self.newest[repetition] > (SINCE_LACKING if lacking else SINCE) * size
 
     def _scan(self, volume: Volume, key: tuple[int, ...], notes: list[str]) -> Scan:
+        if self.partitions.single([one.grid.counts for one in (volume, *self.volumes.values())], self.seen.get("slice", ())):
+            self._flatten(volume)
         self._centre_lines(volume)
         noise, gain, remarks = self._noise(volume)
         calibration, told = self.calibrations.of(key, len(volume.grid.kspace))

@@ -79,6 +79,16 @@ class Geometry:
         notes = [f"the strongest lines lie {abs(by)} lines {'beyond' if by > 0 else 'before'} the header's centre {stated} of {name}: {at} assumed" for by, stated, name, at in zip(offset[::-1], self.centre, STEPS, centre) if by]
         return replace(self, centre=centre, limits=limits, warnings=(*self.warnings, *notes))
 
+    def plane(self, thick_mm: float) -> Geometry:
+        """With a single partition of that thickness, whatever the header says of partitions."""
+        (x, y, _), (fov_x, fov_y, _) = self.encoded_matrix, self.encoded_fov_mm
+        (recon_x, recon_y, _), (wide, high, _) = self.recon_matrix, self.recon_fov_mm
+        return replace(
+            self, encoded_matrix=(x, y, 1), encoded_fov_mm=(fov_x, fov_y, thick_mm), recon_matrix=(recon_x, recon_y, 1), recon_fov_mm=(wide, high, thick_mm),
+            centre=(self.centre[0], 0), limits=(self.limits[0], (0, 0)), acceleration=(self.acceleration[0], 1), fitting=(self.fitting[0], None),
+            warnings=tuple(note for note in self.warnings if STEPS[1] not in note),
+        )  # fmt: skip
+
     def settled(self) -> Geometry:
         """With the header's centre where still in doubt, and only the steps inside the matrix: partial Fourier scans often announce those of all of it."""
         limits, notes = list(self.limits), list(self.warnings)

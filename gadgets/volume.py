@@ -84,6 +84,12 @@ class Grid:
         self.counts, self.energy = (shifted(array, shift) for array in (self.counts, self.energy))
         self.lines, self.filled = int(self.counts.sum()), int((self.counts > 0).sum())
 
+    def flatten(self) -> None:
+        """Keep only the first plane that has lines."""
+        z = int((self.counts > 0).any(axis=1).argmax())
+        self.kspace = np.ascontiguousarray(self.kspace[:, z : z + 1])
+        self.counts, self.energy = (array[z : z + 1] for array in (self.counts, self.energy))
+
     def centre_echo(self, offset: int | None = None) -> int:
         """Centre the echo, by `offset` samples or as the lines themselves show; returns the offset. Acts only once, then returns 0."""
         if self.echo_moved:
@@ -237,6 +243,16 @@ class Volume:
         self.averages_at, self.calibrating = (shifted(array, shift) for array in (self.averages_at, self.calibrating))
         self.strange = {(z + shift[0], y + shift[1]) for z, y in self.strange}
         self.nearest, self.head, self.judged = self.other_nearest, self.other_head or self.head, (0, False)
+
+    def flatten(self, geometry: Geometry) -> None:
+        """Continue with `geometry`, which has a single partition: that of the lines."""
+        z = int((self.grid.counts > 0).any(axis=1).argmax())
+        away = abs(z - self.geometry.shape[0] // 2)
+        self.geometry = geometry
+        self.grid.flatten()
+        self.averages_at, self.calibrating = (array[z : z + 1] for array in (self.averages_at, self.calibrating))
+        self.strange = {(0, y) for at, y in self.strange if at == z}
+        self.nearest, self.other_nearest, self.judged = self.nearest - away, self.other_nearest - away, (0, False)
 
     def lacks_nothing(self, averages: int) -> bool:
         """Whether as many lines and averages came as the header announces; cached until another line comes."""
