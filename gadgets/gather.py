@@ -353,10 +353,12 @@ class Gatherer:
         offset = self.echoes[contrast] = volume.grid.centre_echo(self.echoes.get(contrast))
         if calibration is not None:
             calibration.centre_echo()
-            if calibration.foreign:
-                calibration.move(tuple(-n for n in centre_offset(calibration.energy) or (0, 0)))
+            calibration.centre_lines()
         side = "beyond" if offset > 0 else "before"
-        return [f"the echo lies {abs(offset)} samples (without oversampling) {side} the centre sample that the lines state: its true place was used"] if offset else []
+        notes = [f"the echo lies {abs(offset)} samples (without oversampling) {side} the centre sample that the lines state: its true place was used"] if offset else []
+        if calibration is not None and calibration.renumbered:
+            notes.append("the calibration lines do not surround the image's centre of k-space and seem to be numbered on their own: their strongest line was taken for it")
+        return notes
 
     def _noise(self, volume: Volume) -> tuple[torch.Tensor | None, float, list[str]]:
         """Noise [coils samples] scaled to that of one gathered sample, the `gain` of `Scan`, and notes for the user.

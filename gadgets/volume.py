@@ -8,7 +8,9 @@ import ismrmrd
 import numpy as np
 import torch
 
-from .centre import echo_offset, move_echo
+from recon_core.coils import find_acs, too_few
+
+from .centre import block_offset, centre_offset, echo_offset, move_echo
 from .completeness import NO_CENTRE, hole_at_centre, missing_lines
 from .failure import of_lines
 from .flags import BOTH_BIT, REVERSE_BIT
@@ -59,7 +61,7 @@ class Grid:
         self.lines = self.filled = self.outside = self.unfit = self.uncentred = self.empty = self.reversed = 0
         self.echo_moved = False
         self.lengths: dict[str, int] = {}  # what was assumed about lines longer or shorter than the header says, and of how many
-        self.foreign = False
+        self.foreign = self.renumbered = False  # of another encoding; with a numbering of their own
         self.head: ismrmrd.AcquisitionHeader | None = None  # of the first line; for calibration only
 
     def place(self, line: ismrmrd.Acquisition, own: Geometry, image: Geometry) -> tuple[int, int] | None:
@@ -83,6 +85,15 @@ class Grid:
             coil[:] = np.roll(coil, shift, (0, 1))
         self.counts, self.energy = (shifted(array, shift) for array in (self.counts, self.energy))
         self.lines, self.filled = int(self.counts.sum()), int((self.counts > 0).sum())
+
+    def centre_lines(self) -> None:
+        """Move calibration lines whose strongest ones lie far from the middle of the matrix there: they count from another one."""
+        offset, own = centre_offset(self.energy), not self.foreign
+        if offset is None and too_few(find_acs(torch.from_numpy(self.counts)), self.counts.shape):
+            offset = block_offset(self.energy)
+        if offset and any(offset):
+            self.move(tuple(-n for n in offset))
+            self.foreign, self.renumbered = True, own
 
     def flatten(self) -> None:
         """Keep only the first plane that has lines."""
