@@ -32,6 +32,7 @@ IN_A_ROW = 0.5  # times its size: after more consecutive lines of a later one, a
 SINCE = 4  # times its size: after more lines since its last one, a repetition that may or may not be complete is over
 SINCE_LACKING = 8  # the same for one known to lack averages, or its last-line flag (its first line was flagged)
 AS_LONG = "the lines are too short for the readout oversampling that other lines of the scan have"
+UNEVEN = "CAUTION: the lines' trajectories are not uniform (ramp sampling?), but this server reads the samples as equally spaced: regrid them first"
 MAX_NOISE_SAMPLES = 1 << 24  # more do not improve the covariance
 INTEGRATED = ("embedded", "interleaved")
 Admit = Callable[[int, int], None]
@@ -244,6 +245,8 @@ class Gatherer:
 
     def _image(self, line: ismrmrd.Acquisition, key: tuple[int, ...]) -> None:
         volume = self.volumes.get(key) or self._volume(key, line.active_channels, self._offer(key, line.active_channels))
+        if volume.first is None and line.trajectory_dimensions and self.readout.uneven(line) and UNEVEN not in self.notes:
+            self.notes.append(UNEVEN)
         if "average" in self.seen:
             self.seen["average"].add(line.idx.average)
         volume.add(line, self.readout)

@@ -175,3 +175,23 @@ def test_slices_counted_as_a_matrix_fit_the_memory_of_one(scan):
     one = Budget(header, 1.0).nbytes(2)
     budget = Budget(header, 1.01 * one / 2**30)
     assert len(list(gather(header, [*noise, *(line for plane in stack for line in plane)], budget.check))) == 8
+
+
+def with_trajectory(line, places):
+    """A line with a trajectory [samples dimensions]."""
+    head = line.getHead()
+    head.trajectory_dimensions = places.shape[1]
+    return ismrmrd.Acquisition(head, line.data, places.astype(np.float32))
+
+
+def test_a_trajectory_that_is_not_uniform_is_told(scan):
+    header, lines = scan
+    even = (np.arange(24) - 12) / 24
+    ramps = np.sin(even * np.pi * 0.95) / (2 * np.sin(0.475 * np.pi))
+    wave = 0.05 * np.sin(4 * np.pi * even)
+    zero = 0 * even
+    cases = [(np.stack([even, zero + 0.1, zero], 1), False), (even[::-1, None], False), (even[:, None] * 24 + 0.3, False), (zero[:, None], False), (even[:, None] + 1e-3 * wave[:, None], False)]
+    for places, told in [*cases, (ramps[:, None], True), (np.stack([ramps, zero], 1), True), (np.stack([even, wave], 1), True)]:
+        found = gathered(header, [line if line.flags & NOISE_BIT else with_trajectory(line, places) for line in lines])
+        assert torch.equal(found.kspace, gathered(*scan).kspace)
+        assert [w for w in found.warnings if "CAUTION" in w] == (["CAUTION: the lines' trajectories are not uniform (ramp sampling?), but this server reads the samples as equally spaced: regrid them first"] if told else [])
