@@ -312,7 +312,7 @@ class Gatherer:
         remarks += self._remarks(volume, calibration)
         scan.warnings += [*self.notes, *self.partitions.notes, *remarks, *notes]
         scan.flaw = scan.flaw or self.partitions.flaw(volume.grid.counts, self.seen.get("slice", ()))
-        scan.series, scan.phase_reference, scan.gain = self.series, self.phase_reference, gain
+        scan.series, scan.phase_reference, scan.gain, scan.echo_offset = self.series, self.phase_reference, gain, self.echoes[key[1]]
         return scan
 
     def _remarks(self, volume: Volume, calibration: Grid | None) -> list[str]:
@@ -358,7 +358,7 @@ class Gatherer:
             calibration.centre_echo()
             calibration.centre_lines()
         side = "beyond" if offset > 0 else "before"
-        notes = [f"the echo lies {abs(offset)} samples (without oversampling) {side} the centre sample that the lines state: its true place was used"] if offset else []
+        notes = [f"the echo lies {abs(offset)} samples (without oversampling) {side} the centre sample that the lines state: its true place was used, and complex images keep the phase that it gives them"] if offset else []
         if calibration is not None and calibration.renumbered:
             notes.append("the calibration lines do not surround the image's centre of k-space and seem to be numbered on their own: their strongest line was taken for it")
         return notes

@@ -30,7 +30,8 @@ class Scan:
     `series` (pixel scales, by series, contrast and set) and `phase_reference` (by number of coils) are shared by all
     volumes of a scan, as they must be the same for all its images. `gain` converts an image in noise units to
     those of the scan's first volume, whose lines may have another dwell time. `flaw` says why no image can be made of
-    the volume, if so.
+    the volume, if so. `echo_offset` is the number of samples (without oversampling) by which the echo was found beyond the
+    stated centre and moved back.
     """
 
     geometry: Geometry
@@ -44,6 +45,7 @@ class Scan:
     phase_reference: dict[int, torch.Tensor] = field(default_factory=dict)
     gain: float = 1.0
     flaw: str = ""
+    echo_offset: int = 0
 
 
 class Grid:
