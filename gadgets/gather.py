@@ -33,6 +33,7 @@ SINCE = 4  # times its size: after more lines since its last one, a repetition t
 SINCE_LACKING = 8  # the same for one known to lack averages, or its last-line flag (its first line was flagged)
 AS_LONG = "the lines are too short for the readout oversampling that other lines of the scan have"
 UNEVEN = "CAUTION: the lines' trajectories are not uniform (ramp sampling?), but this server reads the samples as equally spaced: regrid them first"
+DISAGREE = 1.2  # times as loud: noise lines of other receiver settings
 MAX_NOISE_SAMPLES = 1 << 24  # more do not improve the covariance
 INTEGRATED = ("embedded", "interleaved")
 Admit = Callable[[int, int], None]
@@ -80,6 +81,7 @@ class Gatherer:
         self.centres = Centres()
         self.noise: list[np.ndarray] = []
         self.noise_dwell_us = self.noise_power = 0.0  # dwell time of the first noise line; noise power in the first volume relative to the noise lines
+        self.noise_first: int | None = None  # number of noise lines before the first volume
         self.bandwidth_ratio = noise_bandwidth(header)
         self.others: Counter[int] = Counter()  # lines of each encoding space other than the image's
         self.skipped = self.foreign = self.late = self.channelless = self.calibrating = self.lines = self.streak = 0
@@ -260,6 +262,8 @@ class Gatherer:
     def _volume(self, key: tuple[int, ...], coils: int, kspace: np.ndarray | None = None) -> Volume:
         self.admit(coils, math.ceil((len(self.volumes) + 1) * self.geometry.shape[0] / self.partitions.count))  # of the header's matrix
         volume = self.volumes[key] = Volume(self.geometry, coils, kspace)
+        volume.noise_came = len(self.noise)
+        self.noise_first = volume.noise_came if self.noise_first is None else self.noise_first
         for name, value in zip(KEY, key):
             self.seen.setdefault(name, set()).add(value)
         self.ended.discard(key[2])  # if repetition is the inner loop of another counter, it recurs for each value of that counter
@@ -370,16 +374,42 @@ class Gatherer:
         whereas the middle of the readout sees all of it (Kellman and McVeigh, MRM 2005).
         """
         coils = len(volume.grid.kspace)
-        usable = [n for n in self.noise if n.shape[0] == coils]
+        usable, remarks = self._noise_lines(volume, coils)
         if not usable:
             return None, 1.0, [f"the noise lines have {self.noise[0].shape[0]} channels instead of the scan's {coils}: they were not used"] if self.noise else []
-        samples = sum(n.shape[1] for n in usable)
-        if samples < 4 * coils:
-            return None, 1.0, [f"the noise lines have {samples} samples for {coils} channels, too few: they were not used"]
+        if not _enough(usable, coils):
+            return None, 1.0, [f"the noise lines have {sum(n.shape[1] for n in usable)} samples for {coils} channels, too few: they were not used"]
         dwell_us = _dwell_us(volume.head or volume.first)
         power = (self.noise_dwell_us / dwell_us if self.noise_dwell_us and dwell_us else 1.0) / self.bandwidth_ratio
         self.noise_power = self.noise_power or power
-        return torch.from_numpy(np.concatenate(usable, axis=1)) * power**0.5, (power / self.noise_power) ** 0.5, []
+        return torch.from_numpy(np.concatenate(usable, axis=1)) * power**0.5, (power / self.noise_power) ** 0.5, remarks
+
+    def _noise_lines(self, volume: Volume, coils: int) -> tuple[list[np.ndarray], list[str]]:
+        """The noise lines for a volume, and notes for the user: those before the scan's first volume, for a brightness that stays the same.
+
+        Later ones that came before this volume are used if they differ, as another receiver gain does to noise and image; all lines if none came in time.
+        """
+        first = self.noise_first or 0
+        early, late = ([n for n in lines if n.shape[0] == coils] for lines in (self.noise[:first], self.noise[first : volume.noise_came]))
+        if not _enough(early, coils):
+            return [n for n in self.noise if n.shape[0] == coils], []
+        if not _enough(late, coils):
+            return early, []
+        before, after = _level(early), _level(late)
+        louder = after / before if before > 0 else math.nan
+        if not 0 < louder < math.inf or 1 / DISAGREE <= louder <= DISAGREE:
+            return early, []
+        return late, [f"the noise lines before this volume are {louder:.2g} times as loud as those before the first one: taken for another receiver gain, its brightness is relative to them"]
+
+
+def _enough(lines: list[np.ndarray], coils: int) -> bool:
+    """Whether noise lines [coils samples] have enough samples for the covariance of the coils."""
+    return sum(n.shape[1] for n in lines) >= 4 * coils
+
+
+def _level(lines: list[np.ndarray]) -> float:
+    """Root mean square of lines [coils samples]."""
+    return (sum(float(np.vdot(n, n).real) for n in lines) / sum(n.size for n in lines)) ** 0.5
 
 
 def _dwell_us(head: ismrmrd.AcquisitionHeader | ismrmrd.Acquisition) -> float:

@@ -177,6 +177,7 @@ class Volume:
     def __init__(self, geometry: Geometry, coils: int, kspace: np.ndarray | None = None):
         self.geometry = geometry
         self.first: ismrmrd.AcquisitionHeader | None = None
+        self.noise_came = 0  # number of noise lines that had come before
         self._begin(Grid(geometry, coils, kspace))
 
     def _begin(self, grid: Grid, oversampling: int | None = None) -> None:
