@@ -177,6 +177,7 @@ class Gatherer:
             self.foreign += 1
         else:
             yield from self._settled(idx.repetition)
+            line = self.partitions(line) if self.partitions.are_planes else line  # perhaps only since then
             if key in self.given:
                 self.late += 1
             else:
@@ -360,11 +361,12 @@ class Gatherer:
         offset = self.echoes[contrast] = volume.grid.centre_echo(self.echoes.get(contrast))
         if calibration is not None:
             calibration.centre_echo()
-            calibration.centre_lines()
+            if calibration.foreign or not volume.lacks(calibration):
+                calibration.centre_lines()
         side = "beyond" if offset > 0 else "before"
         notes = [f"the echo lies {abs(offset)} samples (without oversampling) {side} the centre sample that the lines state: its true place was used, and complex images keep the phase that it gives them"] if offset else []
         if calibration is not None and calibration.renumbered:
-            notes.append("the calibration lines do not surround the image's centre of k-space and seem to be numbered on their own: their strongest line was taken for it")
+            notes.append("the calibration lines seem to be numbered on their own, far from the image's centre of k-space: their strongest line was taken for it")
         return notes
 
     def _noise(self, volume: Volume) -> tuple[torch.Tensor | None, float, list[str]]:

@@ -299,7 +299,7 @@ class Volume:
         if calibration.foreign or not self.grid.lines:
             return []
         there = calibration.counts > 0
-        if self.geometry.calibration in ("", "other") and not self.calibrating.any() and not (self.grid.counts[there] > 0).any():
+        if self.lacks(calibration):
             remark = "the calibration lines are used for the image too: it has no lines of its own there, and the header names no calibration mode"
         else:
             there &= self._hole()
@@ -308,6 +308,10 @@ class Volume:
             remark = "no image line was received at the centre of k-space: calibration lines are used there and determine brightness and contrast"
         self.grid.kspace[:, there], self.grid.counts[there] = calibration.kspace[:, there], calibration.counts[there]
         return [remark]
+
+    def lacks(self, calibration: Grid) -> bool:
+        """Whether the image has no lines where the calibration has some, and the header names no calibration mode: these then belong to it."""
+        return self.geometry.calibration in ("", "other") and not self.calibrating.any() and not (self.grid.counts[calibration.counts > 0] > 0).any()
 
     def _hole(self) -> np.ndarray:
         """Places [z y] of a hole at the centre that calibration lines of the same scan may fill; none if more than the hole is missing."""

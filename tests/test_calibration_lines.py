@@ -278,7 +278,20 @@ def test_calibration_lines_that_count_from_a_number_of_their_own_are_centred(tmp
     right, moved = (gathered(header, [*noise, *calibration, *sampled]) for calibration in (square, own))
     assert torch.equal(moved.counts, torch.from_numpy((np.indices((24, 26))[0] % 2 == 0) & (np.indices((24, 26))[1] % 2 == 1)))
     assert all(torch.equal(a, b) for a, b in zip(moved.calibration, right.calibration))
-    assert [w for w in moved.warnings if w not in right.warnings and "numbered on their own: their strongest line" in w]
+    assert [w for w in moved.warnings if w not in right.warnings and "numbered on their own, far from the image's centre of k-space" in w]
     options = make_options({"method": "cg", "device": "cpu", "output": "float32"})
     (image,) = reconstruct(header, [*noise, *own, *sampled], None, options)
     assert "CAUTION" not in image.meta["ImageComment"]
+
+
+def test_calibration_lines_that_the_image_lacks_are_its_own_where_the_header_misplaces_the_centre(tmp_path):
+    """Partial Fourier with the middle of the steps for their centre: the lines' numbering is one, and only the image's centre is wrong."""
+    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=3, pattern="full", noise_lines=4, partial_fourier=(0.6, 0.6)), (26, 36, 32))
+    header.encoding[0].parallelImaging = None
+    limits = header.encoding[0].encodingLimits
+    true = limits.kspace_encoding_step_1.center, limits.kspace_encoding_step_2.center
+    for limit in (limits.kspace_encoding_step_1, limits.kspace_encoding_step_2):
+        limit.center = (limit.maximum + 1) // 2
+    near = lambda line: abs(line.idx.kspace_encode_step_1 - true[0]) <= 3 and abs(line.idx.kspace_encode_step_2 - true[1]) <= 3  # noqa: E731
+    scan = gathered(header, [flagged(line, ONLY, flags=0) if near(line) and not line.flags & NOISE_BIT else line for line in lines])
+    assert int(scan.counts.sum()) == len(lines) - 4 and scan.warnings[0].startswith("the calibration lines are used for the image too")

@@ -150,6 +150,15 @@ def test_slices_that_lie_apart_are_slices(scan, step_2, slices, step_of, order):
         assert any("each is taken for a 2D image 3 mm thick" in w for w in one.warnings) and not [w for w in one.warnings if "step_2" in w or "E2" in w], one.warnings
 
 
+@pytest.mark.parametrize("step_2, slices, step_of", [((0, 0, 0), (0, 7, 0), lambda number: 0), (None, None, lambda number: number)])
+def test_repetitions_of_slices_that_lie_apart(scan, step_2, slices, step_of):
+    header, noise, stack = planes_of(scan)
+    lines = [line_like(line, kspace_encode_step_2=step_of(line.idx.slice), repetition=repetition, flags=LAST_BIT if line is stack[0][-1] else 0) for repetition in range(3) for plane in stack[::-1] for line in plane]
+    found = list(gather(limited(header, step_2, slices), [*noise, *lines]))
+    assert [(one.head.idx.repetition, one.head.idx.slice) for one in found] == [(repetition, number) for repetition in range(3) for number in range(8)]
+    assert all(one.kspace.shape[1] == 1 and bool((one.counts == 1).all()) and torch.equal(one.kspace, first.kspace) for one, first in zip(found, 3 * found[:8]))
+
+
 def test_the_thickness_of_slices_may_be_the_field_of_view(scan):
     header, noise, stack = planes_of(scan)
     for space in (header.encoding[0].encodedSpace, header.encoding[0].reconSpace):
