@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .geometry import ScanError, announced, read_geometry
+from .partitions import slices_fill_matrix
 from .volume import Scan
 
 CENTRE = 8  # lines along each phase-encode axis
@@ -43,7 +44,7 @@ class Budget:
 
     def __init__(self, header, max_gib: float, virtual: int = 0):
         self.geometry, self.max_bytes = read_geometry(header), max_gib * 2**30
-        self.volumes = _announced_volumes(header)
+        self.volumes = _announced_volumes(header, slices_fill_matrix(self.geometry, header))
         system = header.acquisitionSystemInformation
         coils = getattr(system, "receiverChannels", None) or 1
         self.check(coils, self.volumes)
@@ -74,10 +75,10 @@ class Budget:
         return 8 * coils * math.prod(self.geometry.shape)
 
 
-def _announced_volumes(header) -> int:
-    """How many volumes are gathered at once, by the header's limits."""
+def _announced_volumes(header, in_one: bool) -> int:
+    """How many volumes are gathered at once, by the header's limits; `in_one` if the slices fill one of them together."""
     found = announced(header)
-    return math.prod(max(1, found.get(name, 1)) for name in ("slice", "contrast", "set", "phase"))
+    return math.prod(max(1, found.get(name, 1)) for name in ("slice", "contrast", "set", "phase")[in_one:])
 
 
 def free_memory(root: Path = Path("/")) -> int | None:

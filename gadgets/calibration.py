@@ -71,6 +71,12 @@ class Calibrations:
             grid.move(shift)
         self.image, self.encodings[0] = image, (image, self.encodings[0][1])
 
+    def flatten(self, image: Geometry) -> None:
+        """Continue with single slices in place of the matrix' partitions."""
+        for grid in (grid for grids in self.grids.values() for grid in grids.values()):
+            grid.flatten()
+        self.image, self.encodings = image, {0: (image, self.encodings[0][1])}
+
     def of(self, key: tuple[int, ...], coils: int) -> tuple[Grid | None, list[str]]:
         """Calibration lines for volume `key`, and notes for the user.
 

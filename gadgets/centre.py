@@ -30,22 +30,41 @@ def centre_offset(energy: np.ndarray) -> tuple[int, int] | None:
 
     (0, 0) if it lies near the middle; 0 along axes whose lines would leave the matrix with any other centre.
     """
-    places, middle = strongest_lines(energy), np.array(energy.shape) // 2
-    if len(places) < STRONGEST:
+    middle, strong = np.array(energy.shape) // 2, _agreeing(energy)
+    if strong is None:
         return None
-    found = np.median(places, axis=0)
-    agreed = (np.abs(places - found) <= NEAR).all(axis=1)
-    if agreed.sum() < AGREED:
-        return None
-    peak = places[agreed][np.argmax(energy[tuple(places[agreed].T)])]
+    peak = _peak(energy, strong)
     away = peak - middle
     if (abs(away) <= AWAY).all():
         return 0, 0
     z, y = np.indices(energy.shape)
     about = energy[(abs(z - middle[0]) <= ABOUT) & (abs(y - middle[1]) <= ABOUT)]
-    if not 0 < STRONGER * about.max() <= np.median(energy[tuple(places[agreed].T)]):  # no line near the middle: it was lost, or has not come yet
+    if not 0 < STRONGER * about.max() <= np.median(energy[tuple(strong.T)]):  # no line near the middle: it was lost, or has not come yet
         return None
     return tuple(int(by) if abs(by) > AWAY and _may_lie(energy, int(at), axis) else 0 for axis, (by, at) in enumerate(zip(away, peak)))
+
+
+def block_offset(energy: np.ndarray) -> tuple[int, int]:
+    """As centre_offset, for a block of calibration lines that lacks the middle of the matrix, so that its numbering is its own; (0, 0) if in doubt."""
+    strong = _agreeing(energy)
+    if strong is None:
+        return 0, 0
+    peak = _peak(energy, strong)
+    return tuple(int(at) - n // 2 if _may_lie(energy, int(at), axis) else 0 for axis, (at, n) in enumerate(zip(peak, energy.shape)))
+
+
+def _agreeing(energy: np.ndarray) -> np.ndarray | None:
+    """Those of the strongest lines' places [lines 2] that lie near their median; None if most do not."""
+    places = strongest_lines(energy)
+    if len(places) < STRONGEST:
+        return None
+    agreed = (np.abs(places - np.median(places, axis=0)) <= NEAR).all(axis=1)
+    return places[agreed] if agreed.sum() >= AGREED else None
+
+
+def _peak(energy: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """The strongest of these places [lines 2]."""
+    return places[np.argmax(energy[tuple(places.T)])]
 
 
 def _may_lie(energy: np.ndarray, at: int, axis: int) -> bool:

@@ -32,6 +32,8 @@ IN_A_ROW = 0.5  # times its size: after more consecutive lines of a later one, a
 SINCE = 4  # times its size: after more lines since its last one, a repetition that may or may not be complete is over
 SINCE_LACKING = 8  # the same for one known to lack averages, or its last-line flag (its first line was flagged)
 AS_LONG = "the lines are too short for the readout oversampling that other lines of the scan have"
+UNEVEN = "CAUTION: the lines' trajectories are not uniform (ramp sampling?), but this server reads the samples as equally spaced: regrid them first"
+DISAGREE = 1.2  # times as loud: noise lines of other receiver settings
 MAX_NOISE_SAMPLES = 1 << 24  # more do not improve the covariance
 INTEGRATED = ("embedded", "interleaved")
 Admit = Callable[[int, int], None]
@@ -79,6 +81,7 @@ class Gatherer:
         self.centres = Centres()
         self.noise: list[np.ndarray] = []
         self.noise_dwell_us = self.noise_power = 0.0  # dwell time of the first noise line; noise power in the first volume relative to the noise lines
+        self.noise_first: int | None = None  # number of noise lines before the first volume
         self.bandwidth_ratio = noise_bandwidth(header)
         self.others: Counter[int] = Counter()  # lines of each encoding space other than the image's
         self.skipped = self.foreign = self.late = self.channelless = self.calibrating = self.lines = self.streak = 0
@@ -89,6 +92,7 @@ class Gatherer:
         self.seen: dict[str, set[int]] = {name: set() for name in self.promised}
         self.notes: list[str] = []
         self.doubtful: list[ismrmrd.Acquisition] = []  # lines outside the matrix with the header's centre, inside with another
+        self.waiting: list[ismrmrd.Acquisition] = []  # lines of the first slice, which may be a partition
         self.centred = False  # whether a volume has shown where k = 0 lies
         self.echoes: dict[int, int] = {}  # for each contrast: by how many samples its lines misstate the echo position
         self.given: set[tuple[int, ...]] = set()
@@ -153,7 +157,12 @@ class Gatherer:
         if line.active_channels < 1:
             self.channelless += 1
             return
-        line = self.partitions(line) if idx.slice or not self.partitions.decided else line
+        if self.partitions.unsure(line):
+            self.waiting.append(line)
+            return
+        if self.waiting:
+            yield from self._release()
+        line = self.partitions(line) if idx.slice or self.partitions.are_planes or not self.partitions.decided else line
         idx, key = line.idx, volume_key(line.idx)
         if line.encoding_space_ref:
             self.others[line.encoding_space_ref] += 1
@@ -168,10 +177,26 @@ class Gatherer:
             self.foreign += 1
         else:
             yield from self._settled(idx.repetition)
+            line = self.partitions(line) if self.partitions.are_planes else line  # perhaps only since then
             if key in self.given:
                 self.late += 1
             else:
                 self._image(line, key)
+
+    def _release(self) -> Iterator[Scan]:
+        """Take the lines that waited for those of another slice."""
+        if self.partitions.are_planes:
+            self._flatten()
+        waiting, self.waiting = self.waiting, []
+        for line in waiting:
+            yield from self.add(line)
+
+    def _flatten(self, *finished: Volume) -> None:
+        """Continue with single slices instead of volumes, also for the `finished` ones."""
+        self.geometry, self.offered = self.partitions.plane(self.geometry), None
+        for volume in (*finished, *self.volumes.values()):
+            volume.flatten(self.geometry)
+        self.calibrations.flatten(self.geometry)
 
     def _doubt(self, line: ismrmrd.Acquisition, key: tuple[int, ...]) -> Iterator[Scan]:
         """Keep a line that supports a k-space centre other than the header's; once there are too many to be strays, use that centre for the whole scan."""
@@ -210,6 +235,9 @@ class Gatherer:
 
     def finish(self, before: int | None = None) -> Iterator[Scan]:
         """Yield and release all volumes, or those of repetitions below `before`."""
+        if before is None and self.waiting:
+            self.partitions.apart_mm = self.partitions.apart_mm or 0.0
+            yield from self._release()
         promised = {name: count for name, count in self.promised.items() if name != "slice" or not self.partitions.are_slices}
         notes = missing_volumes(promised, self.seen) if before is None else []
         for key in sorted(key for key in self.volumes if before is None or key[2] < before):
@@ -220,6 +248,8 @@ class Gatherer:
 
     def _image(self, line: ismrmrd.Acquisition, key: tuple[int, ...]) -> None:
         volume = self.volumes.get(key) or self._volume(key, line.active_channels, self._offer(key, line.active_channels))
+        if volume.first is None and line.trajectory_dimensions and self.readout.uneven(line) and UNEVEN not in self.notes:
+            self.notes.append(UNEVEN)
         if "average" in self.seen:
             self.seen["average"].add(line.idx.average)
         volume.add(line, self.readout)
@@ -231,8 +261,10 @@ class Gatherer:
         return self.offered[1] if self.offered and self.offered[0] == key and len(self.offered[1]) == coils else None
 
     def _volume(self, key: tuple[int, ...], coils: int, kspace: np.ndarray | None = None) -> Volume:
-        self.admit(coils, len(self.volumes) + 1)
+        self.admit(coils, math.ceil((len(self.volumes) + 1) * self.geometry.shape[0] / self.partitions.count))  # of the header's matrix
         volume = self.volumes[key] = Volume(self.geometry, coils, kspace)
+        volume.noise_came = len(self.noise)
+        self.noise_first = volume.noise_came if self.noise_first is None else self.noise_first
         for name, value in zip(KEY, key):
             self.seen.setdefault(name, set()).add(value)
         self.ended.discard(key[2])  # if repetition is the inner loop of another counter, it recurs for each value of that counter
@@ -268,6 +300,8 @@ class Gatherer:
         return self.lines - self.newest[repetition] > (SINCE_LACKING if lacking else SINCE) * size
 
     def _scan(self, volume: Volume, key: tuple[int, ...], notes: list[str]) -> Scan:
+        if self.partitions.single([one.grid.counts for one in (volume, *self.volumes.values())], self.seen.get("slice", ())):
+            self._flatten(volume)
         self._centre_lines(volume)
         noise, gain, remarks = self._noise(volume)
         calibration, told = self.calibrations.of(key, len(volume.grid.kspace))
@@ -283,7 +317,7 @@ class Gatherer:
         remarks += self._remarks(volume, calibration)
         scan.warnings += [*self.notes, *self.partitions.notes, *remarks, *notes]
         scan.flaw = scan.flaw or self.partitions.flaw(volume.grid.counts, self.seen.get("slice", ()))
-        scan.series, scan.phase_reference, scan.gain = self.series, self.phase_reference, gain
+        scan.series, scan.phase_reference, scan.gain, scan.echo_offset = self.series, self.phase_reference, gain, self.echoes[key[1]]
         return scan
 
     def _remarks(self, volume: Volume, calibration: Grid | None) -> list[str]:
@@ -327,10 +361,13 @@ class Gatherer:
         offset = self.echoes[contrast] = volume.grid.centre_echo(self.echoes.get(contrast))
         if calibration is not None:
             calibration.centre_echo()
-            if calibration.foreign:
-                calibration.move(tuple(-n for n in centre_offset(calibration.energy) or (0, 0)))
+            if calibration.foreign or not volume.lacks(calibration):
+                calibration.centre_lines()
         side = "beyond" if offset > 0 else "before"
-        return [f"the echo lies {abs(offset)} samples (without oversampling) {side} the centre sample that the lines state: its true place was used"] if offset else []
+        notes = [f"the echo lies {abs(offset)} samples (without oversampling) {side} the centre sample that the lines state: its true place was used, and complex images keep the phase that it gives them"] if offset else []
+        if calibration is not None and calibration.renumbered:
+            notes.append("the calibration lines seem to be numbered on their own, far from the image's centre of k-space: their strongest line was taken for it")
+        return notes
 
     def _noise(self, volume: Volume) -> tuple[torch.Tensor | None, float, list[str]]:
         """Noise [coils samples] scaled to that of one gathered sample, the `gain` of `Scan`, and notes for the user.
@@ -339,16 +376,42 @@ class Gatherer:
         whereas the middle of the readout sees all of it (Kellman and McVeigh, MRM 2005).
         """
         coils = len(volume.grid.kspace)
-        usable = [n for n in self.noise if n.shape[0] == coils]
+        usable, remarks = self._noise_lines(volume, coils)
         if not usable:
             return None, 1.0, [f"the noise lines have {self.noise[0].shape[0]} channels instead of the scan's {coils}: they were not used"] if self.noise else []
-        samples = sum(n.shape[1] for n in usable)
-        if samples < 4 * coils:
-            return None, 1.0, [f"the noise lines have {samples} samples for {coils} channels, too few: they were not used"]
+        if not _enough(usable, coils):
+            return None, 1.0, [f"the noise lines have {sum(n.shape[1] for n in usable)} samples for {coils} channels, too few: they were not used"]
         dwell_us = _dwell_us(volume.head or volume.first)
         power = (self.noise_dwell_us / dwell_us if self.noise_dwell_us and dwell_us else 1.0) / self.bandwidth_ratio
         self.noise_power = self.noise_power or power
-        return torch.from_numpy(np.concatenate(usable, axis=1)) * power**0.5, (power / self.noise_power) ** 0.5, []
+        return torch.from_numpy(np.concatenate(usable, axis=1)) * power**0.5, (power / self.noise_power) ** 0.5, remarks
+
+    def _noise_lines(self, volume: Volume, coils: int) -> tuple[list[np.ndarray], list[str]]:
+        """The noise lines for a volume, and notes for the user: those before the scan's first volume, for a brightness that stays the same.
+
+        Later ones that came before this volume are used if they differ, as another receiver gain does to noise and image; all lines if none came in time.
+        """
+        first = self.noise_first or 0
+        early, late = ([n for n in lines if n.shape[0] == coils] for lines in (self.noise[:first], self.noise[first : volume.noise_came]))
+        if not _enough(early, coils):
+            return [n for n in self.noise if n.shape[0] == coils], []
+        if not _enough(late, coils):
+            return early, []
+        before, after = _level(early), _level(late)
+        louder = after / before if before > 0 else math.nan
+        if not 0 < louder < math.inf or 1 / DISAGREE <= louder <= DISAGREE:
+            return early, []
+        return late, [f"the noise lines before this volume are {louder:.2g} times as loud as those before the first one: taken for another receiver gain, its brightness is relative to them"]
+
+
+def _enough(lines: list[np.ndarray], coils: int) -> bool:
+    """Whether noise lines [coils samples] have enough samples for the covariance of the coils."""
+    return sum(n.shape[1] for n in lines) >= 4 * coils
+
+
+def _level(lines: list[np.ndarray]) -> float:
+    """Root mean square of lines [coils samples]."""
+    return (sum(float(np.vdot(n, n).real) for n in lines) / sum(n.size for n in lines)) ** 0.5
 
 
 def _dwell_us(head: ismrmrd.AcquisitionHeader | ismrmrd.Acquisition) -> float:

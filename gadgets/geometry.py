@@ -12,6 +12,9 @@ MAX_IMAGE_BYTES = 64 << 30
 SMALLEST_MM = 0.02  # voxels of images; MR microscopy of rodents comes near
 HALVED = 1.5  # times the reconstructed matrix
 LEAST_SIDE = 16  # at least 1/16 of the matrix lies on either side of k = 0 in any partial Fourier scan
+SHOWN = 0.5  # of the encoded slab; cropping leaves more
+FINER = 1 / 3  # of the encoded thickness; interpolation to thinner partitions is not usual
+OF_PARTITIONS = "partitions of"  # in notes on them
 STEPS = ("kspace_encoding_step_1", "kspace_encoding_step_2")
 
 
@@ -79,6 +82,16 @@ class Geometry:
         notes = [f"the strongest lines lie {abs(by)} lines {'beyond' if by > 0 else 'before'} the header's centre {stated} of {name}: {at} assumed" for by, stated, name, at in zip(offset[::-1], self.centre, STEPS, centre) if by]
         return replace(self, centre=centre, limits=limits, warnings=(*self.warnings, *notes))
 
+    def plane(self, thick_mm: float) -> Geometry:
+        """With a single partition of that thickness, whatever the header says of partitions."""
+        (x, y, _), (fov_x, fov_y, _) = self.encoded_matrix, self.encoded_fov_mm
+        (recon_x, recon_y, _), (wide, high, _) = self.recon_matrix, self.recon_fov_mm
+        return replace(
+            self, encoded_matrix=(x, y, 1), encoded_fov_mm=(fov_x, fov_y, thick_mm), recon_matrix=(recon_x, recon_y, 1), recon_fov_mm=(wide, high, thick_mm),
+            centre=(self.centre[0], 0), limits=(self.limits[0], (0, 0)), acceleration=(self.acceleration[0], 1), fitting=(self.fitting[0], None),
+            warnings=tuple(note for note in self.warnings if STEPS[1] not in note and OF_PARTITIONS not in note),
+        )  # fmt: skip
+
     def settled(self) -> Geometry:
         """With the header's centre where still in doubt, and only the steps inside the matrix: partial Fourier scans often announce those of all of it."""
         limits, notes = list(self.limits), list(self.warnings)
@@ -109,9 +122,10 @@ def read_geometry(header: ismrmrd.xsd.ismrmrdHeader, number: int = 0) -> Geometr
         raise ScanError("the header lacks encodedSpace or reconSpace")
     encoded, recon = _matrix(encoding.encodedSpace), _matrix(encoding.reconSpace)
     encoded_fov, recon_fov = _fov(encoding.encodedSpace), _fov(encoding.reconSpace)
+    recon_fov, odd = _slab(encoded, encoded_fov, recon, recon_fov) if number == 0 else (recon_fov, [])
     _check_image(encoded_fov, recon, recon_fov)
     limits, centre, fitting, told = zip(*(_limits(encoding, name, size) for name, size in zip(STEPS, encoded[1:])))
-    notes = (*told[0], *told[1], *_halved(encoded, encoded_fov, recon, recon_fov), *_tiny(recon, recon_fov))
+    notes = (*told[0], *told[1], *odd, *_halved(encoded, encoded_fov, recon, recon_fov), *_tiny(recon, recon_fov), *_multiband(encoding))
     readout = max(1, min(encoded[0], round(encoded[0] * recon_fov[0] / encoded_fov[0])))
     acceleration, calibration = _parallel(encoding)
     return Geometry(
@@ -165,6 +179,19 @@ def _lost(low: int, high: int, centre: int, size: int) -> int:
     return max(0, centre - size // 2 - low) + max(0, high - centre - (size - 1) // 2)
 
 
+def _slab(encoded, encoded_fov, recon, recon_fov) -> tuple[tuple[float, float, float], list[str]]:
+    """The field of view to reconstruct, and a note where the header's contradicts its partitions: some writers state the thickness of one."""
+    (wide, high, deep), slab, count = recon_fov, encoded_fov[2], recon[2]
+    if encoded[2] == 1 or deep >= SHOWN * slab and count > 1:
+        return recon_fov, []
+    encoded_as = f"{encoded[2]} {OF_PARTITIONS} {slab / encoded[2]:.3g} mm"
+    if count == 1:
+        return recon_fov, [f"CAUTION: the header says that {encoded_as} were encoded, but wants a single one of {deep:.3g} mm: is the z of its reconSpace right?"]
+    if deep / count <= FINER * slab / encoded[2] and SHOWN * slab <= deep * count <= 1.05 * slab:
+        return (wide, high, deep * count), [f"the header wants {count} {OF_PARTITIONS} {deep / count:.2g} mm where {encoded_as} were encoded: its field of view of {deep:.3g} mm was taken for the thickness of one"]
+    return recon_fov, [f"CAUTION: the header wants only the central {deep:.3g} mm of the {slab:.4g} mm that were encoded ({encoded_as}): is the z of its reconSpace right?"]
+
+
 def _halved(encoded, encoded_fov, recon, recon_fov) -> list[str]:
     """A note if the header asks for half the readout resolution: more often, the encoded field of view was written without the oversampling."""
     if encoded[0] < HALVED * recon[0] or abs(encoded_fov[0] / recon_fov[0] - 1) > 0.01:
@@ -176,6 +203,13 @@ def _tiny(recon, recon_fov) -> list[str]:
     """A note on voxels that no scanner can have."""
     size = min(mm / n for mm, n in zip(recon_fov, recon))
     return [f"the header's voxels are of {size:.2g} mm: was its field of view written in metres? Its unit is mm"] if size < SMALLEST_MM else []
+
+
+def _multiband(encoding) -> list[str]:
+    """A note on slices that were excited together."""
+    factor = getattr(getattr(encoding.parallelImaging, "multiband", None), "multiband_factor", None)
+    several = isinstance(factor, int) and factor > 1
+    return [f"CAUTION: the header says that {factor} slices were excited at once (multiband): they lie over each other, as this server does not separate them"] if several else []
 
 
 def _parallel(encoding) -> tuple[tuple[int, int], str]:

@@ -54,6 +54,8 @@ def make_images(volume: torch.Tensor, scan: Scan, options: Options, header, seri
         ValueError: if the volume is not finite.
     """
     volume = to_recon_matrix(volume, scan.geometry)
+    if scan.echo_offset and series != SERIES["error"]:
+        volume = with_echo_phase(volume, scan)
     if not bool(torch.isfinite(torch.view_as_real(volume)).all()):
         raise ValueError(f"the {name} image holds NaN or infinity and was not sent")
     alike = (series, scan.head.idx.contrast, scan.head.idx.set)
@@ -73,6 +75,17 @@ def make_images(volume: torch.Tensor, scan: Scan, options: Options, header, seri
     parts = [(0, pixels)] if options.layout == "volume" else [(z, pixels[z : z + 1]) for z in range(len(pixels))]
     for z, part in parts:
         yield _image(part, scan.head, frame, z, len(pixels) if options.layout == "partitions" else 1, series, number * len(parts) + z + 1, meta)
+
+
+def with_echo_phase(volume: torch.Tensor, scan: Scan) -> torch.Tensor:
+    """`volume` [z y x] of the reconstructed matrix with the linear phase along x that centring the echo has removed.
+
+    A field gradient gives it to late echoes; without it, phases of contrasts could not be compared.
+    """
+    n, geometry = volume.shape[-1], scan.geometry
+    cycles = scan.echo_offset * geometry.recon_fov_mm[0] / (geometry.readout * geometry.voxel_mm[2])  # over the image
+    x = (torch.arange(n, device=volume.device, dtype=torch.float64) - n // 2) / n
+    return volume * torch.exp(2j * torch.pi * cycles * x).to(volume.dtype)
 
 
 def image_kind(geometry: Geometry, options: Options) -> tuple[np.dtype, tuple[int, int, int, int]]:

@@ -1,4 +1,4 @@
-"""Partitions that a converter counts as slices: instead of one slab each, together they are one volume."""
+"""Partitions that a converter counts as slices, and slices that it counts as partitions of the matrix."""
 
 from __future__ import annotations
 
@@ -8,14 +8,22 @@ import numpy as np
 from .geometry import Geometry, announced
 
 AGREEING = 3  # slices whose counters agree; two slabs, in any order, give at most two
+APART = 0.5  # times the thickness of a partition; partitions share the position of their volume
+CLOSEST_SLABS = 0.6  # times their thickness; slices of one stack are nearer to each other than that of the whole stack
+
+
+def slices_fill_matrix(geometry: Geometry, header: ismrmrd.xsd.ismrmrdHeader) -> bool:
+    """Whether the header has several partitions but no encoding steps for them, and as many slices."""
+    return geometry.shape[0] > 1 and _steps(header) == 0 and announced(header).get("slice", 1) == geometry.shape[0]
 
 
 class Partitions:
     """Decides whether the slice counter is really the partition counter; called with a line, returns it with correct counters.
 
-    By the header, slices are partitions if it has several partitions but no encoding steps for them, and as many slices;
-    they are slabs if it has such steps and at most half as many slices. Otherwise the lines decide: slices are
-    partitions if both counters always agree, for at least three slices.
+    Slices that lie apart along the slice direction are slices, whatever the matrix: `are_planes` if the header has no
+    encoding steps for its partitions. Otherwise, by the header, slices are partitions if it has several partitions but no
+    encoding steps for them, and as many slices; they are slabs if it has such steps and at most half as many slices.
+    Otherwise the lines decide: slices are partitions if both counters always agree, for at least three slices.
 
     Args:
         geometry: of the image.
@@ -23,22 +31,30 @@ class Partitions:
     """
 
     def __init__(self, geometry: Geometry, header: ismrmrd.xsd.ismrmrdHeader):
-        self.count = geometry.shape[0]
-        limit = getattr(header.encoding[0].encodingLimits, "kspace_encoding_step_2", None)
-        steps = 0 if limit is None or limit.maximum is None else limit.maximum - (limit.minimum or 0)
-        slices = announced(header).get("slice", 1)
-        self.are_slices = self.count > 1 and steps == 0 and slices == self.count
+        self.count, self.fov_mm = geometry.shape[0], geometry.encoded_fov_mm[2]
+        steps, slices = _steps(header), announced(header).get("slice", 1)
+        self.are_slices = slices_fill_matrix(geometry, header)
         self.decided = self.are_slices or self.count == 1 or (steps > 0 and 1 < slices <= self.count / 2)
         self.equal: set[int] = set()  # slices whose lines all have the same number as partition
+        self.first: ismrmrd.AcquisitionHeader | None = None
+        self.apart_mm: float | None = 0.0 if self.count == 1 else None  # of the first two slices; 0 if they share a position, None as long as there is one
+        self.closest_slabs_mm = np.inf if steps == 0 else CLOSEST_SLABS * self.fov_mm
+        self.are_planes = self.deep = False  # deep: a volume had lines of several partitions
         self.notes: list[str] = []
 
     def __call__(self, line: ismrmrd.Acquisition) -> ismrmrd.Acquisition:
+        self._compare(line)
+        if self.are_planes:
+            return _counted(line, line.idx.slice, 0) if line.idx.kspace_encode_step_2 and not line.encoding_space_ref else line
         if not self.are_partitions(line.idx):
             return line
         self.notes = [f"the slice counter runs over the {self.count} partitions of the matrix: taken for kspace_encode_step_2"]
-        out = ismrmrd.Acquisition(ismrmrd.AcquisitionHeader.from_buffer_copy(bytes(line.getHead())), line.data)  # a copy: the line belongs to the caller
-        out.idx.kspace_encode_step_2, out.idx.slice = line.idx.slice, 0
-        return out
+        return _counted(line, 0, line.idx.slice)
+
+    def unsure(self, line: ismrmrd.Acquisition) -> bool:
+        """Whether it takes a line of another slice to know if this one is a slice or a partition."""
+        self._compare(line)
+        return self.apart_mm is None and (self.are_slices or (not self.decided and line.idx.slice > 0))
 
     def are_partitions(self, idx: ismrmrd.EncodingCounters) -> bool:
         """Whether the slice counter of this imaging line is a partition."""
@@ -49,8 +65,48 @@ class Partitions:
             self.decided = self.are_slices = len(self.equal) >= min(AGREEING, self.count)
         return bool(idx.slice) and (self.are_slices or not self.decided)
 
+    def plane(self, geometry: Geometry) -> Geometry:
+        """Geometry of a single slice, for slices that lie apart; notes that it is."""
+        thick = self.fov_mm if self.apart_mm > 0.99 * self.fov_mm else self.fov_mm / self.count  # slices of one stack are less than its whole length apart
+        self.are_planes = self.decided = True
+        self.notes = [f"the slices lie apart along the slice direction: each is taken for a 2D image {thick:.3g} mm thick, although the header's matrix has {self.count} partitions"]
+        return geometry.plane(thick)
+
+    def single(self, counts: list[np.ndarray], slices) -> bool:
+        """Whether volumes with line counts `counts` [z y] are single slices: there are several `slices`, closer together than slabs, and each volume has one partition."""
+        self.deep |= any((one > 0).any(axis=1).sum() > 1 for one in counts)
+        return not self.deep and not self.are_planes and len(slices) > 1 and 0 < (self.apart_mm or 0) < self.closest_slabs_mm
+
     def flaw(self, counts: np.ndarray, slices) -> str:
         """Why k-space with line counts `counts` [z y] is not a volume, if each of several `slices` has a single partition."""
-        if self.count == 1 or len(slices) < 2 or (counts > 0).any(axis=1).sum() != 1:
+        if self.count == 1 or self.are_planes or len(slices) < 2 or (counts > 0).any(axis=1).sum() != 1:
             return ""
         return f"each of the {len(slices)} slices has one of the matrix' {self.count} partitions: partitions are to be counted by kspace_encode_step_2"
+
+    def _compare(self, line: ismrmrd.Acquisition) -> None:
+        """Compare the positions of the first two slices."""
+        if self.apart_mm is not None or line.encoding_space_ref:
+            return
+        if self.first is None:
+            self.first = line.getHead()
+        elif line.idx.slice != self.first.idx.slice:
+            away = np.array(line.position, float) - np.array(self.first.position, float)
+            normal = np.array(self.first.slice_dir, float)
+            length = float(np.linalg.norm(normal))
+            found = abs(float(away @ normal)) / length if length > 0 else float(np.linalg.norm(away))
+            self.apart_mm = found if np.isfinite(found) and found > APART * self.fov_mm / self.count else 0.0
+            if self.apart_mm:
+                self.are_planes, self.are_slices, self.decided = self.are_slices, False, True
+
+
+def _steps(header: ismrmrd.xsd.ismrmrdHeader) -> int:
+    """Number of encoding steps along the partitions that the header announces, less one."""
+    limit = getattr(header.encoding[0].encodingLimits, "kspace_encoding_step_2", None)
+    return 0 if limit is None or limit.maximum is None else limit.maximum - (limit.minimum or 0)
+
+
+def _counted(line: ismrmrd.Acquisition, slice_: int, step_2: int) -> ismrmrd.Acquisition:
+    """A copy of a line, which belongs to the caller, with other counters."""
+    out = ismrmrd.Acquisition(ismrmrd.AcquisitionHeader.from_buffer_copy(bytes(line.getHead())), line.data)
+    out.idx.slice, out.idx.kspace_encode_step_2 = slice_, step_2
+    return out

@@ -9,6 +9,7 @@ from .geometry import Geometry
 
 SHARE = 2  # for each line that shows oversampling, up to so many without a sign of it are short lines of an oversampled scan
 BEYOND = 16  # no line extends beyond k-space, on either side, by more than 1/16 of the matrix
+UNEVEN = 0.25  # samples; a trajectory that strays farther from equal spacing blurs and distorts the image
 OVERSAMPLED = 1.5  # times the header's matrix: lines this long have readout oversampling that the header does not state
 
 
@@ -47,6 +48,16 @@ class Readout:
         beyond = max(samples - centre - (self.full + 1) // 2, centre - self.full // 2) if 0 <= centre < samples <= self.full else 0
         middle = beyond > (self.full // BEYOND if line.center_sample else 0)  # too many samples outside k-space: the writer did not know the centre sample
         return slice(first, last), samples // 2 if middle else centre, middle
+
+    def uneven(self, line: ismrmrd.Acquisition) -> bool:
+        """Whether the line comes with a trajectory and this is not a straight one at constant speed."""
+        there, _, _ = self.echo(line)
+        places = np.asarray(line.traj, np.float64).reshape(line.number_of_samples, -1)[there]  # [samples dimensions]
+        if len(places) < 3 or not places.shape[1] or not np.isfinite(places).all():
+            return False
+        speed = (places[-1] - places[0]) / (len(places) - 1)
+        away = places - places[0] - np.arange(len(places))[:, None] * speed
+        return bool(np.linalg.norm(away, axis=1).max() > UNEVEN * np.linalg.norm(speed)) and bool(speed.any())
 
     def oversampling(self, line: ismrmrd.Acquisition) -> int:
         """Oversampling that the line itself shows: 0 if its samples reach no further than they would without."""

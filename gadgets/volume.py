@@ -8,7 +8,9 @@ import ismrmrd
 import numpy as np
 import torch
 
-from .centre import echo_offset, move_echo
+from recon_core.coils import find_acs, too_few
+
+from .centre import block_offset, centre_offset, echo_offset, move_echo
 from .completeness import NO_CENTRE, hole_at_centre, missing_lines
 from .failure import of_lines
 from .flags import BOTH_BIT, REVERSE_BIT
@@ -28,7 +30,8 @@ class Scan:
     `series` (pixel scales, by series, contrast and set) and `phase_reference` (by number of coils) are shared by all
     volumes of a scan, as they must be the same for all its images. `gain` converts an image in noise units to
     those of the scan's first volume, whose lines may have another dwell time. `flaw` says why no image can be made of
-    the volume, if so.
+    the volume, if so. `echo_offset` is the number of samples (without oversampling) by which the echo was found beyond the
+    stated centre and moved back.
     """
 
     geometry: Geometry
@@ -42,6 +45,7 @@ class Scan:
     phase_reference: dict[int, torch.Tensor] = field(default_factory=dict)
     gain: float = 1.0
     flaw: str = ""
+    echo_offset: int = 0
 
 
 class Grid:
@@ -59,7 +63,7 @@ class Grid:
         self.lines = self.filled = self.outside = self.unfit = self.uncentred = self.empty = self.reversed = 0
         self.echo_moved = False
         self.lengths: dict[str, int] = {}  # what was assumed about lines longer or shorter than the header says, and of how many
-        self.foreign = False
+        self.foreign = self.renumbered = False  # of another encoding; with a numbering of their own
         self.head: ismrmrd.AcquisitionHeader | None = None  # of the first line; for calibration only
 
     def place(self, line: ismrmrd.Acquisition, own: Geometry, image: Geometry) -> tuple[int, int] | None:
@@ -83,6 +87,21 @@ class Grid:
             coil[:] = np.roll(coil, shift, (0, 1))
         self.counts, self.energy = (shifted(array, shift) for array in (self.counts, self.energy))
         self.lines, self.filled = int(self.counts.sum()), int((self.counts > 0).sum())
+
+    def centre_lines(self) -> None:
+        """Move calibration lines whose strongest ones lie far from the middle of the matrix there: they count from another one."""
+        offset, own = centre_offset(self.energy), not self.foreign
+        if offset is None and too_few(find_acs(torch.from_numpy(self.counts)), self.counts.shape):
+            offset = block_offset(self.energy)
+        if offset and any(offset):
+            self.move(tuple(-n for n in offset))
+            self.foreign, self.renumbered = True, own
+
+    def flatten(self) -> None:
+        """Keep only the first plane that has lines."""
+        z = int((self.counts > 0).any(axis=1).argmax())
+        self.kspace = np.ascontiguousarray(self.kspace[:, z : z + 1])
+        self.counts, self.energy = (array[z : z + 1] for array in (self.counts, self.energy))
 
     def centre_echo(self, offset: int | None = None) -> int:
         """Centre the echo, by `offset` samples or as the lines themselves show; returns the offset. Acts only once, then returns 0."""
@@ -158,6 +177,7 @@ class Volume:
     def __init__(self, geometry: Geometry, coils: int, kspace: np.ndarray | None = None):
         self.geometry = geometry
         self.first: ismrmrd.AcquisitionHeader | None = None
+        self.noise_came = 0  # number of noise lines that had come before
         self._begin(Grid(geometry, coils, kspace))
 
     def _begin(self, grid: Grid, oversampling: int | None = None) -> None:
@@ -238,6 +258,16 @@ class Volume:
         self.strange = {(z + shift[0], y + shift[1]) for z, y in self.strange}
         self.nearest, self.head, self.judged = self.other_nearest, self.other_head or self.head, (0, False)
 
+    def flatten(self, geometry: Geometry) -> None:
+        """Continue with `geometry`, which has a single partition: that of the lines."""
+        z = int((self.grid.counts > 0).any(axis=1).argmax())
+        away = abs(z - self.geometry.shape[0] // 2)
+        self.geometry = geometry
+        self.grid.flatten()
+        self.averages_at, self.calibrating = (array[z : z + 1] for array in (self.averages_at, self.calibrating))
+        self.strange = {(0, y) for at, y in self.strange if at == z}
+        self.nearest, self.other_nearest, self.judged = self.nearest - away, self.other_nearest - away, (0, False)
+
     def lacks_nothing(self, averages: int) -> bool:
         """Whether as many lines and averages came as the header announces; cached until another line comes."""
         if self.judged[0] != self.grid.lines:
@@ -269,7 +299,7 @@ class Volume:
         if calibration.foreign or not self.grid.lines:
             return []
         there = calibration.counts > 0
-        if self.geometry.calibration in ("", "other") and not self.calibrating.any() and not (self.grid.counts[there] > 0).any():
+        if self.lacks(calibration):
             remark = "the calibration lines are used for the image too: it has no lines of its own there, and the header names no calibration mode"
         else:
             there &= self._hole()
@@ -278,6 +308,10 @@ class Volume:
             remark = "no image line was received at the centre of k-space: calibration lines are used there and determine brightness and contrast"
         self.grid.kspace[:, there], self.grid.counts[there] = calibration.kspace[:, there], calibration.counts[there]
         return [remark]
+
+    def lacks(self, calibration: Grid) -> bool:
+        """Whether the image has no lines where the calibration has some, and the header names no calibration mode: these then belong to it."""
+        return self.geometry.calibration in ("", "other") and not self.calibrating.any() and not (self.grid.counts[calibration.counts > 0] > 0).any()
 
     def _hole(self) -> np.ndarray:
         """Places [z y] of a hole at the centre that calibration lines of the same scan may fill; none if more than the hole is missing."""

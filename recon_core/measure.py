@@ -82,7 +82,7 @@ def measure(
     home = torch.device("cpu") if on_host else _home(mixing.shape[0], kspace.shape[1:], torch.device(device), warnings, WORK_ARRAYS + KEPT_ARRAYS * keep_lines)
     data = _mix_lines(mixing, kspace, factor, home)
     all_lines = lambda: _mix_lines(mixing, reference, reference_factor * (lines > 0), home)  # noqa: E731
-    maps, support, doubts = _maps(acs.to(device), whitened.sigma * averaged, acs_size, (len(mixing), *kspace.shape[1:]), all_lines, lines.to(home))
+    maps, support, doubts = _maps(acs.to(device), whitened.sigma * averaged, acs_size, (len(mixing), *kspace.shape[1:]), all_lines, lines.to(home), folding(counts))
     warnings += doubts
     if phase_reference is not None and len(mixing) > 1 and not torch.equal(phase_reference, mixing[0]):
         maps = in_phase(maps, mixing, phase_reference)
@@ -164,11 +164,11 @@ def _home(coils: int, shape: tuple[int, int, int], device: torch.device, warning
     return torch.device("cpu")
 
 
-def _maps(acs: Tensor, sigma: float, size: tuple[int, int], whole: tuple[int, ...], all_lines: Callable[[], Tensor], counts: Tensor) -> tuple[Tensor, Tensor, list[str]]:
+def _maps(acs: Tensor, sigma: float, size: tuple[int, int], whole: tuple[int, ...], all_lines: Callable[[], Tensor], counts: Tensor, folded: int) -> tuple[Tensor, Tensor, list[str]]:
     """Coil maps of size `whole` (coils, z, y, x) and support [z y x], by the best method that the calibration lines allow, and warnings.
 
     If there are too few calibration lines, `all_lines` gives k-space of that size with all lines there are, in numbers
-    `counts` [z y]; maps and support are on the device of `counts`.
+    `counts` [z y]; maps and support are on the device of `counts`. Without coil maps the image would be aliased `folded`-fold.
     """
     shape, home = whole[1:], counts.device
     everywhere = torch.ones(shape, device=home)
@@ -179,8 +179,8 @@ def _maps(acs: Tensor, sigma: float, size: tuple[int, int], whole: tuple[int, ..
             f"calibration lines cover only {size[0]} x {size[1]} (z x y) of the k-space centre, "
             f"{MIN_ACS} x {MIN_ACS} are wanted: coil maps were made from a smoothed image and may be poor"
         )
-        folded = folding(counts)
-        lattice = f"CAUTION: the undersampling is regular and no calibration separates the coils: the image is aliased {folded}-fold"
+        none, fold = ("no calibration separates", "is") if folding(counts) > 1 else ("too few calibration lines separate", "may be")
+        lattice = f"CAUTION: the undersampling is regular and {none} the coils: the image {fold} aliased {folded}-fold"
         return low_resolution_maps(all_lines(), counts), everywhere, [few] + [lattice] * (folded > 1)
     operators = signal_operators(acs, shape, sigma)
     return maps_of(operators, shape, home), object_support(acs, shape, sigma).to(home), _wraps(overlap(operators, acs))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import gathered, line_like, load_small_scan
 
+from gadgets.flags import NOISE_BIT
 from gadgets.gather import gather
 from gadgets.options import make_options
 from gadgets.recon import reconstruct
@@ -261,3 +262,36 @@ def test_calibration_that_contrasts_share_holds_the_image_lines_of_none_but_ones
         rows = (scan.calibration[1].sum(0) > 0).nonzero()[:, 0].tolist()
         assert rows == sorted({*range(4, 9), row})
         torch.testing.assert_close(scan.calibration[0][:, :, row], scan.kspace[:, :, row])
+
+
+@pytest.mark.parametrize("mode", ["separate", "external", "other"])
+@pytest.mark.parametrize("first", [(0, 0), (1, 3)])
+def test_calibration_lines_that_count_from_a_number_of_their_own_are_centred(tmp_path, mode, first):
+    """Their block would lie in a corner of k-space; with their strongest line at k = 0 they are those of the image's numbering."""
+    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=4, pattern="full", noise_lines=16, snr=200), (24, 26, 16))
+    header.encoding[0].parallelImaging.calibrationMode = ismrmrd.xsd.calibrationModeType(mode)
+    noise = [line for line in lines if line.flags & NOISE_BIT]
+    places = {(line.idx.kspace_encode_step_1, line.idx.kspace_encode_step_2): line_like(line, flags=0) for line in lines if not line.flags & NOISE_BIT}
+    sampled = [line for (step_1, step_2), line in places.items() if step_1 % 2 == 1 and step_2 % 2 == 0]
+    square = [flagged(line, ONLY) for (step_1, step_2), line in places.items() if 8 <= step_1 < 18 and 7 <= step_2 < 17]
+    own = [line_like(line, kspace_encode_step_1=line.idx.kspace_encode_step_1 - 8 + first[0], kspace_encode_step_2=line.idx.kspace_encode_step_2 - 7 + first[1]) for line in square]
+    right, moved = (gathered(header, [*noise, *calibration, *sampled]) for calibration in (square, own))
+    assert torch.equal(moved.counts, torch.from_numpy((np.indices((24, 26))[0] % 2 == 0) & (np.indices((24, 26))[1] % 2 == 1)))
+    assert all(torch.equal(a, b) for a, b in zip(moved.calibration, right.calibration))
+    assert [w for w in moved.warnings if w not in right.warnings and "numbered on their own, far from the image's centre of k-space" in w]
+    options = make_options({"method": "cg", "device": "cpu", "output": "float32"})
+    (image,) = reconstruct(header, [*noise, *own, *sampled], None, options)
+    assert "CAUTION" not in image.meta["ImageComment"]
+
+
+def test_calibration_lines_that_the_image_lacks_are_its_own_where_the_header_misplaces_the_centre(tmp_path):
+    """Partial Fourier with the middle of the steps for their centre: the lines' numbering is one, and only the image's centre is wrong."""
+    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=3, pattern="full", noise_lines=4, partial_fourier=(0.6, 0.6)), (26, 36, 32))
+    header.encoding[0].parallelImaging = None
+    limits = header.encoding[0].encodingLimits
+    true = limits.kspace_encoding_step_1.center, limits.kspace_encoding_step_2.center
+    for limit in (limits.kspace_encoding_step_1, limits.kspace_encoding_step_2):
+        limit.center = (limit.maximum + 1) // 2
+    near = lambda line: abs(line.idx.kspace_encode_step_1 - true[0]) <= 3 and abs(line.idx.kspace_encode_step_2 - true[1]) <= 3  # noqa: E731
+    scan = gathered(header, [flagged(line, ONLY, flags=0) if near(line) and not line.flags & NOISE_BIT else line for line in lines])
+    assert int(scan.counts.sum()) == len(lines) - 4 and scan.warnings[0].startswith("the calibration lines are used for the image too")

@@ -10,6 +10,8 @@ from conftest import gathered, line_like, load_small_scan
 from gadgets.centre import centre_offset, echo_offset
 from gadgets.flags import NOISE_BIT
 from gadgets.gather import gather
+from gadgets.options import make_options
+from gadgets.recon import reconstruct
 from gadgets.simulation.scan import SimulateOptions
 
 SHAPE = (26, 36, 32)
@@ -54,7 +56,7 @@ def test_an_echo_said_to_be_in_the_middle(tmp_path, partial_echo, said):
     header, lines = scan_of(tmp_path, partial_echo=partial_echo, contrasts=2)
     wrong = [line if line.flags & NOISE_BIT else line_like(line, center_sample=line.number_of_samples // 2) for line in lines]
     for scan, right in zip(gather(header, wrong), gather(header, lines)):
-        assert [w for w in scan.warnings if w not in right.warnings] == ([f"{said}: its true place was used"] if said else [])
+        assert [w for w in scan.warnings if w not in right.warnings] == ([f"{said}: its true place was used, and complex images keep the phase that it gives them"] if said else [])
         if said:  # a whole number of samples without oversampling: not even a phase is left
             torch.testing.assert_close(scan.kspace, right.kspace, atol=1e-5 * float(right.kspace.abs().max()), rtol=0)
 
@@ -103,3 +105,25 @@ def test_offsets_of_energies():
     assert centre_offset(energy * came * ((abs(z - 20) > 6) | (abs(y - 24) > 6))) is None  # nothing came where it should be
     assert centre_offset(np.zeros((40, 48))) is centre_offset(np.ones((2, 3))) is None
     assert echo_offset(np.zeros((2, 40, 48, 16), np.complex64), energy) == 0
+
+
+@pytest.mark.parametrize("periods, recon", [(6, None), (-5, (24, 0.75)), (5, (48, 1.0))])
+def test_a_late_echo_keeps_the_phase_that_a_field_gave_it(tmp_path, periods, recon):
+    """The second contrast is the first with so many periods of phase over the readout; also where the image is cropped and interpolated along it."""
+    header, lines = scan_of(tmp_path, partial_fourier=(1, 1))
+    space = header.encoding[0].reconSpace
+    whole_mm = space.fieldOfView_mm.x
+    if recon:
+        space.matrixSize.x, space.fieldOfView_mm.x = recon[0], recon[1] * whole_mm
+    late = [line_like(line, np.roll(line.data, 2 * periods, axis=1), contrast=1) for line in lines if not line.flags & NOISE_BIT]
+    options = make_options({"method": "cg", "device": "cpu", "output": "complex64"})
+    first, second = reconstruct(header, [*lines, *late], None, options)
+    assert "the echo lies" in second.meta["ImageComment"] and "the echo lies" not in first.meta["ImageComment"]
+    a, b = first.data[0].astype(complex), second.data[0].astype(complex)
+    x = (np.arange(a.shape[2]) - a.shape[2] // 2) * space.fieldOfView_mm.x / a.shape[2]
+    expected = a * np.exp(2j * np.pi * periods * x / whole_mm)
+    bright = abs(a) > 0.3 * abs(a).max()
+    assert np.abs(np.angle(b[bright] * expected[bright].conj())).mean() < 0.05
+    magnitudes = reconstruct(header, [*lines, *late], None, make_options({"method": "cg", "device": "cpu", "output": "float32"}))
+    for image, phased in zip(magnitudes, (a, b)):
+        np.testing.assert_allclose(image.data[0], abs(phased), rtol=0, atol=1e-5 * abs(phased).max())

@@ -235,3 +235,13 @@ def test_a_folded_image_is_told(calibrated):
     mask[6:15, 8:17] = calibrated
     said = measure(random_complex(4, 20, 24, 8) * mask[..., None], mask, (1.0, 1.0, 1.0)).warnings
     assert sum("CAUTION" in w and "the image is aliased 4-fold" in w for w in said) == (not calibrated)
+
+
+@pytest.mark.parametrize("lines, told", [(slice(0, 9), True), (slice(7, 12), True), (slice(5, 16), False)])
+def test_a_folded_image_whose_calibration_is_of_no_use_is_told(lines, told):
+    """By the scan's own lines: those of a calibration off the centre, or too small, are not regular."""
+    mask, calibrated = lattice(2, 2, 0, (20, 24)), torch.zeros(20, 24)
+    calibrated[lines, lines] = 1
+    calibration = random_complex(4, 20, 24, 8, seed=1) * calibrated[..., None], calibrated
+    said = measure(random_complex(4, 20, 24, 8) * mask[..., None], mask, (1.0, 1.0, 1.0), calibration=calibration).warnings
+    assert sum(w == "CAUTION: the undersampling is regular and too few calibration lines separate the coils: the image may be aliased 4-fold" for w in said) == told

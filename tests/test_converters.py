@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import gathered, line_like, load_small_scan
 
+from gadgets.budget import Budget
 from gadgets.flags import CALIBRATION_BIT, LAST_BIT, NOISE_BIT, REVERSE_BIT
 from gadgets.gather import gather
 from gadgets.geometry import ScanError
@@ -113,3 +114,93 @@ def test_lines_with_half_the_resolution_of_the_header_are_told(scan):
     narrow = [w for w in gathered(header, coarse).warnings if "if it looks too narrow" in w]
     wide = [line if line.flags & NOISE_BIT else line_like(line, np.fft.fft(np.random.default_rng(0).standard_normal((2, 12))) + 0j, center_sample=6) for line in lines]
     assert len(narrow) == 1 and not [w for w in gathered(header, wide).warnings if "if it looks too narrow" in w]
+
+
+THICK_MM = 3.0
+
+
+def planes_of(scan, count=8):
+    """Header with as many partitions as slices, and the lines of a 2D scan: the middle partition, once for each slice and times its number plus 1."""
+    header, lines = copy.deepcopy(scan[0]), scan[1]
+    for space in (header.encoding[0].encodedSpace, header.encoding[0].reconSpace):
+        space.matrixSize.z, space.fieldOfView_mm.z = count, count * THICK_MM
+    middle = [line for line in lines if not line.flags & NOISE_BIT and line.idx.kspace_encode_step_2 == 5]
+    at = lambda line, number: tuple(np.array(line.position) + number * THICK_MM * np.array(line.slice_dir))  # noqa: E731
+    noise = [line for line in lines if line.flags & NOISE_BIT]
+    return header, noise, [[line_like(line, (number + 1) * line.data, slice=number, kspace_encode_step_2=0, flags=0, position=at(line, number)) for line in middle] for number in range(count)]
+
+
+@pytest.mark.parametrize("order", ["slices", "interleaved"])
+@pytest.mark.parametrize("step_2, slices, step_of", [
+    ((0, 0, 0), (0, 7, 0), lambda number: 0), (None, (0, 7, 0), lambda number: 0), (None, None, lambda number: 0), ((0, 7, 4), (0, 7, 0), lambda number: 0),
+    ((0, 7, 4), None, lambda number: number), (None, (0, 7, 0), lambda number: number),
+])  # fmt: skip
+def test_slices_that_lie_apart_are_slices(scan, step_2, slices, step_of, order):
+    """A matrix of as many partitions as there are slices; the image of each is the plane's, at its own position."""
+    header, noise, stack = planes_of(scan)
+    stack = [[line_like(line, kspace_encode_step_2=step_of(line.idx.slice)) for line in plane] for plane in stack]
+    lines = [line for number in (3, 0, 5, 1, 7, 2, 6, 4) for line in stack[number]] if order == "slices" else [line for same in zip(*stack[::-1]) for line in same]
+    found = list(gather(limited(header, step_2, slices), [*noise, *lines]))
+    assert [one.head.idx.slice for one in found] == list(range(8))
+    alone = gathered(limited(header, None, None), [*noise, *stack[0]])  # no other slice: a partition
+    for number, one in enumerate(found):
+        assert one.kspace.shape[1] == 1 and one.geometry.recon_matrix[2] == 1 and one.geometry.encoded_fov_mm[2] == one.geometry.recon_fov_mm[2] == THICK_MM
+        torch.testing.assert_close(one.kspace[:, 0], (number + 1) * alone.kspace[:, 0])
+        np.testing.assert_allclose(one.head.position[:], stack[number][0].position[:])
+        assert any("each is taken for a 2D image 3 mm thick" in w for w in one.warnings) and not [w for w in one.warnings if "step_2" in w or "E2" in w], one.warnings
+
+
+@pytest.mark.parametrize("step_2, slices, step_of", [((0, 0, 0), (0, 7, 0), lambda number: 0), (None, None, lambda number: number)])
+def test_repetitions_of_slices_that_lie_apart(scan, step_2, slices, step_of):
+    header, noise, stack = planes_of(scan)
+    lines = [line_like(line, kspace_encode_step_2=step_of(line.idx.slice), repetition=repetition, flags=LAST_BIT if line is stack[0][-1] else 0) for repetition in range(3) for plane in stack[::-1] for line in plane]
+    found = list(gather(limited(header, step_2, slices), [*noise, *lines]))
+    assert [(one.head.idx.repetition, one.head.idx.slice) for one in found] == [(repetition, number) for repetition in range(3) for number in range(8)]
+    assert all(one.kspace.shape[1] == 1 and bool((one.counts == 1).all()) and torch.equal(one.kspace, first.kspace) for one, first in zip(found, 3 * found[:8]))
+
+
+def test_the_thickness_of_slices_may_be_the_field_of_view(scan):
+    header, noise, stack = planes_of(scan)
+    for space in (header.encoding[0].encodedSpace, header.encoding[0].reconSpace):
+        space.fieldOfView_mm.z = 2.5
+    first, *_ = gather(limited(header, (0, 0, 0), (0, 7, 0)), [*noise, *(line for plane in stack for line in plane)])
+    assert first.geometry.recon_fov_mm[2] == 2.5
+
+
+def test_slabs_that_lie_apart_stay_slabs(scan):
+    """Both slabs' first partition comes before any second one; cut off, they are incomplete slabs, not slices."""
+    header, lines = scan
+    slabs = [line_like(line, slice=number, position=tuple(np.array(line.position) + 20.0 * number * np.array(line.slice_dir))) for line in lines if not line.flags & NOISE_BIT for number in (0, 1)]
+    slabs.sort(key=lambda line: line.idx.kspace_encode_step_2)
+    whole = gathered(*scan)
+    for slices in ((0, 1, 0), None):
+        assert [torch.equal(one.kspace, whole.kspace) for one in gather(limited(header, (0, 9, 5), slices), slabs)] == [True, True]
+    assert {one.kspace.shape[1] for one in gather(limited(header, (0, 9, 5), None), slabs[:40])} == {10}
+
+
+def test_slices_counted_as_a_matrix_fit_the_memory_of_one(scan):
+    header, noise, stack = planes_of(scan)
+    header = limited(header, (0, 0, 0), (0, 7, 0))
+    one = Budget(header, 1.0).nbytes(2)
+    budget = Budget(header, 1.01 * one / 2**30)
+    assert len(list(gather(header, [*noise, *(line for plane in stack for line in plane)], budget.check))) == 8
+
+
+def with_trajectory(line, places):
+    """A line with a trajectory [samples dimensions]."""
+    head = line.getHead()
+    head.trajectory_dimensions = places.shape[1]
+    return ismrmrd.Acquisition(head, line.data, places.astype(np.float32))
+
+
+def test_a_trajectory_that_is_not_uniform_is_told(scan):
+    header, lines = scan
+    even = (np.arange(24) - 12) / 24
+    ramps = np.sin(even * np.pi * 0.95) / (2 * np.sin(0.475 * np.pi))
+    wave = 0.05 * np.sin(4 * np.pi * even)
+    zero = 0 * even
+    cases = [(np.stack([even, zero + 0.1, zero], 1), False), (even[::-1, None], False), (even[:, None] * 24 + 0.3, False), (zero[:, None], False), (even[:, None] + 1e-3 * wave[:, None], False)]
+    for places, told in [*cases, (ramps[:, None], True), (np.stack([ramps, zero], 1), True), (np.stack([even, wave], 1), True)]:
+        found = gathered(header, [line if line.flags & NOISE_BIT else with_trajectory(line, places) for line in lines])
+        assert torch.equal(found.kspace, gathered(*scan).kspace)
+        assert [w for w in found.warnings if "CAUTION" in w] == (["CAUTION: the lines' trajectories are not uniform (ramp sampling?), but this server reads the samples as equally spaced: regrid them first"] if told else [])

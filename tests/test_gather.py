@@ -564,6 +564,24 @@ def test_gathered_noise_is_as_strong_as_the_noise_lines_say(tmp_path):
     torch.testing.assert_close(ratio, torch.ones(2), atol=0.1, rtol=0)
 
 
+def test_noise_lines_serve_the_volumes_after_them(tmp_path):
+    """Louder ones before the second repetition change nothing in the first; the same ones again change nothing at all; where none came in time, all are used."""
+    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=2, pattern="full", noise_lines=8, snr=50))
+    noise, lines = lines[:8], lines[8:]
+    louder, again = [line_like(line, 2 * line.data) for line in noise], [line_like(line, repetition=1) for line in lines]
+    expected = gathered(header, [*noise, *lines]).noise
+    first, second = gather(header, [*noise, *lines, *louder, *again])
+    assert torch.equal(first.noise, expected) and torch.equal(second.noise, 2 * expected)
+    assert not [w for w in first.warnings if "noise" in w] and [w for w in second.warnings if w.startswith("the noise lines before this volume are 2 times as loud")]
+    gain = [line_like(line, 2 * line.data) for line in again]
+    a, b = reconstruct(header, [*noise, *lines, *louder, *gain], None, make_options({"method": "cg", "device": "cpu", "output": "float32"}))
+    np.testing.assert_allclose(a.data, b.data, rtol=0, atol=1e-4 * a.data.max())  # the receivers' gain
+    other = [line_like(line, 1.1 * line.data[:, ::-1]) for line in noise]
+    for items in ([*noise, *lines, *other, *again], [*lines, *noise, *again]):
+        for scan in gather(header, items):
+            assert torch.equal(scan.noise, expected) and scan.gain == 1 and scan.warnings == []
+
+
 def test_noise_of_other_coils_is_not_used_and_said(tmp_path):
     header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=2, pattern="full", noise_lines=4))
     lines = [line_like(line, line.data[:1]) if line.is_flag_set(ismrmrd.ACQ_IS_NOISE_MEASUREMENT) else line for line in lines]

@@ -126,3 +126,27 @@ def test_a_field_of_view_in_metres_is_told_and_a_capital_is_cartesian():
     small = re.sub(rb"<([xyz])>([\d.]+\.0)</", lambda m: b"<%s>%.4f</" % (m[1], float(m[2]) / 1000), XML).replace(b">cartesian<", b">Cartesian<")
     (note,) = read_geometry(parse_header(small)).warnings
     assert "voxels are of 0.001 mm: was its field of view written in metres" in note
+
+
+@pytest.mark.parametrize("factor, told", [(1, False), (3, True)])
+def test_slices_excited_together_are_told(factor, told):
+    band = f"<multiband><spacing><dZ>30.0</dZ></spacing><deltaKz>1.0</deltaKz><multiband_factor>{factor}</multiband_factor><calibration>separable2D</calibration><calibration_encoding>0</calibration_encoding></multiband></parallelImaging>"
+    notes = read_geometry(parse_header(changed("</parallelImaging>", band))).warnings
+    assert [note.split(":")[0] for note in notes] == ["CAUTION"] * told and all("3 slices were excited at once" in note for note in notes)
+
+
+@pytest.mark.parametrize("count, deep_mm, shown_mm, told", [
+    (20, 20.0, 20.0, ""), (40, 20.0, 20.0, ""), (12, 12.0, 12.0, ""),  # all, interpolated, cropped
+    (20, 1.0, 20.0, "its field of view of 1 mm was taken for the thickness of one"), (16, 1.0, 16.0, "the header wants 16 partitions of 0.062 mm where 20 partitions of 1 mm were encoded"),
+    (40, 0.5, 20.0, "taken for the thickness of one"), (200, 0.1, 20.0, "taken for the thickness of one"),
+    (20, 4.0, 4.0, "CAUTION: the header wants only the central 4 mm of the 20 mm that were encoded"), (5, 5.0, 5.0, "CAUTION: the header wants only the central 5 mm"),
+    (1, 20.0, 20.0, "CAUTION: the header says that 20 partitions of 1 mm were encoded, but wants a single one of 20 mm"), (1, 1.0, 1.0, "wants a single one of 1 mm"),
+])  # fmt: skip
+def test_partitions_that_contradict_the_field_of_view(count, deep_mm, shown_mm, told):
+    header = parse_header(XML)
+    space = header.encoding[0].reconSpace
+    space.matrixSize.z, space.fieldOfView_mm.z = count, deep_mm
+    geometry = read_geometry(header)
+    assert geometry.recon_fov_mm[2] == pytest.approx(shown_mm) and geometry.recon_matrix[2] == count
+    assert len(geometry.warnings) == bool(told) and all(told in note for note in geometry.warnings)
+    assert geometry.plane(3.0).warnings == ()
