@@ -70,6 +70,11 @@ def _fitted(operator: Sense, image: Tensor, adjoint: Tensor) -> tuple[Tensor, fl
     return factor * image, abs(factor) ** 2 * energy
 
 
+def explained_by(operator: Sense, image: Tensor, adjoint: Tensor) -> float:
+    """How much of ||y||^2 A x explains, with x a multiple of `image` [z y x]; `adjoint` is A^H y."""
+    return _fitted(operator, image, adjoint)[1]
+
+
 def _blurred(volume: Tensor, lines: Sequence[int]) -> Tensor:
     """[z y x] with a Hann window over so many central lines (z, y) of its k-space."""
     sides = [min(pair) for pair in zip(lines, volume.shape)]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .coils import MIN_ACS, compression_matrix, cut_acs, find_acs, folding, in_phase, low_resolution_maps, maps_of, overlap, signal_operators, too_few
-from .fft import centre_crop_or_pad
-from .low_resolution import calibrated_image, object_support
+from .fft import centre_block, centre_crop_or_pad
+from .low_resolution import calibrated_image, explained_by, object_support
 from .measurement import Measurement, energy_of
 from .noise import whiten
 from .scale import intensity_scale
@@ -21,6 +21,7 @@ WORK_ARRAYS = 3  # data, maps and a temporary copy of the maps
 SINGLE_VOLUMES = 14  # besides these: 12 coils of 320 x 320 x 256 peak at 9.4 GiB (tests/benchmarks/chain_speed.py)
 KEPT_ARRAYS = 2  # data that are kept, and a part of them
 WRAPS, WRAPS_BADLY = 0.08, 0.4  # share of the object that lies over other parts of it: reported, and reported with CAUTION
+EXPLAINS = 0.8  # of the signal around k = 0: less by a calibration of another contrast, more by one of another phase (lattices of held-out heads)
 TRUSTED = 2.0  # times the median count: what some lines gain from more averages, coil-map errors in them cost all others
 
 
@@ -93,6 +94,7 @@ def measure(
     adjoint = operator.adjoint(data)
     calibrated = calibrated_image(operator, adjoint, acs) if calibration is not None and too_few(find_acs(counts), counts.shape) else None
     tissue = None if calibrated is None else intensity_scale(calibrated, voxel_mm)
+    warnings += [] if calibrated is None else _lacks_centre(operator, calibrated, data, acs_size, sigma)
     return Measurement(operator, adjoint, energy_of(data), samples, sigma, voxel_mm, acs_size, mixing, whitened.known, shown, warnings, kept, calibrated, tissue)
 
 
@@ -184,6 +186,20 @@ def _maps(acs: Tensor, sigma: float, size: tuple[int, int], whole: tuple[int, ..
         return low_resolution_maps(all_lines(), counts), everywhere, [few] + [lattice] * (folded > 1)
     operators = signal_operators(acs, shape, sigma)
     return maps_of(operators, shape, home), object_support(acs, shape, sigma).to(home), _wraps(overlap(operators, acs))
+
+
+def _lacks_centre(operator: Sense, calibrated: Tensor, data: Tensor, size: tuple[int, int], sigma: float) -> list[str]:
+    """A warning if no line of `data` y [coils z y x] lies near k = 0 and the image `calibrated` [z y x] of a block of `size` (z, y) explains too little of those within it."""
+    mask = operator.mask.cpu()
+    inner_lines = mask * centre_block(mask.shape, size)
+    if bool((inner_lines * centre_block(mask.shape, (3, 3))).any()) or not bool(inner_lines.any()):
+        return []
+    part, lines = operator.with_mask(inner_lines), data * (inner_lines > 0)[..., None].to(data.device)
+    signal = energy_of(lines) - 2 * sigma**2 * int((inner_lines > 0).sum()) * len(data) * data.shape[-1]
+    share = explained_by(part, calibrated, part.adjoint(lines)) / max(signal, 1e-30)
+    if share > EXPLAINS:
+        return []
+    return [f"CAUTION: no line lies next to the k-space centre, and the image of the calibration, perhaps of another contrast, explains only {share:.0%} of the lines around it: large structures may have the wrong brightness"]
 
 
 def _wraps(share: float) -> list[str]:

@@ -435,6 +435,18 @@ def test_a_noisy_lattice_keeps_its_brightness():
     assert bright(cg_sense(replace(measurement, calibrated=None))) < 0.5
 
 
+@pytest.mark.parametrize("step,negative,said", [(4, True, True), (4, False, False), (3, True, False)])
+def test_a_lattice_far_from_the_centre_with_a_calibration_of_another_contrast_is_told(step, negative, said):
+    """Only if the nearest line is two away from k = 0 does the image's brightness come from the calibration."""
+    kspace, _, noise, reference = problem(coils=8, acceleration=1.0)
+    calibration, lattice = torch.zeros(24, 28), torch.zeros(24, 28)
+    calibration[5:19, 7:21] = 1
+    lattice[:, {4: 0, 3: 0}[step] :: step] = 1  # at step 3 a line lies next to k = 0
+    other = fft(ifft(kspace, (1, 2)) * (1 - reference / reference.max()).square(), (1, 2)) if negative else kspace
+    measurement = measure(kspace * lattice[..., None], lattice, VOXEL, noise, (other * calibration[..., None], calibration))
+    assert any("CAUTION: no line lies next to the k-space centre" in text for text in measurement.warnings) == said
+
+
 def test_regularisation_takes_no_brightness():
     """Fully sampled, lambda divides the image by 1 + lambda: the factor is just that, whatever the noise; of a zero image nothing is made."""
     kspace, mask, noise, _ = problem(acceleration=1.0, snr=4.0)
