@@ -1,11 +1,11 @@
-"""Regular undersampling whose calibration is a scan of its own: CG-SENSE and slice diffusion, from the image of the calibration and from zero.
+"""Regular undersampling whose calibration is a scan of its own: CG-SENSE and slice diffusion, with the image of the calibration and without.
 
     python tests/benchmarks/lattices.py gadgets/example/head_2mm.nii.gz
 
-The volume is seen by 8 coils at --voxel-mm, SNR --snr, 30 readout positions. Lattices have k = 0 on them or as far from them
+The volume is seen by 8 coils at --voxel-mm and each --snr, 30 readout positions. Lattices have k = 0 on them or as far from them
 as can be (`offset`, lines); the calibration is 20 x 20 lines of the same contrast, of another one with inverted brightness, or with
-another phase, as another echo time makes it: 3 radians from the middle to the edge along both phase encodes (`calibration`). `begins` says where the conjugate gradients begin: at the calibration's image (the default) or, with 15
-iterations as for other scans, at zero. Written to results/lattices.csv: PSNR inside the object, and the brightness there
+another phase, as another echo time makes it: 3 radians from the middle to the edge along both phase encodes (`calibration`). `pulls` says what Tikhonov's term pulls towards, and where
+the conjugate gradients begin: the calibration's image (the default) or, as for other scans, zero. Written to results/lattices.csv: PSNR inside the object, and the brightness there
 over the true one, of CG-SENSE and of slice diffusion after it.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -39,21 +40,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("volume", type=Path)
     parser.add_argument("--voxel-mm", type=float, default=3.0)
-    parser.add_argument("--snr", type=float, default=30.0)
+    parser.add_argument("--snr", type=float, nargs="+", default=[30.0, 10.0])
     arguments = parser.parse_args()
     prior, rows = load_prior("small"), []
-    for calibration in ("same contrast", "another contrast", "another phase"):
-        for steps, offset in LATTICES:
-            scan, whole, truth = separately_calibrated(arguments.volume, arguments.voxel_mm, arguments.snr, steps, offset, calibration)
-            for begins in ("calibration", "zero"):
-                row = {"volume": arguments.volume.name.split(".")[0], "voxel_mm": arguments.voxel_mm, "snr": arguments.snr, "coils": COILS}
-                row |= {"lattice": "x".join(map(str, steps)), "offset": "x".join(map(str, offset)), "calibration": calibration, "begins": begins}
-                there = scan if begins == "calibration" else replace(scan, calibrated=None)
-                start = cg_sense(there)
-                for state in reconstruct_variational(there, prior, start):
-                    pass
-                rows.append(row | judged("cg", start, whole, truth) | judged("diffusion", state.volume, whole, truth))
-                print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
+    for snr, calibration, (steps, offset) in product(arguments.snr, ("same contrast", "another contrast", "another phase"), LATTICES):
+        scan, whole, truth = separately_calibrated(arguments.volume, arguments.voxel_mm, snr, steps, offset, calibration)
+        for pulls, there in (("calibration", scan), ("zero", replace(scan, calibrated=None))):
+            row = {"volume": arguments.volume.name.split(".")[0], "voxel_mm": arguments.voxel_mm, "snr": snr, "coils": COILS}
+            row |= {"lattice": "x".join(map(str, steps)), "offset": "x".join(map(str, offset)), "calibration": calibration, "pulls": pulls}
+            start = cg_sense(there)
+            for state in reconstruct_variational(there, prior, start):
+                pass
+            rows.append(row | judged("cg", start, whole, truth) | judged("diffusion", state.volume, whole, truth))
+            print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
     save_table("lattices", rows)
 
 

@@ -224,15 +224,15 @@ def lesions(name: str) -> str:
 
 
 def lattices(name: str) -> str:
-    """Regular undersampling with a separate calibration: PSNR (and brightness over the true one), begun at zero / at the calibration's image."""
+    """Regular undersampling with a separate calibration: PSNR (and brightness over the true one), pulled towards zero / the calibration's image."""
     found: dict[tuple, dict] = {}
     with (RESULTS / f"{name}.csv").open(newline="") as file:
         for row in csv.DictReader(file):
             for image in ("cg", "diffusion"):
                 cell = f"{float(row[f'{image} psnr']):.1f} ({float(row[f'{image} brightness']):.2f})"
-                found.setdefault((row["lattice"], row["offset"]), {})[row["calibration"], image, row["begins"]] = cell
+                found.setdefault((f"{float(row['snr']):g}", row["lattice"], row["offset"]), {})[row["calibration"], image, row["pulls"]] = cell
     columns = [("same contrast", "cg"), ("same contrast", "diffusion"), ("another contrast", "diffusion"), ("another phase", "diffusion")]
-    lines = [line(["lattice, z x y", "lines from k = 0", *(f"{METHODS[image]}, {calibration}" for calibration, image in columns)]), rule(2 + len(columns))]
+    lines = [line(["SNR", "lattice, z x y", "lines from k = 0", *(f"{METHODS[image]}, {calibration}" for calibration, image in columns)]), rule(3 + len(columns))]
     for key, cells in found.items():
         lines.append(line([*(part.replace("x", " x ") for part in key), *(f"{cells[(*column, 'zero')]} / {cells[(*column, 'calibration')]}" for column in columns)]))
     return "\n".join(lines)
