@@ -5,15 +5,18 @@ import json
 import logging
 import os
 import re
+import shutil
 import socket
 import struct
 import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from conftest import line_like, run_chain
@@ -366,7 +369,7 @@ def test_a_kill_in_the_middle_of_the_conversion_leaves_nothing_behind_for_good(s
     """The next start converts again, into the same place; meanwhile the scan is locked for other servers."""
 
     def killed(*_):
-        FailedScans(tmp_path)  # another server starts
+        FailedScans(tmp_path).recover()  # another server starts
         assert not list(tmp_path.glob("failed-*"))
         raise KeyboardInterrupt
 
@@ -379,7 +382,7 @@ def test_a_kill_in_the_middle_of_the_conversion_leaves_nothing_behind_for_good(s
         patch.setattr("gadgets.keep.Recording._close", lambda self: self.file.close())  # a kill closes no more than this
         recording.keep()
     assert {path.suffix for path in tmp_path.iterdir()} == {".spool", ".partial"}
-    FailedScans(tmp_path)
+    FailedScans(tmp_path).recover()
     (found,) = tmp_path.iterdir()
     with ScanFile(found) as kept:
         assert len(kept) == len(lines)
@@ -419,12 +422,116 @@ def test_what_a_killed_server_left_behind_is_found_and_what_runs_is_let_be(scan_
             running.add(line)
             killed.add(line)
     killed.file.close()
-    FailedScans(tmp_path)
+    FailedScans(tmp_path).recover()
     (found,) = tmp_path.glob("failed-*.h5")
     assert [path.name for path in tmp_path.glob("*.spool")] == [running.path.name]
     with ScanFile(scan_path) as scan, ScanFile(found) as kept:
         assert [bytes(a.getHead()) for a in kept.acquisitions()] == [bytes(a.getHead()) for a in scan.acquisitions()]
     running.drop()
+
+
+def recorded(place, scan_path):
+    """A recording of the whole scan."""
+    with ScanFile(scan_path) as scan:
+        recording = place.record(scan.header_xml)
+        for line in scan.acquisitions():
+            recording.add(line)
+    return recording
+
+
+def test_a_folder_that_becomes_read_only_or_a_file_disturbs_no_scan(scan_path, tmp_path, monkeypatch, caplog):
+    def refused(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    place = FailedScans(tmp_path / "kept")
+    first, second = recorded(place, scan_path), recorded(place, scan_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.unlink", refused)
+        first.drop()
+        patch.setattr("builtins.open", refused)
+        assert second.keep() is None and place.record(b"<header/>").keep() is None
+    assert {record.levelno for record in caplog.records} == {logging.ERROR} and "could not be removed: Read-only file system" in caplog.text
+    shutil.rmtree(tmp_path / "kept")
+    (tmp_path / "kept").touch()
+    assert recorded(place, scan_path).keep() is None and place.count(0) == 0
+
+
+def test_a_scan_whose_raw_data_cause_trouble_leaves_no_connection(scan_path, prior, tmp_path, monkeypatch, caplog):
+    def trouble(recording):
+        raise RuntimeError("trouble with the disk")
+
+    monkeypatch.setattr("gadgets.keep.Recording.drop", trouble)
+    monkeypatch.setattr("gadgets.keep.Recording.keep", trouble)
+    with running(FAST, lambda options: prior, keep=FailedScans(tmp_path)) as server:
+        assert len(client(server, scan_path)[0]) == 2 and client(server, scan_path, "nonesuch")[0] == []
+        end = time.monotonic() + 10
+        while server.talking and time.monotonic() < end:
+            time.sleep(0.02)
+        assert not server.talking and caplog.text.count("trouble with the disk") >= 2
+
+
+@pytest.mark.parametrize("garbage", [b"", b"\3", b"\xff" * 1000, struct.pack("<I", 3) + b"<a>" + b"\xff" * 1000])
+def test_what_is_left_behind_and_damaged_is_put_aside(scan_path, tmp_path, garbage, monkeypatch):
+    """Without reading what it announces: gigabytes."""
+    recorded(FailedScans(tmp_path), scan_path).file.close()
+    bad = tmp_path / "scan-0-0.spool"
+    bad.write_bytes(garbage)
+    place, whole = FailedScans(tmp_path), len(garbage) > 1000
+    tracemalloc.start()
+    place.recover()
+    assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    tracemalloc.stop()
+    assert len(list(tmp_path.glob("failed-*.h5"))) == 1 + whole and not list(tmp_path.glob("*.spool"))
+    assert [path.read_bytes() for path in tmp_path.glob("*.damaged")] == [garbage] * (not whole)
+
+
+def test_what_cannot_be_opened_is_put_aside(tmp_path, monkeypatch, caplog):
+    (tmp_path / "scan-0-0.spool").write_bytes(b"another user's")
+
+    def refused(path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("builtins.open", refused)
+    FailedScans(tmp_path).recover()
+    assert [path.name for path in tmp_path.iterdir()] == ["scan-0-0.damaged"] and caplog.text.count("Permission denied") == 1
+
+
+def test_the_oldest_scans_make_room_on_a_full_disk(scan_path, tmp_path, monkeypatch, caplog):
+    place = FailedScans(tmp_path)
+    for number in range(3):
+        (tmp_path / f"failed-{number}.h5").write_bytes(b"x" * 100_000)
+        os.utime(tmp_path / f"failed-{number}.h5", (number + 1, number + 1))
+    here = lambda: sorted(path.name for path in tmp_path.glob("failed-?.h5"))  # noqa: E731
+
+    class FullOnce:
+        def __init__(self, file):
+            self.file, self.full = file, True
+
+        def write(self, data):
+            if self.full:
+                self.full = False
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return self.file.write(data[: len(data) // 2 + 1])
+
+        def close(self):
+            self.file.close()
+
+    with ScanFile(scan_path) as scan:
+        recording, lines = place.record(scan.header_xml), list(scan.acquisitions())
+    recording.file = FullOnce(recording.file)
+    for line in lines:
+        recording.add(line)
+    assert here() == ["failed-1.h5", "failed-2.h5"] and recording.path.stat().st_size == recording.bytes
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000 if here() else 1 << 30))
+    recording.file = recording.file.file
+    kept = recording.keep()
+    with ScanFile(kept) as scan:
+        assert len(scan) == len(lines)
+    assert here() == []
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=300_000))
+    kept.unlink()
+    assert recorded(place, scan_path).keep() is None
+    assert re.search(r"could not be kept: \d+ KiB are needed in .*, 293 KiB are free", caplog.text)
 
 
 def test_health_is_a_command(prior, capsys):

@@ -55,6 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
     load = load_prior_or_fault if arguments.test_faults else load_prior_for
     keep = arguments.keep_failed and FailedScans(arguments.keep_failed, arguments.keep_failed_gib)
     with Server((arguments.host, arguments.port), given_options(arguments), load, keep, **limits) as server:
+        if keep:
+            threading.Thread(target=keep.recover, name="recovering", daemon=True).start()  # gigabytes may have been left behind
         server.warm_up()
         if arguments.health_port is not None:
             page = HealthPage((arguments.host, arguments.health_port), server.health)
