@@ -144,12 +144,16 @@ class Handler(socketserver.BaseRequestHandler):
         self._linger()
 
     def finish(self) -> None:
-        with contextlib.suppress(OSError):
-            self.wire.flush()
-        self.wire.release()
-        if self.recording is not None:
-            self.recording.drop() if self.well else self.recording.keep()
-        self.server.talking.discard(self)
+        try:
+            with contextlib.suppress(OSError):
+                self.wire.flush()
+            self.wire.release()
+            if self.recording is not None:
+                self.recording.drop() if self.well else self.recording.keep()
+        except Exception as error:  # the boundary: the connection is over
+            log_failure("the connection was not left in good order", error)
+        finally:
+            self.server.talking.discard(self)
 
     def hang_up(self) -> None:
         """Stop reading: a scan that is still being received ends here."""
