@@ -23,7 +23,7 @@ from .geometry import ScanError
 from .health import Counts, process_facts
 from .keep import FailedScans, Recording
 from .limits import Limits
-from .options import OptionsError, make_options, options_from_json
+from .options import OptionsError, from_a_peer, make_options, options_from_json
 from .solve import device_of, load_prior_for, prior_of, warm_up
 from .turns import Turns
 
@@ -274,7 +274,7 @@ def options_of_config(config: tuple[int, str] | None) -> dict[str, Any]:
     """Options that a client's configuration message contains or refers to by name."""
     if config is None:
         raise OptionsError("expected a configuration (name or XML) before the header, got none")
-    return properties_of(config[1]) if config[0] == w.CONFIG_TEXT and "<" in config[1] else options_of_config_name(config[1].strip())
+    return from_a_peer(properties_of(config[1])) if config[0] == w.CONFIG_TEXT and "<" in config[1] else options_of_config_name(config[1].strip())
 
 
 def _wait_while(busy: Callable[[], Any], longest_s: float) -> None:

@@ -458,6 +458,7 @@ def test_a_folder_that_becomes_read_only_or_a_file_disturbs_no_scan(scan_path, t
 
 def test_a_scan_whose_raw_data_cause_trouble_leaves_no_connection(scan_path, prior, tmp_path, monkeypatch, caplog):
     def trouble(recording):
+        recording._close()
         raise RuntimeError("trouble with the disk")
 
     monkeypatch.setattr("gadgets.keep.Recording.drop", trouble)
