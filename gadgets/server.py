@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import itertools
 import json
 import logging
+import math
+import os
 import socket
 import socketserver
+import struct
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +35,7 @@ from .turns import Turns
 
 log = logging.getLogger("slicediff")
 LINGER_S = 5.0
+LOOK_S = 0.05  # at what the peer has not taken yet
 SPARE = 32  # connections without a scan, on top of the permitted scans
 LAST_WORDS_S = 20.0  # after the grace period, for sending what there is
 KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
@@ -79,10 +86,16 @@ class Server(Listening, socketserver.ThreadingTCPServer):
         _wait_while(lambda: self.counts.open, self.limits.grace_s)
         self.out_of_time.set()
         for handler in list(self.talking):
-            handler.hang_up()
+            handler.hang_up("this server is shutting down: come again when it is back")
         _wait_while(lambda: self.counts.open, LAST_WORDS_S)
         _wait_while(lambda: self.talking, LINGER_S)
         self.shutdown()
+
+    def service_actions(self) -> None:
+        """Hang up on peers that send no header in time; called several times a second."""
+        for handler in list(self.talking):
+            if time.monotonic() > handler.until:
+                handler.hang_up(f"no configuration and header came within {self.limits.idle_s:g} s")
 
     def give_way(self) -> None:
         """Retire, once, because the GPU is lost to this process: its supervisor should start another."""
@@ -100,8 +113,9 @@ class Server(Listening, socketserver.ThreadingTCPServer):
         open_, running, queued = self.counts.open, self.turns.running, self.turns.waiting
         scans = {"done": self.counts.done, "failed": self.counts.failed}
         scans |= {"receiving": max(0, open_ - running - queued), "queued": queued, "running": running}
+        room = open_ < self.limits.connections and len(self.talking) < self.limits.connections + SPARE
         return {
-            "ready": not self.retiring.is_set() and open_ < self.limits.connections and not gpu_lost.is_set(), "gpu_lost": gpu_lost.is_set(), "version": version(), "device": str(device_of(self.options)), "prior": prior_of(self.options) or None,
+            "ready": room and not self.retiring.is_set() and not gpu_lost.is_set(), "gpu_lost": gpu_lost.is_set(), "version": version(), "device": str(device_of(self.options)), "prior": prior_of(self.options) or None,
             "scans": scans, "uptime_s": round(time.monotonic() - self.counts.began, 1), **process_facts(),
         }  # fmt: skip
 
@@ -125,6 +139,7 @@ class Handler(socketserver.BaseRequestHandler):
         self.wire = w.QueuedWire(self.request, min(limits.idle_s, limits.timeout_s), int(limits.max_message_mib * 2**20), int(limits.max_gib * 2**30))
         self.recording: Recording | None = None
         self.counted, self.well, self.gadgetron = False, True, False
+        self.until, self.hung_up = time.monotonic() + limits.idle_s, ""  # for the header to come; why it is not waited for
         self.server.talking.add(self)
 
     def handle(self) -> None:
@@ -133,14 +148,17 @@ class Handler(socketserver.BaseRequestHandler):
             self._converse()
             self.wire.close()
             self.wire.flush()
+            if self.counted:
+                self._deliver()
         except (OSError, w.WireError) as error:
             log.log(logging.WARNING if self.wire.heard else logging.INFO, "connection from %s ended early: %s", self.client_address, error)
             self.well = False
         finally:
-            if self.counted:
-                self.server.counts.add(open=-1, **{"done" if self.well else "failed": 1})
+            self.leave()
             if gpu_lost.is_set():
                 self.server.give_way()
+        if self.well:
+            self._settle()  # now, as the server may be killed while the peer takes its time to close
         self._linger()
 
     def finish(self) -> None:
@@ -148,20 +166,35 @@ class Handler(socketserver.BaseRequestHandler):
             with contextlib.suppress(OSError):
                 self.wire.flush()
             self.wire.release()
-            if self.recording is not None:
-                self.recording.drop() if self.well else self.recording.keep()
-        except Exception as error:  # the boundary: the connection is over
-            log_failure("the connection was not left in good order", error)
+            self._settle()
         finally:
             self.server.talking.discard(self)
 
-    def hang_up(self) -> None:
+    def hang_up(self, why: str) -> None:
         """Stop reading: a scan that is still being received ends here."""
+        self.until, self.hung_up = math.inf, why
         with contextlib.suppress(OSError):
             self.request.shutdown(socket.SHUT_RD)
 
+    def leave(self) -> None:
+        """The scan, if there was one, is over, and its place is free."""
+        if self.counted:
+            self.counted = False
+            self.server.counts.add(open=-1, **{"done" if self.well else "failed": 1})
+
+    def _settle(self) -> None:
+        """Keep the raw data of a scan that failed, drop those of another."""
+        recording, self.recording = self.recording, None
+        if recording is None:
+            return
+        try:
+            recording.drop() if self.well else recording.keep()
+        except Exception as error:  # the boundary: the scan is over
+            log_failure("trouble with the raw data of the scan", error)
+
     def _converse(self) -> None:
         config: tuple[int, str] | None = None
+        texts: list[str] = []
         if len(self.server.talking) > self.server.limits.connections + SPARE:
             self.well = False
             return self.wire.send_text(f"ERROR: this server has {len(self.server.talking) - 1} connections already: try again later")
@@ -172,14 +205,17 @@ class Handler(socketserver.BaseRequestHandler):
                 elif kind in (w.CONFIG_FILE, w.CONFIG_TEXT):
                     config = (kind, item)
                     self.gadgetron = kind == w.CONFIG_TEXT and is_gadgetron_peer(item)
+                elif kind == w.TEXT:
+                    texts.append(item)
                 elif kind == w.HEADER:
-                    return self._scan(config, item.encode())
+                    self.until = math.inf
+                    return self._scan(config, texts, item.encode())
                 else:
                     raise w.WireError(f"expected a configuration and a header before the data, got message {kind} first")
         except Exception as error:  # the boundary: every failure must reach the peer
-            self._tell(error)
+            self._tell(error if self.counted or not self.hung_up else w.WireError(self.hung_up))
 
-    def _scan(self, config: tuple[int, str] | None, header_xml: bytes) -> None:
+    def _scan(self, config: tuple[int, str] | None, texts: list[str], header_xml: bytes) -> None:
         self.server.counts.add(open=1)
         self.counted, host = True, ServerHost(self)
         if self.server.keep is not None:  # before anything can fail, so that everything received is kept
@@ -189,14 +225,18 @@ class Handler(socketserver.BaseRequestHandler):
         if self.gadgetron:
             self.well = answer_gadgetron(self.wire, config[1].encode(), header_xml, self.server.defaults, host)
             return
-        sources = [self.server.defaults, options_of_config(config)]
-        first = next(self.wire.messages(), None)
-        while first is not None and first[0] == w.TEXT:
-            found, others = options_from_json(first[1])
-            sources.append(found)
-            if others:
-                self.wire.send_text(f"parameters that are not options of this plugin were ignored: {', '.join(others)}"[:1000])
-            first = next(self.wire.messages(), None)
+        sources, first = [self.server.defaults, options_of_config(config)], None
+        for kind, item in itertools.chain(((w.TEXT, text) for text in texts), self.wire.messages()):
+            if kind == w.TEXT:
+                found, others = options_from_json(item)
+                sources.append(found)
+                if others:
+                    self.wire.send_text(f"parameters that are not options of this plugin were ignored: {', '.join(others)}"[:1000])
+            elif kind == w.QUERY:
+                self.wire.send_response(item[0], self.answer(item[1]))
+            elif kind != w.HEADER or item.encode() != header_xml:  # the same one again does no harm
+                first = (kind, item)
+                break
         run_scan(self.wire, header_xml, sources, host, self.wire.send_text, first)
 
     def _tell(self, error: Exception) -> None:
@@ -204,10 +244,12 @@ class Handler(socketserver.BaseRequestHandler):
         self.well = False
         log_failure("the scan failed" if self.wire.heard else "nothing was asked", error, logging.ERROR if self.wire.heard else logging.INFO)
         if self.gadgetron:
+            self.leave()
             self.wire.drain()  # it may not read while it still sends
             self.wire.send_error(f"slice diffusion: {sentence(error)}")
         else:
             self.wire.send_text(f"ERROR: {sentence(error)}")
+            self.leave()
             self.wire.drain()
 
     def answer(self, question: str) -> str:
@@ -217,9 +259,38 @@ class Handler(socketserver.BaseRequestHandler):
         known = {"gadgetron::info": lambda: f"gadgetron-slicediff {version()}", "gadgetron::version": version, "slicediff::health": lambda: json.dumps(self.server.health())}
         return known[question]() if question in known else f"unknown query {question[:100]!r}; known are {', '.join(known)}"
 
+    def _deliver(self) -> None:
+        """Wait until the peer's machine has everything that was sent, and read on meanwhile.
+
+        Raises:
+            PeerGone: if the connection broke before, or nothing was taken for as long as a peer may be silent.
+        """
+        self.request.shutdown(socket.SHUT_WR)
+        self.request.settimeout(LOOK_S)
+        left, since, sends = math.inf, time.monotonic(), True
+        while True:
+            if broken := self.request.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                raise w.PeerGone(f"the peer went away before it had taken everything: {os.strerror(broken)}")
+            if (now := _not_taken(self.request)) == 0:
+                return
+            if now < left:
+                left, since = now, time.monotonic()
+            elif time.monotonic() - since > self.server.limits.timeout_s:
+                raise w.PeerGone(f"the peer took nothing more for {self.server.limits.timeout_s:g} s, with {now} bytes to come")
+            if not sends:
+                time.sleep(LOOK_S)
+                continue
+            try:
+                sends = bool(self.request.recv(1 << 16))
+            except TimeoutError:
+                continue
+            except OSError as error:
+                raise w.PeerGone(f"the peer went away before it had taken everything: {error.strerror}") from None
+
     def _linger(self) -> None:
         """Wait, but not forever, for the peer to close first: closing with its bytes unread would destroy our last message."""
-        end = time.monotonic() + self.server.limits.timeout_s
+        limits = self.server.limits
+        end = time.monotonic() + (limits.idle_s if self.hung_up else limits.timeout_s)
         try:
             self.request.shutdown(socket.SHUT_WR)
             self.request.settimeout(LINGER_S)
@@ -260,6 +331,11 @@ class ServerHost(Host):
         """Reason to finish the scan early, or ""."""
         return "because the server is shutting down" if self.server.out_of_time.is_set() else ""
 
+    def failed(self) -> None:
+        """The scan is over, though the rest of it may still come."""
+        self.handler.well = False
+        self.handler.leave()
+
     @contextlib.contextmanager
     def turn(self, tell: Callable[[str], None]) -> Iterator[None]:
         """Hold one of the device's slots; the queue is left only if the peer is gone, as it moves fast once the grace period is over."""
@@ -275,6 +351,15 @@ def options_of_config(config: tuple[int, str] | None) -> dict[str, Any]:
     if config is None:
         raise OptionsError("expected a configuration (name or XML) before the header, got none")
     return from_a_peer(properties_of(config[1])) if config[0] == w.CONFIG_TEXT and "<" in config[1] else options_of_config_name(config[1].strip())
+
+
+def _not_taken(sock: socket.socket) -> int:
+    """Bytes that the peer's machine has not confirmed yet, and the end of the stream as one."""
+    try:
+        return struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))[0]
+    except OSError as error:  # a system that does not tell
+        log.debug("what the peer has taken is not known: %s", error)
+        return 0
 
 
 def _wait_while(busy: Callable[[], Any], longest_s: float) -> None:

@@ -21,7 +21,7 @@ from gadgets.image_files import read_images
 from gadgets.scan_files import ScanFile
 from gadgets.server import Server
 from gadgets.solve import load_prior_for
-from gadgets.wire import ACQUISITION, ERROR, HEADER, IMAGE, QUERY, TEXT, Wire
+from gadgets.wire import ACQUISITION, ERROR, HEADER, IMAGE, QUERY, RESPONSE, TEXT, Wire
 from recon_core.prior import PriorError, save_prior
 
 FAST = {"sweeps": 2, "device": "cpu"}
@@ -198,6 +198,33 @@ def test_a_name_may_come_as_text(server, scan_path):
 def test_a_hosts_own_parameters_are_left_aside_and_named(server, scan_path):
     images, texts = client(server, scan_path, text='{"parameters": {"method": "cg", "sweps": 3, "config": "x"}}')
     assert len(images) == 1 and texts[0] == "parameters that are not options of this plugin were ignored: config, sweps"
+
+
+@pytest.mark.parametrize("before", ["text", "query", "header"])
+def test_options_in_text_count_until_the_first_line(server, scan_path, before):
+    """Whatever comes before them; what comes later is told in the image's comment."""
+    with ScanFile(scan_path) as scan, socket.create_connection(server.server_address[:2]) as sock, Wire(sock, 60) as wire:
+        wire.send_config_file("default")
+        if before == "text":
+            wire.send_text('{"parameters": {"method": "cg"}}')
+        wire.send_header(scan.header_xml)
+        if before == "query":
+            wire.send_query("gadgetron::info", 9)
+        if before == "header":
+            wire.send_header(scan.header_xml)
+        wire.send_text('{"parameters": {"output": "float32"}}' if before == "text" else '{"parameters": {"method": "cg", "output": "float32"}}')
+        for number, line in enumerate(scan.acquisitions()):
+            wire.send_item(line)
+            if number == 5:
+                wire.send_text('{"parameters": {"output": "complex64", "theirs": 1}}')
+                wire.send_text("hello")
+        wire.close()
+        messages = list(wire.messages())
+    (image,) = (item for kind, item in messages if kind == IMAGE)
+    assert image.data.dtype == "float32" and image.image_series_index == 2
+    assert "options came after the first line and were not used: output" in image.meta["ImageComments"]
+    assert any(kind == TEXT and "were not used: output" in item for kind, item in messages)
+    assert (RESPONSE in [kind for kind, _ in messages]) == (before == "query")
 
 
 def test_images_instead_of_raw_data_are_told(server, scan_path, expected):

@@ -36,6 +36,7 @@ from gadgets.keep import FailedScans
 from gadgets.limits import Limits
 from gadgets.server import Server
 from gadgets.turns import Turns
+from gadgets.wire import IMAGE, Wire
 
 
 def test_turns_come_in_order_and_places_are_told():
@@ -233,6 +234,7 @@ def test_health_page_and_metrics(scan_path, prior):
         while server.counts.open:  # counted once the last byte is sent
             time.sleep(0.01)
         facts = json.loads(get(port, "/healthz"))
+        assert all(json.loads(get(port, path))["ready"] for path in ("/healthz?x=1", "/healthz/"))
         server.counts.add(open=server.limits.connections)
         with pytest.raises(urllib.error.HTTPError, match="503"):
             get(port, "/healthz")
@@ -469,6 +471,84 @@ def test_a_scan_whose_raw_data_cause_trouble_leaves_no_connection(scan_path, pri
         while server.talking and time.monotonic() < end:
             time.sleep(0.02)
         assert not server.talking and caplog.text.count("trouble with the disk") >= 2
+
+
+def until(happened, longest_s=10.0):
+    """Wait for it, then return it."""
+    end = time.monotonic() + longest_s
+    while not (what := happened()) and time.monotonic() < end:
+        time.sleep(0.02)
+    return what
+
+
+def test_images_that_never_reached_the_peer_are_no_success(scan_path, prior, tmp_path, caplog):
+    """Though this machine had taken them to be sent."""
+    caplog.set_level(logging.INFO, "slicediff")
+    with running(FAST, lambda options: prior, keep=FailedScans(tmp_path)) as server, ScanFile(scan_path) as scan, socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(server.server_address)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closes with a reset
+        with Wire(sock, 20) as wire:
+            wire.send_config_file("default")
+            wire.send_header(scan.header_xml)
+            for line in scan.acquisitions():
+                wire.send_item(line)
+            wire.close()
+            assert until(lambda: "2 images sent" in caplog.text)
+            time.sleep(0.1)  # past the last write
+        sock.close()
+        assert until(lambda: list(tmp_path.glob("failed-*.h5")))
+        assert (server.counts.done, server.counts.failed) == (0, 1)
+    (warning,) = (record.message for record in caplog.records if record.levelno == logging.WARNING and "kept" not in record.message)
+    assert "ended early: the peer went away before it had taken everything" in warning
+
+
+def test_raw_data_are_dropped_once_the_images_have_arrived(scan_path, prior, tmp_path):
+    """Also while the peer keeps its connection open, or is slow to read."""
+    with running(FAST, lambda options: prior, keep=FailedScans(tmp_path)) as server, ScanFile(scan_path) as scan, ClientPeer(server.server_address) as peer:
+        peer._send(scan, "default", None, None, True)
+        time.sleep(0.5)
+        assert [kind for kind, _ in peer.wire.messages()].count(IMAGE) == 2
+        assert until(lambda: not list(tmp_path.iterdir())) and server.talking and (server.counts.done, server.counts.failed) == (1, 0)
+
+
+@pytest.mark.parametrize("config", ["nonesuch", '<?xml version="1.0"?>\n<configuration><property name="sweeps" value="x"/></configuration>'], ids=["client", "Gadgetron"])
+def test_a_refused_scan_gives_up_its_place_at_once(scan_path, prior, config):
+    """And not when its peer has sent the rest of it."""
+    with running(FAST, lambda options: prior, connections=1) as server, ScanFile(scan_path) as scan, ClientPeer(server.server_address) as peer:
+        (peer.wire.send_config if "<" in config else peer.wire.send_config_file)(config)
+        peer.wire.send_header(scan.header_xml)
+        peer.wire.send_item(next(scan.acquisitions()))
+        assert until(lambda: server.counts.failed) and server.health()["ready"]
+        assert len(client(server, scan_path)[0]) == 2
+        peer.wire.close()
+        (said,) = (text for _, text in peer.wire.messages())
+        assert "unknown configuration" in said or "option 'sweeps'" in said
+
+
+def test_a_peer_that_dribbles_is_let_go_and_a_full_server_is_not_ready(prior, monkeypatch):
+    with running(FAST, lambda options: prior, idle_s=0.6) as server, ClientPeer(server.server_address) as peer:
+        monkeypatch.setattr("gadgets.server.SPARE", 1 - server.limits.connections)
+        assert until(lambda: server.talking) and not server.health()["ready"]
+        began = time.monotonic()
+        with pytest.raises(OSError):
+            while time.monotonic() < began + 20:
+                peer.sock.sendall(b"\1" if time.monotonic() < began + 0.05 else b"\0")
+                time.sleep(0.05)
+        assert time.monotonic() - began < 10 and until(lambda: not server.talking) and server.health()["ready"]
+
+
+def test_why_an_idle_connection_is_closed_is_told(prior):
+    with running(FAST, lambda options: prior, idle_s=0.3) as server, ClientPeer(server.server_address) as peer:
+        peer.wire.send_config_file("default")
+        ((_, text),) = peer.wire.messages()
+        assert text in ("ERROR: no configuration and header came within 0.3 s", "ERROR: the peer sent nothing for 0.3 s")
+    with running(FAST, lambda options: prior, grace_s=0) as server, ClientPeer(server.server_address) as peer:
+        peer.wire.send_config_file("default")
+        assert until(lambda: server.talking)
+        threading.Thread(target=server.retire).start()
+        ((_, text),) = peer.wire.messages()
+        assert text == "ERROR: this server is shutting down: come again when it is back"
 
 
 @pytest.mark.parametrize("garbage", [b"", b"\3", b"\xff" * 1000, struct.pack("<I", 3) + b"<a>" + b"\xff" * 1000])
