@@ -24,7 +24,7 @@ from .budget import Budget
 from .chain import is_gadgetron_peer, options_of_config_name, properties_of
 from .conversation import Host, run_scan
 from .external import answer_gadgetron
-from .failure import free_gpu_memory, gpu_lost, log_failure, sentence
+from .failure import ReconError, free_gpu_memory, gpu_lost, log_failure, sentence
 from .geometry import ScanError
 from .health import Counts, process_facts
 from .keep import FailedScans, Recording
@@ -64,7 +64,7 @@ class Server(Listening, socketserver.ThreadingTCPServer):
         self.lock, self.turns, self.counts = threading.Lock(), Turns(self.limits.slots), Counts()
         self.retiring, self.out_of_time = threading.Event(), threading.Event()
         self.talking: set[Handler] = set()
-        self.gave_way = False
+        self.gave_way, self.last_turn = False, math.inf
         super().__init__(address, Handler)
 
     def prior(self, options):
@@ -84,6 +84,7 @@ class Server(Listening, socketserver.ThreadingTCPServer):
         log.warning("shutting down: no new scans are taken, %d are open", self.counts.open)
         self.retiring.set()
         _wait_while(lambda: self.counts.open, self.limits.grace_s)
+        self.last_turn = time.monotonic() + LAST_WORDS_S / 2
         self.out_of_time.set()
         for handler in list(self.talking):
             handler.hang_up("this server is shutting down: come again when it is back")
@@ -331,6 +332,12 @@ class ServerHost(Host):
         """Reason to finish the scan early, or ""."""
         return "because the server is shutting down" if self.server.out_of_time.is_set() else ""
 
+    def give_up(self) -> str:
+        """Reason not to begin another image, or ""."""
+        if self.handler.wire.gone():
+            return "because the peer is gone"
+        return self.hurry() if time.monotonic() > self.server.last_turn else ""
+
     def failed(self) -> None:
         """The scan is over, though the rest of it may still come."""
         self.handler.well = False
@@ -338,9 +345,13 @@ class ServerHost(Host):
 
     @contextlib.contextmanager
     def turn(self, tell: Callable[[str], None]) -> Iterator[None]:
-        """Hold one of the device's slots; the queue is left only if the peer is gone, as it moves fast once the grace period is over."""
-        gone = lambda: "because the peer is gone" if self.handler.wire.gone() else ""  # noqa: E731
-        with self.server.turns.turn(lambda place: tell(f"waiting for the device, number {place} in the queue"), gone):
+        """Hold one of the device's slots; ReconError if the peer is gone, or the server has no time left.
+
+        Once the grace period is over the queue moves fast, so most still get a turn.
+        """
+        if reason := self.give_up():
+            raise ReconError(f"the scan was given up {reason}")
+        with self.server.turns.turn(lambda place: tell(f"waiting for the device, number {place} in the queue"), self.give_up):
             yield
         if device_of(self.server.options).type == "cuda" and not self.server.turns.waiting:
             free_gpu_memory()  # Gadgetron's own gadgets may want the same GPU

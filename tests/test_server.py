@@ -23,6 +23,7 @@ from conftest import line_like, run_chain
 from peers import ClientPeer, same_images
 from test_mouths import FAST, client, running
 
+from gadgets import recon
 from gadgets.address import AddressError
 from gadgets.budget import Budget, free_memory, worth_an_image
 from gadgets.cli import main
@@ -549,6 +550,51 @@ def test_why_an_idle_connection_is_closed_is_told(prior):
         threading.Thread(target=server.retire).start()
         ((_, text),) = peer.wire.messages()
         assert text == "ERROR: this server is shutting down: come again when it is back"
+
+
+@pytest.fixture
+def slow_preview(monkeypatch):
+    """CG-SENSE that does not come to its end."""
+    hangs, look = threading.Event(), recon._look
+    monkeypatch.setattr(recon, "_look", lambda *how, **more: hangs.wait(20) and look(*how, **more))
+    monkeypatch.setattr("gadgets.solve.LAST_LOOK_S", 0.3)
+    yield hangs
+    hangs.set()
+
+
+def talking(server, scan_path, results):
+    """A thread in which a client sends a scan; `results` gets (images, texts)."""
+    thread = threading.Thread(target=lambda: results.append(client(server, scan_path)))
+    thread.start()
+    return thread
+
+
+def test_who_computes_or_waits_is_told_when_the_time_is_over(scan_path, prior, slow_preview, monkeypatch):
+    """Also in the middle of CG-SENSE; not every one in the queue gets a turn."""
+    monkeypatch.setattr("gadgets.server.LAST_WORDS_S", 1.6)
+    results = []
+    with running(FAST, lambda options: prior, grace_s=0.1) as server:
+        threads = [talking(server, scan_path, results) for _ in range(5)]
+        assert until(lambda: server.turns.waiting == 4)
+        server.retire()
+        assert server.counts.open == 0
+        for thread in threads:
+            thread.join(10)
+    said = sorted(texts[-1] for images, texts in results)
+    assert len(said) == 5 and not any(images for images, _ in results)
+    assert said[0] == "ERROR: stopped because the server is shutting down before its CG-SENSE image was ready"
+    assert said[-1] == "ERROR: the scan was given up because the server is shutting down"
+
+
+def test_a_peer_that_is_gone_does_not_hold_the_device_until_its_preview_is_ready(scan_path, prior, slow_preview, caplog):
+    with running(FAST, lambda options: prior) as server:
+        with ScanFile(scan_path) as scan, ClientPeer(server.server_address) as peer:
+            peer._send(scan, "default", None, None, True)
+            assert until(lambda: server.turns.running)
+            peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closes with a reset
+        assert until(lambda: not server.turns.running) and "stopped because the peer is gone" in caplog.text
+        slow_preview.set()
+        assert len(client(server, scan_path)[0]) == 2
 
 
 @pytest.mark.parametrize("garbage", [b"", b"\3", b"\xff" * 1000, struct.pack("<I", 3) + b"<a>" + b"\xff" * 1000])

@@ -155,11 +155,11 @@ def test_a_gpu_that_hangs_before_the_preview_leaves_the_scan_to_the_cpu(scan_pat
     """Its first call may be what hangs: of the second scan after a solver that missed its deadline."""
     hangs, asked, on_cpu = threading.Event(), [], recon._look
 
-    def look(scan, options, device, *how):
+    def look(scan, options, device, report, **how):
         asked.append(device.type)
         if device.type == "cuda":
             hangs.wait(30)
-        return on_cpu(scan, options, torch.device("cpu"), *how)
+        return on_cpu(scan, options, torch.device("cpu"), report, **how)
 
     (expected,), _ = images_and_error(scan_path, raising)
     for module in (recon, solve):

@@ -39,7 +39,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve; 0 after SIGTERM or Ctrl-C, 1 if the GPU was lost to this process."""
-    from recon_core.ahead import left_behind
+    from recon_core.ahead import end_at_once, left_behind
 
     from ..conformance.faults import load_prior_or_fault
     from ..failure import gpu_lost
@@ -70,6 +70,10 @@ def run(arguments: argparse.Namespace) -> int:
         server.serve_forever(poll_interval=0.1)
     if left_behind():
         logging.getLogger("slicediff").error("%d hung solvers are left behind", left_behind())
+    if server.counts.open:
+        logging.getLogger("slicediff").error("%d scans did not end in time", server.counts.open)
+    if server.talking:  # their threads may be computing, which could crash the interpreter as it shuts down
+        end_at_once(int(gpu_lost.is_set()))
     return int(gpu_lost.is_set())
 
 
