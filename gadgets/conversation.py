@@ -11,6 +11,7 @@ from typing import Any
 
 from recon_core.ahead import Ahead
 
+from .failure import one_line
 from .wire import ERROR, HEADER, IMAGE, QUERY, SCAN_ITEMS, TEXT, Wire, WireError
 
 log = logging.getLogger("slicediff")
@@ -110,7 +111,7 @@ class Intake:
                     begun = True
                     yield item
                 elif kind == ERROR:
-                    self.cut = f"the peer told of an error: {item.rstrip('. ')}"
+                    self.cut = f"the peer told of an error: {one_line(item).rstrip('. ')}"
                     return
                 elif kind == HEADER and (begun or item.encode() != self.header_xml):  # the same one sent twice before the first line does no harm
                     self.cut = "a second header came before the scan was closed: what followed it was left out"

@@ -97,7 +97,7 @@ def test_what_comes_in_the_middle_of_a_scan(full):
     line = (ACQUISITION, lines[0])
     asked = intake((HEADER, "once"), line, (QUERY, (7, "who?")), (TEXT, "hello"), line)
     assert len(list(asked)) == 2 and sent == [(7, "answer to who?")] and asked.cut == ""
-    for message, said in (((ERROR, "no more gradients"), "the peer told of an error: no more gradients"), ((HEADER, "next"), "a second header came before the scan was closed")):
+    for message, said in (((ERROR, "no \x1b[31mmore\r\n gradients\0."), "the peer told of an error: no [31mmore gradients"), ((HEADER, "next"), "a second header came before the scan was closed")):
         broken = intake(line, line, message, line)
         assert len(list(broken)) == 2 and broken.cut.startswith(said)
     another = intake((HEADER, "another"), line)

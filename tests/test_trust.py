@@ -12,7 +12,7 @@ import torch
 from conftest import load_small_scan, random_complex, run_chain, small_object
 
 from gadgets import recon, solve
-from gadgets.failure import ReconError, gpu_lost
+from gadgets.failure import ReconError, gpu_lost, sentence
 from gadgets.scan_files import ScanFile
 from gadgets.flags import NOISE_BIT
 from gadgets.header import parse_header
@@ -46,6 +46,10 @@ def test_a_sampler_that_is_stopped_leaves_the_preview(scan_path):
     """Halfway its image is far worse than CG-SENSE."""
     images, error = images_and_error(scan_path, lambda x, sigma: time.sleep(0.02) or x, method="tpdm", deadline_s=0.5)
     assert len(images) == 1 and re.search("stopped at the deadline of 0.5 s after [0-9]+ of 80 steps, and posterior sampling TPDM has no image before its last", error)
+
+
+def test_a_sentence_has_no_control_characters():
+    assert sentence(ReconError("\x1b[31mred\x07\n\n two\u2028lines\x9b ")) == "[31mred two lines"
 
 
 def raising(x, sigma):
