@@ -56,6 +56,7 @@ class FailedScans:
         probe = self.folder / f"probe-{os.getpid()}{SPOOL}"
         probe.touch()
         probe.unlink()
+        self.left_behind = sorted(self.folder.glob(f"scan-*{SPOOL}"))  # none of our own, which could be taken for one before it is locked
         self.pruning, self.counting, self.recorded = threading.Lock(), threading.Lock(), 0
 
     def record(self, header_xml: bytes) -> Recording:
@@ -95,8 +96,8 @@ class FailedScans:
         return removed
 
     def recover(self) -> None:
-        """Convert the spool files of a killed server; those of a running one are locked. One that cannot be read is put aside."""
-        for path in self.folder.glob(f"scan-*{SPOOL}"):
+        """Convert the spool files that a killed server left behind; those of a running one are locked. One that cannot be read is put aside."""
+        for path in self.left_behind:
             try:
                 with open(path, "rb") as file:
                     if _lock(file):

@@ -661,6 +661,23 @@ def test_the_oldest_scans_make_room_on_a_full_disk(scan_path, tmp_path, monkeypa
     assert re.search(r"could not be kept: \d+ KiB are needed in .*, 293 KiB are free", caplog.text)
 
 
+def test_a_recording_that_has_just_begun_is_not_taken_for_one_left_behind(tmp_path):
+    place = FailedScans(tmp_path)
+    (tmp_path / "scan-0-1.spool").touch()
+    place.recover()
+    assert [path.name for path in tmp_path.iterdir()] == ["scan-0-1.spool"]
+
+
+def test_threads_that_still_compute_cannot_crash_the_exit(monkeypatch, caplog):
+    ended = []
+    monkeypatch.setattr("recon_core.ahead.end_at_once", ended.append)
+    monkeypatch.setattr("gadgets.server.Server.serve_forever", lambda *_, **__: None)
+    for computing in (False, True):
+        monkeypatch.setattr("gadgets.commands.serve._retire_on_signals", lambda server: server.counts.add(open=computing) or server.talking.update([server] * computing))
+        assert main(["serve", "--port", "0", "--method", "cg"]) == 0 and ended == [0] * computing
+    assert caplog.text.count("scans that did not end in time: 1") == 1
+
+
 def test_health_is_a_command(prior, capsys):
     with running(FAST, lambda options: prior) as server:
         arguments = ["health", "--port", str(server.server_address[1])]

@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     if left_behind():
         logging.getLogger("slicediff").error("%d hung solvers are left behind", left_behind())
     if server.counts.open:
-        logging.getLogger("slicediff").error("%d scans did not end in time", server.counts.open)
+        logging.getLogger("slicediff").error("scans that did not end in time: %d", server.counts.open)
     if server.talking:  # their threads may be computing, which could crash the interpreter as it shuts down
         end_at_once(int(gpu_lost.is_set()))
     return int(gpu_lost.is_set())
