@@ -139,7 +139,7 @@ class Handler(socketserver.BaseRequestHandler):
                 self.request.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         self.wire = w.QueuedWire(self.request, min(limits.idle_s, limits.timeout_s), int(limits.max_message_mib * 2**20), int(limits.max_gib * 2**30))
         self.recording: Recording | None = None
-        self.counted, self.well, self.gadgetron = False, True, False
+        self.open, self.counted, self.well, self.gadgetron = False, False, True, False
         self.until, self.hung_up = time.monotonic() + limits.idle_s, ""  # for the header to come; why it is not waited for
         self.server.talking.add(self)
 
@@ -149,13 +149,14 @@ class Handler(socketserver.BaseRequestHandler):
             self._converse()
             self.wire.close()
             self.wire.flush()
-            if self.counted:
+            if self.open:
+                self.leave()  # its place is free at once: the next scan may come before we hear of the arrival of this one
                 self._deliver()
         except (OSError, w.WireError) as error:
             log.log(logging.WARNING if self.wire.heard else logging.INFO, "connection from %s ended early: %s", self.client_address, error)
             self.well = False
         finally:
-            self.leave()
+            self._count()
             if gpu_lost.is_set():
                 self.server.give_way()
         if self.well:
@@ -178,10 +179,22 @@ class Handler(socketserver.BaseRequestHandler):
             self.request.shutdown(socket.SHUT_RD)
 
     def leave(self) -> None:
-        """The scan, if there was one, is over, and its place is free."""
+        """The scan, if there was one, no longer takes a place."""
+        if self.open:
+            self.open = False
+            self.server.counts.add(open=-1)
+
+    def fail(self) -> None:
+        """The scan, if there was one, has failed, though the rest of it may still come."""
+        self.well = False
+        self._count()
+
+    def _count(self) -> None:
+        """Count the outcome of the scan, if there was one."""
+        self.leave()
         if self.counted:
             self.counted = False
-            self.server.counts.add(open=-1, **{"done" if self.well else "failed": 1})
+            self.server.counts.add(**{"done" if self.well else "failed": 1})
 
     def _settle(self) -> None:
         """Keep the raw data of a scan that failed, drop those of another."""
@@ -214,11 +227,11 @@ class Handler(socketserver.BaseRequestHandler):
                 else:
                     raise w.WireError(f"expected a configuration and a header before the data, got message {kind} first")
         except Exception as error:  # the boundary: every failure must reach the peer
-            self._tell(error if self.counted or not self.hung_up else w.WireError(self.hung_up))
+            self._tell(error if self.open or not self.hung_up else w.WireError(self.hung_up))
 
     def _scan(self, config: tuple[int, str] | None, texts: list[str], header_xml: bytes) -> None:
         self.server.counts.add(open=1)
-        self.counted, host = True, ServerHost(self)
+        self.open, self.counted, host = True, True, ServerHost(self)
         if self.server.keep is not None:  # before anything can fail, so that everything received is kept
             self.recording = self.server.keep.record(header_xml)
             self.wire.tap = self.recording.add
@@ -242,15 +255,14 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _tell(self, error: Exception) -> None:
         """Send an ERROR to Gadgetron, but a TEXT to clients, which abort on any ERROR."""
-        self.well = False
         log_failure("the scan failed" if self.wire.heard else "nothing was asked", error, logging.ERROR if self.wire.heard else logging.INFO)
         if self.gadgetron:
-            self.leave()
+            self.fail()
             self.wire.drain()  # it may not read while it still sends
             self.wire.send_error(f"slice diffusion: {sentence(error)}")
         else:
             self.wire.send_text(f"ERROR: {sentence(error)}")
-            self.leave()
+            self.fail()
             self.wire.drain()
 
     def answer(self, question: str) -> str:
@@ -339,9 +351,8 @@ class ServerHost(Host):
         return self.hurry() if time.monotonic() > self.server.last_turn else ""
 
     def failed(self) -> None:
-        """The scan is over, though the rest of it may still come."""
-        self.handler.well = False
-        self.handler.leave()
+        """The scan needs its place no longer."""
+        self.handler.fail()
 
     @contextlib.contextmanager
     def turn(self, tell: Callable[[str], None]) -> Iterator[None]:

@@ -232,8 +232,7 @@ def test_health_page_and_metrics(scan_path, prior):
         client(server, scan_path)
         client(server, scan_path, "nonesuch")
         port = page.server_address[1]
-        while server.counts.open:  # counted once the last byte is sent
-            time.sleep(0.01)
+        assert until(lambda: server.counts.done and server.counts.failed)  # counted once the last byte has arrived
         facts = json.loads(get(port, "/healthz"))
         assert all(json.loads(get(port, path))["ready"] for path in ("/healthz?x=1", "/healthz/"))
         server.counts.add(open=server.limits.connections)
