@@ -570,7 +570,7 @@ def talking(server, scan_path, results):
 
 def test_who_computes_or_waits_is_told_when_the_time_is_over(scan_path, prior, slow_preview, monkeypatch):
     """Also in the middle of CG-SENSE; not every one in the queue gets a turn."""
-    monkeypatch.setattr("gadgets.server.LAST_WORDS_S", 1.6)
+    monkeypatch.setattr("gadgets.server.LAST_WORDS_S", 3.0)
     results = []
     with running(FAST, lambda options: prior, grace_s=0.1) as server:
         threads = [talking(server, scan_path, results) for _ in range(5)]
