@@ -11,7 +11,8 @@ from typing import Any
 
 from recon_core.ahead import Ahead
 
-from .wire import ERROR, HEADER, IMAGE, QUERY, SCAN_ITEMS, Wire, WireError
+from .failure import one_line
+from .wire import ERROR, HEADER, IMAGE, QUERY, SCAN_ITEMS, TEXT, Wire, WireError
 
 log = logging.getLogger("slicediff")
 PROGRESS_EVERY_S = 2.0
@@ -39,6 +40,9 @@ class Host:
     def hurry(self) -> str:
         """Reason to finish the scan early, or ""."""
         return ""
+
+    def failed(self) -> None:
+        """Called once the scan has failed, before the rest of it is read and thrown away."""
 
     @contextlib.contextmanager
     def turn(self, tell: Callable[[str], None]) -> Iterator[None]:
@@ -95,6 +99,7 @@ class Intake:
         self.wire, self.host, self.first, self.cut = wire, host, first, ""
         self.header_xml = header_xml.rstrip(b"\0")
         self.images = 0
+        self.late: set[str] = set()  # options that came when the scan had begun
 
     def __iter__(self) -> Iterator:
         begun = False
@@ -106,16 +111,27 @@ class Intake:
                     begun = True
                     yield item
                 elif kind == ERROR:
-                    self.cut = f"the peer told of an error: {item.rstrip('. ')}"
+                    self.cut = f"the peer told of an error: {one_line(item).rstrip('. ')}"
                     return
                 elif kind == HEADER and (begun or item.encode() != self.header_xml):  # the same one sent twice before the first line does no harm
                     self.cut = "a second header came before the scan was closed: what followed it was left out"
                     return
+                elif kind == TEXT:
+                    self._note_late(item)
                 elif kind == QUERY and (answer := self.host.answer(item[1])):
                     with contextlib.suppress(OSError):  # a peer that is gone is detected elsewhere
                         self.wire.send_response(item[0], answer)
         except WireError as error:
             self.cut = f"the scan was cut off {self.host.hurry()}" if self.host.hurry() else str(error)
+
+    def _note_late(self, text: str) -> None:
+        from .options import OptionsError, options_from_json
+
+        with contextlib.suppress(OptionsError):  # any other text is the host's own
+            late = set(options_from_json(text)[0])
+            if late - self.late:
+                log.warning("options came after the first line and are not used: %s", ", ".join(sorted(late)))
+            self.late |= late
 
     def worth_it(self, scans: Iterator) -> Iterator:
         """The gathered volumes; of a scan that broke off, only those with enough lines for an image, with a warning.
@@ -129,6 +145,8 @@ class Intake:
         poor = 0
         try:
             for scan in scans:
+                if self.late:
+                    scan.warnings.append(f"options came after the first line and were not used: {', '.join(sorted(self.late))}")
                 if self.cut and not worth_an_image(scan):
                     poor += 1
                     continue

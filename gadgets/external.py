@@ -30,13 +30,16 @@ def answer_gadgetron(wire: Wire, config_xml: bytes, header_xml: bytes, defaults:
 
     Returns whether everything succeeded. Does not send CLOSE.
     """
+    host = host or Host()
     try:
         from .chain import properties_of
+        from .options import from_a_peer
 
-        run_scan(wire, header_xml, [defaults or {}, properties_of(config_xml)], host or Host(), lambda text: None)
+        run_scan(wire, header_xml, [defaults or {}, from_a_peer(properties_of(config_xml))], host, lambda text: None)
         return True
     except Exception as error:  # the boundary: every failure must reach Gadgetron
         log_failure("the scan failed", error)
+        host.failed()
         wire.drain()
         try:
             wire.send_error(f"slice diffusion: {sentence(error)}")

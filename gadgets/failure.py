@@ -27,12 +27,17 @@ class Unfinished(ReconError):
 
 def sentence(error: BaseException) -> str:
     """What went wrong, in one line."""
-    text = " ".join(str(error).split())
+    text = one_line(str(error))
     text = text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
     if ran_out_of_memory(error):
         return f"out of memory: {text or type(error).__name__}"
     expected = type(error).__module__.startswith(("gadgets", "recon_core")) or type(error) is ValueError
     return text if expected and text else f"{INTERNAL}{type(error).__name__}: {text or 'no message'}"
+
+
+def one_line(text: str) -> str:
+    """The text in one line, without control characters, which a peer could send to change what a console or a log shows."""
+    return "".join(c for c in " ".join(text.split()) if c.isprintable())
 
 
 def of_lines(count: int, text: str, kind: str = "") -> str:

@@ -85,10 +85,11 @@ class _Page(BaseHTTPRequestHandler):
         self._reply()
 
     def _reply(self) -> None:
-        if self.path == "/healthz":
+        path = self.path.split("?")[0].rstrip("/")
+        if path == "/healthz":
             facts = self.server.facts()
             self._answer(200 if facts["ready"] else 503, "application/json", json.dumps(facts).encode())
-        elif self.path == "/metrics":
+        elif path == "/metrics":
             self._answer(200, "text/plain; version=0.0.4; charset=utf-8", self.server.metrics())
         else:
             self._answer(404, "text/plain", b"/healthz and /metrics are here\n")

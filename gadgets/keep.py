@@ -7,6 +7,8 @@ costs the scan); only a failed scan is converted to ISMRMRD HDF5.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import fcntl
 import logging
 import os
@@ -17,12 +19,22 @@ import time
 from pathlib import Path
 
 import ismrmrd
+import numpy as np
 
 from .recon_data import ReconData, ReconDataError, lines_of
 
 log = logging.getLogger("slicediff")
-SPOOL = ".spool"
+SPOOL, DAMAGED = ".spool", ".damaged"
 MOST_GIB = 1e6
+FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+class SpoolError(ValueError):
+    """A spool file that cannot be one; the message is one sentence."""
+
+
+class FolderFull(OSError):
+    """The disk has no room for a scan; the message is one sentence."""
 
 
 class FailedScans:
@@ -44,8 +56,8 @@ class FailedScans:
         probe = self.folder / f"probe-{os.getpid()}{SPOOL}"
         probe.touch()
         probe.unlink()
+        self.left_behind = sorted(self.folder.glob(f"scan-*{SPOOL}"))  # none of our own, which could be taken for one before it is locked
         self.pruning, self.counting, self.recorded = threading.Lock(), threading.Lock(), 0
-        self._recover()
 
     def record(self, header_xml: bytes) -> Recording:
         """Start recording a scan."""
@@ -60,26 +72,52 @@ class FailedScans:
     def prune(self, newest: Path | None = None) -> None:
         """Remove the oldest scans until the rest fits; `newest` stays, whatever the others' time stamps say."""
         with self.pruning:
-            scans = []
-            for path in self.folder.glob("failed-*.h5"):
-                with contextlib.suppress(FileNotFoundError):  # another server using this folder was quicker
-                    scans.append((path.stat().st_mtime, path.stat().st_size, path))
+            scans = self._oldest_first()
             total = sum(size for _, size, _ in scans)
-            for _, size, path in sorted(scans):
+            for _, size, path in scans:
                 if total <= self.max_bytes:
                     return
                 if path == newest:
                     continue
                 total -= size
-                path.unlink(missing_ok=True)
+                _remove(path)
                 log.warning("removed %s: the failed scans took more than %.3g GiB", path, self.max_bytes / 2**30)
 
-    def _recover(self) -> None:
-        """Convert the spool files of a killed server; those of a running one are locked."""
-        for path in self.folder.glob(f"scan-*{SPOOL}"):
-            with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-                if _lock(file):
-                    _convert(path, self)
+    def make_room(self, nbytes: int) -> bool:
+        """The disk is full: remove the oldest scans until `nbytes` are free; returns whether any was removed."""
+        removed = False
+        with self.pruning:
+            for _, _, path in self._oldest_first():
+                if removed and shutil.disk_usage(self.folder).free >= nbytes:
+                    break
+                if _remove(path):
+                    removed = True
+                    log.warning("removed %s: the disk is full", path)
+        return removed
+
+    def recover(self) -> None:
+        """Convert the spool files that a killed server left behind; those of a running one are locked. One that cannot be read is put aside."""
+        for path in self.left_behind:
+            try:
+                with open(path, "rb") as file:
+                    if _lock(file):
+                        _convert(path, self)
+                        _remove(path)
+            except FileNotFoundError:  # another server using this folder was quicker
+                continue
+            except Exception as error:  # the boundary of one file: whatever it holds, the others are converted
+                log.error("what a killed server left in %s was not converted: %s", path, _said(error))
+                if not isinstance(error, FolderFull):  # else the next start may have room
+                    with contextlib.suppress(OSError):
+                        path.rename(path.with_suffix(DAMAGED))
+
+    def _oldest_first(self) -> list[tuple[float, int, Path]]:
+        """(time, size in bytes, path) of what is kept."""
+        scans = []
+        for path in (*self.folder.glob("failed-*.h5"), *self.folder.glob(f"scan-*{DAMAGED}")):
+            with contextlib.suppress(FileNotFoundError):  # another server using this folder was quicker
+                scans.append((path.stat().st_mtime, path.stat().st_size, path))
+        return sorted(scans)
 
 
 class Recording:
@@ -117,6 +155,9 @@ class Recording:
             return self.drop()
         try:
             return _convert(self.path, self.place)  # still locked, or another server would take it for one left behind
+        except Exception as error:  # the boundary: no trouble with the folder may disturb a scan; h5py reports a full disk in several ways
+            log.error("the raw data of a failed scan could not be kept: %s", _said(error))
+            return None
         finally:
             self._close()
 
@@ -132,10 +173,19 @@ class Recording:
         try:
             if self.place.count(len(data)) > self.place.max_bytes:
                 raise OSError(f"the scans that are running take more than {self.place.max_bytes / 2**30:.3g} GiB, {self.bytes / 2**30:.3g} of them this one")
-            if self.file.write(data) < len(data):
-                raise OSError(f"the disk with {self.place.folder} is full")
+            self._append(data)
         except OSError as error:
             self._give_up(error)
+
+    def _append(self, data: bytes) -> None:
+        """Write all of it; where the disk is full, the oldest scans make room for as much again as this one has."""
+        rest = memoryview(data)
+        while rest:
+            try:
+                rest = rest[self.file.write(rest) :]
+            except OSError as error:
+                if error.errno not in FULL or not self.place.make_room(self.bytes):
+                    raise
 
     def _give_up(self, error: OSError) -> None:
         log.error("the raw data of this scan will not be kept: %s", error)
@@ -145,57 +195,94 @@ class Recording:
         file, self.file = self.file, None
         self.place.count(-self.bytes)
         self.bytes = 0
+        if file is None:
+            return
         try:
-            if file is not None:
-                file.close()
+            file.close()
         except OSError as error:
             log.debug("closing %s: %s", self.path, error)
-        self.path.unlink(missing_ok=True)
+        _remove(self.path)
 
 
 def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def _convert(spool: Path, place: FailedScans) -> Path | None:
-    """Convert a spool file, locked by the caller, to HDF5; if the disk is full, remove the spool file and return None."""
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _remove(path: Path) -> bool:
+    """Remove a file, whether or not it is there; False, with a line in the log, if the folder does not let go of it."""
+    try:
+        path.unlink(missing_ok=True)
+        return True
+    except OSError as error:
+        log.error("%s could not be removed: %s", path, error.strerror)
+        return False
+
+
+def _convert(spool: Path, place: FailedScans) -> Path:
+    """Convert a spool file, locked by the caller, to HDF5.
+
+    Raises:
+        SpoolError: if it is none.
+        FolderFull: if there is no room for it; h5py raises other errors as well.
+    """
     from .scan_files import ScanWriter
 
     number = spool.name.removesuffix(SPOOL).split("-")[-1]
     target = place.folder / f"failed-{time.strftime('%Y%m%d-%H%M%S')}-{number}.h5"
     partial = spool.with_suffix(".partial")  # named after the spool file: if this process is killed, the next one overwrites it
+    _ensure_room(place, int(1.2 * spool.stat().st_size))
     try:
-        if shutil.disk_usage(place.folder).free < 1.2 * spool.stat().st_size:
-            raise OSError(f"less than {1.2 * spool.stat().st_size / 2**20:.0f} MiB are free in {place.folder}")
         with open(spool, "rb") as stream:
-            with ScanWriter(partial, stream.read(struct.unpack("<I", stream.read(4))[0])) as writer:
-                for line in _lines(stream):
+            size = spool.stat().st_size
+            with ScanWriter(partial, _header(stream, size)) as writer:
+                for line in _lines(stream, size):
                     writer.append(line)
         partial.chmod(0o600)
         partial.rename(target)
-        log.warning("the failed scan was kept: %s", target)
-        place.prune(target)
-    except (OSError, RuntimeError, ValueError, struct.error) as error:  # h5py reports a full disk in several ways
-        log.error("the raw data of a failed scan could not be kept: %s", error)
-    partial.unlink(missing_ok=True)
-    spool.unlink(missing_ok=True)
-    return target if target.exists() else None
+    except Exception:
+        _remove(partial)
+        raise
+    log.warning("the failed scan was kept: %s", target)
+    place.prune(target)
+    return target
 
 
-def _lines(stream):
-    """The acquisitions of a spool file, without a truncated last one."""
+def _ensure_room(place: FailedScans, nbytes: int) -> None:
+    """FolderFull unless so much is free, or becomes free without the oldest scans."""
+    free = lambda: shutil.disk_usage(place.folder).free  # noqa: E731
+    if free() < nbytes:
+        place.make_room(nbytes)
+    if free() < nbytes:
+        raise FolderFull(f"{_size(nbytes)} are needed in {place.folder}, {_size(free())} are free")
 
-    def exactly(nbytes: int) -> bytes:
-        data = stream.read(nbytes)
-        if len(data) < nbytes:
-            raise EOFError
-        return data
 
-    while True:
-        try:
-            yield ismrmrd.Acquisition.deserialize_from(exactly)
-        except EOFError:
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**20:.0f} MiB" if nbytes >= 2**20 else f"{nbytes / 2**10:.0f} KiB"
+
+
+def _header(stream, size: int) -> bytes:
+    """The ISMRMRD header at the start of a spool file of `size` bytes."""
+    start = stream.read(4)
+    length = struct.unpack("<I", start)[0] if len(start) == 4 else size
+    if length > size - 4:  # garbage must not take gigabytes of memory
+        raise SpoolError(f"a header of {length} bytes was expected, the file has {size}: it is damaged")
+    return stream.read(length)
+
+
+def _lines(stream, size: int):
+    """The acquisitions of a spool file of `size` bytes, without a truncated last one."""
+    nbytes = ctypes.sizeof(ismrmrd.AcquisitionHeader)
+    while size - stream.tell() >= nbytes:
+        head = ismrmrd.AcquisitionHeader.from_buffer_copy(stream.read(nbytes))
+        coils, samples, dims = head.active_channels, head.number_of_samples, head.trajectory_dimensions
+        if samples * (4 * dims + 8 * coils) > size - stream.tell():
             return
+        trajectory = np.frombuffer(stream.read(4 * samples * dims), np.float32).reshape(samples, dims)
+        yield ismrmrd.Acquisition(head, np.frombuffer(stream.read(8 * samples * coils), np.complex64).reshape(coils, samples), trajectory)
 
 
 def _lock(file) -> bool:

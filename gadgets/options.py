@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from .orientation import parse_orientation
 
 PRESETS_DIR = Path(__file__).parent / "presets"
+PLAIN_NAME = re.compile(r"[^/\0]{1,100}(?<!\.safetensors)")
 
 
 class OptionsError(ValueError):
@@ -27,7 +29,7 @@ class Options(BaseModel):
     method: Literal["diffusion", "faithful", "interpolated", "field", "gaussians", "operator", "dds", "tpdm", "mbir", "pnp", "wavelet", "tv", "cg", "zero-filled"] = Field(
         "diffusion", description="the image to compute: diffusion, wavelet, tv, cg or zero-filled; for comparison: faithful, interpolated, field, gaussians, operator, dds, tpdm, mbir, pnp"
     )
-    prior: str = Field("auto", description="name of a prior (see `slicediff priors`) or path of a .safetensors file; auto picks the one that suits method and device")
+    prior: str = Field("auto", description="name of a prior (see `slicediff priors`) or, on the command line, path of a .safetensors file; auto picks the one that suits method and device")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto (a GPU if there is one), cpu or cuda")
     preview: bool = Field(True, description="send the CG-SENSE image first, as a separate series")
     coils: int = Field(12, ge=1, le=128, description="maximum number of virtual coils after coil compression")
@@ -81,6 +83,16 @@ def make_options(*sources: Mapping[str, Any]) -> Options:
         raise OptionsError(error_sentence(error, [*Options.model_fields, "preset"])) from None
 
 
+def from_a_peer(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The same options; OptionsError if they name a file: whoever can connect must not have the server read any file it can."""
+    preset, prior = str(options.get("preset", "default")), str(options.get("prior", "auto"))
+    if preset not in preset_names():
+        raise OptionsError(f"no preset {preset[:100]!r}: shipped are {', '.join(preset_names())}; a file of options is taken from the command line of the server only")
+    if not PLAIN_NAME.fullmatch(prior):
+        raise OptionsError(f"a scan may ask for a prior by its name only, got {prior[:100]!r}: put the file in a prior folder of the server (SLICEDIFF_PRIORS) and give its name")
+    return dict(options)
+
+
 def read_preset(name_or_path: str) -> dict[str, Any]:
     """Options of a shipped preset or of a YAML file; if there is none, OptionsError lists the shipped ones."""
     shipped = PRESETS_DIR / f"{name_or_path}.yaml"
@@ -107,13 +119,14 @@ def preset_names() -> list[str]:
 
 
 def options_from_json(text: str) -> tuple[dict[str, Any], list[str]]:
-    """Options of a FIRE/OpenRecon parameter message, {"parameters": {name: value}}, and the other names, which are the host's own."""
+    """A peer's options, from a FIRE/OpenRecon parameter message, {"parameters": {name: value}}, and the other names, which are the host's own."""
     try:
         parameters = json.loads(text).get("parameters") or {}
         others = sorted(set(parameters) - set(Options.model_fields) - {"preset"})
-        return {key: value for key, value in parameters.items() if key not in others}, others
+        found = {key: value for key, value in parameters.items() if key not in others}
     except (ValueError, AttributeError, TypeError, RecursionError):
         raise OptionsError('the parameter text is not a JSON object {"parameters": {name: value}}') from None
+    return from_a_peer(found), others
 
 
 MAY_BE_NONE = [name for name, field in Options.model_fields.items() if field.default is None]

@@ -27,7 +27,7 @@ from .gather import Admit, gather, no_limit
 from .geometry import ScanError
 from .images import SERIES, make_images
 from .options import Options
-from .solve import PREVIEW, Hurry, Report, device_of, estimate_error, on_gpu, patient, solve
+from .solve import PREVIEW, Hurry, Report, apart, device_of, estimate_error, patient, solve
 from .volume import Scan
 
 Turn = Callable[[], AbstractContextManager[Hurry]]
@@ -70,7 +70,7 @@ def reconstruct(header, items: Iterable, prior, options: Options, report: Report
 
 def images_of(scan: Scan, prior, options: Options, images: Callable[..., list[ismrmrd.Image]], report: Report, hurry: Hurry) -> Generator[ismrmrd.Image, None, list[str]]:
     """Yield the images of one volume; returns why the requested one could not be made, if so. Everything held is freed at the end."""
-    measurement, preview = look(scan, options, report)
+    measurement, preview = look(scan, options, report, hurry)
     notes = scan.warnings + measurement.warnings
     if METHODS[options.method].iterative and options.preview:
         yield from images(measurement.as_bright_as_measured(preview), series=SERIES["preview"], name=PREVIEW, notes=notes)
@@ -83,18 +83,23 @@ def images_of(scan: Scan, prior, options: Options, images: Callable[..., list[is
     return outcome.failure
 
 
-def look(scan: Scan, options: Options, report: Report) -> tuple[Measurement, torch.Tensor]:
-    """The inverse problem and its CG-SENSE image [z y x]; on the CPU, with a warning, if the GPU cannot handle the scan."""
+def look(scan: Scan, options: Options, report: Report, hurry: Hurry) -> tuple[Measurement, torch.Tensor]:
+    """The inverse problem and its CG-SENSE image [z y x]; on the CPU, with a warning, if the GPU cannot handle the scan.
+
+    Raises:
+        ScanError: if no image can be made of it.
+        Unfinished: if there was a reason to stop before it was ready.
+    """
     if scan.flaw:
         raise ScanError("; ".join([scan.flaw, *scan.warnings]))
     if not scan.counts.any():
         raise ScanError("; ".join(["none of its lines could be used", *scan.warnings]))
     device, reason = device_of(options), GPU_LOST
     if device.type == "cpu":
-        return _look(scan, options, device, report)
+        return apart(partial(_look, scan, options, device), report, hurry)
     for spare in () if gpu_lost.is_set() else (False, True):  # second try, if GPU memory is short: with coil maps on the host
         try:
-            return on_gpu(partial(_look, scan, options, device, report, spare))
+            return apart(partial(_look, scan, options, device, spare=spare), report, hurry, on_gpu=True)
         except RuntimeError as error:
             reason, short = why_the_cpu(error), ran_out_of_memory(error)
             if not reason:
@@ -103,7 +108,7 @@ def look(scan: Scan, options: Options, report: Report) -> tuple[Measurement, tor
         free_gpu_memory()
         if not short:
             break
-    measurement, preview = _look(scan, options, torch.device("cpu"), report)
+    measurement, preview = apart(partial(_look, scan, options, torch.device("cpu")), report, hurry)
     measurement.warnings.append(f"{reason}: CG-SENSE was computed on the CPU")
     return measurement, preview
 

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import itertools
 import json
 import logging
+import math
+import os
 import socket
 import socketserver
+import struct
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,17 +24,18 @@ from .budget import Budget
 from .chain import is_gadgetron_peer, options_of_config_name, properties_of
 from .conversation import Host, run_scan
 from .external import answer_gadgetron
-from .failure import free_gpu_memory, gpu_lost, log_failure, sentence
+from .failure import ReconError, free_gpu_memory, gpu_lost, log_failure, sentence
 from .geometry import ScanError
 from .health import Counts, process_facts
 from .keep import FailedScans, Recording
 from .limits import Limits
-from .options import OptionsError, make_options, options_from_json
+from .options import OptionsError, from_a_peer, make_options, options_from_json
 from .solve import device_of, load_prior_for, prior_of, warm_up
 from .turns import Turns
 
 log = logging.getLogger("slicediff")
 LINGER_S = 5.0
+LOOK_S = 0.05  # at what the peer has not taken yet
 SPARE = 32  # connections without a scan, on top of the permitted scans
 LAST_WORDS_S = 20.0  # after the grace period, for sending what there is
 KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
@@ -57,7 +64,7 @@ class Server(Listening, socketserver.ThreadingTCPServer):
         self.lock, self.turns, self.counts = threading.Lock(), Turns(self.limits.slots), Counts()
         self.retiring, self.out_of_time = threading.Event(), threading.Event()
         self.talking: set[Handler] = set()
-        self.gave_way = False
+        self.gave_way, self.last_turn = False, math.inf
         super().__init__(address, Handler)
 
     def prior(self, options):
@@ -77,12 +84,19 @@ class Server(Listening, socketserver.ThreadingTCPServer):
         log.warning("shutting down: no new scans are taken, %d are open", self.counts.open)
         self.retiring.set()
         _wait_while(lambda: self.counts.open, self.limits.grace_s)
+        self.last_turn = time.monotonic() + LAST_WORDS_S / 2
         self.out_of_time.set()
         for handler in list(self.talking):
-            handler.hang_up()
+            handler.hang_up("this server is shutting down: come again when it is back")
         _wait_while(lambda: self.counts.open, LAST_WORDS_S)
         _wait_while(lambda: self.talking, LINGER_S)
         self.shutdown()
+
+    def service_actions(self) -> None:
+        """Hang up on peers that send no header in time; called several times a second."""
+        for handler in list(self.talking):
+            if time.monotonic() > handler.until:
+                handler.hang_up(f"no configuration and header came within {self.limits.idle_s:g} s")
 
     def give_way(self) -> None:
         """Retire, once, because the GPU is lost to this process: its supervisor should start another."""
@@ -100,8 +114,9 @@ class Server(Listening, socketserver.ThreadingTCPServer):
         open_, running, queued = self.counts.open, self.turns.running, self.turns.waiting
         scans = {"done": self.counts.done, "failed": self.counts.failed}
         scans |= {"receiving": max(0, open_ - running - queued), "queued": queued, "running": running}
+        room = open_ < self.limits.connections and len(self.talking) < self.limits.connections + SPARE
         return {
-            "ready": not self.retiring.is_set() and open_ < self.limits.connections and not gpu_lost.is_set(), "gpu_lost": gpu_lost.is_set(), "version": version(), "device": str(device_of(self.options)), "prior": prior_of(self.options) or None,
+            "ready": room and not self.retiring.is_set() and not gpu_lost.is_set(), "gpu_lost": gpu_lost.is_set(), "version": version(), "device": str(device_of(self.options)), "prior": prior_of(self.options) or None,
             "scans": scans, "uptime_s": round(time.monotonic() - self.counts.began, 1), **process_facts(),
         }  # fmt: skip
 
@@ -124,7 +139,8 @@ class Handler(socketserver.BaseRequestHandler):
                 self.request.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         self.wire = w.QueuedWire(self.request, min(limits.idle_s, limits.timeout_s), int(limits.max_message_mib * 2**20), int(limits.max_gib * 2**30))
         self.recording: Recording | None = None
-        self.counted, self.well, self.gadgetron = False, True, False
+        self.open, self.counted, self.well, self.gadgetron = False, False, True, False
+        self.until, self.hung_up = time.monotonic() + limits.idle_s, ""  # for the header to come; why it is not waited for
         self.server.talking.add(self)
 
     def handle(self) -> None:
@@ -133,31 +149,66 @@ class Handler(socketserver.BaseRequestHandler):
             self._converse()
             self.wire.close()
             self.wire.flush()
+            if self.open:
+                self.leave()  # its place is free at once: the next scan may come before we hear of the arrival of this one
+                self._deliver()
         except (OSError, w.WireError) as error:
             log.log(logging.WARNING if self.wire.heard else logging.INFO, "connection from %s ended early: %s", self.client_address, error)
             self.well = False
         finally:
-            if self.counted:
-                self.server.counts.add(open=-1, **{"done" if self.well else "failed": 1})
+            self._count()
             if gpu_lost.is_set():
                 self.server.give_way()
+        if self.well:
+            self._settle()  # now, as the server may be killed while the peer takes its time to close
         self._linger()
 
     def finish(self) -> None:
-        with contextlib.suppress(OSError):
-            self.wire.flush()
-        self.wire.release()
-        if self.recording is not None:
-            self.recording.drop() if self.well else self.recording.keep()
-        self.server.talking.discard(self)
+        try:
+            with contextlib.suppress(OSError):
+                self.wire.flush()
+            self.wire.release()
+            self._settle()
+        finally:
+            self.server.talking.discard(self)
 
-    def hang_up(self) -> None:
+    def hang_up(self, why: str) -> None:
         """Stop reading: a scan that is still being received ends here."""
+        self.until, self.hung_up = math.inf, why
         with contextlib.suppress(OSError):
             self.request.shutdown(socket.SHUT_RD)
 
+    def leave(self) -> None:
+        """The scan, if there was one, no longer takes a place."""
+        if self.open:
+            self.open = False
+            self.server.counts.add(open=-1)
+
+    def fail(self) -> None:
+        """The scan, if there was one, has failed, though the rest of it may still come."""
+        self.well = False
+        self._count()
+
+    def _count(self) -> None:
+        """Count the outcome of the scan, if there was one."""
+        self.leave()
+        if self.counted:
+            self.counted = False
+            self.server.counts.add(**{"done" if self.well else "failed": 1})
+
+    def _settle(self) -> None:
+        """Keep the raw data of a scan that failed, drop those of another."""
+        recording, self.recording = self.recording, None
+        if recording is None:
+            return
+        try:
+            recording.drop() if self.well else recording.keep()
+        except Exception as error:  # the boundary: the scan is over
+            log_failure("trouble with the raw data of the scan", error)
+
     def _converse(self) -> None:
         config: tuple[int, str] | None = None
+        texts: list[str] = []
         if len(self.server.talking) > self.server.limits.connections + SPARE:
             self.well = False
             return self.wire.send_text(f"ERROR: this server has {len(self.server.talking) - 1} connections already: try again later")
@@ -168,16 +219,19 @@ class Handler(socketserver.BaseRequestHandler):
                 elif kind in (w.CONFIG_FILE, w.CONFIG_TEXT):
                     config = (kind, item)
                     self.gadgetron = kind == w.CONFIG_TEXT and is_gadgetron_peer(item)
+                elif kind == w.TEXT:
+                    texts.append(item)
                 elif kind == w.HEADER:
-                    return self._scan(config, item.encode())
+                    self.until = math.inf
+                    return self._scan(config, texts, item.encode())
                 else:
                     raise w.WireError(f"expected a configuration and a header before the data, got message {kind} first")
         except Exception as error:  # the boundary: every failure must reach the peer
-            self._tell(error)
+            self._tell(error if self.open or not self.hung_up else w.WireError(self.hung_up))
 
-    def _scan(self, config: tuple[int, str] | None, header_xml: bytes) -> None:
+    def _scan(self, config: tuple[int, str] | None, texts: list[str], header_xml: bytes) -> None:
         self.server.counts.add(open=1)
-        self.counted, host = True, ServerHost(self)
+        self.open, self.counted, host = True, True, ServerHost(self)
         if self.server.keep is not None:  # before anything can fail, so that everything received is kept
             self.recording = self.server.keep.record(header_xml)
             self.wire.tap = self.recording.add
@@ -185,25 +239,30 @@ class Handler(socketserver.BaseRequestHandler):
         if self.gadgetron:
             self.well = answer_gadgetron(self.wire, config[1].encode(), header_xml, self.server.defaults, host)
             return
-        sources = [self.server.defaults, options_of_config(config)]
-        first = next(self.wire.messages(), None)
-        while first is not None and first[0] == w.TEXT:
-            found, others = options_from_json(first[1])
-            sources.append(found)
-            if others:
-                self.wire.send_text(f"parameters that are not options of this plugin were ignored: {', '.join(others)}"[:1000])
-            first = next(self.wire.messages(), None)
+        sources, first = [self.server.defaults, options_of_config(config)], None
+        for kind, item in itertools.chain(((w.TEXT, text) for text in texts), self.wire.messages()):
+            if kind == w.TEXT:
+                found, others = options_from_json(item)
+                sources.append(found)
+                if others:
+                    self.wire.send_text(f"parameters that are not options of this plugin were ignored: {', '.join(others)}"[:1000])
+            elif kind == w.QUERY:
+                self.wire.send_response(item[0], self.answer(item[1]))
+            elif kind != w.HEADER or item.encode() != header_xml:  # the same one again does no harm
+                first = (kind, item)
+                break
         run_scan(self.wire, header_xml, sources, host, self.wire.send_text, first)
 
     def _tell(self, error: Exception) -> None:
         """Send an ERROR to Gadgetron, but a TEXT to clients, which abort on any ERROR."""
-        self.well = False
         log_failure("the scan failed" if self.wire.heard else "nothing was asked", error, logging.ERROR if self.wire.heard else logging.INFO)
         if self.gadgetron:
+            self.fail()
             self.wire.drain()  # it may not read while it still sends
             self.wire.send_error(f"slice diffusion: {sentence(error)}")
         else:
             self.wire.send_text(f"ERROR: {sentence(error)}")
+            self.fail()
             self.wire.drain()
 
     def answer(self, question: str) -> str:
@@ -213,9 +272,38 @@ class Handler(socketserver.BaseRequestHandler):
         known = {"gadgetron::info": lambda: f"gadgetron-slicediff {version()}", "gadgetron::version": version, "slicediff::health": lambda: json.dumps(self.server.health())}
         return known[question]() if question in known else f"unknown query {question[:100]!r}; known are {', '.join(known)}"
 
+    def _deliver(self) -> None:
+        """Wait until the peer's machine has everything that was sent, and read on meanwhile.
+
+        Raises:
+            PeerGone: if the connection broke before, or nothing was taken for as long as a peer may be silent.
+        """
+        self.request.shutdown(socket.SHUT_WR)
+        self.request.settimeout(LOOK_S)
+        left, since, sends = math.inf, time.monotonic(), True
+        while True:
+            if broken := self.request.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                raise w.PeerGone(f"the peer went away before it had taken everything: {os.strerror(broken)}")
+            if (now := _not_taken(self.request)) == 0:
+                return
+            if now < left:
+                left, since = now, time.monotonic()
+            elif time.monotonic() - since > self.server.limits.timeout_s:
+                raise w.PeerGone(f"the peer took nothing more for {self.server.limits.timeout_s:g} s, with {now} bytes to come")
+            if not sends:
+                time.sleep(LOOK_S)
+                continue
+            try:
+                sends = bool(self.request.recv(1 << 16))
+            except TimeoutError:
+                continue
+            except OSError as error:
+                raise w.PeerGone(f"the peer went away before it had taken everything: {error.strerror}") from None
+
     def _linger(self) -> None:
         """Wait, but not forever, for the peer to close first: closing with its bytes unread would destroy our last message."""
-        end = time.monotonic() + self.server.limits.timeout_s
+        limits = self.server.limits
+        end = time.monotonic() + (limits.idle_s if self.hung_up else limits.timeout_s)
         try:
             self.request.shutdown(socket.SHUT_WR)
             self.request.settimeout(LINGER_S)
@@ -256,11 +344,25 @@ class ServerHost(Host):
         """Reason to finish the scan early, or ""."""
         return "because the server is shutting down" if self.server.out_of_time.is_set() else ""
 
+    def give_up(self) -> str:
+        """Reason not to begin another image, or ""."""
+        if self.handler.wire.gone():
+            return "because the peer is gone"
+        return self.hurry() if time.monotonic() > self.server.last_turn else ""
+
+    def failed(self) -> None:
+        """The scan needs its place no longer."""
+        self.handler.fail()
+
     @contextlib.contextmanager
     def turn(self, tell: Callable[[str], None]) -> Iterator[None]:
-        """Hold one of the device's slots; the queue is left only if the peer is gone, as it moves fast once the grace period is over."""
-        gone = lambda: "because the peer is gone" if self.handler.wire.gone() else ""  # noqa: E731
-        with self.server.turns.turn(lambda place: tell(f"waiting for the device, number {place} in the queue"), gone):
+        """Hold one of the device's slots; ReconError if the peer is gone, or the server has no time left.
+
+        Once the grace period is over the queue moves fast, so most still get a turn.
+        """
+        if reason := self.give_up():
+            raise ReconError(f"the scan was given up {reason}")
+        with self.server.turns.turn(lambda place: tell(f"waiting for the device, number {place} in the queue"), self.give_up):
             yield
         if device_of(self.server.options).type == "cuda" and not self.server.turns.waiting:
             free_gpu_memory()  # Gadgetron's own gadgets may want the same GPU
@@ -270,7 +372,16 @@ def options_of_config(config: tuple[int, str] | None) -> dict[str, Any]:
     """Options that a client's configuration message contains or refers to by name."""
     if config is None:
         raise OptionsError("expected a configuration (name or XML) before the header, got none")
-    return properties_of(config[1]) if config[0] == w.CONFIG_TEXT and "<" in config[1] else options_of_config_name(config[1].strip())
+    return from_a_peer(properties_of(config[1])) if config[0] == w.CONFIG_TEXT and "<" in config[1] else options_of_config_name(config[1].strip())
+
+
+def _not_taken(sock: socket.socket) -> int:
+    """Bytes that the peer's machine has not confirmed yet, and the end of the stream as one."""
+    try:
+        return struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))[0]
+    except OSError as error:  # a system that does not tell
+        log.debug("what the peer has taken is not known: %s", error)
+        return 0
 
 
 def _wait_while(busy: Callable[[], Any], longest_s: float) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -34,6 +36,7 @@ Report = Callable[[str, dict], None]
 Hurry = Callable[[], str]
 PREVIEW = "CG-SENSE preview"
 WATCH_S = 0.2  # polling interval of the solver
+LAST_LOOK_S = 5.0  # for CG-SENSE once there is a reason to stop: most are ready by then, and there would be no other image
 HANG_S = 600.0  # a sweep of a 320 x 320 x 256 matrix takes a minute on two CPU cores
 
 log = logging.getLogger("slicediff")
@@ -58,7 +61,7 @@ def solve(measurement: Measurement, preview: torch.Tensor, prior, options: Optio
     """The volume of the requested method; if an iterative one fails, the preview in its place, with the reason."""
     name = METHODS[options.method].title
     if not METHODS[options.method].iterative:
-        return Outcome(next(states(measurement, preview, prior, options)).volume, name)
+        return Outcome(apart(lambda _: next(states(measurement, preview, prior, options)).volume, report, hurry), name)
     try:
         if measurement.operator.device.type != device_of(options).type:
             raise ReconError("the GPU could not take this scan")
@@ -140,18 +143,35 @@ def iterate(start: Callable[[], Iterator[State]], options: Options, report: Repo
     return state.volume, [f"stopped {reason} after {state.sweep} of {state.sweeps} sweeps"] if early else []
 
 
-def on_gpu(work: Callable[[], Any]) -> Any:
-    """The result of `work`, run in a solver thread, which can be abandoned.
+def apart(work: Callable[[Report], Any], report: Report, hurry: Hurry, on_gpu: bool = False) -> Any:
+    """The result of `work`, run in a solver thread, which can be abandoned; it is given `report`, at which it then ends.
 
     Raises:
-        GpuHangs: if there is no result within HANG_S.
+        Unfinished: if there was a reason to stop, and no result within LAST_LOOK_S from then.
+        GpuHangs: if there is no result on the GPU within HANG_S.
     """
-    worker = Ahead(items_of(lambda: [work()]), crew=SOLVERS)
+    began, reason, end, over = time.monotonic(), "", math.inf, threading.Event()
+
+    def still(stage: str, facts: dict) -> None:
+        if over.is_set():
+            raise Unfinished("nobody waits for it any more")
+        report(stage, facts)
+
+    worker = Ahead(items_of(lambda: [work(still)]), crew=SOLVERS)
     try:
-        return worker.take(HANG_S)
-    except TimeoutError:
-        raise GpuHangs(f"it did not answer for {HANG_S:g} s") from None
+        while time.monotonic() < end:
+            try:
+                return worker.take(WATCH_S)
+            except TimeoutError:
+                if worker.closed.is_set():  # the work's own
+                    raise
+            if not reason and (reason := hurry()):
+                end = time.monotonic() + LAST_LOOK_S
+            if on_gpu and time.monotonic() - began > HANG_S:
+                raise GpuHangs(f"it did not answer for {HANG_S:g} s")
+        raise Unfinished(f"stopped {reason} before its CG-SENSE image was ready")
     finally:
+        over.set()
         worker.close(WATCH_S)
 
 

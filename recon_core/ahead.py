@@ -25,10 +25,15 @@ def left_behind() -> int:
 def end_if_left_behind(code: int) -> None:
     """Exit at once with this code if threads were left behind: they could crash the interpreter as it shuts down, or keep it from exiting."""
     if left_behind():
-        logging.shutdown()
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        os._exit(code)
+        end_at_once(code)
+
+
+def end_at_once(code: int) -> None:
+    """Exit with this code, whatever other threads are doing."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 class Crew:

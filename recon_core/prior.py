@@ -158,9 +158,9 @@ def find_weights(name_or_path: str | Path) -> Path:
     """Path of the .safetensors file for a name or a path; if there is none, PriorError lists the known names."""
     named = [folder / f"{name_or_path}.safetensors" for folder in prior_folders()]
     path = next((p for p in named if p.is_file()), Path(name_or_path))
-    if not path.is_file():
+    if path.suffix != ".safetensors" or not path.is_file():  # a name alone never means a file of the working directory
         names = ", ".join(dict.fromkeys(p.stem for p in _all_weights())) or "none"
-        raise PriorError(f"no prior {str(name_or_path)!r}: neither a known name (known: {names}) nor a file")
+        raise PriorError(f"no prior {str(name_or_path)!r}: neither a known name (known: {names}) nor a .safetensors file")
     return path
 
 

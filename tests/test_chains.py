@@ -18,7 +18,7 @@ def options_comment() -> str:
     """Every option as a property with its default, in one comment."""
     text = lambda value: "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)  # noqa: E731
     rows = [f'<property name="{name}" value="{text(field.default)}"/>  {field.description}' for name, field in Options.model_fields.items()]
-    lines = ["<!-- Every option with its default; to change one, write it outside of this comment.", '<property name="preset" value="default"/>  name of a shipped preset, or path of a YAML file of options', *rows]
+    lines = ["<!-- Every option with its default; to change one, write it outside of this comment.", '<property name="preset" value="default"/>  name of a shipped preset', *rows]
     return f"\n{INDENT}     ".join(lines) + " -->"
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import socket
 import struct
 import threading
@@ -20,7 +21,7 @@ from gadgets.image_files import read_images
 from gadgets.scan_files import ScanFile
 from gadgets.server import Server
 from gadgets.solve import load_prior_for
-from gadgets.wire import ACQUISITION, ERROR, HEADER, IMAGE, QUERY, TEXT, Wire
+from gadgets.wire import ACQUISITION, ERROR, HEADER, IMAGE, QUERY, RESPONSE, TEXT, Wire
 from recon_core.prior import PriorError, save_prior
 
 FAST = {"sweeps": 2, "device": "cpu"}
@@ -96,7 +97,7 @@ def test_what_comes_in_the_middle_of_a_scan(full):
     line = (ACQUISITION, lines[0])
     asked = intake((HEADER, "once"), line, (QUERY, (7, "who?")), (TEXT, "hello"), line)
     assert len(list(asked)) == 2 and sent == [(7, "answer to who?")] and asked.cut == ""
-    for message, said in (((ERROR, "no more gradients"), "the peer told of an error: no more gradients"), ((HEADER, "next"), "a second header came before the scan was closed")):
+    for message, said in (((ERROR, "no \x1b[31mmore\r\n gradients\0."), "the peer told of an error: no [31mmore gradients"), ((HEADER, "next"), "a second header came before the scan was closed")):
         broken = intake(line, line, message, line)
         assert len(list(broken)) == 2 and broken.cut.startswith(said)
     another = intake((HEADER, "another"), line)
@@ -131,9 +132,10 @@ def test_gadgetron_without_a_configuration_element(server, scan_path, expected):
     assert same_images(gadgetron(server, scan_path, None).images, expected)
 
 
-def test_gadgetrons_execute_gets_the_same_images(scan_path, tmp_path, prior, expected):
+def test_gadgetrons_execute_gets_the_same_images(scan_path, tmp_path, prior, expected, monkeypatch):
     save_prior(prior, tmp_path / "gauss.safetensors", {})
-    properties = f'<property name="sweeps" value="2"/><property name="device" value="cpu"/><property name="prior" value="{tmp_path}/gauss.safetensors"/>'
+    monkeypatch.setenv("SLICEDIFF_PRIORS", str(tmp_path))
+    properties = '<property name="sweeps" value="2"/><property name="device" value="cpu"/><property name="prior" value="gauss"/>'
     peer, code = run_execute(scan_path, properties)
     assert (code, peer.errors, peer.closed) == (0, [], True)
     assert [i.data.shape for i in peer.images] == [i.data.shape for i in expected]
@@ -141,9 +143,10 @@ def test_gadgetrons_execute_gets_the_same_images(scan_path, tmp_path, prior, exp
     assert same_images(peer.images, exact)
 
 
-def test_file_command_server_external_gadget_and_fire_give_the_same_images(scan_path, tmp_path, prior):
+def test_file_command_server_external_gadget_and_fire_give_the_same_images(scan_path, tmp_path, prior, monkeypatch):
     save_prior(prior, tmp_path / "gauss.safetensors", {})
-    options = {"sweeps": 2, "device": "cpu", "prior": f"{tmp_path}/gauss.safetensors"}
+    monkeypatch.setenv("SLICEDIFF_PRIORS", str(tmp_path))
+    options = {"sweeps": 2, "device": "cpu", "prior": "gauss"}
     assert main(["recon", str(scan_path), str(tmp_path / "images.h5"), *(word for name, value in options.items() for word in (f"--{name}", str(value)))]) == 0
     of_file = read_images(tmp_path / "images.h5")
     properties = "".join(f'<property name="{name}" value="{value}"/>' for name, value in options.items())
@@ -195,6 +198,33 @@ def test_a_name_may_come_as_text(server, scan_path):
 def test_a_hosts_own_parameters_are_left_aside_and_named(server, scan_path):
     images, texts = client(server, scan_path, text='{"parameters": {"method": "cg", "sweps": 3, "config": "x"}}')
     assert len(images) == 1 and texts[0] == "parameters that are not options of this plugin were ignored: config, sweps"
+
+
+@pytest.mark.parametrize("before", ["text", "query", "header"])
+def test_options_in_text_count_until_the_first_line(server, scan_path, before):
+    """Whatever comes before them; what comes later is told in the image's comment."""
+    with ScanFile(scan_path) as scan, socket.create_connection(server.server_address[:2]) as sock, Wire(sock, 60) as wire:
+        wire.send_config_file("default")
+        if before == "text":
+            wire.send_text('{"parameters": {"method": "cg"}}')
+        wire.send_header(scan.header_xml)
+        if before == "query":
+            wire.send_query("gadgetron::info", 9)
+        if before == "header":
+            wire.send_header(scan.header_xml)
+        wire.send_text('{"parameters": {"output": "float32"}}' if before == "text" else '{"parameters": {"method": "cg", "output": "float32"}}')
+        for number, line in enumerate(scan.acquisitions()):
+            wire.send_item(line)
+            if number == 5:
+                wire.send_text('{"parameters": {"output": "complex64", "theirs": 1}}')
+                wire.send_text("hello")
+        wire.close()
+        messages = list(wire.messages())
+    (image,) = (item for kind, item in messages if kind == IMAGE)
+    assert image.data.dtype == "float32" and image.image_series_index == 2
+    assert "options came after the first line and were not used: output" in image.meta["ImageComments"]
+    assert any(kind == TEXT and "were not used: output" in item for kind, item in messages)
+    assert (RESPONSE in [kind for kind, _ in messages]) == (before == "query")
 
 
 def test_images_instead_of_raw_data_are_told(server, scan_path, expected):
@@ -327,9 +357,25 @@ def missing_weights(options):
 
 
 def test_missing_weights_reach_gadgetron(scan_path):
-    peer, code = run_execute(scan_path, '<property name="prior" value="/nowhere.safetensors"/>')
+    peer, code = run_execute(scan_path, '<property name="prior" value="nowhere"/>')
     assert not peer.images and peer.closed and code == 0
-    assert "no prior '/nowhere.safetensors'" in peer.errors[0]
+    assert "no prior 'nowhere'" in peer.errors[0]
+
+
+def test_no_peer_has_a_file_of_the_server_read(server, scan_path, tmp_path, expected):
+    """Whichever way its options come, and whatever the file is; a FIFO would hold the scan for ever."""
+    (tmp_path / "secret.yaml").write_text("password: hunter2")
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    for name, path in (("preset", tmp_path / "secret.yaml"), ("prior", tmp_path / "pipe.safetensors")):
+        xml, text = f'<property name="{name}" value="{path}"/>', json.dumps({"parameters": {name: str(path)}})
+        said = [*gadgetron(server, scan_path, xml).errors, client(server, scan_path, text=text)[1][-1]]
+        with ScanFile(scan_path) as scan, socket.create_connection(server.server_address[:2]) as sock, Wire(sock, 20) as wire:
+            wire.send_config(f"<gadgetronStreamConfiguration><external><execute name='gadgets'/><configuration>{xml}</configuration></external></gadgetronStreamConfiguration>")
+            wire.send_header(scan.header_xml)
+            wire.close()
+            said.append(list(wire.messages())[-1][1])
+        assert len(said) == 3 and all("no preset" in text or "by its name only" in text for text in said) and "hunter2" not in str(said)
+    assert same_images(client(server, scan_path)[0], expected)
 
 
 def test_execute_ends_when_gadgetron_dies(scan_path):

@@ -1,11 +1,12 @@
 """Options: one validated object from every source."""
 
+import json
 from typing import get_args
 
 import pytest
 
 from gadgets.chain import options_of_config_name, properties_of
-from gadgets.options import Options, OptionsError, make_options, options_from_json, preset_names, read_preset
+from gadgets.options import Options, OptionsError, from_a_peer, make_options, options_from_json, preset_names, read_preset
 from recon_core.methods import METHODS
 from recon_core.variational import VariationalConfig
 
@@ -78,6 +79,20 @@ def test_a_preset_that_names_another_is_refused(tmp_path):
     (tmp_path / "mine.yaml").write_text("preset: fast\nsweeps: 3\n")
     with pytest.raises(OptionsError, match="names another one .fast.: write its options out"):
         make_options({"preset": str(tmp_path / "mine.yaml")})
+
+
+@pytest.mark.parametrize("source,message", [
+    ({"preset": "/etc/hosts"}, "no preset '/etc/hosts': shipped are .*command line of the server only"),
+    ({"preset": "../presets/fast"}, "no preset"), ({"preset": 3}, "no preset '3'"), ({"preset": ["fast"]}, "no preset"),
+    ({"prior": "/dev/zero"}, "by its name only, got '/dev/zero': put the file in a prior folder of the server .SLICEDIFF_PRIORS. and give its name"),
+    ({"prior": "weights.safetensors"}, "by its name only"), ({"prior": "../small"}, "by its name only"), ({"prior": "x" * 5000}, "by its name only"), ({"prior": ""}, "by its name only"),
+])  # fmt: skip
+def test_a_peer_may_name_no_file(source, message):
+    for take in (from_a_peer, lambda options: options_from_json(json.dumps({"parameters": options}))):
+        with pytest.raises(OptionsError, match=message) as caught:
+            take(source)
+        assert len(str(caught.value)) < 400
+    assert from_a_peer({"prior": "site-1.5T", "preset": "fast", "sweeps": "2"}) == {"prior": "site-1.5T", "preset": "fast", "sweeps": "2"}
 
 
 def test_host_parameters():

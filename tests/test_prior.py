@@ -172,3 +172,10 @@ def test_a_pose_there_and_back_is_nothing_and_the_prior_sees_it():
         assert seen[0].shape[2] in range(15, 30) and float(seen[0].norm()) == pytest.approx(float(x.norm()), rel=1e-5)
     halves = [draw_pose(random).seen_by(lambda s, sigma: s * (torch.arange(s.shape[3]) < s.shape[3] // 2))(x, 0.5) for _ in range(8)]
     assert len({tuple((h[0].norm(dim=0) > 0).flatten().tolist()) for h in halves}) > 3
+
+
+def test_a_name_alone_is_no_file_of_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "notes").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PriorError, match="no prior 'notes': neither a known name .* nor a .safetensors file"):
+        load_prior("notes")

@@ -5,21 +5,25 @@ import json
 import logging
 import os
 import re
+import shutil
 import socket
 import struct
 import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from conftest import line_like, run_chain
 from peers import ClientPeer, same_images
 from test_mouths import FAST, client, running
 
+from gadgets import recon
 from gadgets.address import AddressError
 from gadgets.budget import Budget, free_memory, worth_an_image
 from gadgets.cli import main
@@ -33,6 +37,7 @@ from gadgets.keep import FailedScans
 from gadgets.limits import Limits
 from gadgets.server import Server
 from gadgets.turns import Turns
+from gadgets.wire import IMAGE, Wire
 
 
 def test_turns_come_in_order_and_places_are_told():
@@ -227,9 +232,9 @@ def test_health_page_and_metrics(scan_path, prior):
         client(server, scan_path)
         client(server, scan_path, "nonesuch")
         port = page.server_address[1]
-        while server.counts.open:  # counted once the last byte is sent
-            time.sleep(0.01)
+        assert until(lambda: server.counts.done and server.counts.failed)  # counted once the last byte has arrived
         facts = json.loads(get(port, "/healthz"))
+        assert all(json.loads(get(port, path))["ready"] for path in ("/healthz?x=1", "/healthz/"))
         server.counts.add(open=server.limits.connections)
         with pytest.raises(urllib.error.HTTPError, match="503"):
             get(port, "/healthz")
@@ -366,7 +371,7 @@ def test_a_kill_in_the_middle_of_the_conversion_leaves_nothing_behind_for_good(s
     """The next start converts again, into the same place; meanwhile the scan is locked for other servers."""
 
     def killed(*_):
-        FailedScans(tmp_path)  # another server starts
+        FailedScans(tmp_path).recover()  # another server starts
         assert not list(tmp_path.glob("failed-*"))
         raise KeyboardInterrupt
 
@@ -379,7 +384,7 @@ def test_a_kill_in_the_middle_of_the_conversion_leaves_nothing_behind_for_good(s
         patch.setattr("gadgets.keep.Recording._close", lambda self: self.file.close())  # a kill closes no more than this
         recording.keep()
     assert {path.suffix for path in tmp_path.iterdir()} == {".spool", ".partial"}
-    FailedScans(tmp_path)
+    FailedScans(tmp_path).recover()
     (found,) = tmp_path.iterdir()
     with ScanFile(found) as kept:
         assert len(kept) == len(lines)
@@ -419,12 +424,257 @@ def test_what_a_killed_server_left_behind_is_found_and_what_runs_is_let_be(scan_
             running.add(line)
             killed.add(line)
     killed.file.close()
-    FailedScans(tmp_path)
+    FailedScans(tmp_path).recover()
     (found,) = tmp_path.glob("failed-*.h5")
     assert [path.name for path in tmp_path.glob("*.spool")] == [running.path.name]
     with ScanFile(scan_path) as scan, ScanFile(found) as kept:
         assert [bytes(a.getHead()) for a in kept.acquisitions()] == [bytes(a.getHead()) for a in scan.acquisitions()]
     running.drop()
+
+
+def recorded(place, scan_path):
+    """A recording of the whole scan."""
+    with ScanFile(scan_path) as scan:
+        recording = place.record(scan.header_xml)
+        for line in scan.acquisitions():
+            recording.add(line)
+    return recording
+
+
+def test_a_folder_that_becomes_read_only_or_a_file_disturbs_no_scan(scan_path, tmp_path, monkeypatch, caplog):
+    def refused(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    place = FailedScans(tmp_path / "kept")
+    first, second = recorded(place, scan_path), recorded(place, scan_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.unlink", refused)
+        first.drop()
+        patch.setattr("builtins.open", refused)
+        assert second.keep() is None and place.record(b"<header/>").keep() is None
+    assert {record.levelno for record in caplog.records} == {logging.ERROR} and "could not be removed: Read-only file system" in caplog.text
+    shutil.rmtree(tmp_path / "kept")
+    (tmp_path / "kept").touch()
+    assert recorded(place, scan_path).keep() is None and place.count(0) == 0
+
+
+def test_a_scan_whose_raw_data_cause_trouble_leaves_no_connection(scan_path, prior, tmp_path, monkeypatch, caplog):
+    def trouble(recording):
+        recording._close()
+        raise RuntimeError("trouble with the disk")
+
+    monkeypatch.setattr("gadgets.keep.Recording.drop", trouble)
+    monkeypatch.setattr("gadgets.keep.Recording.keep", trouble)
+    with running(FAST, lambda options: prior, keep=FailedScans(tmp_path)) as server:
+        assert len(client(server, scan_path)[0]) == 2 and client(server, scan_path, "nonesuch")[0] == []
+        end = time.monotonic() + 10
+        while server.talking and time.monotonic() < end:
+            time.sleep(0.02)
+        assert not server.talking and caplog.text.count("trouble with the disk") >= 2
+
+
+def until(happened, longest_s=10.0):
+    """Wait for it, then return it."""
+    end = time.monotonic() + longest_s
+    while not (what := happened()) and time.monotonic() < end:
+        time.sleep(0.02)
+    return what
+
+
+def test_images_that_never_reached_the_peer_are_no_success(scan_path, prior, tmp_path, caplog):
+    """Though this machine had taken them to be sent."""
+    caplog.set_level(logging.INFO, "slicediff")
+    with running(FAST, lambda options: prior, keep=FailedScans(tmp_path)) as server, ScanFile(scan_path) as scan, socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(server.server_address)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closes with a reset
+        with Wire(sock, 20) as wire:
+            wire.send_config_file("default")
+            wire.send_header(scan.header_xml)
+            for line in scan.acquisitions():
+                wire.send_item(line)
+            wire.close()
+            assert until(lambda: "2 images sent" in caplog.text)
+            time.sleep(0.1)  # past the last write
+        sock.close()
+        assert until(lambda: list(tmp_path.glob("failed-*.h5")))
+        assert (server.counts.done, server.counts.failed) == (0, 1)
+    (warning,) = (record.message for record in caplog.records if record.levelno == logging.WARNING and "kept" not in record.message)
+    assert "ended early: the peer went away before it had taken everything" in warning
+
+
+def test_raw_data_are_dropped_once_the_images_have_arrived(scan_path, prior, tmp_path):
+    """Also while the peer keeps its connection open, or is slow to read."""
+    with running(FAST, lambda options: prior, keep=FailedScans(tmp_path)) as server, ScanFile(scan_path) as scan, ClientPeer(server.server_address) as peer:
+        peer._send(scan, "default", None, None, True)
+        time.sleep(0.5)
+        assert [kind for kind, _ in peer.wire.messages()].count(IMAGE) == 2
+        assert until(lambda: not list(tmp_path.iterdir())) and server.talking and (server.counts.done, server.counts.failed) == (1, 0)
+
+
+@pytest.mark.parametrize("config", ["nonesuch", '<?xml version="1.0"?>\n<configuration><property name="sweeps" value="x"/></configuration>'], ids=["client", "Gadgetron"])
+def test_a_refused_scan_gives_up_its_place_at_once(scan_path, prior, config):
+    """And not when its peer has sent the rest of it."""
+    with running(FAST, lambda options: prior, connections=1) as server, ScanFile(scan_path) as scan, ClientPeer(server.server_address) as peer:
+        (peer.wire.send_config if "<" in config else peer.wire.send_config_file)(config)
+        peer.wire.send_header(scan.header_xml)
+        peer.wire.send_item(next(scan.acquisitions()))
+        assert until(lambda: server.counts.failed) and server.health()["ready"]
+        assert len(client(server, scan_path)[0]) == 2
+        peer.wire.close()
+        (said,) = (text for _, text in peer.wire.messages())
+        assert "unknown configuration" in said or "option 'sweeps'" in said
+
+
+def test_a_peer_that_dribbles_is_let_go_and_a_full_server_is_not_ready(prior, monkeypatch):
+    with running(FAST, lambda options: prior, idle_s=0.6) as server, ClientPeer(server.server_address) as peer:
+        monkeypatch.setattr("gadgets.server.SPARE", 1 - server.limits.connections)
+        assert until(lambda: server.talking) and not server.health()["ready"]
+        began = time.monotonic()
+        with pytest.raises(OSError):
+            while time.monotonic() < began + 20:
+                peer.sock.sendall(b"\1" if time.monotonic() < began + 0.05 else b"\0")
+                time.sleep(0.05)
+        assert time.monotonic() - began < 10 and until(lambda: not server.talking) and server.health()["ready"]
+
+
+def test_why_an_idle_connection_is_closed_is_told(prior):
+    with running(FAST, lambda options: prior, idle_s=0.3) as server, ClientPeer(server.server_address) as peer:
+        peer.wire.send_config_file("default")
+        ((_, text),) = peer.wire.messages()
+        assert text in ("ERROR: no configuration and header came within 0.3 s", "ERROR: the peer sent nothing for 0.3 s")
+    with running(FAST, lambda options: prior, grace_s=0) as server, ClientPeer(server.server_address) as peer:
+        peer.wire.send_config_file("default")
+        assert until(lambda: server.talking)
+        threading.Thread(target=server.retire).start()
+        ((_, text),) = peer.wire.messages()
+        assert text == "ERROR: this server is shutting down: come again when it is back"
+
+
+@pytest.fixture
+def slow_preview(monkeypatch):
+    """CG-SENSE that does not come to its end."""
+    hangs, look = threading.Event(), recon._look
+    monkeypatch.setattr(recon, "_look", lambda *how, **more: hangs.wait(20) and look(*how, **more))
+    monkeypatch.setattr("gadgets.solve.LAST_LOOK_S", 0.3)
+    yield hangs
+    hangs.set()
+
+
+def talking(server, scan_path, results):
+    """A thread in which a client sends a scan; `results` gets (images, texts)."""
+    thread = threading.Thread(target=lambda: results.append(client(server, scan_path)))
+    thread.start()
+    return thread
+
+
+def test_who_computes_or_waits_is_told_when_the_time_is_over(scan_path, prior, slow_preview, monkeypatch):
+    """Also in the middle of CG-SENSE; not every one in the queue gets a turn."""
+    monkeypatch.setattr("gadgets.server.LAST_WORDS_S", 3.0)
+    results = []
+    with running(FAST, lambda options: prior, grace_s=0.1) as server:
+        threads = [talking(server, scan_path, results) for _ in range(5)]
+        assert until(lambda: server.turns.waiting == 4)
+        server.retire()
+        assert server.counts.open == 0
+        for thread in threads:
+            thread.join(10)
+    said = sorted(texts[-1] for images, texts in results)
+    assert len(said) == 5 and not any(images for images, _ in results)
+    assert said[0] == "ERROR: stopped because the server is shutting down before its CG-SENSE image was ready"
+    assert said[-1] == "ERROR: the scan was given up because the server is shutting down"
+
+
+def test_a_peer_that_is_gone_does_not_hold_the_device_until_its_preview_is_ready(scan_path, prior, slow_preview, caplog):
+    with running(FAST, lambda options: prior) as server:
+        with ScanFile(scan_path) as scan, ClientPeer(server.server_address) as peer:
+            peer._send(scan, "default", None, None, True)
+            assert until(lambda: server.turns.running)
+            peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closes with a reset
+        assert until(lambda: not server.turns.running) and "stopped because the peer is gone" in caplog.text
+        slow_preview.set()
+        assert len(client(server, scan_path)[0]) == 2
+
+
+@pytest.mark.parametrize("garbage", [b"", b"\3", b"\xff" * 1000, struct.pack("<I", 3) + b"<a>" + b"\xff" * 1000])
+def test_what_is_left_behind_and_damaged_is_put_aside(scan_path, tmp_path, garbage, monkeypatch):
+    """Without reading what it announces: gigabytes."""
+    recorded(FailedScans(tmp_path), scan_path).file.close()
+    bad = tmp_path / "scan-0-0.spool"
+    bad.write_bytes(garbage)
+    place, whole = FailedScans(tmp_path), len(garbage) > 1000
+    tracemalloc.start()
+    place.recover()
+    assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    tracemalloc.stop()
+    assert len(list(tmp_path.glob("failed-*.h5"))) == 1 + whole and not list(tmp_path.glob("*.spool"))
+    assert [path.read_bytes() for path in tmp_path.glob("*.damaged")] == [garbage] * (not whole)
+
+
+def test_what_cannot_be_opened_is_put_aside(tmp_path, monkeypatch, caplog):
+    (tmp_path / "scan-0-0.spool").write_bytes(b"another user's")
+
+    def refused(path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("builtins.open", refused)
+    FailedScans(tmp_path).recover()
+    assert [path.name for path in tmp_path.iterdir()] == ["scan-0-0.damaged"] and caplog.text.count("Permission denied") == 1
+
+
+def test_the_oldest_scans_make_room_on_a_full_disk(scan_path, tmp_path, monkeypatch, caplog):
+    place = FailedScans(tmp_path)
+    for number in range(3):
+        (tmp_path / f"failed-{number}.h5").write_bytes(b"x" * 100_000)
+        os.utime(tmp_path / f"failed-{number}.h5", (number + 1, number + 1))
+    here = lambda: sorted(path.name for path in tmp_path.glob("failed-?.h5"))  # noqa: E731
+
+    class FullOnce:
+        def __init__(self, file):
+            self.file, self.full = file, True
+
+        def write(self, data):
+            if self.full:
+                self.full = False
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return self.file.write(data[: len(data) // 2 + 1])
+
+        def close(self):
+            self.file.close()
+
+    with ScanFile(scan_path) as scan:
+        recording, lines = place.record(scan.header_xml), list(scan.acquisitions())
+    recording.file = FullOnce(recording.file)
+    for line in lines:
+        recording.add(line)
+    assert here() == ["failed-1.h5", "failed-2.h5"] and recording.path.stat().st_size == recording.bytes
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000 if here() else 1 << 30))
+    recording.file = recording.file.file
+    kept = recording.keep()
+    with ScanFile(kept) as scan:
+        assert len(scan) == len(lines)
+    assert here() == []
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=300_000))
+    kept.unlink()
+    assert recorded(place, scan_path).keep() is None
+    assert re.search(r"could not be kept: \d+ KiB are needed in .*, 293 KiB are free", caplog.text)
+
+
+def test_a_recording_that_has_just_begun_is_not_taken_for_one_left_behind(tmp_path):
+    place = FailedScans(tmp_path)
+    (tmp_path / "scan-0-1.spool").touch()
+    place.recover()
+    assert [path.name for path in tmp_path.iterdir()] == ["scan-0-1.spool"]
+
+
+def test_threads_that_still_compute_cannot_crash_the_exit(monkeypatch, caplog):
+    ended = []
+    monkeypatch.setattr("recon_core.ahead.end_at_once", ended.append)
+    monkeypatch.setattr("gadgets.server.Server.serve_forever", lambda *_, **__: None)
+    for computing in (False, True):
+        monkeypatch.setattr("gadgets.commands.serve._retire_on_signals", lambda server: server.counts.add(open=computing) or server.talking.update([server] * computing))
+        assert main(["serve", "--port", "0", "--method", "cg"]) == 0 and ended == [0] * computing
+    assert caplog.text.count("scans that did not end in time: 1") == 1
 
 
 def test_health_is_a_command(prior, capsys):

@@ -12,7 +12,7 @@ import torch
 from conftest import load_small_scan, random_complex, run_chain, small_object
 
 from gadgets import recon, solve
-from gadgets.failure import ReconError, gpu_lost
+from gadgets.failure import ReconError, gpu_lost, sentence
 from gadgets.scan_files import ScanFile
 from gadgets.flags import NOISE_BIT
 from gadgets.header import parse_header
@@ -46,6 +46,10 @@ def test_a_sampler_that_is_stopped_leaves_the_preview(scan_path):
     """Halfway its image is far worse than CG-SENSE."""
     images, error = images_and_error(scan_path, lambda x, sigma: time.sleep(0.02) or x, method="tpdm", deadline_s=0.5)
     assert len(images) == 1 and re.search("stopped at the deadline of 0.5 s after [0-9]+ of 80 steps, and posterior sampling TPDM has no image before its last", error)
+
+
+def test_a_sentence_has_no_control_characters():
+    assert sentence(ReconError("\x1b[31mred\x07\n\n two\u2028lines\x9b ")) == "[31mred two lines"
 
 
 def raising(x, sigma):
@@ -155,11 +159,11 @@ def test_a_gpu_that_hangs_before_the_preview_leaves_the_scan_to_the_cpu(scan_pat
     """Its first call may be what hangs: of the second scan after a solver that missed its deadline."""
     hangs, asked, on_cpu = threading.Event(), [], recon._look
 
-    def look(scan, options, device, *how):
+    def look(scan, options, device, report, **how):
         asked.append(device.type)
         if device.type == "cuda":
             hangs.wait(30)
-        return on_cpu(scan, options, torch.device("cpu"), *how)
+        return on_cpu(scan, options, torch.device("cpu"), report, **how)
 
     (expected,), _ = images_and_error(scan_path, raising)
     for module in (recon, solve):

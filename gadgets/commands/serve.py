@@ -39,7 +39,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve; 0 after SIGTERM or Ctrl-C, 1 if the GPU was lost to this process."""
-    from recon_core.ahead import left_behind
+    from recon_core.ahead import end_at_once, left_behind
 
     from ..conformance.faults import load_prior_or_fault
     from ..failure import gpu_lost
@@ -55,6 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
     load = load_prior_or_fault if arguments.test_faults else load_prior_for
     keep = arguments.keep_failed and FailedScans(arguments.keep_failed, arguments.keep_failed_gib)
     with Server((arguments.host, arguments.port), given_options(arguments), load, keep, **limits) as server:
+        if keep:
+            threading.Thread(target=keep.recover, name="recovering", daemon=True).start()  # gigabytes may have been left behind
         server.warm_up()
         if arguments.health_port is not None:
             page = HealthPage((arguments.host, arguments.health_port), server.health)
@@ -68,6 +70,10 @@ def run(arguments: argparse.Namespace) -> int:
         server.serve_forever(poll_interval=0.1)
     if left_behind():
         logging.getLogger("slicediff").error("%d hung solvers are left behind", left_behind())
+    if server.counts.open:
+        logging.getLogger("slicediff").error("scans that did not end in time: %d", server.counts.open)
+    if server.talking:  # their threads may be computing, which could crash the interpreter as it shuts down
+        end_at_once(int(gpu_lost.is_set()))
     return int(gpu_lost.is_set())
 
 

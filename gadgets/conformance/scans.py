@@ -259,5 +259,5 @@ def sigkill(bench: Bench) -> str:
         answer = peer.answer()
     expect(not answer.closed, "a CLOSE came from a killed server")
     bench.start()
-    expect(bool(set(bench.kept.glob("failed-*.h5")) - before), "the raw data were lost")
+    bench.wait_for(lambda: set(bench.kept.glob("failed-*.h5")) - before, "the raw data are kept")
     return "the peer saw the end, the raw data are there"
