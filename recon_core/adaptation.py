@@ -33,13 +33,13 @@ def reconstruct_adapted(measurement: Measurement, prior: Denoiser, start: Tensor
 
     Args:
         measurement: needs `lines` for the prior to be adapted.
-        prior: adapted only if it is a network.
+        prior: adapted only if it is a network with weights to learn.
         start: volume [z y x], the CG-SENSE image.
         seed: for the random slices, poses and lines.
     """
     to_be_gained = measurement.lines is not None and len(usable_axes(measurement.operator.shape)) == 1
     pupil = Pupil(measurement, prior, start, config, seed) if config.adapt and isinstance(prior, nn.Module) and to_be_gained else None
-    rounds = config.adapt if pupil and pupil.can_be_judged else 0
+    rounds = config.adapt if pupil and pupil.can_be_judged and pupil.can_learn else 0
     sweeps = (1 + PASSES) * config.sweeps + rounds if rounds else config.sweeps
     for state in reconstruct_variational(measurement, prior, start, config, seed):
         state = replace(state, sweeps=sweeps)

@@ -43,8 +43,9 @@ def measure(
     """Prewhiten, average, compress coils and estimate coil maps.
 
     Args:
-        kspace: [coils z y x] complex64 sums over averages, x in image space, k = 0 at n//2; may stay on the host.
-        counts: [z y] number of lines summed.
+        kspace: [coils z y x] sums over averages, x in image space, k = 0 at n//2, zeros where nothing was acquired; a tensor, which may
+            stay on the host, or a NumPy array.
+        counts: [z y] number of lines summed, or whether a line was acquired.
         voxel_mm: voxel size of the encoded grid along z, y, x.
         noise: [coils samples] noise samples, if there are noise lines.
         calibration: separate calibration (kspace, counts) on the same grid, if there is one.
@@ -59,8 +60,11 @@ def measure(
             seem to fit.
 
     Raises:
-        ValueError: if nothing was acquired, or samples are not finite or too large to square.
+        ValueError: if shapes do not fit, nothing was acquired, or samples are not finite or too large to square.
     """
+    kspace, counts = _sums(kspace, counts)
+    calibration = None if calibration is None else _sums(*calibration)
+    noise = None if noise is None else torch.as_tensor(noise, dtype=torch.complex64)
     if not bool(counts.any()):
         raise ValueError("no imaging line was acquired: nothing to reconstruct")
     if not _finite(kspace, counts):
@@ -96,6 +100,14 @@ def measure(
     tissue = None if calibrated is None else intensity_scale(calibrated, voxel_mm)
     warnings += [] if calibrated is None else _lacks_centre(operator, calibrated, data, acs_size, sigma)
     return Measurement(operator, adjoint, energy_of(data), samples, sigma, voxel_mm, acs_size, mixing, whitened.known, shown, warnings, kept, calibrated, tissue)
+
+
+def _sums(kspace: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """K-space [coils z y x] and counts [z y] as tensors of the types computed with, not copied if they are that already; ValueError if they do not fit."""
+    kspace, counts = torch.as_tensor(kspace, dtype=torch.complex64), torch.as_tensor(counts, dtype=torch.float32)
+    if kspace.ndim != 4 or counts.shape != kspace.shape[1:3]:
+        raise ValueError(f"expected k-space [coils z y x] and counts [z y] of the same z and y, got {list(kspace.shape)} and {list(counts.shape)}")
+    return kspace, counts
 
 
 def _finite(kspace: Tensor, counts: Tensor) -> bool:

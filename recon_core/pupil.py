@@ -68,6 +68,12 @@ class Pupil:
         lines, (coils, _, _, x) = int(self.judging.sum()), self.measurement.lines.shape
         return lines >= LEAST_LINES and lines * coils * x >= LEAST_SAMPLES
 
+    @property
+    def can_learn(self) -> bool:
+        """Whether the prior's output depends on weights: not if it has none, or evaluates a frozen network."""
+        with torch.enable_grad():
+            return self.network(torch.zeros(1, 2, MIN_SIDE, MIN_SIDE, device=self.start.device), 0.1).requires_grad
+
     def evaluations(self) -> int:
         """Slice evaluations by the network since the last call."""
         spent, self.spent = self.spent, 0

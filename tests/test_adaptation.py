@@ -43,6 +43,26 @@ def test_volumes_keep_no_lines_and_are_reconstructed_as_ever(untrained):
     assert torch.equal(plain.volume, adapted.volume) and plain.sweep == adapted.sweep == adapted.sweeps == 3
 
 
+class Frozen(torch.nn.Module):
+    """A network whose weights cannot learn: it is evaluated without gradients."""
+
+    def __init__(self, prior):
+        super().__init__()
+        self.prior = prior
+
+    def forward(self, slices, sigma):
+        with torch.no_grad():
+            return self.prior(slices, sigma)
+
+
+@pytest.mark.parametrize("wrap", [Frozen, lambda prior: torch.nn.Identity()])
+def test_a_prior_without_weights_to_learn_gives_its_image(untrained, wrap):
+    measurement, prior = plane()[0], wrap(untrained)
+    prior.forward = prior.forward if isinstance(prior, Frozen) else lambda slices, sigma: slices
+    plain, adapted = (last(run(measurement, prior, cg_sense(measurement), QUICK, 1)) for run in (reconstruct_variational, reconstruct_adapted))
+    assert torch.equal(plain.volume, adapted.volume) and adapted.sweep == adapted.sweeps == QUICK.sweeps
+
+
 def test_parts_of_a_scan_add_up_to_it():
     measurement, _ = plane((40, 44, 5), acs=12)
     chosen = torch.rand(40, 44, generator=torch.Generator().manual_seed(0)) < 0.5

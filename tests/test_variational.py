@@ -447,6 +447,12 @@ def test_a_lattice_far_from_the_centre_with_a_calibration_of_another_contrast_is
     assert any("CAUTION: no line lies next to the k-space centre" in text for text in measurement.warnings) == said
 
 
+def test_arrays_of_shapes_that_do_not_fit_are_refused():
+    kspace, mask, _, _ = problem()
+    with pytest.raises(ValueError, match=r"expected k-space \[coils z y x\] and counts \[z y\].* got \[4, 24, 28, 20\] and \[28, 24\]"):
+        measure(kspace, mask.T, VOXEL)
+
+
 def test_regularisation_takes_no_brightness():
     """Fully sampled, lambda divides the image by 1 + lambda: the factor is just that, whatever the noise; of a zero image nothing is made."""
     kspace, mask, noise, _ = problem(acceleration=1.0, snr=4.0)
