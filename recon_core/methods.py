@@ -52,9 +52,11 @@ class Method:
         return self.larger if self.larger and torch.device(device).type == "cuda" else self.weights
 
     def check(self, prior: Prior) -> None:
-        """Raise PriorError for a prior in function space, which only the published method (faithful.py) knows how to use."""
+        """Raise PriorError if the prior is in function space and the method is none that knows how to use it (faithful.py), or the other way round."""
         if prior.in_function_space and self.run is not reconstruct_faithful:
             raise PriorError(f"a prior in function space does not fit {self.title}; use it with the method operator, or take another prior")
+        if self.weights == "operator" and not prior.in_function_space:
+            raise PriorError(f"{self.title}, needs one; leave prior at auto, or use this one with the method faithful")
 
 
 def _zero_filled(measurement: Measurement, prior: None, start: Tensor, config: None, seed: int) -> Iterator[State]:

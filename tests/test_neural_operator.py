@@ -98,6 +98,8 @@ def test_the_published_method_tells_the_prior_the_voxels_of_each_orientation(mon
 def test_methods_that_know_no_function_space_refuse_the_operator():
     with pytest.raises(PriorError, match="function space does not fit slice diffusion; use it with the method operator"):
         load_prior_for(make_options({"prior": "operator", "device": "cpu"}))
+    with pytest.raises(PriorError, match="prior in function space, needs one; leave prior at auto"):
+        load_prior_for(make_options({"method": "operator", "prior": "small", "device": "cpu"}))
     for method in ("operator", "faithful", "interpolated"):
         assert load_prior_for(make_options({"method": method, "prior": "operator", "device": "cpu"})).in_function_space
 
