@@ -354,6 +354,36 @@ def test_train_from_a_folder_with_a_config(tmp_path, capsys):
         assert code == 1 and message in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("method,key,names", [
+    ("diffusion", "diffusion", ["zero-filled", "CG-SENSE", "slice diffusion"]),
+    ("tv", "tv", ["zero-filled", "CG-SENSE", "total variation"]),
+    ("cg", "cg_sense", ["zero-filled", "CG-SENSE"]),
+    ("zero-filled", "zero_filled", ["zero-filled"]),
+])  # fmt: skip
+def test_the_demo_of_each_kind_of_method(tmp_path, capsys, monkeypatch, method, key, names):
+    """Its images under their own names, whatever form of them a preset asks for; pixels in another order would be below 25 dB."""
+    shown = []
+    monkeypatch.setattr("gadgets.demo.draw_comparison", lambda volumes, *_: shown.extend(volumes))
+    monkeypatch.setattr("gadgets.demo.EXAMPLE", tmp_path / "small.npy")
+    np.save(tmp_path / "small.npy", phantom((72, 72, 20)).numpy())
+    (tmp_path / "p.yaml").write_text("layout: partitions\norientation: flip_z\nerror_map: true\npreview: false\nsweeps: 2\n")
+    code, out, err = run(capsys, "demo", "--method", method, "--preset", tmp_path / "p.yaml", "--device", "cpu", "--out", tmp_path / "d", "--json")
+    assert code == 0, err
+    line, _, facts = out.splitlines()
+    quality = json.loads(facts)["psnr"]
+    assert list(quality) == list(dict.fromkeys(["zero_filled", "cg_sense", key]))[: len(names)] and shown == [*names, "reference"]
+    assert line == "PSNR in the object: " + ", ".join(f"{name} {value:.2f} dB" for name, value in zip(names, quality.values()))
+    assert min(quality.values()) > 30 and (tmp_path / "d" / f"{key}.nii.gz").is_file()
+    assert not [p.name for p in (tmp_path / "d").glob("*.nii.gz") if p.name not in (f"{key}.nii.gz", "reference.nii.gz")]
+
+
+def test_the_demo_offers_only_what_it_can_compare(capsys):
+    for option in ("--preview", "--layout", "--orientation", "--error-map", "--output"):
+        with pytest.raises(SystemExit) as stop:
+            main(["demo", option, "x"])
+        assert stop.value.code == 2 and f"unrecognized arguments: {option} x" in capsys.readouterr().err
+
+
 def test_bench_puts_methods_side_by_side(tmp_path, monkeypatch):
     """The program of the checkout, run by the command; CG-SENSE must beat zero filling on its table."""
     pytest.importorskip("skimage", reason="scikit-image is not installed (extra bench)")
