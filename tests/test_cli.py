@@ -384,21 +384,79 @@ def test_the_demo_offers_only_what_it_can_compare(capsys):
         assert stop.value.code == 2 and f"unrecognized arguments: {option} x" in capsys.readouterr().err
 
 
-def test_bench_puts_methods_side_by_side(tmp_path, monkeypatch):
-    """The program of the checkout, run by the command; CG-SENSE must beat zero filling on its table."""
+@pytest.fixture
+def bench(monkeypatch):
+    """`slicediff bench` with small scans, run from the checkout."""
     pytest.importorskip("skimage", reason="scikit-image is not installed (extra bench)")
     monkeypatch.chdir(Path(__file__).resolve().parents[1])
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setattr(sys, "path", [*sys.path])
+    return lambda *arguments: main(["bench", "--accelerations", "2", "--acs", "8", "--coils", "4", *map(str, arguments)])
+
+
+def bench_rows(out):
+    with (out / "bench.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_bench_puts_methods_side_by_side(tmp_path, bench):
+    """The program of the checkout, run by the command; CG-SENSE must beat zero filling on its table."""
     out = tmp_path / "bench"
     for methods in (("zero-filled", "cg"), ("cg",)):  # the second run keeps what the first measured besides
-        main(["bench", str(EXAMPLE), "--voxel-mm", "7", "--accelerations", "2", "--acs", "8", "--coils", "4", "--methods", *methods, "--out", str(out)])
-    with (out / "bench.csv").open() as file:
-        rows = list(csv.DictReader(file))
+        assert bench(EXAMPLE, "--voxel-mm", "7", "--methods", *methods, "--out", out) == 0
+    rows = bench_rows(out)
     quality = {row["method"]: float(row["psnr"]) for row in rows}
-    assert len(rows) == 2
+    assert len(rows) == 2 and {row["voxel_mm"] for row in rows} == {"7.0"}
     assert quality["cg"] > quality["zero-filled"] + 0.5
     assert len(list(out.glob("*.png"))) == 1
+
+
+@pytest.mark.parametrize("own,labels", [((6, 6, 6), ["6.0", "8.0"]), ((3, 3, 6), ["3.78", "4.58", "8.0"])])
+def test_bench_labels_scans_with_the_voxels_they_have(tmp_path, bench, capsys, own, labels):
+    """Volumes of 192 mm a side, in voxels of `own` (x y z): no scan is measured twice, none has a size that it has not."""
+    from gadgets.image_files import save_nifti
+
+    save_nifti(phantom(tuple(192 // mm for mm in reversed(own))).numpy(), np.diag([*own, 1.0]), tmp_path / "coarse.nii")
+    bench(tmp_path / "coarse.nii", "--voxel-mm", 3, 4, 8, "--methods", "zero-filled", "--out", tmp_path / "out")
+    assert [row["voxel_mm"] for row in bench_rows(tmp_path / "out")] == labels
+    assert sorted(path.stem for path in (tmp_path / "out").glob("*.png")) == [f"coarse_{label}_2.0" for label in labels]
+    notes = capsys.readouterr().err.splitlines()
+    assert notes[0] == f"slicediff: note: coarse.nii has no voxels as small as 3 mm: the scan at R = 2 has {own[0]} x {own[1]} x {own[2]} mm"
+    assert notes[1].startswith("slicediff: note: coarse.nii has no voxels as small as 4 mm: the scan at R = 2 has ")
+    assert notes[2:] == ["slicediff: note: coarse.nii at 4 mm and R = 2 is a scan that was reconstructed already: it is left out"] * (own[0] == 6)
+
+
+@pytest.mark.parametrize("change,said", [
+    ("diffusion.sweep=3", "diffusion has no setting 'sweep'; known are sweeps, sigma_max, "),
+    ("nope.sweeps=3", "there is no method 'nope'; known are diffusion, faithful, "),
+    ("diffusion.sweeps=abc", "sweeps must be a whole number, got 'abc'"),
+    ("diffusion.sigma_max", "sigma_max must be a number, got ''"),
+    ("faithful.betas=1", "faithful has no setting 'betas'; known are iterations, "),
+    ("cg.strength=1", "cg has no setting 'strength'; it has none"),
+])  # fmt: skip
+def test_bench_names_a_setting_that_cannot_be(tmp_path, bench, capsys, change, said):
+    with pytest.raises(SystemExit) as stop:
+        bench(EXAMPLE, "--set", change, "--methods", "cg", "--out", tmp_path / "out")
+    assert stop.value.code == 2 and f"error: --set {change}: {said}" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_bench_reads_true_and_false(bench, monkeypatch):
+    """As words, of which Python would take both for true."""
+    from dataclasses import make_dataclass, replace
+
+    monkeypatch.syspath_prepend("tests/benchmarks")
+    program = __import__("bench")
+    config = make_dataclass("Config", [("fast", bool, True), ("rounds", int, 3)], frozen=True)()
+    monkeypatch.setitem(program.METHODS, "tv", replace(program.METHODS["tv"], config=config))
+    assert program.configured(["tv.fast=false"])["tv"].fast is False and program.configured(["tv.rounds=5", "tv.fast=true"])["tv"] == replace(config, rounds=5)
+    with pytest.raises(ValueError, match="fast must be true or false, got 'no'"):
+        program.configured(["tv.fast=no"])
+
+
+def test_bench_without_any_scan_fails(tmp_path, bench, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench(EXAMPLE, "--voxel-mm", 7, "--accelerations", 40, "--methods", "cg", "--out", tmp_path / "out")
+    assert stop.value.code == 1 and capsys.readouterr().err.endswith("slicediff bench: no scan could be made\n")
 
 
 def test_the_module_is_the_command():
