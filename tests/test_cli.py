@@ -231,12 +231,15 @@ def test_failures_are_one_sentence_and_not_zero(tmp_path, capsys, scan_path, arg
     (("recon", "{scan}", "{tmp}/i.h5", "--png", "{tmp}/gone/x.png"), "{tmp}/gone/x.png cannot be written: there is no folder {tmp}/gone"),
     (("recon", "{scan}", "{tmp}/i.h5", "--png", "{tmp}"), "{tmp} cannot be written: it is a folder"),
     (("recon", "{scan}", "{tmp}/i.h5", "--png", "{tmp}/x.xyz"), "{tmp}/x.xyz cannot be drawn: pictures end in .png (or one of "),
+    (("recon", "{scan}", "{tmp}/i.h5", "--nifti", "{tmp}/full"), "{tmp}/full/series2_002.nii.gz is there from an earlier run, and its volumes could not be told from this one's: give another folder"),
     (("recon", "{scan}", "{tmp}/i.h5", "--nifti", "{link}"), "{link} cannot be a folder: {link} is a file"),
     (("recon", "{scan}", "{tmp}/i.h5", "--nifti", "{link}/below/it"), "{link}/below/it cannot be a folder: {link} is a file"),
 ])  # fmt: skip
 def test_places_that_nothing_can_be_written_to_are_told_at_once(tmp_path, capsys, monkeypatch, scan_path, arguments, message):
     monkeypatch.setattr("gadgets.recon.reconstruct", lambda *_: pytest.fail("it was reconstructed"))
     (tmp_path / "link.h5").symlink_to(scan_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "series2_002.nii.gz").touch()
     places = {"scan": scan_path, "tmp": tmp_path, "link": tmp_path / "link.h5"}
     code, _, err = run(capsys, *(a.format(**places) for a in arguments))
     assert code == 1 and err.startswith(f"slicediff: {message.format(**places)}") and err.count("\n") == 1
