@@ -257,6 +257,14 @@ def test_wrong_command_lines_are_one_sentence(capsys, arguments):
     assert stop.value.code == 2 and err.startswith("slicediff: ") and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("arguments,help_of", [(("recon", "s.h5", "i.h5", "--swepes", "3"), "slicediff recon"), (("health", "there"), "slicediff health"), (("--swepes", "health"), "slicediff")])
+def test_an_unknown_argument_points_at_the_help_that_lists_the_known(capsys, arguments, help_of):
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    unknown = {"recon": "--swepes 3", "health": "there"}.get(arguments[0], "--swepes")
+    assert stop.value.code == 2 and capsys.readouterr().err == f"slicediff: unrecognized arguments: {unknown} (see {help_of} --help)\n"
+
+
 def test_partial_fourier_of_one_or_both_axes(tmp_path, capsys):
     for fractions, limits in (("0.75", (29, 31)), ("0.75,0.8", (29, 25))):
         code, _, _ = run(capsys, "simulate", "--partial-fourier", fractions, "--coils", 1, "--voxel-mm", 5, "--acs", 8, "phantom", tmp_path / "s.h5")
@@ -355,6 +363,19 @@ def test_train_from_a_folder_with_a_config(tmp_path, capsys):
         (tmp_path / "c.yaml").write_text(text)
         code, _, err = run(capsys, *arguments)
         assert code == 1 and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments,said", [
+    (("--voxel-mm", "4", "3"), "option 'voxel_mm': expected two numbers above 0, the lower one first, got ['4', '3']"),
+    (("--sigma-range", "0", "2"), "option 'sigma_range': expected two numbers above 0, the lower one first, got ['0', '2']"),
+    (("--validate", "{folder}"), "nothing is left to learn from: --validate holds out every volume given; give more volumes, or hold out fewer"),
+])  # fmt: skip
+def test_training_that_cannot_begin_is_a_sentence(tmp_path, capsys, arguments, said):
+    (tmp_path / "volumes").mkdir()
+    np.save(tmp_path / "volumes" / "a.npy", phantom((40, 44, 36)).numpy())
+    out = tmp_path / "p.safetensors"
+    code, _, err = run(capsys, "train", tmp_path / "volumes", "--out", out, "--steps", 1, *(a.format(folder=tmp_path / "volumes") for a in arguments))
+    assert code == 1 and err == f"slicediff: {said}\n" and not out.exists()
 
 
 @pytest.mark.parametrize("method,key,names", [
