@@ -50,7 +50,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports an error in one sentence, without printing the usage first."""
+    """Reports an error in one sentence, without printing the usage first, and of the subcommand that it is in."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse, but a subcommand reports what it does not know itself, and does not leave it to `slicediff`."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
 
     def error(self, message: str):
         self.exit(2, f"slicediff: {message} (see {self.prog} --help)\n")

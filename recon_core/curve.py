@@ -12,6 +12,7 @@ from .batches import Batch
 
 SIGMA_BINS = (0.008, 0.03, 0.1, 0.3, 1.0, 2.0)
 VOXEL_BINS_MM = (0.5, 1.0, 1.5, 2.5, 4.0)
+COLUMNS = ("step", "name", "value")
 
 
 class Curve:
@@ -24,13 +25,13 @@ class Curve:
     """
 
     def __init__(self, path: Path | None, start: int, means: dict[str, float] | None = None):
-        self.path, self.values, self.notes, self.pending = path, dict(means or {}), {}, []
+        self.path, self.values, self.pending = path, dict(means or {}), []
         if path is None:
             return
         text = path.read_text() if start and path.is_file() else ""
-        kept = [row for row in csv.reader(text.splitlines()) if int(row[0]) <= start]
+        rows = [row for row in csv.reader(text.splitlines()) if len(row) == len(COLUMNS) and row[0].isdecimal()]  # older files have no header, a kill may have cut the last row
         with path.open("w", newline="") as file:
-            csv.writer(file).writerows(kept)
+            csv.writer(file).writerows([COLUMNS, *(row for row in rows if int(row[0]) <= start)])
 
     def add(self, step: int, totals: Tensor, loss: Tensor, lesson: Tensor | None, batch: Batch) -> None:
         """Queue the results of a step for `settle`: the totals of all processes, the losses [slices] of a batch, and that of the lesson."""
@@ -58,18 +59,11 @@ class Curve:
     def _mean(self, key: str, new: float) -> None:
         self.values[key] = 0.99 * self.values.get(key, new) + 0.01 * new
 
-    def note(self, measured: dict[str, float]) -> None:
-        """Validation results to write with the next rows."""
-        self.notes = measured
-
     def report(self) -> str:
         """The losses in one line."""
         return "loss " + " ".join(f"{key} {value:.4f}" for key, value in sorted(self.values.items()))
 
-    def write(self, step: int) -> None:
-        """Append one row per value to the file."""
+    def write(self, step: int, values: dict[str, float] | None = None) -> None:
+        """Append one row per value (a validation's; by default the running means) to the file."""
         with self.path.open("a", newline="") as file:
-            writer = csv.writer(file)
-            for key, value in sorted({**self.values, **self.notes}.items()):
-                writer.writerow([step, key, f"{value:.5f}"])
-        self.notes = {}
+            csv.writer(file).writerows((step, key, f"{value:.5f}") for key, value in sorted((self.values if values is None else values).items()))

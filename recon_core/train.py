@@ -142,7 +142,7 @@ def _train(team: Team, threads: ExitStack, volumes, out: Path, options: TrainOpt
         if not team.leads:
             continue
         if held_out and (done % options.validate_every == 0 or last):
-            curve.note(_validate(held_out, run.outcome(), done, log, show))
+            curve.write(done, _validate(held_out, run.outcome(), done, log, show))
         if done % 100 == 0 or last:
             left = (time.monotonic() - began) / (done - run.start) * (options.steps - done)
             log(f"step {done}/{options.steps}  {curve.report()}  {left / 60:.0f} min left")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class TrainOptions(BaseModel):
@@ -33,3 +34,10 @@ class TrainOptions(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto (a GPU per process if there is one), cpu or cuda")
     workers: int | None = Field(None, ge=0, description="threads that prepare batches ahead, without changing them; by default up to 4 beside a GPU, none on a CPU")
     scan_workers: int | None = Field(None, ge=0, description="processes that simulate scans for own_states ahead; by default up to 10 beside a GPU, none on a CPU")
+
+    @field_validator("voxel_mm", "sigma_range")
+    @classmethod
+    def _from_low_to_high(cls, ends: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < ends[0] <= ends[1] < math.inf:
+            raise ValueError("expected two numbers above 0, the lower one first")
+        return ends

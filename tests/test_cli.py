@@ -231,12 +231,15 @@ def test_failures_are_one_sentence_and_not_zero(tmp_path, capsys, scan_path, arg
     (("recon", "{scan}", "{tmp}/i.h5", "--png", "{tmp}/gone/x.png"), "{tmp}/gone/x.png cannot be written: there is no folder {tmp}/gone"),
     (("recon", "{scan}", "{tmp}/i.h5", "--png", "{tmp}"), "{tmp} cannot be written: it is a folder"),
     (("recon", "{scan}", "{tmp}/i.h5", "--png", "{tmp}/x.xyz"), "{tmp}/x.xyz cannot be drawn: pictures end in .png (or one of "),
+    (("recon", "{scan}", "{tmp}/i.h5", "--nifti", "{tmp}/full"), "{tmp}/full/series2_002.nii.gz is there from an earlier run, and its volumes could not be told from this one's: give another folder"),
     (("recon", "{scan}", "{tmp}/i.h5", "--nifti", "{link}"), "{link} cannot be a folder: {link} is a file"),
     (("recon", "{scan}", "{tmp}/i.h5", "--nifti", "{link}/below/it"), "{link}/below/it cannot be a folder: {link} is a file"),
 ])  # fmt: skip
 def test_places_that_nothing_can_be_written_to_are_told_at_once(tmp_path, capsys, monkeypatch, scan_path, arguments, message):
     monkeypatch.setattr("gadgets.recon.reconstruct", lambda *_: pytest.fail("it was reconstructed"))
     (tmp_path / "link.h5").symlink_to(scan_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "series2_002.nii.gz").touch()
     places = {"scan": scan_path, "tmp": tmp_path, "link": tmp_path / "link.h5"}
     code, _, err = run(capsys, *(a.format(**places) for a in arguments))
     assert code == 1 and err.startswith(f"slicediff: {message.format(**places)}") and err.count("\n") == 1
@@ -252,6 +255,14 @@ def test_wrong_command_lines_are_one_sentence(capsys, arguments):
         main(list(arguments))
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.startswith("slicediff: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments,help_of", [(("recon", "s.h5", "i.h5", "--swepes", "3"), "slicediff recon"), (("health", "there"), "slicediff health"), (("--swepes", "health"), "slicediff")])
+def test_an_unknown_argument_points_at_the_help_that_lists_the_known(capsys, arguments, help_of):
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    unknown = {"recon": "--swepes 3", "health": "there"}.get(arguments[0], "--swepes")
+    assert stop.value.code == 2 and capsys.readouterr().err == f"slicediff: unrecognized arguments: {unknown} (see {help_of} --help)\n"
 
 
 def test_partial_fourier_of_one_or_both_axes(tmp_path, capsys):
@@ -354,21 +365,122 @@ def test_train_from_a_folder_with_a_config(tmp_path, capsys):
         assert code == 1 and message in err and err.count("\n") == 1
 
 
-def test_bench_puts_methods_side_by_side(tmp_path, monkeypatch):
-    """The program of the checkout, run by the command; CG-SENSE must beat zero filling on its table."""
+@pytest.mark.parametrize("arguments,said", [
+    (("--voxel-mm", "4", "3"), "option 'voxel_mm': expected two numbers above 0, the lower one first, got ['4', '3']"),
+    (("--sigma-range", "0", "2"), "option 'sigma_range': expected two numbers above 0, the lower one first, got ['0', '2']"),
+    (("--validate", "{folder}"), "nothing is left to learn from: --validate holds out every volume given; give more volumes, or hold out fewer"),
+])  # fmt: skip
+def test_training_that_cannot_begin_is_a_sentence(tmp_path, capsys, arguments, said):
+    (tmp_path / "volumes").mkdir()
+    np.save(tmp_path / "volumes" / "a.npy", phantom((40, 44, 36)).numpy())
+    out = tmp_path / "p.safetensors"
+    code, _, err = run(capsys, "train", tmp_path / "volumes", "--out", out, "--steps", 1, *(a.format(folder=tmp_path / "volumes") for a in arguments))
+    assert code == 1 and err == f"slicediff: {said}\n" and not out.exists()
+
+
+@pytest.mark.parametrize("method,key,names", [
+    ("diffusion", "diffusion", ["zero-filled", "CG-SENSE", "slice diffusion"]),
+    ("tv", "tv", ["zero-filled", "CG-SENSE", "total variation"]),
+    ("cg", "cg_sense", ["zero-filled", "CG-SENSE"]),
+    ("zero-filled", "zero_filled", ["zero-filled"]),
+])  # fmt: skip
+def test_the_demo_of_each_kind_of_method(tmp_path, capsys, monkeypatch, method, key, names):
+    """Its images under their own names, whatever form of them a preset asks for; pixels in another order would be below 25 dB."""
+    shown = []
+    monkeypatch.setattr("gadgets.demo.draw_comparison", lambda volumes, *_: shown.extend(volumes))
+    monkeypatch.setattr("gadgets.demo.EXAMPLE", tmp_path / "small.npy")
+    np.save(tmp_path / "small.npy", phantom((72, 72, 20)).numpy())
+    (tmp_path / "p.yaml").write_text("layout: partitions\norientation: flip_z\nerror_map: true\npreview: false\nsweeps: 2\n")
+    code, out, err = run(capsys, "demo", "--method", method, "--preset", tmp_path / "p.yaml", "--device", "cpu", "--out", tmp_path / "d", "--json")
+    assert code == 0, err
+    line, _, facts = out.splitlines()
+    quality = json.loads(facts)["psnr"]
+    assert list(quality) == list(dict.fromkeys(["zero_filled", "cg_sense", key]))[: len(names)] and shown == [*names, "reference"]
+    assert line == "PSNR in the object: " + ", ".join(f"{name} {value:.2f} dB" for name, value in zip(names, quality.values()))
+    assert min(quality.values()) > 30 and (tmp_path / "d" / f"{key}.nii.gz").is_file()
+    assert not [p.name for p in (tmp_path / "d").glob("*.nii.gz") if p.name not in (f"{key}.nii.gz", "reference.nii.gz")]
+
+
+def test_the_demo_offers_only_what_it_can_compare(capsys):
+    for option in ("--preview", "--layout", "--orientation", "--error-map", "--output"):
+        with pytest.raises(SystemExit) as stop:
+            main(["demo", option, "x"])
+        assert stop.value.code == 2 and f"unrecognized arguments: {option} x" in capsys.readouterr().err
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """`slicediff bench` with small scans, run from the checkout."""
     pytest.importorskip("skimage", reason="scikit-image is not installed (extra bench)")
     monkeypatch.chdir(Path(__file__).resolve().parents[1])
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setattr(sys, "path", [*sys.path])
+    return lambda *arguments: main(["bench", "--accelerations", "2", "--acs", "8", "--coils", "4", *map(str, arguments)])
+
+
+def bench_rows(out):
+    with (out / "bench.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_bench_puts_methods_side_by_side(tmp_path, bench):
+    """The program of the checkout, run by the command; CG-SENSE must beat zero filling on its table."""
     out = tmp_path / "bench"
     for methods in (("zero-filled", "cg"), ("cg",)):  # the second run keeps what the first measured besides
-        main(["bench", str(EXAMPLE), "--voxel-mm", "7", "--accelerations", "2", "--acs", "8", "--coils", "4", "--methods", *methods, "--out", str(out)])
-    with (out / "bench.csv").open() as file:
-        rows = list(csv.DictReader(file))
+        assert bench(EXAMPLE, "--voxel-mm", "7", "--methods", *methods, "--out", out) == 0
+    rows = bench_rows(out)
     quality = {row["method"]: float(row["psnr"]) for row in rows}
-    assert len(rows) == 2
+    assert len(rows) == 2 and {row["voxel_mm"] for row in rows} == {"7.0"}
     assert quality["cg"] > quality["zero-filled"] + 0.5
     assert len(list(out.glob("*.png"))) == 1
+
+
+@pytest.mark.parametrize("own,labels", [((6, 6, 6), ["6.0", "8.0"]), ((3, 3, 6), ["3.78", "4.58", "8.0"])])
+def test_bench_labels_scans_with_the_voxels_they_have(tmp_path, bench, capsys, own, labels):
+    """Volumes of 192 mm a side, in voxels of `own` (x y z): no scan is measured twice, none has a size that it has not."""
+    from gadgets.image_files import save_nifti
+
+    save_nifti(phantom(tuple(192 // mm for mm in reversed(own))).numpy(), np.diag([*own, 1.0]), tmp_path / "coarse.nii")
+    bench(tmp_path / "coarse.nii", "--voxel-mm", 3, 4, 8, "--methods", "zero-filled", "--out", tmp_path / "out")
+    assert [row["voxel_mm"] for row in bench_rows(tmp_path / "out")] == labels
+    assert sorted(path.stem for path in (tmp_path / "out").glob("*.png")) == [f"coarse_{label}_2.0" for label in labels]
+    notes = capsys.readouterr().err.splitlines()
+    assert notes[0] == f"slicediff: note: coarse.nii has no voxels as small as 3 mm: the scan at R = 2 has {own[0]} x {own[1]} x {own[2]} mm"
+    assert notes[1].startswith("slicediff: note: coarse.nii has no voxels as small as 4 mm: the scan at R = 2 has ")
+    assert notes[2:] == ["slicediff: note: coarse.nii at 4 mm and R = 2 is a scan that was reconstructed already: it is left out"] * (own[0] == 6)
+
+
+@pytest.mark.parametrize("change,said", [
+    ("diffusion.sweep=3", "diffusion has no setting 'sweep'; known are sweeps, sigma_max, "),
+    ("nope.sweeps=3", "there is no method 'nope'; known are diffusion, faithful, "),
+    ("diffusion.sweeps=abc", "sweeps must be a whole number, got 'abc'"),
+    ("diffusion.sigma_max", "sigma_max must be a number, got ''"),
+    ("faithful.betas=1", "faithful has no setting 'betas'; known are iterations, "),
+    ("cg.strength=1", "cg has no setting 'strength'; it has none"),
+])  # fmt: skip
+def test_bench_names_a_setting_that_cannot_be(tmp_path, bench, capsys, change, said):
+    with pytest.raises(SystemExit) as stop:
+        bench(EXAMPLE, "--set", change, "--methods", "cg", "--out", tmp_path / "out")
+    assert stop.value.code == 2 and f"error: --set {change}: {said}" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_bench_reads_true_and_false(bench, monkeypatch):
+    """As words, of which Python would take both for true."""
+    from dataclasses import make_dataclass, replace
+
+    monkeypatch.syspath_prepend("tests/benchmarks")
+    program = __import__("bench")
+    config = make_dataclass("Config", [("fast", bool, True), ("rounds", int, 3)], frozen=True)()
+    monkeypatch.setitem(program.METHODS, "tv", replace(program.METHODS["tv"], config=config))
+    assert program.configured(["tv.fast=false"])["tv"].fast is False and program.configured(["tv.rounds=5", "tv.fast=true"])["tv"] == replace(config, rounds=5)
+    with pytest.raises(ValueError, match="fast must be true or false, got 'no'"):
+        program.configured(["tv.fast=no"])
+
+
+def test_bench_without_any_scan_fails(tmp_path, bench, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench(EXAMPLE, "--voxel-mm", 7, "--accelerations", 40, "--methods", "cg", "--out", tmp_path / "out")
+    assert stop.value.code == 1 and capsys.readouterr().err.endswith("slicediff bench: no scan could be made\n")
 
 
 def test_the_module_is_the_command():

@@ -38,7 +38,10 @@ QUICK = TrainOptions(steps=6, batch=2, crop=16, save_every_s=0, precision="fp32"
 
 
 def read_curve(path):
-    return list(csv.reader(path.read_text().splitlines()))
+    """Rows below the header."""
+    header, *rows = csv.reader(path.read_text().splitlines())
+    assert header == ["step", "name", "value"]
+    return rows
 
 
 def test_loss_falls(volumes, tmp_path):
@@ -229,7 +232,9 @@ def test_the_curve_tells_losses_and_validation(volumes, tmp_path):
     train(volumes[:1], tmp_path / "p.safetensors", options, lines.append, volumes[1:], lambda step, images: shown.append((step, images.shape)))
     assert [step for step, _ in shown] == [2, 4] and shown[0][1] == (3, 6, 96, 96)
     assert "held out: psnr 1 mm sigma 0.05" in lines[0] and "loss mm<" in lines[2]
-    names = {row[1] for row in read_curve(tmp_path / "p.csv")}
+    rows = read_curve(tmp_path / "p.csv")
+    names = {row[1] for row in rows}
+    assert [row[0] for row in rows if row[1] == "psnr 1 mm sigma 0.2"] == ["2", "4"] and {row[0] for row in rows if not row[1].startswith("psnr")} == {"4"}
     assert {"psnr 2 mm sigma 0.2"} <= names and any(n.startswith("sigma<") for n in names) and any(n.startswith("mm<") for n in names)
 
 
@@ -283,9 +288,10 @@ def test_complex_volumes_keep_their_phase():
     assert bool((voxel_mm >= 1.0).all()) and float(slices.abs().max()) > 0.3
 
 
-def test_the_curve_goes_on_where_the_checkpoint_was(tmp_path):
-    """Rows of steps that a kill undid are dropped; the running means do not jump."""
-    (tmp_path / "c.csv").write_text("100,sigma<0.1,0.4\n100,psnr 1 mm sigma 0.2,20\n200,sigma<0.1,0.3\n")
+@pytest.mark.parametrize("header", ["", "step,name,value\n"])
+def test_the_curve_goes_on_where_the_checkpoint_was(tmp_path, header):
+    """Rows of steps that a kill undid, and one that it cut short, are dropped; the running means do not jump; older files had no header."""
+    (tmp_path / "c.csv").write_text(f"{header}100,sigma<0.1,0.4\n100,psnr 1 mm sigma 0.2,20\n200,sigma<0.1,0.3\n20")
     curve = Curve(tmp_path / "c.csv", start=150, means={"sigma<0.1": 0.35})
     assert [row[0] for row in read_curve(tmp_path / "c.csv")] == ["100", "100"]
     curve.add(150, torch.tensor([1.4]), torch.tensor([1.4]), None, Batch(None, torch.tensor([2.0]), torch.tensor([0.05]), None))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 
 from ..options import Options
 
@@ -21,11 +22,13 @@ def count(text: str) -> int:
     return int(text)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the reconstruction options of options.py."""
+def add_options(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
+    """Add the reconstruction options of options.py, but for those in `without`."""
     group = parser.add_argument_group("reconstruction options")
     group.add_argument("--preset", metavar="NAME|FILE", help="shipped preset or YAML file of options")
     for name, field in Options.model_fields.items():
+        if name in without:
+            continue
         default = "none" if field.default is None else field.default
         group.add_argument(f"--{name.replace('_', '-')}", metavar="VALUE", help=f"{field.description} (default: {default})")
 

@@ -26,12 +26,16 @@ def run(arguments: argparse.Namespace) -> int:
     from recon_core.train import check_out, train
 
     from ..figure import draw_denoising
+    from ..files import FileError
     from ..training import find_volumes, load_volumes, make_train_options
 
     check_out(arguments.out)  # before reading the volumes, which may take minutes
     options = make_train_options(arguments.config, {n: v for n in TrainOptions.model_fields if (v := getattr(arguments, n)) is not None})
     held_out = find_volumes(arguments.validate)
-    volumes = load_volumes(v for v in find_volumes(arguments.volumes) if v not in held_out)
+    learned_from = [v for v in find_volumes(arguments.volumes) if v not in held_out]
+    if not learned_from:
+        raise FileError("nothing is left to learn from: --validate holds out every volume given; give more volumes, or hold out fewer")
+    volumes = load_volumes(learned_from)
     picture = arguments.out.with_suffix(".png")
     train(volumes, arguments.out, options, lambda line: print(line, flush=True), load_volumes(held_out), lambda step, images: draw_denoising(images.numpy(), f"step {step}", picture))
     return 0

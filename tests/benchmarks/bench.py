@@ -8,7 +8,8 @@ least-squares factor, complex NRMSE after the least-squares complex factor; of m
 of the lines left out as our coil maps predict them (complex images; BART's with its own maps), and `floor`, that of the best fit to all lines. `bart` is BART's `pics -R W:7:0:lambda`
 with maps of its own ecalib, `sigpy` its L1WaveletRecon with our maps; their lambda comes from --tune VOLUME (best of
 --lambdas there, per voxel size and R). `bart-oracle` takes the best of --lambdas on the tested scan itself.
---set METHOD.FIELD=VALUE changes a setting of one of our methods.
+--set METHOD.FIELD=VALUE changes a setting of one of our methods. A volume coarser than --voxel-mm is scanned, and its
+rows are labelled, with the voxels it has (if these are no cubes, with the side of a cube of the same volume).
 Every row is printed as it comes and kept in OUT/bench.csv, pictures beside it; rows of an earlier run there stay, but for
 those of the same scan and method.
 """
@@ -17,12 +18,14 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import platform
 import resource
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import bart
@@ -44,6 +47,7 @@ from recon_core.prior import PriorError, load_prior
 PEERS = {"bart": bart, "bart-oracle": bart, "sigpy": sigpy_peer}
 KEY = ("volume", "voxel_mm", "coils", "R", "snr", "acs", "matrix", "method")
 COLUMNS = ("psnr", "ssim", "nrmse", "unseen", "seconds", "cpu_s", "peak_gib", "evaluations", "misfit")
+KINDS = {bool: ({"true": True, "false": False}.__getitem__, "true or false"), int: (int, "a whole number"), float: (float, "a number")}  # of settings, how to read them
 
 
 def main() -> None:
@@ -70,7 +74,10 @@ def main() -> None:
     missing = [m for m in arguments.methods if m in PEERS and not PEERS[m].available()]
     if missing:
         parser.error(f"{', '.join(missing)} is not installed; leave it out of --methods")
-    configs = configured(arguments.set)
+    try:
+        configs = configured(arguments.set)
+    except ValueError as error:
+        parser.error(str(error))
     priors = {m: load_prior(METHODS[m].suitable_prior(arguments.device) if arguments.prior == "auto" else arguments.prior, arguments.device) for m in arguments.methods if m in METHODS and METHODS[m].uses_prior}
     try:
         for method, prior in priors.items():
@@ -90,28 +97,64 @@ def main() -> None:
             print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
         save(arguments.out / "bench.csv", rows, earlier)
         draw(images, problem, rows[-len(images) :], arguments.out)
+    if not rows:
+        parser.exit(1, "slicediff bench: no scan could be made\n")
     Console(width=max(130, Console().width)).print(table(rows))
 
 
 def problems(arguments) -> Iterator[Problem]:
-    """All scans asked for; a protocol whose calibration lines leave no room is left out, and said."""
+    """All scans asked for, each once; a protocol whose calibration lines leave no room is left out, and said, as are voxels that a volume does not have."""
     for path in arguments.volumes:
+        made = set()
         for voxel_mm in arguments.voxel_mm:
             for acceleration in arguments.accelerations:
                 try:
-                    yield simulated(path, voxel_mm, arguments.coils, acceleration, arguments.snr, arguments.acs, readout=arguments.readout, device=arguments.device)
+                    problem = simulated(path, voxel_mm, arguments.coils, acceleration, arguments.snr, arguments.acs, readout=arguments.readout, device=arguments.device)
                 except ValueError as error:
                     print(f"{path.name} {voxel_mm:g} mm: {error}")
+                    continue
+                size, label = problem.measurement.voxel_mm, size_label(voxel_mm, problem.measurement.voxel_mm)
+                if label != voxel_mm:
+                    _note(f"{path.name} has no voxels as small as {voxel_mm:g} mm: the scan at R = {acceleration:g} has {' x '.join(f'{mm:.3g}' for mm in reversed(size))} mm")
+                if (acceleration, size) in made:
+                    _note(f"{path.name} at {voxel_mm:g} mm and R = {acceleration:g} is a scan that was reconstructed already: it is left out")
+                    continue
+                made.add((acceleration, size))
+                problem.facts["voxel_mm"] = label
+                yield problem
     if arguments.raw:
         yield from measured(arguments.raw)
 
 
+def _note(text: str) -> None:
+    print(f"slicediff: note: {text}", file=sys.stderr)
+
+
+def size_label(asked_mm: float, size: tuple[float, float, float]) -> float:
+    """The voxel size asked for or, if the scan's own `size` is above 1.2 times that, the side of a cube of the same volume."""
+    return asked_mm if round(max(size), 4) <= 1.2 * asked_mm else round(math.prod(size) ** (1 / 3), 2)
+
+
 def configured(changes: list[str]) -> dict[str, object]:
-    """Each method's settings, with changes given as METHOD.FIELD=VALUE."""
+    """Each method's settings, with changes given as METHOD.FIELD=VALUE.
+
+    Raises:
+        ValueError: for a method or a setting that does not exist, or a value of another type.
+    """
     configs = {name: method.config for name, method in METHODS.items()}
     for change in changes:
-        (name, field), value = change.split("=")[0].split("."), change.split("=")[1]
-        configs[name] = replace(configs[name], **{field: type(getattr(configs[name], field))(value)})
+        target, _, text = change.partition("=")
+        name, _, field = target.partition(".")
+        if name not in configs:
+            raise ValueError(f"--set {change}: there is no method {name!r}; known are {', '.join(configs)}")
+        known = {f.name: value for f in fields(configs[name]) if type(value := getattr(configs[name], f.name)) in KINDS} if configs[name] else {}
+        if field not in known:
+            raise ValueError(f"--set {change}: {name} has no setting {field!r}; " + (f"known are {', '.join(known)}" if known else "it has none"))
+        read, kind = KINDS[type(known[field])]
+        try:
+            configs[name] = replace(configs[name], **{field: read(text)})
+        except (KeyError, ValueError):
+            raise ValueError(f"--set {change}: {field} must be {kind}, got {text!r}") from None
     return configs
 
 
