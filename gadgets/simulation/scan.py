@@ -15,7 +15,7 @@ import torch
 from recon_core.fft import centre_crop_or_pad, fft, kspace_crop
 from recon_core.scale import intensity_scale
 from recon_core.simulate import coil_sensitivity, phantom, sampling_mask, smooth_phase
-from recon_core.volumes import read_volume
+from recon_core.volumes import read_affine, read_volume
 
 from ..files import FileError, check_place
 from ..image_files import save_nifti
@@ -88,9 +88,7 @@ def load_object(volume: str | Path) -> tuple[torch.Tensor, tuple[float, float, f
     data = torch.from_numpy(np.abs(np.asarray(data)).astype(np.float32))
     if str(volume).endswith(".npy"):
         return data, voxel_mm, np.eye(3), (0.0, 0.0, 0.0)
-    import nibabel
-
-    lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ nibabel.load(volume).affine
+    lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ read_affine(volume)
     directions = (lps[:3, :3] / np.linalg.norm(lps[:3, :3], axis=0)).T
     middle = [n // 2 for n in reversed(data.shape)]
     return data, voxel_mm, directions, tuple((lps @ [*middle, 1])[:3])
