@@ -70,6 +70,13 @@ def read_volume(path: str | Path) -> tuple[np.ndarray, tuple[float, float, float
     return np.asarray(image.dataobj).reshape(shape[:3]).T, (mm[2], mm[1], mm[0])
 
 
+def emptiness(data: np.ndarray) -> str | None:
+    """Why there is nothing to see in a volume: what it holds instead of an object; None if it holds one."""
+    if not np.isfinite(data).all():
+        return "NaN or infinity"
+    return None if data.any() else "nothing but zeros"
+
+
 def read_affine(path: str | Path) -> np.ndarray:
     """4 x 4 map from voxel (x, y, z) of a NIfTI to RAS millimetres."""
     import nibabel

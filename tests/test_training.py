@@ -123,11 +123,13 @@ def test_volumes_of_a_scan_that_are_not_whole_are_left_out(tmp_path):
     assert volume.name == "cut.h5"
 
 
-def test_what_nothing_can_be_learned_from_is_told(tmp_path):
+def test_what_nothing_can_be_learned_from_or_simulated_is_told(tmp_path):
     assert main(["simulate", "phantom", str(tmp_path / "s.h5"), "--coils", "4", "--voxel-mm", "6", "--acceleration", "2", "--acs", "8"]) == 0
     with pytest.raises(FileError, match="s.h5 is undersampled .* of k-space was acquired"):
         load_volumes([tmp_path / "s.h5"])
     for number, said in ((0, "nothing but zeros"), (np.nan, "NaN or infinity")):
         np.save(tmp_path / "v.npy", np.full((8, 8, 8), number, np.float32))
-        with pytest.raises(FileError, match=f"v.npy holds {said}"):
+        with pytest.raises(FileError, match=f"v.npy holds {said}: nothing can be learned from it"):
             load_volumes([tmp_path / "v.npy"])
+        with pytest.raises(FileError, match=f"v.npy holds {said}: no scan can be made of it"):
+            load_object(tmp_path / "v.npy")

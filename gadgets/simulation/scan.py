@@ -15,7 +15,7 @@ import torch
 from recon_core.fft import centre_crop_or_pad, fft, kspace_crop
 from recon_core.scale import intensity_scale
 from recon_core.simulate import coil_sensitivity, phantom, sampling_mask, smooth_phase
-from recon_core.volumes import read_affine, read_volume
+from recon_core.volumes import emptiness, read_affine, read_volume
 
 from ..files import FileError, check_place
 from ..image_files import save_nifti
@@ -85,6 +85,8 @@ def load_object(volume: str | Path) -> tuple[torch.Tensor, tuple[float, float, f
         data, voxel_mm = read_volume(volume)
     except Exception as error:  # nibabel and numpy raise many kinds of errors for damaged files
         raise FileError(f"{volume} cannot be read as a volume: {error}") from None
+    if found := emptiness(data):
+        raise FileError(f"the volume {Path(volume).name} holds {found}: no scan can be made of it")
     data = torch.from_numpy(np.abs(np.asarray(data)).astype(np.float32))
     if str(volume).endswith(".npy"):
         return data, voxel_mm, np.eye(3), (0.0, 0.0, 0.0)
