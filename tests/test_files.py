@@ -160,6 +160,11 @@ def test_a_file_that_another_program_writes_to_is_no_damaged_file(tmp_path, caps
     assert code == 1 and "s.h5 is in use by another program" in err
 
 
+def test_a_scan_that_cannot_be_written_is_a_sentence(tmp_path):
+    with pytest.raises(FileError, match=r"s\.h5 cannot be written: No such file or directory$"):
+        ScanWriter(tmp_path / "gone" / "s.h5", b"<ismrmrdHeader/>")
+
+
 def test_partitions_find_their_volume_beyond_the_numbers_that_a_header_holds():
     """image_index is of 16 bits: volume 8192 of 8 partitions would come back as the first one."""
     volume, scan, options = point((8, 10, 12), (1, 1, 1)), a_scan(), make_options({"layout": "partitions"})

@@ -18,7 +18,7 @@ from recon_core.scale import intensity_scale
 from recon_core.simulate import coil_sensitivity, phantom, sampling_mask, smooth_phase
 from recon_core.volumes import emptiness, read_affine, read_volume
 
-from ..files import FileError, check_place
+from ..files import FileError, check_place, check_replaceable
 from ..image_files import save_nifti
 from ..scan_files import ScanWriter
 from .protocol import SimulateOptions, make_header, tilt
@@ -34,12 +34,13 @@ def simulate(volume: str | Path, scan: str | Path, options: SimulateOptions, ref
         reference: NIfTI file to write, with the noise-free, fully sampled root sum of squares of the first contrast.
 
     Raises:
-        FileError: if the volume cannot be read, the reference cannot be written, or two of the files are the same.
+        FileError: if the volume cannot be read, the scan or the reference cannot be written, or two of the files are the same.
         ValueError: for impossible options.
     """
     if reference is not None:
         _check_reference(Path(reference))
     _check_apart(volume=volume, scan=scan, reference=reference)
+    check_replaceable(Path(scan))
     data, voxel_mm, directions, centre = load_object(volume)
     images, voxel_mm = coil_images(data, voxel_mm, options)
     truth = images.abs().square().sum(0).sqrt()
