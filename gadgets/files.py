@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import h5py
@@ -13,12 +14,16 @@ class FileError(Exception):
 
 
 def open_hdf5(path: str | Path) -> h5py.File:
-    """Open for reading; FileError if it is not an HDF5 file or another program is writing to it."""
+    """Open for reading; FileError if it is not an HDF5 file, is truncated or may not be read, or another program is writing to it."""
     try:
         return h5py.File(path, "r")
     except BlockingIOError:
         raise FileError(f"{path} is in use by another program, which writes to it: wait until it has closed it") from None
+    except PermissionError:
+        raise FileError(f"{path} cannot be read: permission denied") from None
     except OSError as error:
+        if cut := re.search(r"truncated file: eof = (\d+),.* stored_eof = (\d+)", str(error)):
+            raise FileError(f"{path} is truncated ({cut[1]} of {cut[2]} bytes): its end was not copied or never written") from None
         raise FileError(f"{path} is not an HDF5 file: {error}") from None
 
 

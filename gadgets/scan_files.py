@@ -67,6 +67,9 @@ class ScanFile:
             return wanted
         if group is None and scans:
             raise FileError(f"{path} holds {len(scans)} scans: say which one with --input-group ({', '.join(scans)})")
+        if isinstance(node := self.file.get(wanted), h5py.Group):
+            lacking = " and ".join(name for name in ("xml", "data") if name not in node)
+            raise FileError(f"the group {wanted!r} of {path} is no ISMRMRD scan: it lacks {lacking}" + f" (groups with scans: {', '.join(scans)})" * bool(scans))
         raise FileError(f"{path} has no ISMRMRD scan in group {wanted!r} (groups: {', '.join(self.file) or 'none'})")
 
     def __enter__(self) -> ScanFile:
