@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import h5py
@@ -13,13 +14,25 @@ class FileError(Exception):
 
 
 def open_hdf5(path: str | Path) -> h5py.File:
-    """Open for reading; FileError if it is not an HDF5 file or another program is writing to it."""
+    """Open for reading; FileError if it is not an HDF5 file, is truncated or may not be read, or another program is writing to it."""
     try:
         return h5py.File(path, "r")
     except BlockingIOError:
         raise FileError(f"{path} is in use by another program, which writes to it: wait until it has closed it") from None
+    except PermissionError:
+        raise FileError(f"{path} cannot be read: permission denied") from None
     except OSError as error:
+        if cut := re.search(r"truncated file: eof = (\d+),.* stored_eof = (\d+)", str(error)):
+            raise FileError(f"{path} is truncated ({cut[1]} of {cut[2]} bytes): its end was not copied or never written") from None
         raise FileError(f"{path} is not an HDF5 file: {error}") from None
+
+
+def create_hdf5(path: str | Path) -> h5py.File:
+    """Open for writing, empty; FileError if that cannot be done."""
+    try:
+        return h5py.File(path, "w")
+    except OSError as error:
+        raise FileError(f"{path} cannot be written: {os.strerror(error.errno) if error.errno else error}") from None
 
 
 def check_apart(scan: Path, images: Path) -> None:
@@ -44,14 +57,29 @@ def check_picture(path: Path) -> None:
     known = FigureCanvasAgg.get_supported_filetypes()
     if path.suffix and path.suffix[1:].lower() not in known:
         raise FileError(f"{path} cannot be drawn: pictures end in .png (or one of {', '.join(sorted(known))})")
-    if path.is_dir():
-        raise FileError(f"{path} cannot be written: it is a folder")
     check_place(path)
 
 
 def check_place(path: Path) -> None:
-    """FileError if a file cannot be written: no such folder, or no permission."""
+    """FileError if a file cannot be written: it is a folder, there is none to hold it, or no permission."""
+    if path.is_dir():
+        raise FileError(f"{path} cannot be written: it is a folder")
     if not path.parent.is_dir():
         raise FileError(f"{path} cannot be written: there is no folder {path.parent}")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise FileError(f"{path} cannot be written: permission denied")
+
+
+def check_replaceable(path: Path) -> None:
+    """FileError if no HDF5 file can be written to `path`, or what is there is no HDF5 file, or another program has it open."""
+    check_place(path)
+    if not path.exists() or path.is_file() and not path.stat().st_size:
+        return
+    if not h5py.is_hdf5(path):
+        raise FileError(f"{path} exists and is not an HDF5 file: it is not replaced")
+    try:
+        h5py.File(path, "r+").close()  # opened with "w", it would be emptied before HDF5 looks whether it is in use
+    except BlockingIOError:
+        raise FileError(f"{path} is in use by another program: wait until it has closed it, or write to another file") from None
+    except OSError:  # damaged: no loss
+        pass

@@ -11,7 +11,7 @@ import ismrmrd.hdf5
 import numpy as np
 
 from .failure import of_lines
-from .files import FileError, open_hdf5
+from .files import FileError, create_hdf5, open_hdf5
 from .header import strip_version
 
 ROWS = 512
@@ -67,6 +67,9 @@ class ScanFile:
             return wanted
         if group is None and scans:
             raise FileError(f"{path} holds {len(scans)} scans: say which one with --input-group ({', '.join(scans)})")
+        if isinstance(node := self.file.get(wanted), h5py.Group):
+            lacking = " and ".join(name for name in ("xml", "data") if name not in node)
+            raise FileError(f"the group {wanted!r} of {path} is no ISMRMRD scan: it lacks {lacking}" + f" (groups with scans: {', '.join(scans)})" * bool(scans))
         raise FileError(f"{path} has no ISMRMRD scan in group {wanted!r} (groups: {', '.join(self.file) or 'none'})")
 
     def __enter__(self) -> ScanFile:
@@ -172,7 +175,7 @@ class ScanWriter:
 
     def __init__(self, path: str | Path, header_xml: str | bytes):
         header_xml = strip_version(header_xml.encode() if isinstance(header_xml, str) else header_xml)
-        self.file = h5py.File(path, "w")
+        self.file = create_hdf5(path)
         group = self.file.create_group("dataset")
         group.create_dataset("xml", (1,), dtype=h5py.special_dtype(vlen=bytes))[0] = header_xml
         self.table = group.create_dataset("data", (0,), maxshape=(None,), chunks=(64,), dtype=ismrmrd.hdf5.acquisition_dtype)

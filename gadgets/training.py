@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from recon_core.train_options import TrainOptions
-from recon_core.volumes import Volume, read_volume
+from recon_core.volumes import Volume, emptiness, load_volume
 
 from .files import FileError, open_hdf5
 from .image_files import read_images
@@ -40,8 +40,8 @@ def load_volumes(paths: Iterable[Path]) -> list[Volume]:
 
 
 def _checked(volume: Volume) -> Volume:
-    if not np.isfinite(volume.data).all() or not volume.data.any():
-        raise FileError(f"the volume {volume.name} holds {'nothing but zeros' if np.isfinite(volume.data).all() else 'NaN or infinity'}: nothing can be learned from it")
+    if found := emptiness(volume.data):
+        raise FileError(f"the volume {volume.name} holds {found}: nothing can be learned from it")
     return volume
 
 
@@ -78,7 +78,7 @@ def make_train_options(config: Path | None, given: Mapping[str, Any]) -> TrainOp
 def _load(path: Path) -> list[Volume]:
     if not path.name.endswith((".h5", ".hdf5", ".mrd")):
         try:
-            return [Volume(path.name, *read_volume(path))]
+            return [load_volume(path)]
         except Exception as error:  # nibabel and numpy raise many kinds of exceptions for damaged files
             raise FileError(f"{path} cannot be read as a volume: {error}") from None
     try:

@@ -26,6 +26,8 @@ from .scale import intensity_scale
 from .simulate import random_phantom
 
 MAX_VOXELS = 12_000_000
+VOXEL_MM = (0.02, 50.0)  # a file with smaller or larger voxels has its unit wrong
+UNIT_MM = {1: 1000.0, 3: 0.001}  # NIfTI's codes for metre and micron; everything else is taken as mm
 ROOM = 8  # batches that may wait for the training loop
 
 
@@ -46,22 +48,52 @@ def load_volume(path: str | Path) -> Volume:
 def read_volume(path: str | Path) -> tuple[np.ndarray, tuple[float, float, float]]:
     """Read a NIfTI or .npy volume as ([z y x] in its stored type, voxel_mm along z y x).
 
-    A .npy volume has no voxel size: 1 mm is assumed.
+    A .npy volume has no voxel size: 1 mm is assumed. Axes of length 1 after the third of a NIfTI are dropped.
 
     Raises:
-        ValueError: if the volume does not have three dimensions.
+        ValueError: if the volume does not have three dimensions, or its voxels a size that cannot be.
     """
     if str(path).endswith(".npy"):
-        data, voxel_mm = np.load(path), (1.0, 1.0, 1.0)
-    else:
-        import nibabel
+        data = np.load(path)
+        if data.ndim != 3:
+            raise ValueError(_not_one_volume(data.shape))
+        return data, (1.0, 1.0, 1.0)
+    import nibabel
 
-        image = nibabel.load(path)
-        data = np.asarray(image.dataobj).T
-        voxel_mm = tuple(float(v) for v in reversed(image.header.get_zooms()[:3]))
-    if data.ndim != 3:
-        raise ValueError(f"{path}: expected a volume with three dimensions, found shape {data.shape}")
-    return data, voxel_mm
+    image = nibabel.load(path)
+    shape = image.shape
+    if len(shape) < 3 or any(n != 1 for n in shape[3:]):
+        raise ValueError(_not_one_volume(shape))
+    mm = [_unit_mm(image) * float(v) for v in image.header.get_zooms()[:3]]
+    if not all(VOXEL_MM[0] <= v <= VOXEL_MM[1] for v in mm):
+        raise ValueError(f"its voxels have {' x '.join(f'{v:g}' for v in mm)} mm, expected {VOXEL_MM[0]:g} to {VOXEL_MM[1]:g} mm: correct pixdim or xyzt_units in its header")
+    return np.asarray(image.dataobj).reshape(shape[:3]).T, (mm[2], mm[1], mm[0])
+
+
+def emptiness(data: np.ndarray) -> str | None:
+    """Why there is nothing to see in a volume: what it holds instead of an object; None if it holds one."""
+    if not np.isfinite(data).all():
+        return "NaN or infinity"
+    return None if data.any() else "nothing but zeros"
+
+
+def read_affine(path: str | Path) -> np.ndarray:
+    """4 x 4 map from voxel (x, y, z) of a NIfTI to RAS millimetres."""
+    import nibabel
+
+    image = nibabel.load(path)
+    return np.diag([*[_unit_mm(image)] * 3, 1.0]) @ image.affine
+
+
+def _unit_mm(image) -> float:
+    """The unit of length of a NIfTI, in mm."""
+    import nibabel
+
+    return UNIT_MM.get(int(image.header["xyzt_units"]) % 8, 1.0) if isinstance(image.header, nibabel.Nifti1Header) else 1.0
+
+
+def _not_one_volume(shape: tuple[int, ...]) -> str:
+    return f"it has the shape {tuple(shape)}, expected three dimensions" + ": choose one volume and store it in a file of its own" * (len(shape) > 3)
 
 
 def to_voxel_mm(volume: Tensor, voxel_mm: Sequence[float], target_mm: Sequence[float], taper: float = 0.0):

@@ -489,6 +489,37 @@ def test_the_module_is_the_command():
     assert answer.stdout.startswith("base:")
 
 
+def test_simulate_looks_at_the_place_of_the_scan_first(tmp_path, capsys, monkeypatch):
+    """Only HDF5 files are replaced."""
+    monkeypatch.setattr("gadgets.simulation.scan.load_object", lambda _: pytest.fail("it was simulated"))
+    (tmp_path / "thesis.txt").write_text("years of work")
+    for name, said in (("thesis.txt", "exists and is not an HDF5 file: it is not replaced"), ("", "cannot be written: it is a folder"), ("gone/s.h5", f"cannot be written: there is no folder {tmp_path / 'gone'}")):
+        code, _, err = run(capsys, "simulate", "phantom", tmp_path / name)
+        assert code == 1 and err == f"slicediff: {tmp_path / name} {said}\n"
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_simulate_replaces_a_scan_unless_it_is_in_use(tmp_path, capsys):
+    """HDF5 itself empties the file before it looks. What has lost its end, or all of it, is replaced as well."""
+    path = tmp_path / "s.h5"
+    with h5py.File(path, "w") as file:
+        file["old"] = np.arange(1000)
+    before = path.read_bytes()
+    tiny = ("simulate", "phantom", path, "--coils", 1, "--voxel-mm", 8, "--pattern", "full")
+    reading = [sys.executable, "-c", "import h5py, sys; file = h5py.File(sys.argv[1], 'r'); print('open', flush=True); sys.stdin.read()", str(path)]
+    with subprocess.Popen(reading, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        code, _, err = run(capsys, *tiny)
+        other.stdin.close()
+    assert code == 1 and err == f"slicediff: {path} is in use by another program: wait until it has closed it, or write to another file\n"
+    assert path.read_bytes() == before
+    for old in (before, before[:3000], b""):
+        path.write_bytes(old)
+        assert run(capsys, *tiny)[0] == 0
+        with h5py.File(path) as file:
+            assert list(file) == ["dataset"]
+
+
 def test_simulate_never_writes_over_what_it_reads_or_wrote(tmp_path, capsys):
     np.save(tmp_path / "v.npy", np.ones((8, 8, 8), np.float32))
     before = (tmp_path / "v.npy").read_bytes()

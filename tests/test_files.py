@@ -160,6 +160,42 @@ def test_a_file_that_another_program_writes_to_is_no_damaged_file(tmp_path, caps
     assert code == 1 and "s.h5 is in use by another program" in err
 
 
+@pytest.mark.parametrize("lost", [("xml",), ("data",), ("xml", "data")])
+def test_what_a_group_lacks_to_be_a_scan_is_told(tmp_path, scan_path, lost):
+    shutil.copy(scan_path, tmp_path / "s.h5")
+    with h5py.File(tmp_path / "s.h5", "a") as file:
+        for name in lost:
+            del file[f"dataset/{name}"]
+    for group in (None, "dataset", "/dataset/"):
+        with pytest.raises(FileError, match=f"the group '{group or 'dataset'}' of {tmp_path / 's.h5'} is no ISMRMRD scan: it lacks {' and '.join(lost)}$"):
+            ScanFile(tmp_path / "s.h5", group)
+    with h5py.File(tmp_path / "s.h5", "a") as file, h5py.File(scan_path) as whole:
+        whole.copy("dataset", file, "other")
+    with pytest.raises(FileError, match=rf"it lacks {' and '.join(lost)} \(groups with scans: other\)$"):
+        ScanFile(tmp_path / "s.h5", "dataset")
+
+
+def test_truncated_and_forbidden_files_are_told_as_such(tmp_path, scan_path, monkeypatch):
+    content = scan_path.read_bytes()
+    (tmp_path / "s.h5").write_bytes(content[:5000])
+    with pytest.raises(FileError) as error:
+        ScanFile(tmp_path / "s.h5")
+    assert str(error.value) == f"{tmp_path / 's.h5'} is truncated (5000 of {len(content)} bytes): its end was not copied or never written"
+
+    def forbidden(*_):
+        raise PermissionError(13, "Unable to synchronously open file")
+
+    monkeypatch.setattr("gadgets.files.h5py.File", forbidden)  # root may read every file
+    with pytest.raises(FileError) as error:
+        ScanFile(tmp_path / "s.h5")
+    assert str(error.value) == f"{tmp_path / 's.h5'} cannot be read: permission denied"
+
+
+def test_a_scan_that_cannot_be_written_is_a_sentence(tmp_path):
+    with pytest.raises(FileError, match=r"s\.h5 cannot be written: No such file or directory$"):
+        ScanWriter(tmp_path / "gone" / "s.h5", b"<ismrmrdHeader/>")
+
+
 def test_partitions_find_their_volume_beyond_the_numbers_that_a_header_holds():
     """image_index is of 16 bits: volume 8192 of 8 partitions would come back as the first one."""
     volume, scan, options = point((8, 10, 12), (1, 1, 1)), a_scan(), make_options({"layout": "partitions"})

@@ -14,7 +14,8 @@ from gadgets.options import make_options
 from gadgets.simulation.protocol import SimulateOptions, tilt
 from gadgets.recon import reconstruct
 from gadgets.simulation.scan import simulate
-from recon_core.simulate import loop_field, loop_sensitivities, random_phantom
+from recon_core.fft import ifft
+from recon_core.simulate import loop_field, loop_sensitivities, random_phantom, smooth_phase
 
 CASES = {
     "full": (dict(pattern="full"), 0.995),
@@ -139,6 +140,23 @@ def test_phases_of_contrasts_can_be_compared(tmp_path):
     both = (bright > 0.02) & (other > 0.02)
     difference = np.angle((b * a.conj())[both])
     assert np.abs(difference).mean() < 0.03
+
+
+@pytest.mark.parametrize("kind", ["complex .npy", "complex .nii", "magnitude"])
+def test_a_complex_volume_keeps_its_phase_and_a_magnitude_is_given_one(tmp_path, kind):
+    """The Fourier transform of all lines of a single, uniform coil is the object."""
+    magnitude, path = small_object((12, 14, 16)), tmp_path / ("object.nii" if kind == "complex .nii" else "object.npy")
+    turns = np.linspace(-3, 3, 14)[:, None] + np.linspace(0, 1, 16) if kind != "magnitude" else smooth_phase(magnitude.shape).numpy()
+    truth = (magnitude * np.exp(1j * turns)).astype(np.complex64)
+    given = magnitude if kind == "magnitude" else truth
+    nibabel.save(nibabel.Nifti1Image(given.T, np.eye(4)), path) if path.suffix == ".nii" else np.save(path, given)
+    simulate(path, tmp_path / "scan.h5", SimulateOptions(coils=1, pattern="full", snr=1e5, oversampling=1, noise_lines=0))
+    kspace = torch.zeros(magnitude.shape, dtype=torch.complex64)
+    with ScanFile(tmp_path / "scan.h5") as scan:
+        for line in scan.acquisitions():
+            kspace[line.idx.kspace_encode_step_2, line.idx.kspace_encode_step_1] = torch.from_numpy(line.data[0])
+    image = ifft(kspace, (0, 1, 2)).numpy()
+    np.testing.assert_allclose(image / np.abs(image).max(), truth / magnitude.max(), atol=1e-3)
 
 
 def lines_of(path, volume):

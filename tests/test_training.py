@@ -11,6 +11,7 @@ from gadgets.files import FileError
 from gadgets.image_files import read_images
 from gadgets.scan_files import ScanWriter
 from gadgets.simulation.protocol import SimulateOptions
+from gadgets.simulation.scan import load_object
 from gadgets.training import find_volumes, load_volumes
 
 
@@ -30,6 +31,43 @@ def test_every_kind_of_file_gives_the_volume(tmp_path):
     for other in found:
         assert other.data.shape == volume.shape
         assert np.corrcoef(np.abs(other.data).ravel(), volume.ravel())[0, 1] > 0.95
+
+
+@pytest.mark.parametrize("unit,mm", [("meter", 1000), ("mm", 1), ("micron", 0.001), ("unknown", 1)])
+def test_sizes_and_places_of_a_nifti_are_in_its_unit(tmp_path, unit, mm):
+    """Down to the voxels of a mouse, and with axes of length 1 after the third."""
+    for size in (0.05, 2.0):
+        matrix = np.diag([size / mm, 1.5 * size / mm, 3 * size / mm, 1])
+        matrix[:3, 3] = np.array([7, -8, 9]) / mm
+        image = nibabel.Nifti1Image(small_object().T[..., None, None], matrix)
+        image.header.set_xyzt_units(unit)
+        nibabel.save(image, tmp_path / "v.nii")
+        (volume,) = load_volumes([tmp_path / "v.nii"])
+        assert volume.voxel_mm == pytest.approx((3 * size, 1.5 * size, size)) and np.array_equal(volume.data, small_object())
+        data, voxel_mm, directions, centre = load_object(tmp_path / "v.nii")
+        nz, ny, nx = small_object().shape
+        assert voxel_mm == volume.voxel_mm and np.array_equal(data, small_object())
+        np.testing.assert_allclose(directions, np.diag([-1, -1, 1]), atol=1e-6)
+        assert centre == pytest.approx((-7 - size * (nx // 2), 8 - 1.5 * size * (ny // 2), 9 + 3 * size * (nz // 2)), rel=1e-5)
+
+
+def test_voxels_of_a_size_that_cannot_be_are_told(tmp_path):
+    for size, unit, said in ((0.002, "mm", "0.002 x 0.003 x 0.002 mm"), (2, "meter", "2000 x 3000 x 2000 mm"), (2, "micron", "0.002 x 0.003 x 0.002 mm")):
+        image = nibabel.Nifti1Image(small_object().T, np.diag([size, 1.5 * size, size, 1]))
+        image.header.set_xyzt_units(unit)
+        nibabel.save(image, tmp_path / "v.nii")
+        for read in (load_object, lambda path: load_volumes([path])):
+            with pytest.raises(FileError, match=f"v.nii cannot be read as a volume: its voxels have {said}, expected 0.02 to 50 mm: correct pixdim"):
+                read(tmp_path / "v.nii")
+
+
+def test_of_several_volumes_one_is_to_be_chosen(tmp_path):
+    nibabel.save(nibabel.Nifti1Image(np.ones((9, 8, 7, 2), np.float32), np.eye(4)), tmp_path / "v.nii")
+    for read in (load_object, lambda path: load_volumes([path])):
+        with pytest.raises(FileError) as error:
+            read(tmp_path / "v.nii")
+        said = "it has the shape (9, 8, 7, 2), expected three dimensions: choose one volume and store it in a file of its own"
+        assert str(error.value) == f"{tmp_path / 'v.nii'} cannot be read as a volume: {said}"
 
 
 def test_an_array_may_have_the_name_of_a_scan(tmp_path):
@@ -85,11 +123,13 @@ def test_volumes_of_a_scan_that_are_not_whole_are_left_out(tmp_path):
     assert volume.name == "cut.h5"
 
 
-def test_what_nothing_can_be_learned_from_is_told(tmp_path):
+def test_what_nothing_can_be_learned_from_or_simulated_is_told(tmp_path):
     assert main(["simulate", "phantom", str(tmp_path / "s.h5"), "--coils", "4", "--voxel-mm", "6", "--acceleration", "2", "--acs", "8"]) == 0
     with pytest.raises(FileError, match="s.h5 is undersampled .* of k-space was acquired"):
         load_volumes([tmp_path / "s.h5"])
     for number, said in ((0, "nothing but zeros"), (np.nan, "NaN or infinity")):
         np.save(tmp_path / "v.npy", np.full((8, 8, 8), number, np.float32))
-        with pytest.raises(FileError, match=f"v.npy holds {said}"):
+        with pytest.raises(FileError, match=f"v.npy holds {said}: nothing can be learned from it"):
             load_volumes([tmp_path / "v.npy"])
+        with pytest.raises(FileError, match=f"v.npy holds {said}: no scan can be made of it"):
+            load_object(tmp_path / "v.npy")

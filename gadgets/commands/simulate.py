@@ -10,8 +10,8 @@ from pathlib import Path
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add its arguments."""
-    parser.add_argument("volume", help="NIfTI or .npy volume, or the word phantom")
-    parser.add_argument("scan", type=Path, help="ISMRMRD file to write")
+    parser.add_argument("volume", help="NIfTI or .npy volume, or the word phantom; a complex volume keeps its phase, any other is given a smooth one")
+    parser.add_argument("scan", type=Path, help="ISMRMRD file to write; replaces an older one")
     parser.add_argument("--voxel-mm", type=float, help="voxel size to crop the k-space to (default: the volume's)")
     parser.add_argument("--coils", type=int, default=8)
     parser.add_argument("--acceleration", type=float, default=8.0)

@@ -1,7 +1,8 @@
 """Writes a complete ISMRMRD 3D scan of a volume: what a scanner would have sent, with a known reference.
 
-The volume is given object phase, weighted by each coil at its original resolution, and then cropped in k-space to
-the requested voxel size: the reconstruction never sees the coil maps or the grid from which the data were made.
+A magnitude is given object phase, a complex volume keeps its own. The object is weighted by each coil at its original
+resolution, and then cropped in k-space to the requested voxel size: the reconstruction never sees the coil maps or the
+grid from which the data were made.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import torch
 from recon_core.fft import centre_crop_or_pad, fft, kspace_crop
 from recon_core.scale import intensity_scale
 from recon_core.simulate import coil_sensitivity, phantom, sampling_mask, smooth_phase
-from recon_core.volumes import read_volume
+from recon_core.volumes import emptiness, read_affine, read_volume
 
-from ..files import FileError, check_place
+from ..files import FileError, check_place, check_replaceable
 from ..image_files import save_nifti
 from ..scan_files import ScanWriter
 from .protocol import SimulateOptions, make_header, tilt
@@ -33,12 +34,13 @@ def simulate(volume: str | Path, scan: str | Path, options: SimulateOptions, ref
         reference: NIfTI file to write, with the noise-free, fully sampled root sum of squares of the first contrast.
 
     Raises:
-        FileError: if the volume cannot be read, the reference cannot be written, or two of the files are the same.
+        FileError: if the volume cannot be read, the scan or the reference cannot be written, or two of the files are the same.
         ValueError: for impossible options.
     """
     if reference is not None:
         _check_reference(Path(reference))
     _check_apart(volume=volume, scan=scan, reference=reference)
+    check_replaceable(Path(scan))
     data, voxel_mm, directions, centre = load_object(volume)
     images, voxel_mm = coil_images(data, voxel_mm, options)
     truth = images.abs().square().sum(0).sqrt()
@@ -76,7 +78,10 @@ class _Contrasts:
 
 
 def load_object(volume: str | Path) -> tuple[torch.Tensor, tuple[float, float, float], np.ndarray, tuple[float, float, float]]:
-    """Volume [z y x], voxel_mm (z y x), directions of x, y, z (rows, LPS) and the LPS position of voxel n//2."""
+    """Volume [z y x], voxel_mm (z y x), directions of x, y, z (rows, LPS) and the LPS position of voxel n//2.
+
+    The volume is complex64 if the file's is complex, otherwise its magnitude, float32.
+    """
     if str(volume) == "phantom":
         return phantom(), (2.5, 2.5, 2.5), np.eye(3), (0.0, 0.0, 0.0)
     if not Path(volume).is_file():
@@ -85,24 +90,24 @@ def load_object(volume: str | Path) -> tuple[torch.Tensor, tuple[float, float, f
         data, voxel_mm = read_volume(volume)
     except Exception as error:  # nibabel and numpy raise many kinds of errors for damaged files
         raise FileError(f"{volume} cannot be read as a volume: {error}") from None
-    data = torch.from_numpy(np.abs(np.asarray(data)).astype(np.float32))
+    if found := emptiness(data):
+        raise FileError(f"the volume {Path(volume).name} holds {found}: no scan can be made of it")
+    data = torch.from_numpy(data.astype(np.complex64) if np.iscomplexobj(data) else np.abs(data).astype(np.float32))
     if str(volume).endswith(".npy"):
         return data, voxel_mm, np.eye(3), (0.0, 0.0, 0.0)
-    import nibabel
-
-    lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ nibabel.load(volume).affine
+    lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ read_affine(volume)
     directions = (lps[:3, :3] / np.linalg.norm(lps[:3, :3], axis=0)).T
     middle = [n // 2 for n in reversed(data.shape)]
     return data, voxel_mm, directions, tuple((lps @ [*middle, 1])[:3])
 
 
 def coil_images(data: torch.Tensor, voxel_mm, options: SimulateOptions) -> tuple[torch.Tensor, tuple[float, float, float]]:
-    """Complex coil images [coils z y x], cropped in k-space to the requested voxel size, and their exact voxel size."""
+    """Complex coil images [coils z y x], cropped in k-space to the requested voxel size, and their exact voxel size; real `data` are given a smooth phase."""
     shape = list(data.shape)
     if options.voxel_mm is not None:
         shape = [max(1, min(n, round(n * mm / options.voxel_mm))) for n, mm in zip(shape, voxel_mm)]
     exact = tuple(n * mm / m for n, mm, m in zip(data.shape, voxel_mm, shape))
-    turned = data * torch.exp(1j * smooth_phase(tuple(data.shape), options.seed))
+    turned = data if data.is_complex() else data * torch.exp(1j * smooth_phase(tuple(data.shape), options.seed))
     images = torch.empty((options.coils, *shape), dtype=torch.complex64)
     for coil in range(options.coils):
         images[coil] = kspace_crop(turned * coil_sensitivity(coil, options.coils, tuple(data.shape)), shape)

@@ -90,6 +90,7 @@ def labelled(method: str, prior: str) -> str:
 def lesions_of(path: Path, methods: list[str], arguments) -> list[dict]:
     """Rows of one volume, method by method."""
     data, voxel_mm, _, _ = load_object(path)
+    data = data.abs()
     scan = dict(voxel_mm=arguments.voxel_mm, coils=8, acceleration=arguments.acceleration, snr=arguments.snr, acs=arguments.acs, readout=arguments.readout, device=arguments.device)
     plain, found = simulated(path, **scan), {}
     images = {method: image_of(method, plain, arguments) for method in methods}
