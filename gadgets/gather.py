@@ -19,7 +19,8 @@ from .centre import centre_offset, narrow
 from .completeness import missing_ends, missing_volumes
 from .failure import of_lines
 from .flags import BOTH_BIT, CALIBRATION_BIT, FIRST_BIT, KEY, LAST_BIT, NOISE_BIT, SKIP_BITS, is_calibration_only, volume_key
-from .geometry import ScanError, announced, noise_bandwidth, read_geometry
+from .geometry import ScanError, announced, read_geometry
+from .noise_lines import NoiseLines
 from .partitions import Partitions
 from .readout import Readout
 from .recon_data import ReconBit, ReconData, ReconDataError, take_lines
@@ -33,8 +34,6 @@ SINCE = 4  # times its size: after more lines since its last one, a repetition t
 SINCE_LACKING = 8  # the same for one known to lack averages, or its last-line flag (its first line was flagged)
 AS_LONG = "the lines are too short for the readout oversampling that other lines of the scan have"
 UNEVEN = "CAUTION: the lines' trajectories are not uniform (ramp sampling?), but this server reads the samples as equally spaced: regrid them first"
-DISAGREE = 1.2  # times as loud: noise lines of other receiver settings
-MAX_NOISE_SAMPLES = 1 << 24  # more do not improve the covariance
 INTEGRATED = ("embedded", "interleaved")
 Admit = Callable[[int, int], None]
 
@@ -79,10 +78,7 @@ class Gatherer:
         self.volumes: dict[tuple[int, ...], Volume] = {}
         self.calibrations = Calibrations(header, self.geometry, self.readout)
         self.centres = Centres()
-        self.noise: list[np.ndarray] = []
-        self.noise_dwell_us = self.noise_power = 0.0  # dwell time of the first noise line; noise power in the first volume relative to the noise lines
-        self.noise_first: int | None = None  # number of noise lines before the first volume
-        self.bandwidth_ratio = noise_bandwidth(header)
+        self.noise = NoiseLines(header)
         self.others: Counter[int] = Counter()  # lines of each encoding space other than the image's
         self.skipped = self.foreign = self.late = self.channelless = self.calibrating = self.lines = self.streak = 0
         self.back = 0  # lines of a repetition that came after a later one had begun
@@ -145,7 +141,7 @@ class Gatherer:
         """Take one acquisition; yield complete volumes of earlier repetitions."""
         flags = line.flags
         if flags & NOISE_BIT:
-            self._add_noise(line)
+            self.noise.add(line, self.readout)
             return
         idx = line.idx
         self.flags[idx.repetition] = self.flags.get(idx.repetition, 0) | flags
@@ -216,16 +212,6 @@ class Gatherer:
         for line in waiting:
             yield from self.add(line)
 
-    def _add_noise(self, line: ismrmrd.Acquisition) -> None:
-        """Keep a noise line, scaled to the dwell time of the first one that states it: noise power is proportional to 1/dwell."""
-        if sum(n.size for n in self.noise) >= MAX_NOISE_SAMPLES:
-            return
-        dwell_us = _dwell_us(line) or self.noise_dwell_us  # not stated: that of the first
-        self.noise_dwell_us = self.noise_dwell_us or dwell_us
-        scale = (dwell_us / self.noise_dwell_us) ** 0.5 if dwell_us else 1.0
-        there, _, _ = self.readout.echo(line)
-        self.noise.append(np.array(line.data[:, there]) if scale == 1.0 else line.data[:, there] * np.float32(scale))
-
     def what_came(self) -> str:
         """Which lines came that are not image lines, in words."""
         found = [(count, "", f" of encoding space {number}") for number, count in sorted(self.others.items())]
@@ -263,8 +249,7 @@ class Gatherer:
     def _volume(self, key: tuple[int, ...], coils: int, kspace: np.ndarray | None = None) -> Volume:
         self.admit(coils, math.ceil((len(self.volumes) + 1) * self.geometry.shape[0] / self.partitions.count))  # of the header's matrix
         volume = self.volumes[key] = Volume(self.geometry, coils, kspace)
-        volume.noise_came = len(self.noise)
-        self.noise_first = volume.noise_came if self.noise_first is None else self.noise_first
+        self.noise.begin(volume)
         for name, value in zip(KEY, key):
             self.seen.setdefault(name, set()).add(value)
         self.ended.discard(key[2])  # if repetition is the inner loop of another counter, it recurs for each value of that counter
@@ -303,7 +288,7 @@ class Gatherer:
         if self.partitions.single([one.grid.counts for one in (volume, *self.volumes.values())], self.seen.get("slice", ())):
             self._flatten(volume)
         self._centre_lines(volume)
-        noise, gain, remarks = self._noise(volume)
+        noise, gain, remarks = self.noise.of(volume)
         calibration, told = self.calibrations.of(key, len(volume.grid.kspace))
         remarks += self._centre_echoes(volume, key[1], calibration)
         scan = volume.scan(noise, calibration)
@@ -368,52 +353,3 @@ class Gatherer:
         if calibration is not None and calibration.renumbered:
             notes.append("the calibration lines seem to be numbered on their own, far from the image's centre of k-space: their strongest line was taken for it")
         return notes
-
-    def _noise(self, volume: Volume) -> tuple[torch.Tensor | None, float, list[str]]:
-        """Noise [coils samples] scaled to that of one gathered sample, the `gain` of `Scan`, and notes for the user.
-
-        Noise power per sample is proportional to 1/dwell; a noise scan sees only the receiver's noise bandwidth of it,
-        whereas the middle of the readout sees all of it (Kellman and McVeigh, MRM 2005).
-        """
-        coils = len(volume.grid.kspace)
-        usable, remarks = self._noise_lines(volume, coils)
-        if not usable:
-            return None, 1.0, [f"the noise lines have {self.noise[0].shape[0]} channels instead of the scan's {coils}: they were not used"] if self.noise else []
-        if not _enough(usable, coils):
-            return None, 1.0, [f"the noise lines have {sum(n.shape[1] for n in usable)} samples for {coils} channels, too few: they were not used"]
-        dwell_us = _dwell_us(volume.head or volume.first)
-        power = (self.noise_dwell_us / dwell_us if self.noise_dwell_us and dwell_us else 1.0) / self.bandwidth_ratio
-        self.noise_power = self.noise_power or power
-        return torch.from_numpy(np.concatenate(usable, axis=1)) * power**0.5, (power / self.noise_power) ** 0.5, remarks
-
-    def _noise_lines(self, volume: Volume, coils: int) -> tuple[list[np.ndarray], list[str]]:
-        """The noise lines for a volume, and notes for the user: those before the scan's first volume, for a brightness that stays the same.
-
-        Later ones that came before this volume are used if they differ, as another receiver gain does to noise and image; all lines if none came in time.
-        """
-        first = self.noise_first or 0
-        early, late = ([n for n in lines if n.shape[0] == coils] for lines in (self.noise[:first], self.noise[first : volume.noise_came]))
-        if not _enough(early, coils):
-            return [n for n in self.noise if n.shape[0] == coils], []
-        if not _enough(late, coils):
-            return early, []
-        before, after = _level(early), _level(late)
-        louder = after / before if before > 0 else math.nan
-        if not 0 < louder < math.inf or 1 / DISAGREE <= louder <= DISAGREE:
-            return early, []
-        return late, [f"the noise lines before this volume are {louder:.2g} times as loud as those before the first one: taken for another receiver gain, its brightness is relative to them"]
-
-
-def _enough(lines: list[np.ndarray], coils: int) -> bool:
-    """Whether noise lines [coils samples] have enough samples for the covariance of the coils."""
-    return sum(n.shape[1] for n in lines) >= 4 * coils
-
-
-def _level(lines: list[np.ndarray]) -> float:
-    """Root mean square of lines [coils samples]."""
-    return (sum(float(np.vdot(n, n).real) for n in lines) / sum(n.size for n in lines)) ** 0.5
-
-
-def _dwell_us(head: ismrmrd.AcquisitionHeader | ismrmrd.Acquisition) -> float:
-    """Dwell time, 0 if it is not stated or makes no sense."""
-    return head.sample_time_us if 0 < head.sample_time_us < math.inf else 0.0

@@ -16,7 +16,7 @@ def cg_sense(measurement: Measurement, iterations: int = 15, strength: float = S
     lambda = strength * (noise level / tissue brightness)^2, the same for all protocols. c is zero; where the scan's own lines
     have no fully sampled centre, it is the image of the separate calibration (`Measurement.calibrated`), from which the
     iterations start as well: what a regular undersampling hardly encodes, bright low frequencies above all, stays as the
-    calibration shows it. With zero instead, up to two thirds of the brightness are lost at R = 4 along one axis
+    calibration shows it. With zero instead, up to 0.7 of the brightness is lost at R = 4 along one axis and SNR 10
     (tests/benchmarks/lattices.py).
     """
     known = measurement.calibrated
