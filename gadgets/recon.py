@@ -73,13 +73,13 @@ def images_of(scan: Scan, prior, options: Options, images: Callable[..., list[is
     measurement, preview = look(scan, options, report, hurry)
     notes = scan.warnings + measurement.warnings
     if METHODS[options.method].iterative and options.preview:
-        yield from images(measurement.as_bright_as_measured(preview), series=SERIES["preview"], name=PREVIEW, notes=notes)
+        yield from images(measurement.image_of(preview), series=SERIES["preview"], name=PREVIEW, notes=notes)
     outcome = solve(measurement, preview, prior, options, report, hurry)
     if not (outcome.failure and options.preview):
-        yield from images(measurement.as_bright_as_measured(outcome.volume), series=SERIES["final"], name=outcome.name, notes=notes + outcome.remarks)
+        yield from images(measurement.image_of(outcome.volume), series=SERIES["final"], name=outcome.name, notes=notes + outcome.remarks)
     if options.error_map and not outcome.failure:
         error = estimate_error(measurement, preview, prior, options, report, hurry)
-        yield from images(error.volume, series=SERIES["error"], name=error.name, notes=notes + error.remarks)
+        yield from images(measurement.operator.overlaid(error.volume), series=SERIES["error"], name=error.name, notes=notes + error.remarks)
     return outcome.failure
 
 
@@ -118,7 +118,7 @@ def _look(scan: Scan, options: Options, device: torch.device, report: Report, sp
     if device.type == "cpu" or spare:  # scans that arrived meanwhile may have taken the free memory
         check_memory(to_compute(coils, shape, options.coils), "its image needs")
     reference = scan.phase_reference.get(coils)
-    how = dict(coils=options.coils, device=device, phase_reference=reference, louder=louder, keep_lines=options.error_map, gain=scan.gain, on_host=spare)
+    how = dict(coils=options.coils, device=device, phase_reference=reference, louder=louder, keep_lines=options.error_map, gain=scan.gain, on_host=spare, sets=2)
     measurement = measure(scan.kspace, scan.counts, scan.geometry.voxel_mm, scan.noise, scan.calibration, **how)
     scan.phase_reference.setdefault(coils, measurement.mixing[0].cpu())
     report("measured", {"coils": measurement.operator.coils, "acs": list(measurement.acs), "warnings": scan.warnings + measurement.warnings})

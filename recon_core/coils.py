@@ -20,6 +20,7 @@ READOUT_MARGIN = 1 / 8  # empty margin on each side, as a share of the readout
 SQUARINGS = 10
 MATRICES_AT_ONCE = 2048  # fit in a CPU's cache
 SECOND_SIGNAL = 0.9  # eigenvalue above which there is one
+RAMP = 0.8, 0.95  # second eigenvalue at which the second set of maps begins, and has its full size
 
 
 def find_acs(mask: Tensor) -> tuple[int, int]:
@@ -169,9 +170,38 @@ def overlap(operators: Tensor, acs: Tensor) -> float:
     image = ifft(centre_crop_or_pad(acs, operators.shape[:3]), (1, 2, 3)).norm(dim=0)
     inside = operators[object_mask(image)]
     some = inside[:: max(1, -(-len(inside) // MATRICES_AT_ONCE))]
-    values, vectors = dominant_eigenvectors(some)
-    second, _ = dominant_eigenvectors(some - values[:, None, None] * vectors[:, :, None] * vectors[:, None].conj())
+    second, _ = second_eigenvectors(some)
     return float((second > SECOND_SIGNAL).sum()) / max(1, len(some))
+
+
+def second_maps(operators: Tensor, maps: Tensor) -> tuple[Tensor, int]:
+    """Second set of coil maps for Sense.with_second, where two signals fit the coils, and its first readout position.
+
+    Args:
+        operators: [z y x coils coils], signal_operators.
+        maps: the first set in Sense's frame [x coils z y], to which the second is made orthogonal.
+
+    Returns:
+        [positions coils z y] in the same frame, for the range of readout positions that have a second signal. Their root sum
+        of squares falls from 1 to 0 as the second eigenvalue falls from 0.95 to 0.8 (soft SENSE, Uecker et al., MRM 2014).
+    """
+    shape = (*maps.shape[2:], len(maps))
+    whole = (*shape[:2], widened(shape[2]))
+    values, vectors = second_eigenvectors(operators)
+    vectors = vectors * torch.exp(-1j * vectors[..., :1].angle())
+    frame = lambda field: torch.fft.ifftshift(interpolate(field, shape, whole).permute(2, 0, 1), (1, 2)).to(maps.device)  # noqa: E731
+    weight = frame(((values - RAMP[0]) / (RAMP[1] - RAMP[0])).clamp(0, 1)) * (maps != 0).any(dim=1)
+    there = weight.amax(dim=(1, 2)).nonzero()[:, 0].tolist() or [0]
+    used = slice(there[0], there[-1] + 1)
+    own, weight = maps[used], weight[used]
+    second = torch.empty_like(own)
+    for coil in range(own.shape[1]):  # one by one, as in maps_of
+        second[:, coil] = frame(vectors[..., coil])[used]
+    common = torch.linalg.vecdot(own, second, dim=1)
+    for coil in range(own.shape[1]):
+        second[:, coil] -= own[:, coil] * common
+    size = torch.linalg.vector_norm(second, dim=1).clamp_min(1e-6)
+    return second.mul_((weight.sqrt() / size)[:, None]), used.start
 
 
 def dominant_eigenvectors(matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,6 +214,12 @@ def dominant_eigenvectors(matrices: Tensor) -> tuple[Tensor, Tensor]:
     found = [_dominant(part) for part in matrices.reshape(-1, *matrices.shape[-2:]).split(MATRICES_AT_ONCE)]
     values, vectors = (torch.cat(parts) for parts in zip(*found))
     return values.reshape(matrices.shape[:-2]), vectors.reshape(matrices.shape[:-1])
+
+
+def second_eigenvectors(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of the second largest eigenvalue."""
+    values, vectors = dominant_eigenvectors(matrices)
+    return dominant_eigenvectors(matrices - values[..., None, None] * vectors[..., :, None] * vectors[..., None, :].conj())
 
 
 def _dominant(matrices: Tensor) -> tuple[Tensor, Tensor]:

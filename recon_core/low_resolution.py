@@ -49,9 +49,7 @@ def calibrated_image(operator: Sense, adjoint: Tensor, acs: Tensor) -> Tensor | 
     """
     if not acs.numel():
         return None
-    image, maps = torch.zeros_like(adjoint), operator.coil_maps()
-    for coil, of_coil in zip(acs, maps):
-        image += of_coil.to(image.device).conj() * _low_resolution(coil.to(image.device), operator.shape)
+    image = operator.combined(_low_resolution(coil, operator.matrix) for coil in acs)
     (plain, known), turned, start, found = _fitted(operator, image, adjoint), None, None, 0.0
     for _ in range(PHASE_ROUNDS):
         seen = operator.solve(adjoint if start is None else adjoint + PHASE_RHO * start, PHASE_RHO, start, PHASE_ITERATIONS)

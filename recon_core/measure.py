@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .coils import MIN_ACS, compression_matrix, cut_acs, find_acs, folding, in_phase, low_resolution_maps, maps_of, overlap, signal_operators, too_few
+from .coils import MIN_ACS, compression_matrix, cut_acs, find_acs, folding, in_phase, low_resolution_maps, maps_of, overlap, second_maps, signal_operators, too_few
 from .fft import centre_block, centre_crop_or_pad
 from .low_resolution import calibrated_image, explained_by, object_support
 from .measurement import Measurement, energy_of
@@ -20,7 +20,7 @@ from .slices import usable_axes
 WORK_ARRAYS = 3  # data, maps and a temporary copy of the maps
 SINGLE_VOLUMES = 14  # besides these: 12 coils of 320 x 320 x 256 peak at 9.4 GiB (tests/benchmarks/chain_speed.py)
 KEPT_ARRAYS = 2  # data that are kept, and a part of them
-WRAPS, WRAPS_BADLY = 0.08, 0.4  # share of the object that lies over other parts of it: reported, and reported with CAUTION
+WRAPS, WRAPS_BADLY = 0.05, 0.4  # share of the object that lies over other parts of it: these get coil maps of their own and it is reported; with CAUTION
 EXPLAINS = 0.8  # of the signal around k = 0: less by a calibration of another contrast, more by one of another phase (lattices of held-out heads)
 TRUSTED = 2.0  # times the median count: what some lines gain from more averages, coil-map errors in them cost all others
 
@@ -39,6 +39,7 @@ def measure(
     keep_lines: bool = False,
     gain: float = 1.0,
     on_host: bool = False,
+    sets: int = 1,
 ) -> Measurement:
     """Prewhiten, average, compress coils and estimate coil maps.
 
@@ -58,6 +59,8 @@ def measure(
         gain: factor on the image's units, which noise lines make those of the noise, so that volumes of different dwell times can be compared.
         on_host: keep the arrays of all coils in host memory, read by the device in parts; by default only if they do not
             seem to fit.
+        sets: of coil maps at most. With 2, an object that reaches beyond the field of view gets a second one where its parts lie over
+            each other, unless it is a plane or a thin slab; its volumes then have second parts (see Sense), which Measurement.image_of shows.
 
     Raises:
         ValueError: if shapes do not fit, nothing was acquired, or samples are not finite or too large to square.
@@ -87,11 +90,14 @@ def measure(
     home = torch.device("cpu") if on_host else _home(mixing.shape[0], kspace.shape[1:], torch.device(device), warnings, WORK_ARRAYS + KEPT_ARRAYS * keep_lines)
     data = _mix_lines(mixing, kspace, factor, home)
     all_lines = lambda: _mix_lines(mixing, reference, reference_factor * (lines > 0), home)  # noqa: E731
-    maps, support, doubts = _maps(acs.to(device), whitened.sigma * averaged, acs_size, (len(mixing), *kspace.shape[1:]), all_lines, lines.to(home), folding(counts))
+    maps, support, doubts, operators = _maps(acs.to(device), whitened.sigma * averaged, acs_size, (len(mixing), *kspace.shape[1:]), all_lines, lines.to(home), folding(counts), sets)
     warnings += doubts
     if phase_reference is not None and len(mixing) > 1 and not torch.equal(phase_reference, mixing[0]):
         maps = in_phase(maps, mixing, phase_reference)
     operator = Sense(maps.mul_(support), mask, device)
+    del maps  # before there are others
+    if operators is not None:
+        operator = operator.with_second(*second_maps(operators, operator.maps))
     samples = int((mask > 0).sum()) * data.shape[0] * data.shape[-1]
     sigma, shown = (level / most**0.5 for level in (whitened.sigma, whitened.shown))
     kept = data if keep_lines or len(usable_axes(operator.shape)) == 1 else None
@@ -178,8 +184,8 @@ def _home(coils: int, shape: tuple[int, int, int], device: torch.device, warning
     return torch.device("cpu")
 
 
-def _maps(acs: Tensor, sigma: float, size: tuple[int, int], whole: tuple[int, ...], all_lines: Callable[[], Tensor], counts: Tensor, folded: int) -> tuple[Tensor, Tensor, list[str]]:
-    """Coil maps of size `whole` (coils, z, y, x) and support [z y x], by the best method that the calibration lines allow, and warnings.
+def _maps(acs: Tensor, sigma: float, size: tuple[int, int], whole: tuple[int, ...], all_lines: Callable[[], Tensor], counts: Tensor, folded: int, sets: int) -> tuple[Tensor, Tensor, list[str], Tensor | None]:
+    """Coil maps of size `whole` (coils, z, y, x) and support [z y x], by the best method that the calibration lines allow, and warnings; and signal_operators if a second set is to be made of them, else None.
 
     If there are too few calibration lines, `all_lines` gives k-space of that size with all lines there are, in numbers
     `counts` [z y]; maps and support are on the device of `counts`. Without coil maps the image would be aliased `folded`-fold.
@@ -187,7 +193,7 @@ def _maps(acs: Tensor, sigma: float, size: tuple[int, int], whole: tuple[int, ..
     shape, home = whole[1:], counts.device
     everywhere = torch.ones(shape, device=home)
     if whole[0] == 1:
-        return torch.ones(whole, dtype=acs.dtype, device=home), everywhere, []
+        return torch.ones(whole, dtype=acs.dtype, device=home), everywhere, [], None
     if too_few(size, shape):
         few = (
             f"calibration lines cover only {size[0]} x {size[1]} (z x y) of the k-space centre, "
@@ -195,9 +201,11 @@ def _maps(acs: Tensor, sigma: float, size: tuple[int, int], whole: tuple[int, ..
         )
         none, fold = ("no calibration separates", "is") if folding(counts) > 1 else ("too few calibration lines separate", "may be")
         lattice = f"CAUTION: the undersampling is regular and {none} the coils: the image {fold} aliased {folded}-fold"
-        return low_resolution_maps(all_lines(), counts), everywhere, [few] + [lattice] * (folded > 1)
+        return low_resolution_maps(all_lines(), counts), everywhere, [few] + [lattice] * (folded > 1), None
     operators = signal_operators(acs, shape, sigma)
-    return maps_of(operators, shape, home), object_support(acs, shape, sigma).to(home), _wraps(overlap(operators, acs))
+    share, thin = overlap(operators, acs), len(usable_axes(shape)) == 1
+    second = sets > 1 and share > WRAPS and not thin
+    return maps_of(operators, shape, home), object_support(acs, shape, sigma).to(home), _wraps(share, second), operators if second else None
 
 
 def _lacks_centre(operator: Sense, calibrated: Tensor, data: Tensor, size: tuple[int, int], sigma: float) -> list[str]:
@@ -214,9 +222,10 @@ def _lacks_centre(operator: Sense, calibrated: Tensor, data: Tensor, size: tuple
     return [f"CAUTION: no line lies next to the k-space centre, and the image of the calibration, perhaps of another contrast, explains only {share:.0%} of the lines around it: large structures may have the wrong brightness"]
 
 
-def _wraps(share: float) -> list[str]:
-    """Warnings about an object of which a `share` lies over another part of it."""
-    if share < WRAPS:
+def _wraps(share: float, second: bool) -> list[str]:
+    """Warnings about an object of which a `share` lies over another part of it, which has a `second` set of maps or not."""
+    if share <= WRAPS:
         return []
-    wraps = f"about {share:.0%} of the object seems to lie over other parts of it: it reaches beyond the field of view along a phase encode, and one set of coil maps cannot describe both"
+    done = "two sets of coil maps separate the parts, and the image shows both" if second else "one set of coil maps cannot describe both"
+    wraps = f"about {share:.0%} of the object seems to lie over other parts of it: it reaches beyond the field of view along a phase encode; {done}"
     return [f"{'CAUTION: ' * (share > WRAPS_BADLY)}{wraps}"]

@@ -63,15 +63,15 @@ class Measurement:
         """||A x - y||^2 = ||y||^2 + Re x^H (A^H A x - 2 A^H y), which nearly cancels: summed in double precision."""
         return self.energy + inner(volume, self.operator.normal(volume) - 2 * self.adjoint)
 
-    def as_bright_as_measured(self, volume: Tensor) -> Tensor:
-        """`volume` x [z y x] times the real factor that makes A x explain y best.
+    def image_of(self, volume: Tensor) -> Tensor:
+        """The image [z y x] of `volume` x, which may have second parts (see Sense), times the real factor that makes A x explain y best.
 
         What regularisation takes from all of an image, 1 / (1 + lambda) where k-space is fully sampled, depends on the
         noise: without this, T2 measured from several echoes would come out too short.
         """
         energy = inner(volume, self.operator.normal(volume))
         factor = inner(volume, self.adjoint) / energy if energy else 1.0
-        return factor * volume if factor > 0 else volume
+        return self.operator.overlaid(factor * volume if factor > 0 else volume)
 
     def noise_level(self, image: Tensor) -> float:
         """Noise of y per real part; if it was estimated, at most what `image` [z y x] leaves unexplained.

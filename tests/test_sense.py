@@ -38,9 +38,66 @@ def test_adjoint_and_normal(shape):
     torch.testing.assert_close(operator.normal(volume), operator.adjoint(operator.forward(volume)), atol=1e-5, rtol=1e-5)
 
 
-def test_norm_is_at_most_one():
-    operator, _, _ = make((4, 12, 10, 6))
-    volume = random_complex(12, 10, 6)
+def with_second(shape=(4, 12, 15, 7), first=2, positions=3, fraction=0.4):
+    """An operator with a second set of maps for some readout positions, and the two sets [coils z y x], the second 0 elsewhere."""
+    operator, maps, mask = make(shape, fraction=fraction)
+    second = random_complex(*shape, seed=7)
+    second -= maps * (maps.conj() * second).sum(0)
+    second *= torch.linspace(0.3, 1, shape[1])[:, None, None] / second.norm(dim=0)
+    second[..., :first], second[..., first + positions :] = 0, 0
+    inner = torch.fft.ifftshift(second[..., first : first + positions].permute(3, 0, 1, 2), (2, 3))
+    return operator.with_second(inner, first), maps, second, mask
+
+
+def test_two_parts_that_lie_over_each_other_are_added_as_each_of_them_is_seen():
+    operator, maps, second, mask = with_second()
+    volume = random_complex(12, 15, 10, seed=1)
+    other = torch.zeros(12, 15, 7, dtype=volume.dtype)
+    other[..., 2:5] = volume[..., 7:]
+    images = maps * volume[..., :7] + second * other
+    torch.testing.assert_close(operator.forward(volume), fft(images, (1, 2)) * mask[..., None], atol=1e-5, rtol=1e-5)
+    assert operator.shape == (12, 15, 10) and operator.matrix == (12, 15, 7)
+    torch.testing.assert_close(operator.combined(images), torch.cat([volume[..., :7], second.norm(dim=0).square()[..., 2:5] * volume[..., 7:]], -1), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_the_adjoint_knows_both_parts(chunk):
+    operator, _, _, _ = with_second()
+    operator.chunk = chunk
+    volume, kspace = random_complex(12, 15, 10, seed=1), random_complex(4, 12, 15, 7, seed=2)
+    left, right = torch.vdot(operator.forward(volume).flatten(), kspace.flatten()), torch.vdot(volume.flatten(), operator.adjoint(kspace).flatten())
+    torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(operator.normal(volume), operator.adjoint(operator.forward(volume)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(operator.to("cpu").normal(volume), operator.normal(volume))
+
+
+def test_fully_sampled_data_tell_the_two_parts_apart():
+    operator, _, _, _ = with_second()
+    operator = operator.with_mask(torch.ones(12, 15))
+    volume = random_complex(12, 15, 10, seed=5) * operator.support
+    solved = operator.solve(operator.adjoint(operator.forward(volume)), 0.0, iterations=60)
+    torch.testing.assert_close(solved, volume, atol=1e-4, rtol=1e-3)
+
+
+def test_the_image_shows_both_parts_with_the_phase_of_the_first():
+    operator, _, second, _ = with_second()
+    volume = random_complex(12, 15, 10, seed=5)
+    volume[3, 4, 2] = 0
+    image, size = operator.overlaid(volume), second.norm(dim=0)
+    expected = volume[..., :7].abs()
+    expected[..., 2:5] = (expected[..., 2:5].square() + (size[..., 2:5] * volume[..., 7:]).abs().square()).sqrt()
+    torch.testing.assert_close(image.abs(), expected)
+    turned = image / volume[..., :7]
+    turned[3, 4, 2] = 1
+    assert turned.angle().abs().max() < 1e-5
+    torch.testing.assert_close(image[3, 4, 2], size[3, 4, 2] * volume[3, 4, 7])
+    plain, _, _ = make((4, 12, 15, 7))
+    assert plain.overlaid(image) is image
+
+
+@pytest.mark.parametrize("operator,shape", [(make((4, 12, 10, 6))[0], (12, 10, 6)), (with_second()[0], (12, 15, 10))])
+def test_norm_is_at_most_one(operator, shape):
+    volume = random_complex(*shape)
     for _ in range(30):
         volume = operator.normal(volume / volume.norm())
     assert volume.norm() <= 1 + 1e-5

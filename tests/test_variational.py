@@ -460,8 +460,8 @@ def test_regularisation_takes_no_brightness():
     exact = measurement.operator.solve(measurement.adjoint, 0.0, iterations=1)
     darker = measurement.operator.solve(measurement.adjoint, 0.8, iterations=1)
     torch.testing.assert_close(darker * 1.8, exact, rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(measurement.as_bright_as_measured(darker), exact, rtol=1e-4, atol=1e-3)
-    assert not measurement.as_bright_as_measured(0 * exact).any()
+    torch.testing.assert_close(measurement.image_of(darker), exact, rtol=1e-4, atol=1e-3)
+    assert not measurement.image_of(0 * exact).any()
 
 
 def test_an_estimated_noise_level_is_bounded_by_the_residual():
