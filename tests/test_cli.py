@@ -411,7 +411,6 @@ def test_the_demo_offers_only_what_it_can_compare(capsys):
 @pytest.fixture
 def bench(monkeypatch):
     """`slicediff bench` with small scans, run from the checkout."""
-    pytest.importorskip("skimage", reason="scikit-image is not installed (extra bench)")
     monkeypatch.chdir(Path(__file__).resolve().parents[1])
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setattr(sys, "path", [*sys.path])

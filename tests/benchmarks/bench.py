@@ -35,13 +35,12 @@ import torch
 from problems import Problem, measured, simulated
 from rich.console import Console
 from rich.table import Table
-from skimage.metrics import structural_similarity
 from torch import Tensor
 
 from gadgets.figure import draw_comparison
 from recon_core.cg_sense import cg_sense
 from recon_core.methods import METHODS
-from recon_core.metrics import psnr
+from recon_core.metrics import psnr, ssim
 from recon_core.prior import PriorError, load_prior
 
 PEERS = {"bart": bart, "bart-oracle": bart, "sigpy": sigpy_peer}
@@ -205,10 +204,8 @@ def quality(image: Tensor, problem: Problem, unseen: float | None = None) -> dic
     truth, inside = problem.truth, problem.inside
     magnitude = image.abs()
     magnitude = magnitude * (magnitude * truth)[inside].sum() / magnitude[inside].square().sum()
-    window = dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False, full=True) if min(truth.shape) >= 11 else dict(win_size=3, full=True)
-    data = [v.squeeze().numpy() for v in (magnitude, truth)]
-    _, similarity = structural_similarity(*data, data_range=float(truth[inside].max()), **window)
-    out = {"psnr": round(psnr(image, truth, inside), 2), "ssim": round(float(similarity[inside.squeeze().numpy()].mean()), 4), "nrmse": "", "unseen": "", "floor": ""}
+    similarity = ssim(magnitude.squeeze(), truth.squeeze(), float(truth[inside].max()))
+    out = {"psnr": round(psnr(image, truth, inside), 2), "ssim": round(float(similarity[inside.squeeze()].mean()), 4), "nrmse": "", "unseen": "", "floor": ""}
     if problem.left_out is not None and (image.is_complex() or unseen is not None):
         out |= {"unseen": round(problem.unseen(image), 4) if unseen is None else unseen, "floor": round(problem.floor, 4)}
     if image.is_complex() and problem.phased is not None:
