@@ -1,6 +1,7 @@
 """The commands: what they write, print and return."""
 
 import csv
+import importlib
 import json
 import re
 import signal
@@ -20,7 +21,7 @@ from gadgets import version
 from gadgets.cli import main
 from gadgets.demo import EXAMPLE
 from gadgets.files import FileError
-from gadgets.image_files import ImageWriter, read_images
+from gadgets.image_files import ImageWriter, read_images, save_nifti
 from gadgets.scan_files import ScanFile, ScanWriter
 from gadgets.flags import NOISE_BIT
 from gadgets.header import parse_header
@@ -437,8 +438,6 @@ def test_bench_puts_methods_side_by_side(tmp_path, bench):
 @pytest.mark.parametrize("own,labels", [((6, 6, 6), ["6.0", "8.0"]), ((3, 3, 6), ["3.78", "4.58", "8.0"])])
 def test_bench_labels_scans_with_the_voxels_they_have(tmp_path, bench, capsys, own, labels):
     """Volumes of 192 mm a side, in voxels of `own` (x y z): no scan is measured twice, none has a size that it has not."""
-    from gadgets.image_files import save_nifti
-
     save_nifti(phantom(tuple(192 // mm for mm in reversed(own))).numpy(), np.diag([*own, 1.0]), tmp_path / "coarse.nii")
     bench(tmp_path / "coarse.nii", "--voxel-mm", 3, 4, 8, "--methods", "zero-filled", "--out", tmp_path / "out")
     assert [row["voxel_mm"] for row in bench_rows(tmp_path / "out")] == labels
@@ -447,6 +446,27 @@ def test_bench_labels_scans_with_the_voxels_they_have(tmp_path, bench, capsys, o
     assert notes[0] == f"slicediff: note: coarse.nii has no voxels as small as 3 mm: the scan at R = 2 has {own[0]} x {own[1]} x {own[2]} mm"
     assert notes[1].startswith("slicediff: note: coarse.nii has no voxels as small as 4 mm: the scan at R = 2 has ")
     assert notes[2:] == ["slicediff: note: coarse.nii at 4 mm and R = 2 is a scan that was reconstructed already: it is left out"] * (own[0] == 6)
+
+
+@pytest.mark.parametrize("program,asked", [
+    ("robustness", ("--coils", "1", "--snr", "20", "--accelerations", "2", "--voxel-mm", "3", "--weights", "0.7", "--name", "table")),
+    ("cg_strength", ()),
+])  # fmt: skip
+def test_tables_of_other_programs_are_labelled_alike_and_go_on(tmp_path, monkeypatch, program, asked):
+    """Voxels of 6 mm where 3 were asked for: the row says so, and a second run measures nothing again."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
+    module = importlib.import_module(program)
+    monkeypatch.setattr("scans.RESULTS", tmp_path)
+    save_nifti(phantom((32, 32, 24)).numpy(), np.diag([6.0, 6.0, 6.0, 1.0]), tmp_path / "coarse.nii")
+    monkeypatch.setattr(sys, "argv", [program, str(tmp_path / "coarse.nii"), *asked])
+    if program == "cg_strength":
+        monkeypatch.setattr(module, "PROTOCOLS", [(3.0, 4, [(1, 2, 20, 8)])])
+    module.main()
+    (table,) = tmp_path.glob("*.csv")
+    (row,) = csv.DictReader(table.read_text().splitlines())
+    assert row["voxel_mm"] == "6.0"
+    monkeypatch.setattr(module, "cg_sense", lambda *_, **__: pytest.fail("it was measured again"))
+    module.main()
 
 
 @pytest.mark.parametrize("change,said", [

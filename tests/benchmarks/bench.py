@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import math
 import platform
 import resource
 import sys
@@ -112,14 +111,13 @@ def problems(arguments) -> Iterator[Problem]:
                 except ValueError as error:
                     print(f"{path.name} {voxel_mm:g} mm: {error}")
                     continue
-                size, label = problem.measurement.voxel_mm, size_label(voxel_mm, problem.measurement.voxel_mm)
-                if label != voxel_mm:
+                size = problem.measurement.voxel_mm
+                if problem.facts["voxel_mm"] != voxel_mm:
                     _note(f"{path.name} has no voxels as small as {voxel_mm:g} mm: the scan at R = {acceleration:g} has {' x '.join(f'{mm:.3g}' for mm in reversed(size))} mm")
                 if (acceleration, size) in made:
                     _note(f"{path.name} at {voxel_mm:g} mm and R = {acceleration:g} is a scan that was reconstructed already: it is left out")
                     continue
                 made.add((acceleration, size))
-                problem.facts["voxel_mm"] = label
                 yield problem
     if arguments.raw:
         yield from measured(arguments.raw)
@@ -127,11 +125,6 @@ def problems(arguments) -> Iterator[Problem]:
 
 def _note(text: str) -> None:
     print(f"slicediff: note: {text}", file=sys.stderr)
-
-
-def size_label(asked_mm: float, size: tuple[float, float, float]) -> float:
-    """The voxel size asked for or, if the scan's own `size` is above 1.2 times that, the side of a cube of the same volume."""
-    return asked_mm if round(max(size), 4) <= 1.2 * asked_mm else round(math.prod(size) ** (1 / 3), 2)
 
 
 def configured(changes: list[str]) -> dict[str, object]:

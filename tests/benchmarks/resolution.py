@@ -57,7 +57,7 @@ def main() -> None:
             method, known, resamples = WAYS[way]
             for name in known:
                 label = f"{arguments.one_mm:g} mm" if name == "one" else name
-                key = (problem.facts["volume"], voxel_mm, way, label)
+                key = (problem.facts["volume"], problem.facts["voxel_mm"], way, label)
                 if key in table or (way == "interpolated" and voxel_mm == arguments.one_mm):
                     continue
                 found = run(problem, METHODS[method], priors[name], arguments.one_mm if resamples else 0.0)
