@@ -193,6 +193,9 @@ def test_rates_and_times():
     check(README, f"{hundreds['memory']} lines per second (16 coils, 512 samples) from memory and {hundreds['socket']} from a socket", f"Peak memory is {gathering['memory']['peak_over_kspace']} times the size of the k-space, {gathering['recon_data']['peak_over_kspace']} times from buffers")
     for row in rows("solve_speed_cpu"):
         check(MEASURED, f"| {row['side']} | {float(row['maps_s']):g} | {float(row['preview_s']):g} | {float(row['sweeps_s']):g} | {float(row['total_s']):g} | {float(row['us_per_voxel']):g} | {row['bart_s']} |")
+    slices = {(row["architecture"], row["precision"]): round(float(row["ms_per_slice"])) for row in rows("prior_speed_cpu")}
+    milliseconds = [slices[which] for which in (("small", "bf16"), ("base", "bf16"), ("small", "fp32"), ("base", "fp32"))]
+    check(MEASURED, "A slice of 256 x 256 takes the network {} ms with `small` and {} ms with `base` (bf16; in single precision {} and {} ms".format(*milliseconds))
     seconds = {row["way"]: row for row in rows("latency")}
     for way, title in (("warm server, <connect>", "warm server, `<connect>`"), ("warm server, client", "warm server, client"), ("new process, <execute>", "new process, as `<execute>` starts it"), ("offline, slicediff recon", "`slicediff recon`, new process"), ("offline, warm process", "offline, warm process")):
         row = seconds[way]
