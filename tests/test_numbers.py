@@ -87,12 +87,15 @@ def test_learning_from_the_scan():
     planes, low_field = ([value for key, value in gain.items() if ("plane" in key[0]) == plane] for plane in (True, False))
     heads, unlearned = scans("bench_planes"), scans("bench_planes_adapt0")
     parts = [[key for key in heads if (key[1] == 4) == slab] for slab in (False, True)]
+    costs = {key: unlearned[key]["diffusion"] - value["diffusion"] for key, value in scans("bench_planes_alone0").items()}
+    alone = [extent((costs[key] for key in part if key[2] in r), 2) for part, r in ((parts[0], (4,)), (parts[0], (8,)), (parts[1], (4, 8)))]
     over = [extent(heads[key]["diffusion"] - max(heads[key]["tv"], heads[key]["wavelet"]) for key in part) for part in parts]
     learned = [extent(heads[key]["diffusion"] - unlearned[key]["diffusion"] for key in part) for part in parts]
     check(
         MEASURED,
         f"contributes {extent(planes)} dB of the gain of `small` on the planes and {extent(low_field)} dB at 0.055 T",
         f"Planes gain {over[0]} dB over the better of total variation and l1-wavelet, of which {learned[0]} dB is learned from the scan. Slabs gain {over[1]} dB, of which {learned[1]} dB is learned",
+        f"costs the planes {alone[0]} dB at R = 4 and {alone[1]} dB at R = 8; for the slabs it makes little difference ({alone[2]} dB;",
     )
 
 
