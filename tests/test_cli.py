@@ -15,6 +15,7 @@ import h5py
 import ismrmrd
 import numpy as np
 import pytest
+import torch
 from conftest import load_small_scan
 
 from gadgets import version
@@ -26,6 +27,7 @@ from gadgets.scan_files import ScanFile, ScanWriter
 from gadgets.flags import NOISE_BIT
 from gadgets.header import parse_header
 from gadgets.simulation.protocol import SimulateOptions
+from recon_core.prior import Prior
 from recon_core.simulate import phantom
 from recon_core.train_options import TrainOptions
 
@@ -467,6 +469,14 @@ def test_tables_of_other_programs_are_labelled_alike_and_go_on(tmp_path, monkeyp
     assert row["voxel_mm"] == "6.0"
     monkeypatch.setattr(module, "cg_sense", lambda *_, **__: pytest.fail("it was measured again"))
     module.main()
+
+
+def test_the_receptive_field_of_a_volume_whose_sides_differ(monkeypatch):
+    """The untrained prior, which scales each pixel by itself, looks at that pixel alone; rings of all orientations add up."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
+    module, random = importlib.import_module("receptive_field"), torch.Generator().manual_seed(0)
+    rings = sum(module.ring_energy(Prior("small").eval(), torch.ones(12, 20, 16, dtype=torch.complex64), 0.5, axis, random) for axis in range(3))
+    assert rings[0] == pytest.approx(3 * (0.25 / (0.25 + 0.25)) ** 2) and not rings[1:].any()
 
 
 @pytest.mark.parametrize("change,said", [
