@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import make_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,6 +31,7 @@ from gadgets.simulation.protocol import SimulateOptions
 from recon_core.prior import Prior
 from recon_core.simulate import phantom
 from recon_core.train_options import TrainOptions
+from recon_core.variational import VariationalConfig
 
 
 def run(capsys, *arguments):
@@ -471,6 +473,15 @@ def test_tables_of_other_programs_are_labelled_alike_and_go_on(tmp_path, monkeyp
     module.main()
 
 
+def test_the_chain_is_timed_stage_by_stage(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
+    module, rows = importlib.import_module("chain_speed"), []
+    method = replace(module.METHODS["diffusion"], config=VariationalConfig(sweeps=2))
+    module.run(module.Scan((20, 40, 36), 2, 2.0), module.Machine("cpu", "CPU", 1e9, 1e9, 1e9), [("diffusion", method, Prior("small").eval())], rows.append)
+    assert [row["stage"] for row in rows] == ["gather", "coil maps", "preview", "diffusion"]
+    assert rows[3]["evaluations"] >= 2 * 20 and all(0 < row["floor_s"] for row in rows[1:])
+
+
 def test_the_receptive_field_of_a_volume_whose_sides_differ(monkeypatch):
     """The untrained prior, which scales each pixel by itself, looks at that pixel alone; rings of all orientations add up."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
@@ -495,8 +506,6 @@ def test_bench_names_a_setting_that_cannot_be(tmp_path, bench, capsys, change, s
 
 def test_bench_reads_true_and_false(bench, monkeypatch):
     """As words, of which Python would take both for true."""
-    from dataclasses import make_dataclass, replace
-
     monkeypatch.syspath_prepend("tests/benchmarks")
     program = __import__("bench")
     config = make_dataclass("Config", [("fast", bool, True), ("rounds", int, 3)], frozen=True)()
