@@ -476,6 +476,7 @@ def test_tables_of_other_programs_are_labelled_alike_and_go_on(tmp_path, monkeyp
 def test_the_chain_is_timed_stage_by_stage(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
     module, rows = importlib.import_module("chain_speed"), []
+    monkeypatch.setattr(module, "SLICE", 32)
     method = replace(module.METHODS["diffusion"], config=VariationalConfig(sweeps=2))
     module.run(module.Scan((20, 40, 36), 2, 2.0), module.Machine("cpu", "CPU", 1e9, 1e9, 1e9), [("diffusion", method, Prior("small").eval())], rows.append)
     assert [row["stage"] for row in rows] == ["gather", "coil maps", "preview", "diffusion"]
