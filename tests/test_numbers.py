@@ -81,6 +81,19 @@ def test_strength_of_cg_sense():
     )
 
 
+def test_more_iterations_of_the_classical_methods():
+    before, after = {**scans("bench_4mm_R4"), **scans("bench_measured")}, scans("bench_long")
+    gain = lambda method, *kinds: [value[method] - before[key][method] for key, value in after.items() if any(kind in key[0] for kind in kinds)]  # noqa: E731
+    simulated = ("IXI", "bold", "brainweb", "knee_DESS", "studyforrest")
+    assert max(map(abs, gain("tv", *simulated))) < 0.05
+    assert all(value["tv"] < before[key]["wavelet"] for key, value in after.items() if "ulf" in key[0])
+    check(
+        MEASURED,
+        f"gain {extent(gain('wavelet', *simulated))} dB on the simulated scans at 4 mm and lose {extent(-g for g in gain('wavelet', 'plane', 'ulf'))} dB on the measured planes",
+        f"lose {extent(-g for g in gain('tv', 'plane'))} dB on the planes and gain {extent(gain('tv', 'ulf'))} dB at 0.055 T",
+    )
+
+
 def test_learning_from_the_scan():
     with_it, without = scans("bench_measured"), scans("bench_measured_adapt0")
     gain = {key: with_it[key]["diffusion"] - value["diffusion"] for key, value in without.items()}
