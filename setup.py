@@ -36,7 +36,7 @@ setup(
         "test": ["pytest>=8", "hypothesis>=6.100", "prometheus-client>=0.20"],  # hypothesis: the reader against damaged streams
         "metrics": ["prometheus-client>=0.20"],  # slicediff serve --health-port
         "bench": [
-            "scikit-image>=0.22",  # SSIM, and the classical denoisers that the prior is compared with
+            "scikit-image>=0.22",  # the classical denoisers of tests/benchmarks/denoising.py; error_map.py uses the SciPy that comes with it
             "PyWavelets>=1.5",  # which scikit-image's wavelet denoiser needs
         ],
     },

@@ -19,8 +19,7 @@ FEWEST = 0.02  # of all lines: R = 16, aborted after a third
 def to_compute(coils: int, shape: tuple[int, ...], virtual: int) -> int:
     """Bytes needed to reconstruct a volume on a CPU, besides its k-space: three arrays over the virtual coils and a few single images.
 
-    Added are 8 MiB per coil for the calibration of all coils, and 128 MiB for a denoiser's batch of slices. The peak of
-    `slicediff recon` with 8 to 32 coils and 190,000 to 330,000 voxels exceeds that of a tiny scan by 0.5 to 0.8 times this.
+    Added are 8 MiB per coil for the calibration of all coils, and 128 MiB for a denoiser's batch of slices.
     """
     return 8 * 3 * (min(coils, virtual) + 3) * math.prod(shape) + (coils << 23) + (128 << 20)
 

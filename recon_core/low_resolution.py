@@ -24,10 +24,10 @@ PHASE_RHO, PHASE_ITERATIONS = 1e-3, 10  # of the conjugate gradients that show t
 def object_support(acs: Tensor, shape: tuple[int, int, int], sigma: float) -> Tensor:
     """Where the low-resolution calibration image is not dark, grown by 2 voxels: leaves out air, keeps faint tissue.
 
-    Maps that are zero in air remove a third to a half of the unknowns (about 1 dB for CG-SENSE). Dark means below DARK times
+    Maps that are zero in air leave fewer unknowns, which helps CG-SENSE most. Dark means below DARK times
     the bright signal; if the noise is low enough (`sigma` of `acs` per real part), below SEEN times the noise instead, because
-    a vial or deep tissue at 2 % of the bright signal may be real. A wider support costs CG-SENSE a few tenths of a dB where
-    the air around real heads contains ghosts, slice diffusion less.
+    a vial or deep tissue at 2 % of the bright signal may be real. A wider support costs some of that gain where the air around
+    real heads contains ghosts.
     """
     energy, window = torch.zeros(shape, device=acs.device), _window(acs)
     for coil in acs * window:  # one by one, to hold a single image in memory

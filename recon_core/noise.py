@@ -126,7 +126,7 @@ def estimate_sigma(kspace: Tensor, mask: Tensor, factor: Tensor | None = None, m
     """Noise level per coil [coils], estimated from the scan itself.
 
     From the median magnitude (of few lines, the mean) of the samples far from the k-space centre. It is too high where fine
-    detail still stands out there (3 times at SNR 100), which costs little; too low a level would leave noise in the image,
+    detail still stands out there, which costs little; too low a level would leave noise in the image,
     and air at the ends of the readout gives too low a level where the receiver noise is not white.
 
     Args:

@@ -37,7 +37,7 @@ class VariationalConfig:
     x - D(x) falls short of the prior's gradient; 1 is ADMM, which trusts the denoiser to be exactly the prior's own. Where
     slices of only one orientation are usable, `dual` and `held` are 0: both made measured single planes and thin slabs worse.
     There 1 / R counts as at least `alone`: planes and thin slabs of held-out heads need no weaker prior above R = 3
-    (0.04 to 0.85 dB at R = 4 and 8, -0.07 to 0.21 dB for slabs at 4 mm; bench.py --set diffusion.alone=0).
+    (0.04 to 0.85 dB at R = 4 and 8, -0.07 to 0.22 dB for slabs at 4 mm; results/bench_planes_alone0.csv).
     `adapt`, the rounds of learning from the scan itself, is used in adaptation.py, not here.
     """
 

@@ -221,7 +221,7 @@ class SlicePool:
     def _source(self, number: int) -> tuple[Tensor, tuple[float, float, float]]:
         source = self.volumes[number]
         volume = torch.from_numpy(source.data.astype(np.complex64 if np.iscomplexobj(source.data) else np.float32))
-        if number not in self.scales:  # takes a fifth of the time of a draw
+        if number not in self.scales:  # a costly part of a draw
             self.scales[number] = intensity_scale(volume, source.voxel_mm)
         return volume / self.scales[number], source.voxel_mm
 

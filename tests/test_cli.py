@@ -1,12 +1,14 @@
 """The commands: what they write, print and return."""
 
 import csv
+import importlib
 import json
 import re
 import signal
 import socket
 import subprocess
 import sys
+from dataclasses import make_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,19 +16,22 @@ import h5py
 import ismrmrd
 import numpy as np
 import pytest
+import torch
 from conftest import load_small_scan
 
 from gadgets import version
 from gadgets.cli import main
 from gadgets.demo import EXAMPLE
 from gadgets.files import FileError
-from gadgets.image_files import ImageWriter, read_images
+from gadgets.image_files import ImageWriter, read_images, save_nifti
 from gadgets.scan_files import ScanFile, ScanWriter
 from gadgets.flags import NOISE_BIT
 from gadgets.header import parse_header
 from gadgets.simulation.protocol import SimulateOptions
+from recon_core.prior import Prior
 from recon_core.simulate import phantom
 from recon_core.train_options import TrainOptions
+from recon_core.variational import VariationalConfig
 
 
 def run(capsys, *arguments):
@@ -411,7 +416,6 @@ def test_the_demo_offers_only_what_it_can_compare(capsys):
 @pytest.fixture
 def bench(monkeypatch):
     """`slicediff bench` with small scans, run from the checkout."""
-    pytest.importorskip("skimage", reason="scikit-image is not installed (extra bench)")
     monkeypatch.chdir(Path(__file__).resolve().parents[1])
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -438,8 +442,6 @@ def test_bench_puts_methods_side_by_side(tmp_path, bench):
 @pytest.mark.parametrize("own,labels", [((6, 6, 6), ["6.0", "8.0"]), ((3, 3, 6), ["3.78", "4.58", "8.0"])])
 def test_bench_labels_scans_with_the_voxels_they_have(tmp_path, bench, capsys, own, labels):
     """Volumes of 192 mm a side, in voxels of `own` (x y z): no scan is measured twice, none has a size that it has not."""
-    from gadgets.image_files import save_nifti
-
     save_nifti(phantom(tuple(192 // mm for mm in reversed(own))).numpy(), np.diag([*own, 1.0]), tmp_path / "coarse.nii")
     bench(tmp_path / "coarse.nii", "--voxel-mm", 3, 4, 8, "--methods", "zero-filled", "--out", tmp_path / "out")
     assert [row["voxel_mm"] for row in bench_rows(tmp_path / "out")] == labels
@@ -448,6 +450,45 @@ def test_bench_labels_scans_with_the_voxels_they_have(tmp_path, bench, capsys, o
     assert notes[0] == f"slicediff: note: coarse.nii has no voxels as small as 3 mm: the scan at R = 2 has {own[0]} x {own[1]} x {own[2]} mm"
     assert notes[1].startswith("slicediff: note: coarse.nii has no voxels as small as 4 mm: the scan at R = 2 has ")
     assert notes[2:] == ["slicediff: note: coarse.nii at 4 mm and R = 2 is a scan that was reconstructed already: it is left out"] * (own[0] == 6)
+
+
+@pytest.mark.parametrize("program,asked", [
+    ("robustness", ("--coils", "1", "--snr", "20", "--accelerations", "2", "--voxel-mm", "3", "--weights", "0.7", "--name", "table")),
+    ("cg_strength", ()),
+])  # fmt: skip
+def test_tables_of_other_programs_are_labelled_alike_and_go_on(tmp_path, monkeypatch, program, asked):
+    """Voxels of 6 mm where 3 were asked for: the row says so, and a second run measures nothing again."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
+    module = importlib.import_module(program)
+    monkeypatch.setattr("scans.RESULTS", tmp_path)
+    save_nifti(phantom((32, 32, 24)).numpy(), np.diag([6.0, 6.0, 6.0, 1.0]), tmp_path / "coarse.nii")
+    monkeypatch.setattr(sys, "argv", [program, str(tmp_path / "coarse.nii"), *asked])
+    if program == "cg_strength":
+        monkeypatch.setattr(module, "PROTOCOLS", [(3.0, 4, [(1, 2, 20, 8)])])
+    module.main()
+    (table,) = tmp_path.glob("*.csv")
+    (row,) = csv.DictReader(table.read_text().splitlines())
+    assert row["voxel_mm"] == "6.0"
+    monkeypatch.setattr(module, "cg_sense", lambda *_, **__: pytest.fail("it was measured again"))
+    module.main()
+
+
+def test_the_chain_is_timed_stage_by_stage(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
+    module, rows = importlib.import_module("chain_speed"), []
+    monkeypatch.setattr(module, "SLICE", 32)
+    method = replace(module.METHODS["diffusion"], config=VariationalConfig(sweeps=2))
+    module.run(module.Scan((20, 40, 36), 2, 2.0), module.Machine("cpu", "CPU", 1e9, 1e9, 1e9), [("diffusion", method, Prior("small").eval())], rows.append)
+    assert [row["stage"] for row in rows] == ["gather", "coil maps", "preview", "diffusion"]
+    assert rows[3]["evaluations"] >= 2 * 20 and all(0 < row["floor_s"] for row in rows[1:])
+
+
+def test_the_receptive_field_of_a_volume_whose_sides_differ(monkeypatch):
+    """The untrained prior, which scales each pixel by itself, looks at that pixel alone; rings of all orientations add up."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
+    module, random = importlib.import_module("receptive_field"), torch.Generator().manual_seed(0)
+    rings = sum(module.ring_energy(Prior("small").eval(), torch.ones(12, 20, 16, dtype=torch.complex64), 0.5, axis, random) for axis in range(3))
+    assert rings[0] == pytest.approx(3 * (0.25 / (0.25 + 0.25)) ** 2) and not rings[1:].any()
 
 
 @pytest.mark.parametrize("change,said", [
@@ -466,8 +507,6 @@ def test_bench_names_a_setting_that_cannot_be(tmp_path, bench, capsys, change, s
 
 def test_bench_reads_true_and_false(bench, monkeypatch):
     """As words, of which Python would take both for true."""
-    from dataclasses import make_dataclass, replace
-
     monkeypatch.syspath_prepend("tests/benchmarks")
     program = __import__("bench")
     config = make_dataclass("Config", [("fast", bool, True), ("rounds", int, 3)], frozen=True)()

@@ -1,9 +1,10 @@
 """How images are judged, by errors that are known."""
 
+import numpy as np
 import pytest
 import torch
 
-from recon_core.metrics import object_mask, psnr
+from recon_core.metrics import object_mask, psnr, ssim
 
 
 def test_psnr_of_a_known_error():
@@ -25,3 +26,28 @@ def test_psnr_looks_inside_the_mask_alone():
 def test_the_object_is_what_is_brighter_than_a_share_of_the_bright():
     volume = torch.cat([torch.full((50,), 0.09), torch.full((50,), 0.2), torch.full((100,), 1.0)]).reshape(2, 10, 10)
     assert int(object_mask(volume).sum()) == 150 and int(object_mask(volume, 0.5).sum()) == 100
+
+
+@pytest.mark.parametrize("shape", [(12, 14, 11), (20, 30), (4, 12, 12), (9, 16)])
+def test_ssim_is_made_of_the_moments_under_its_window(shape):
+    """Of a pixel in the middle as the formula gives it, summed pixel by pixel; of equal images, and of even ones, in closed form."""
+    random = torch.Generator().manual_seed(0)
+    x = torch.rand(shape, generator=random)
+    y = x + 0.3 * torch.rand(shape, generator=random)
+    narrow = min(shape) < 11
+    weights = np.ones(3) / 3 if narrow else np.exp(-(np.arange(-5, 6) ** 2) / 4.5)
+    total = {power: 0.0 for power in ("x", "y", "xx", "yy", "xy", "1")}
+    for away in np.ndindex((len(weights),) * len(shape)):
+        weight = np.prod(weights[list(away)])
+        place = [n // 2 + a - len(weights) // 2 for n, a in zip(shape, away)]
+        place = tuple(-1 - p if p < 0 else 2 * n - 1 - p if p >= n else p for n, p in zip(shape, place))
+        a, b = float(x[place]), float(y[place])
+        for power, value in {"x": a, "y": b, "xx": a * a, "yy": b * b, "xy": a * b, "1": 1}.items():
+            total[power] += weight * value
+    m = {power: value / total["1"] for power, value in total.items()}
+    more = 3 ** len(shape) / (3 ** len(shape) - 1) if narrow else 1
+    u, v = 0.02**2, 0.06**2  # of a peak of 2
+    expected = (2 * m["x"] * m["y"] + u) * (2 * more * (m["xy"] - m["x"] * m["y"]) + v) / ((m["x"] ** 2 + m["y"] ** 2 + u) * (more * (m["xx"] - m["x"] ** 2 + m["yy"] - m["y"] ** 2) + v))
+    assert float(ssim(x, y, 2.0)[tuple(n // 2 for n in shape)]) == pytest.approx(expected, abs=1e-9)
+    torch.testing.assert_close(ssim(x, x, 2.0), torch.ones(shape, dtype=torch.double))
+    torch.testing.assert_close(ssim(torch.ones(shape), torch.full(shape, 0.5), 2.0), torch.full(shape, (1 + u) / (1.25 + u), dtype=torch.double))

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from gadgets.cli import main
 from recon_core.pose import draw_pose
@@ -20,6 +21,17 @@ def test_untrained_network_is_the_gaussian_denoiser(architecture):
     sigma = torch.tensor([0.1, 1.3])
     expected = x * (0.7**2 / (0.7**2 + sigma**2))[:, None, None, None]
     torch.testing.assert_close(prior(x, sigma), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_the_larger_prior_is_eight_times_the_work():
+    """As the README says of each pixel."""
+    operations = {}
+    for architecture in ("small", "base"):
+        prior = Prior(architecture).eval()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            prior(torch.zeros(1, 2, 64, 64), 0.1)
+        operations[architecture] = counter.get_total_flops()
+    assert operations["base"] / operations["small"] == pytest.approx(8, abs=0.5)
 
 
 @pytest.mark.parametrize("size", [(97, 65), (33, 200), (1, 64), (3, 3), (64, 64)])

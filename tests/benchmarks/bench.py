@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import math
 import platform
 import resource
 import sys
@@ -35,13 +34,12 @@ import torch
 from problems import Problem, measured, simulated
 from rich.console import Console
 from rich.table import Table
-from skimage.metrics import structural_similarity
 from torch import Tensor
 
 from gadgets.figure import draw_comparison
 from recon_core.cg_sense import cg_sense
 from recon_core.methods import METHODS
-from recon_core.metrics import psnr
+from recon_core.metrics import psnr, ssim
 from recon_core.prior import PriorError, load_prior
 
 PEERS = {"bart": bart, "bart-oracle": bart, "sigpy": sigpy_peer}
@@ -113,14 +111,13 @@ def problems(arguments) -> Iterator[Problem]:
                 except ValueError as error:
                     print(f"{path.name} {voxel_mm:g} mm: {error}")
                     continue
-                size, label = problem.measurement.voxel_mm, size_label(voxel_mm, problem.measurement.voxel_mm)
-                if label != voxel_mm:
+                size = problem.measurement.voxel_mm
+                if problem.facts["voxel_mm"] != voxel_mm:
                     _note(f"{path.name} has no voxels as small as {voxel_mm:g} mm: the scan at R = {acceleration:g} has {' x '.join(f'{mm:.3g}' for mm in reversed(size))} mm")
                 if (acceleration, size) in made:
                     _note(f"{path.name} at {voxel_mm:g} mm and R = {acceleration:g} is a scan that was reconstructed already: it is left out")
                     continue
                 made.add((acceleration, size))
-                problem.facts["voxel_mm"] = label
                 yield problem
     if arguments.raw:
         yield from measured(arguments.raw)
@@ -128,11 +125,6 @@ def problems(arguments) -> Iterator[Problem]:
 
 def _note(text: str) -> None:
     print(f"slicediff: note: {text}", file=sys.stderr)
-
-
-def size_label(asked_mm: float, size: tuple[float, float, float]) -> float:
-    """The voxel size asked for or, if the scan's own `size` is above 1.2 times that, the side of a cube of the same volume."""
-    return asked_mm if round(max(size), 4) <= 1.2 * asked_mm else round(math.prod(size) ** (1 / 3), 2)
 
 
 def configured(changes: list[str]) -> dict[str, object]:
@@ -205,10 +197,8 @@ def quality(image: Tensor, problem: Problem, unseen: float | None = None) -> dic
     truth, inside = problem.truth, problem.inside
     magnitude = image.abs()
     magnitude = magnitude * (magnitude * truth)[inside].sum() / magnitude[inside].square().sum()
-    window = dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False, full=True) if min(truth.shape) >= 11 else dict(win_size=3, full=True)
-    data = [v.squeeze().numpy() for v in (magnitude, truth)]
-    _, similarity = structural_similarity(*data, data_range=float(truth[inside].max()), **window)
-    out = {"psnr": round(psnr(image, truth, inside), 2), "ssim": round(float(similarity[inside.squeeze().numpy()].mean()), 4), "nrmse": "", "unseen": "", "floor": ""}
+    similarity = ssim(magnitude.squeeze(), truth.squeeze(), float(truth[inside].max()))
+    out = {"psnr": round(psnr(image, truth, inside), 2), "ssim": round(float(similarity[inside.squeeze()].mean()), 4), "nrmse": "", "unseen": "", "floor": ""}
     if problem.left_out is not None and (image.is_complex() or unseen is not None):
         out |= {"unseen": round(problem.unseen(image), 4) if unseen is None else unseen, "floor": round(problem.floor, 4)}
     if image.is_complex() and problem.phased is not None:

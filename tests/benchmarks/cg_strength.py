@@ -8,7 +8,7 @@ the object. Rows are kept as they come.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 from problems import simulated
@@ -25,20 +25,28 @@ PROTOCOLS = [  # voxel size, readout positions, and of each: coils, acceleration
 ]
 
 
-def main(heads: list[Path]) -> None:
+def main() -> None:
     """Run what the table does not have yet."""
-    rows = read_table("cg_strength")
-    known = {(row["volume"], *(float(row[k]) for k in ("voxel_mm", "coils", "snr")), round(float(row["R"]))) for row in rows}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("heads", type=Path, nargs="+")
+    heads = parser.parse_args().heads
+    table = {protocol(row): row for row in read_table("cg_strength")}
     for voxel_mm, readout, scans in PROTOCOLS:
         for coils, acceleration, snr, acs in scans:
             for head in heads:
-                if (head.name.split(".")[0], voxel_mm, coils, snr, acceleration) not in known:
-                    problem = simulated(head, voxel_mm, coils, acceleration, snr, acs, readout=readout)
-                    found = {f"strength {s}": round(psnr(cg_sense(problem.measurement, strength=s), problem.truth, problem.inside), 2) for s in STRENGTHS}
-                    rows.append({**problem.facts, **found})
-                    print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
-                    save_table("cg_strength", rows, show=False)
+                problem = simulated(head, voxel_mm, coils, acceleration, snr, acs, readout=readout)
+                if (key := protocol(problem.facts)) in table:
+                    continue
+                found = {f"strength {s}": round(psnr(cg_sense(problem.measurement, strength=s), problem.truth, problem.inside), 2) for s in STRENGTHS}
+                table[key] = {**problem.facts, **found}
+                print("  ".join(f"{k} {v}" for k, v in table[key].items()), flush=True)
+                save_table("cg_strength", list(table.values()), show=False)
+
+
+def protocol(row: dict) -> tuple:
+    """What tells the rows apart, of a row as it was read or of a problem's facts."""
+    return (row["volume"], *(float(row[k]) for k in ("voxel_mm", "coils", "R", "snr")))
 
 
 if __name__ == "__main__":
-    main([Path(name) for name in sys.argv[1:]])
+    main()

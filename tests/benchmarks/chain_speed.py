@@ -141,8 +141,8 @@ def run(scan: Scan, machine: Machine, methods: list[tuple[str, Method, Prior]], 
 
     (gathered,) = stage("gather", lambda: list(gather(scan.header, scan.items())), lambda _: scan.lines.nbytes / 2 / machine.host_bandwidth)
     last_line = clock(device)
-    inputs = (gathered.kspace, gathered.counts, gathered.geometry.voxel_mm, gathered.noise, gathered.calibration, scan.coils, device)
-    measurement = stage("coil maps", lambda: measure(*inputs), lambda _: 3 * scan.coils * volume / machine.bandwidth)
+    inputs = (gathered.kspace, gathered.counts, gathered.geometry.voxel_mm, gathered.noise, gathered.calibration)
+    measurement = stage("coil maps", lambda: measure(*inputs, coils=scan.coils, device=device), lambda _: 3 * scan.coils * volume / machine.bandwidth)
     normal = (measurement.operator.coils + 2) * volume / machine.bandwidth
     preview = stage("preview", lambda: cg_sense(measurement, PREVIEW_ITERATIONS), lambda _: PREVIEW_ITERATIONS * normal)
     for name, method, prior in methods:

@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from scans import save_table
-from skimage.restoration import denoise_nl_means, denoise_wavelet
 
 from recon_core.prior import load_prior
 from recon_core.scale import intensity_scale
@@ -104,11 +103,15 @@ def classical(noisy: torch.Tensor, sigma: float, method) -> torch.Tensor:
 
 def nl_means(image: np.ndarray, sigma: float) -> np.ndarray:
     """Non-local means of [h w 2]."""
+    from skimage.restoration import denoise_nl_means  # here: other programs use this file without it
+
     return denoise_nl_means(image, patch_size=5, patch_distance=6, h=0.8 * sigma, sigma=sigma, fast_mode=True, channel_axis=-1)
 
 
 def wavelet(image: np.ndarray, sigma: float) -> np.ndarray:
     """BayesShrink of [h w 2], averaged over 16 shifts."""
+    from skimage.restoration import denoise_wavelet
+
     total = np.zeros_like(image)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about the levels of small slices

@@ -104,7 +104,7 @@ def draw(problem: Problem, image: Tensor, estimate: Tensor, path: Path) -> None:
     axes = figure.subplots(3, 3)
     for axis, row in enumerate(axes):
         for ax, (volume, title, top) in zip(row, shown):
-            ax.imshow(volume.select(axis, volume.shape[axis] // 2).flip(0) / scale, cmap="gray" if title == "slice diffusion" else "inferno", vmin=0, vmax=top)
+            ax.imshow((volume.select(axis, volume.shape[axis] // 2).flip(0) / scale).numpy(), cmap="gray" if title == "slice diffusion" else "inferno", vmin=0, vmax=top)
             ax.set_title(title if axis == 0 else "", fontsize=9)
             ax.axis("off")
     figure.tight_layout()

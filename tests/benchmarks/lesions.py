@@ -7,7 +7,8 @@ apart. Each scan is simulated with and without them, with the same lines and noi
 difference of the two images (against the difference of the two true ones, inside the sphere less around it), its mean over all
 lesions of a size and contrast, `spread` its standard deviation. `false` is what the error of the image without lesions looks like to
 the same measure: the contrast, in % of tissue brightness, that one place in a thousand inside the object exceeds. A lesion whose
-contrast is below that cannot be told from an error. Magnitudes. Picture of each volume in OUT, the table in results/.
+contrast is below that cannot be told from an error. Magnitudes. `voxel_mm` and `R` are those asked for. Picture of each volume
+in OUT, the table in results/.
 """
 
 from __future__ import annotations

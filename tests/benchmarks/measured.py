@@ -11,8 +11,8 @@ with it: near full sampling that favours doing nothing.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -58,8 +58,13 @@ def acquired_lines(kspace: np.ndarray) -> np.ndarray:
     return (kspace != 0).any(axis=(0, 1, 4))
 
 
-def main(raw: Path, out: Path) -> None:
-    """Run all cases; table to results/measured.csv, pictures to `out`."""
+def main() -> None:
+    """Run all cases; table to results/measured.csv, pictures to the second folder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("raw", type=Path)
+    parser.add_argument("out", type=Path)
+    arguments = parser.parse_args()
+    raw, out = arguments.raw, arguments.out
     out.mkdir(parents=True, exist_ok=True)
     rows = []
     for name, kspace, mask, voxel_mm, acceleration, dropped, has_reference in cases(raw):
@@ -119,4 +124,4 @@ def draw(volumes: dict, reference, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main()

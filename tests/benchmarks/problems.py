@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -81,8 +82,13 @@ def simulated(path: Path, voxel_mm: float, coils: int, acceleration: float, snr:
     lines = torch.from_numpy(noise.draw(4096))
     measurement = measure(kspace, mask.float(), size, lines, device=device, keep_lines=keep_lines)
     phased = torch.linalg.vecdot(measurement.operator.coil_maps(), _mix(measurement.mixing.cpu(), images).to(device), dim=0)
-    facts = {"volume": path.name.split(".")[0], "voxel_mm": voxel_mm, "matrix": "x".join(map(str, reversed(truth.shape))), "coils": coils, "R": round(mask.numel() / int(mask.sum()), 1), "snr": snr, "acs": acs}
+    facts = {"volume": path.name.split(".")[0], "voxel_mm": size_label(voxel_mm, size), "matrix": "x".join(map(str, reversed(truth.shape))), "coils": coils, "R": round(mask.numel() / int(mask.sum()), 1), "snr": snr, "acs": acs}
     return Problem(facts, measurement, truth, phased, object_mask(truth), _mix(measurement.mixing.cpu(), kspace))
+
+
+def size_label(asked_mm: float, size: tuple[float, float, float]) -> float:
+    """The voxel size asked for or, if the scan's own `size` is above 1.2 times that, the side of a cube of the same volume."""
+    return asked_mm if round(max(size), 4) <= 1.2 * asked_mm else round(math.prod(size) ** (1 / 3), 2)
 
 
 def middle(length: int, kept: int | None) -> slice:

@@ -49,7 +49,7 @@ def ring_energy(prior: Prior, volume: Tensor, sigma: float, axis: int, random: t
     (gradient,) = torch.autograd.grad(prior(noisy, sigma)[0, 0, y, x], noisy)
     height, width = plane.shape
     distance = torch.hypot(torch.arange(height)[:, None] - y, (torch.arange(width) - x).float()).round().long()
-    return torch.zeros(max(height, width) * 2).index_add_(0, distance.flatten(), gradient[0].square().sum(0).flatten())
+    return torch.zeros(2 * max(volume.shape)).index_add_(0, distance.flatten(), gradient[0].square().sum(0).flatten())
 
 
 if __name__ == "__main__":

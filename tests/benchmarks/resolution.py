@@ -57,11 +57,11 @@ def main() -> None:
             method, known, resamples = WAYS[way]
             for name in known:
                 label = f"{arguments.one_mm:g} mm" if name == "one" else name
-                key = (problem.facts["volume"], voxel_mm, way, label)
+                key = (problem.facts["volume"], problem.facts["voxel_mm"], way, label)
                 if key in table or (way == "interpolated" and voxel_mm == arguments.one_mm):
                     continue
                 found = run(problem, METHODS[method], priors[name], arguments.one_mm if resamples else 0.0)
-                table[key] = {"way": way, **found, "prior": label}
+                table[key] = {**problem.facts, "way": way, **found, "prior": label}
                 print("  ".join(f"{k} {v}" for k, v in table[key].items()), flush=True)
                 save_table(arguments.name, list(table.values()), show=False)
 
@@ -74,7 +74,7 @@ def run(problem: Problem, method: Method, prior, prior_voxel_mm: float) -> dict:
         pass
     classical = cg_sense(problem.measurement, strength=STRENGTH_AS_IMAGE)
     found = {"cg": round(psnr(classical.cpu(), problem.truth, problem.inside), 2), "psnr": round(psnr(state.volume.cpu(), problem.truth, problem.inside), 2)}
-    return {**problem.facts, **found, "evaluations": state.network_evaluations, "seconds": round(time.monotonic() - began, 1)}
+    return {**found, "evaluations": state.network_evaluations, "seconds": round(time.monotonic() - began, 1)}
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import itertools
 from pathlib import Path
 
 import numpy as np
-from problems import simulated
+from problems import Problem, simulated
 from scans import read_table, save_table
 
 from recon_core.cg_sense import STRENGTH_AS_IMAGE, cg_sense
@@ -40,32 +40,32 @@ def main() -> None:
     arguments = parser.parse_args()
     grid = list(itertools.product(arguments.volumes, arguments.voxel_mm, arguments.coils, arguments.accelerations, arguments.snr))
     prior, table = load_prior(arguments.prior, arguments.device), {cell_of(row): row for row in read_table(arguments.name)}
-    for cell in grid:
-        key = (cell[0].name.split(".")[0], *map(float, cell[1:]))
-        if key in table:
-            continue
+    for path, voxel_mm, coils, acceleration, snr in grid:
+        acs = 12 if voxel_mm > 3 else 16 if voxel_mm > 1.5 else 24
         try:
-            table[key] = run(prior, arguments, *cell)
+            problem = simulated(path, voxel_mm, coils, acceleration, snr, acs, readout=arguments.readout, device=arguments.device)
         except ValueError as error:  # calibration lines alone exceed what the acceleration leaves
-            print(*cell, error)
+            print(path.name, voxel_mm, coils, acceleration, snr, error)
             continue
+        if (key := cell_of(problem.facts)) in table:
+            continue
+        table[key] = run(prior, problem, arguments.weights)
         print("  ".join(f"{k} {v}" for k, v in table[key].items()), flush=True)
         save_table(arguments.name, [table[k] for k in sorted(table)], show=False)
     summarise(list(table.values()), arguments.weights)
 
 
 def cell_of(row: dict) -> tuple:
-    """The protocol that a row of the table is of: volume, voxel size, coils, acceleration asked for, SNR."""
+    """The protocol that a row of the table is of: volume, voxel size, coils, acceleration asked for, SNR. Also of a problem's facts."""
     return (row["volume"], *(float(row[k]) for k in ("voxel_mm", "coils")), float(round(float(row["R"]))), float(row["snr"]))
 
 
-def run(prior, arguments, path: Path, voxel_mm: float, coils: int, acceleration: float, snr: float) -> dict:
+def run(prior, problem: Problem, weights: list[float]) -> dict:
     """One protocol with every weight."""
-    problem = simulated(path, voxel_mm, coils, acceleration, snr, acs=12 if voxel_mm > 3 else 16 if voxel_mm > 1.5 else 24, readout=arguments.readout, device=arguments.device)
     preview = cg_sense(problem.measurement)
     classical = cg_sense(problem.measurement, strength=STRENGTH_AS_IMAGE)
     row = {**problem.facts, "cg": round(psnr(classical.cpu(), problem.truth, problem.inside), 2)}
-    for weight in arguments.weights:
+    for weight in weights:
         for state in reconstruct_variational(problem.measurement, prior, preview, VariationalConfig(prior_weight=weight)):
             pass
         row[f"weight {weight:g}"] = round(psnr(state.volume.cpu(), problem.truth, problem.inside), 2)

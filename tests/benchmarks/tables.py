@@ -26,7 +26,7 @@ VOLUMES = {
 }
 BASE = "diffusion:base"  # as on a GPU: bench.py --methods diffusion --prior base
 OBJECTS = {f"IXI002-Guys-0828-{contrast}": "IXI 002" for contrast in ("T1", "T2", "PD")}
-INTERPOLATED = ("IXI002-Guys-0828-T1",)  # in plane, along both phase encodes: of its k-space at 1 mm 44 % is empty, so that it is too easy there
+INTERPOLATED = ("IXI002-Guys-0828-T1",)  # in plane, along both phase encodes: much of its k-space at 1 mm is empty, so that it is too easy there
 METHODS = {
     "zero-filled": "zero-filled",
     "cg": "CG-SENSE",

@@ -1,0 +1,219 @@
+"""Ranges, means and tables in both READMEs that tests/benchmarks/tables.py does not print, computed again from the result files."""
+
+import csv
+import statistics
+from decimal import ROUND_HALF_UP, Decimal
+from pathlib import Path
+
+from test_readme import MEASURED, README
+
+RESULTS = Path(__file__).parent / "benchmarks" / "results"
+CLASSICAL = ("cg", "tv", "wavelet")
+SMALL = ("bench_4mm_R4", "bench_2mm_R8", "bench_1mm_R8", "bench_accelerations")
+
+
+def rows(name):
+    with (RESULTS / f"{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def scans(*names, column="psnr"):
+    """(volume, voxel_mm, R) -> method -> value of `column`."""
+    out = {}
+    for name in names:
+        for row in rows(name):
+            if row[column]:
+                out.setdefault((row["volume"], round(float(row["voxel_mm"])), round(float(row["R"]))), {})[row["method"]] = float(row[column])
+    return out
+
+
+def shown(value, digits):
+    return str(Decimal(str(round(value, 6))).quantize(Decimal(10) ** -digits, ROUND_HALF_UP))
+
+
+def extent(values, digits=1):
+    values = list(values)
+    return f"{shown(min(values), digits)} to {shown(max(values), digits)}"
+
+
+def check(text, *claims):
+    assert [claim for claim in claims if claim not in text] == []
+
+
+def test_presets():
+    small, fast, fine = scans(*SMALL), scans("bench_fast"), scans("bench_fine")
+    volumes = {key: value for key, value in fast.items() if key in small}
+    lost = {r: [small[key]["diffusion"] - value["diffusion"] for key, value in volumes.items() if key[2] == r] for r in (4, 8, 12)}
+    ahead = [value["diffusion"] - max(small[key][m] for m in ("tv", "wavelet")) for key, value in volumes.items()]
+    measured = scans("bench_measured")
+    planes = [measured[key]["diffusion"] - value["diffusion"] for key, value in fast.items() if "plane" in key[0]]
+    gained = {r: max(value["diffusion"] - small[key]["diffusion"] for key, value in fine.items() if key[2] == r) for r in (4, 8, 12)}
+    assert {shown(value, 1) for value in lost[4]} == {"0.2"} and len(planes) == 9
+    check(
+        README,
+        f"loses 0.2 dB at R = 4, {extent(lost[8])} dB at R = 8 and {extent(lost[12])} dB at R = 12, and is still {extent(ahead)} dB better",
+        f"On the measured planes, where the default learns from the scan, it loses {extent(planes)} dB",
+        f"gains at most {shown(gained[4], 1)} dB at R = 4, up to {shown(gained[8], 1)} dB at R = 8 and {shown(gained[12], 1)} dB at R = 12",
+    )
+
+
+def test_other_methods_with_a_prior():
+    four, white, posterior = scans("bench_4mm_R4"), scans("bench_white"), scans("bench_posterior")
+    check(
+        MEASURED,
+        f"{extent((v['diffusion'] - v['pnp'] for v in four.values()), 2)} dB below slice diffusion at 4 mm",
+        f"That is {extent(v['diffusion'] - v['faithful'] for v in four.values())} dB below slice diffusion",
+        f"slice diffusion is {extent(v['diffusion'] - four[key]['faithful'] for key, v in white.items())} dB above it",
+        f"All are {extent(four[key]['diffusion'] - value for key, v in posterior.items() for value in v.values())} dB below slice diffusion",
+        f"and {extent(max(four[key]['tv'], four[key]['wavelet']) - value for key, v in posterior.items() for value in v.values())} dB below the better of total variation and l1-wavelet",
+    )
+
+
+def test_strength_of_cg_sense():
+    table = rows("cg_strength")
+    mean = lambda strength, some: statistics.mean(float(row[f"strength {strength}"]) for row in some)  # noqa: E731
+    finest = [row for row in table if float(row["voxel_mm"]) < 1.5]
+    gap, finer = (max(mean(s, some) for s in (5, 10, 14, 20, 30, 50)) - mean(20, some) for some in (table, finest))
+    check(
+        MEASURED,
+        f"On {len(table)} scans of three held-out heads this is, on average, within {shown(gap, 2)} dB of the best of six strengths (30), and within {shown(finer, 2)} dB",
+        f"It is {shown(mean(20, table) - mean(10, table), 2)} dB better on average than strength 10",
+    )
+
+
+def test_more_iterations_of_the_classical_methods():
+    before, after = {**scans("bench_4mm_R4"), **scans("bench_measured")}, scans("bench_long")
+    gain = lambda method, *kinds: [value[method] - before[key][method] for key, value in after.items() if any(kind in key[0] for kind in kinds)]  # noqa: E731
+    simulated = ("IXI", "bold", "brainweb", "knee_DESS", "studyforrest")
+    assert max(map(abs, gain("tv", *simulated))) < 0.05
+    assert all(value["tv"] < before[key]["wavelet"] for key, value in after.items() if "ulf" in key[0])
+    check(
+        MEASURED,
+        f"gain {extent(gain('wavelet', *simulated))} dB on the simulated scans at 4 mm and lose {extent(-g for g in gain('wavelet', 'plane', 'ulf'))} dB on the measured planes",
+        f"lose {extent(-g for g in gain('tv', 'plane'))} dB on the planes and gain {extent(gain('tv', 'ulf'))} dB at 0.055 T",
+    )
+
+
+def test_learning_from_the_scan():
+    with_it, without = scans("bench_measured"), scans("bench_measured_adapt0")
+    gain = {key: with_it[key]["diffusion"] - value["diffusion"] for key, value in without.items()}
+    planes, low_field = ([value for key, value in gain.items() if ("plane" in key[0]) == plane] for plane in (True, False))
+    heads, unlearned = scans("bench_planes"), scans("bench_planes_adapt0")
+    parts = [[key for key in heads if (key[1] == 4) == slab] for slab in (False, True)]
+    costs = {key: unlearned[key]["diffusion"] - value["diffusion"] for key, value in scans("bench_planes_alone0").items()}
+    alone = [extent((costs[key] for key in part if key[2] in r), 2) for part, r in ((parts[0], (4,)), (parts[0], (8,)), (parts[1], (4, 8)))]
+    over = [extent(heads[key]["diffusion"] - max(heads[key]["tv"], heads[key]["wavelet"]) for key in part) for part in parts]
+    learned = [extent(heads[key]["diffusion"] - unlearned[key]["diffusion"] for key in part) for part in parts]
+    check(
+        MEASURED,
+        f"contributes {extent(planes)} dB of the gain of `small` on the planes and {extent(low_field)} dB at 0.055 T",
+        f"Planes gain {over[0]} dB over the better of total variation and l1-wavelet, of which {learned[0]} dB is learned from the scan. Slabs gain {over[1]} dB, of which {learned[1]} dB is learned",
+        f"costs the planes {alone[0]} dB at R = 4 and {alone[1]} dB at R = 8; for the slabs it makes little difference ({alone[2]} dB;",
+    )
+
+
+def test_ssim_of_measured_scans():
+    found, base = scans("bench_measured", column="ssim"), scans("bench_base", column="ssim")
+    others = {key: max(v for method, v in value.items() if method != "diffusion") for key, value in found.items()}
+    of = lambda table, kind: extent((table[key]["diffusion"] - others[key] for key in found if kind in key[0]), 3)  # noqa: E731
+    check(MEASURED, f"({of(found, 'plane')} above the best other image, {of(base, 'plane')} with `base`) and at 0.055 T ({of(found, 'ulf')}; with `base` {of(base, 'ulf')})")
+
+
+def test_robustness():
+    titles = {
+        "robustness_4mm": "4 mm | all 48",
+        "robustness_4mm_base": "4 mm, with `base` | all 48",
+        "robustness_2mm": "2 mm | all 48",
+        "robustness_2mm_base": "2 mm, with `base` | the 16 at SNR 20",
+        "robustness_1mm": "1 mm, another head | all 48",
+    }
+    gains, short = {}, {}
+    for name, title in titles.items():
+        table = [{key: float(value) for key, value in row.items() if key == "cg" or key.startswith("weight")} for row in rows(name)]
+        gains[name] = [row["weight 0.7"] - row["cg"] for row in table]
+        short[name] = [max(value for key, value in row.items() if key != "cg") - row["weight 0.7"] for row in table]
+        least, most, middle = (shown(of(gains[name]), 1) for of in (min, max, statistics.median))
+        check(MEASURED, f"| {title} | {least} | {middle} | {most} | {shown(statistics.median(short[name]), 1)} | {shown(max(short[name]), 2)} |")
+    default = [gain for name, some in gains.items() for gain in some if "base" not in name]
+    check(README, f"the default gains {extent(default)} dB over CG-SENSE", f"would gain more than {shown(max(max(some) for some in short.values()), 2)} dB")
+
+
+def test_lattices():
+    table = {tuple(row[k] for k in ("snr", "lattice", "offset", "calibration", "pulls")): row for row in rows("lattices")}
+    pairs = [(row, table[*key[:4], "zero"]) for key, row in table.items() if key[0] == "30.0" and key[1] != "1x2" and key[3:] == ("same contrast", "calibration")]
+    cg, diffusion = ([float(a[f"{m} psnr"]) - float(b[f"{m} psnr"]) for a, b in pairs] for m in ("cg", "diffusion"))
+    assert all(abs(float(a[f"{m} brightness"]) - 1) < 0.0205 for a, _ in pairs for m in ("cg", "diffusion"))
+    check(README, f"this gains {extent(cg)} dB of CG-SENSE", f"and {shown(min(diffusion), 1)} to {shown(max(diffusion), 0)} dB of slice diffusion")
+
+
+def test_lesions():
+    table = {(row["volume"].startswith("knee"), row["volume"], float(row["voxel_mm"]), float(row["diameter_mm"]), float(row["contrast"]), row["method"]): row for row in rows("lesions")}
+    some = lambda knee, mm, method, column: [float(row[column]) for key, row in table.items() if (key[0], key[2], key[5]) == (knee, mm, method)]  # noqa: E731
+    more = {mm: extent((100 * (a - b) for a, b in zip(some(False, mm, "diffusion", "kept"), some(False, mm, "wavelet", "kept"))), 0) for mm in (4.0, 2.0, 1.0)}
+    like = [a / b for mm in (4.0, 2.0, 1.0) for a, b in zip(some(False, mm, "diffusion", "false"), some(False, mm, "wavelet", "false"))]
+    of_cg = [a / b for knee in (False, True) for mm in (4.0, 2.0, 1.0) for a, b in zip(some(knee, mm, "cg", "false"), some(knee, mm, "diffusion", "false"))]
+    kept = {(knee, method): extent((100 * v for v in some(knee, 2.0, method, "kept")), 0) for knee in (False, True) for method in ("diffusion", "wavelet")}
+    check(
+        MEASURED,
+        f"by {more[4.0]} percentage points at 4 mm, {more[2.0]} at 2 mm and {more[1.0]} at 1 mm",
+        f"Its lesion-like errors are {extent(like, 2)} times as strong",
+        f"among errors that are {extent(of_cg)} times as strong",
+    )
+    check(
+        README,
+        f"keep {kept[False, 'diffusion']} % of it in two heads (T1- and T2-weighted), and {kept[False, 'wavelet']} % with l1-wavelet",
+        f"they keep {kept[True, 'diffusion']} % (l1-wavelet: {kept[True, 'wavelet']} %)",
+    )
+
+
+def test_estimated_errors():
+    table = [row for row in rows("error_map") if row["volume"] != "head_2mm"]
+    of = lambda snr, *methods: [row for row in table if row["method"] in methods and row["snr"] == snr]  # noqa: E731
+    ratio = lambda some: extent((float(row["estimate"]) / float(row["error"]) for row in some), 2)  # noqa: E731
+    rank = lambda some: extent((float(row["rank"]) for row in some), 2)  # noqa: E731
+    loud, quiet, measured = of("10.0", "diffusion"), of("30.0", "diffusion"), of("", "diffusion")
+    classical, cg = of("30.0", "wavelet", "tv"), of("30.0", "cg")
+    check(README, f"the estimate is {ratio(quiet)} times the true error at SNR 30 and {ratio(loud)} times at SNR 10")
+    check(
+        MEASURED,
+        f"the estimate is {ratio(quiet)} times the true error",
+        f"it is {ratio(loud)} times the true error",
+        f"{ratio(classical)} times the true error for l1-wavelet and total variation (rank correlation {rank(classical)}), {ratio(cg)} times for CG-SENSE ({rank(cg)})",
+        f"{ratio(measured)} times the difference to the image of all lines, which contains the noise of those lines too; rank correlation {rank(measured)}",
+    )
+
+
+def test_denoising_tables():
+    def line(name, mm, columns):
+        table = [row for row in rows(name) if (row["sigma"], float(row["voxel_mm"])) == ("0.1", mm)]
+        return [shown(statistics.mean(float(row[column]) for row in table), 2) for column in columns]
+
+    for mm in (1.0, 2.0, 4.0):
+        noisy, classical, small, white = line("denoising_small", mm, ("noisy", "classical", "small", "small-white"))
+        check(MEASURED, f"| {mm:g} mm | {noisy} | {classical} | **{small}** | **{white}** |")
+        check(MEASURED, f"| {mm:g} mm | {' | '.join(line('denoising_1500_steps', mm, ('diverse', 'fixed_1mm', 'fixed_2mm', 'fixed_4mm')))} |")
+
+
+def test_priors_of_one_voxel_size():
+    table = {(row["way"], round(float(row["voxel_mm"])), row["prior"]): row for row in rows("resolution")}
+    for mm, r in ((4, 4), (2, 8), (1, 8)):
+        found = [table["slice diffusion", mm, prior] for prior in ("1 mm", "2 mm", "4 mm", "all")]
+        best = max(row["psnr"] for row in found)
+        cells = [f"**{row['psnr']}**" if row["psnr"] == best else row["psnr"] for row in found]
+        check(MEASURED, f"| {mm} mm, {r} | {found[0]['cg']} | {' | '.join(cells)} |")
+
+
+def test_rates_and_times():
+    gathering = {row["source"]: row for row in rows("gathering")}
+    hundreds = {source: f"{round(int(row['lines_per_s']), -2):,}" for source, row in gathering.items()}
+    check(README, f"{hundreds['memory']} lines per second (16 coils, 512 samples) from memory and {hundreds['socket']} from a socket", f"Peak memory is {gathering['memory']['peak_over_kspace']} times the size of the k-space, {gathering['recon_data']['peak_over_kspace']} times from buffers")
+    for row in rows("solve_speed_cpu"):
+        check(MEASURED, f"| {row['side']} | {float(row['maps_s']):g} | {float(row['preview_s']):g} | {float(row['sweeps_s']):g} | {float(row['total_s']):g} | {float(row['us_per_voxel']):g} | {row['bart_s']} |")
+    slices = {(row["architecture"], row["precision"]): round(float(row["ms_per_slice"])) for row in rows("prior_speed_cpu")}
+    milliseconds = [slices[which] for which in (("small", "bf16"), ("base", "bf16"), ("small", "fp32"), ("base", "fp32"))]
+    check(MEASURED, "A slice of 256 x 256 takes the network {} ms with `small` and {} ms with `base` (bf16; in single precision {} and {} ms".format(*milliseconds))
+    seconds = {row["way"]: row for row in rows("latency")}
+    for way, title in (("warm server, <connect>", "warm server, `<connect>`"), ("warm server, client", "warm server, client"), ("new process, <execute>", "new process, as `<execute>` starts it"), ("offline, slicediff recon", "`slicediff recon`, new process"), ("offline, warm process", "offline, warm process")):
+        row = seconds[way]
+        first = shown(float(row["first_image_s"]), 1) if row["first_image_s"] else ""
+        check(MEASURED, f"| {title} | {first} | {shown(float(row['total_s']), 1)} | {shown(float(row['total_over_offline_percent']), 0)} % |")
