@@ -41,9 +41,6 @@ class Host:
         """Reason to finish the scan early, or ""."""
         return ""
 
-    def failed(self) -> None:
-        """Called once the scan has failed, before the rest of it is read and thrown away."""
-
     @contextlib.contextmanager
     def turn(self, tell: Callable[[str], None]) -> Iterator[None]:
         """Hold the device within the context; `tell` is called with the place in the queue while waiting."""
