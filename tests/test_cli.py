@@ -570,11 +570,16 @@ def computes():
 def solver_at_its_deadline(*_):
     Ahead(computes()).close(0.5)
     return 3
+
+def interrupted(*_):
+    Ahead(computes())  # a second Ctrl-C kept it from being closed
+    raise KeyboardInterrupt
 """
 
 
 @pytest.mark.parametrize("end,code", [
     ("cli.main = solver_at_its_deadline; cli.command()", 3),
+    ("cli.Parser.parse_args = lambda *_: SimpleNamespace(verbose=False, run=interrupted); cli.command()", 130),
     ("external.answer_gadgetron = solver_at_its_deadline; external.slice_diffusion(SimpleNamespace(socket=SimpleNamespace(socket=socket.socketpair()[0]), raw_bytes=SimpleNamespace(config=b'', header=b'')))", 0),
 ])  # fmt: skip
 def test_a_solver_that_still_computes_does_not_crash_the_end_of_its_process(end, code):
