@@ -72,6 +72,8 @@ def read_volume(path: str | Path) -> tuple[np.ndarray, tuple[float, float, float
 
 def emptiness(data: np.ndarray) -> str | None:
     """Why there is nothing to see in a volume: what it holds instead of an object; None if it holds one."""
+    if data.dtype.kind not in "biufc":
+        return f"voxels of {', '.join(data.dtype.names)} instead of one number each" if data.dtype.names else f"{data.dtype.name} instead of numbers"
     if not np.isfinite(data).all():
         return "NaN or infinity"
     return None if data.any() else "nothing but zeros"
