@@ -11,7 +11,6 @@ import logging
 
 from recon_core.ahead import end_if_left_behind
 
-from .conversation import Host, run_scan
 from .failure import log_failure, sentence
 from .wire import Wire
 
@@ -29,6 +28,7 @@ def answer_gadgetron(wire: Wire, config_xml: bytes, header_xml: bytes) -> None:
     """Run one scan for Gadgetron: send images and, if anything fails, one ERROR after draining the input. Does not send CLOSE."""
     try:
         from .chain import properties_of
+        from .conversation import Host, run_scan  # imports torch: where that fails, Gadgetron is told, too
         from .options import from_a_peer
 
         run_scan(wire, header_xml, [from_a_peer(properties_of(config_xml))], Host(), lambda text: None)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from . import version
 from . import wire as w
 from .address import Listening
 from .budget import Budget
@@ -104,8 +105,6 @@ class Server(Listening, socketserver.ThreadingTCPServer):
 
     def health(self) -> dict:
         """Facts for the query slicediff::health and the health page."""
-        from . import version
-
         open_, running, queued = self.counts.open, self.turns.running, self.turns.waiting
         scans = {"done": self.counts.done, "failed": self.counts.failed}
         scans |= {"receiving": max(0, open_ - running - queued), "queued": queued, "running": running}
@@ -228,8 +227,6 @@ class Handler(socketserver.BaseRequestHandler):
 
     def answer(self, question: str) -> str:
         """Reply to a query message."""
-        from . import version
-
         known = {"gadgetron::info": lambda: f"gadgetron-slicediff {version()}", "gadgetron::version": version, "slicediff::health": lambda: json.dumps(self.server.health())}
         return known[question]() if question in known else f"unknown query {question[:100]!r}; known are {', '.join(known)}"
 

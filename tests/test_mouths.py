@@ -5,6 +5,7 @@ import logging
 import os
 import socket
 import struct
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -277,6 +278,18 @@ def test_only_internal_errors_have_a_traceback(server, scan_path, caplog):
     client(server, scan_path, "nonesuch")
     (record,) = (record for record in caplog.records if record.levelno >= logging.WARNING)
     assert "unknown configuration" in record.message and not record.exc_info
+
+
+def test_what_cannot_be_imported_is_told_to_gadgetron(monkeypatch):
+    """Which would take a gadget that ends at its imports for one that has no images."""
+    monkeypatch.setitem(sys.modules, "gadgets.conversation", None)
+    here, there = socket.socketpair()
+    with here, there, Wire(here, 5) as wire, Wire(there, 5) as gadgetron:
+        gadgetron.close()
+        answer_gadgetron(wire, b"<configuration/>", b"")
+        wire.close()
+        ((kind, text),) = gadgetron.messages()
+    assert kind == ERROR and text.startswith("slice diffusion: internal error, ModuleNotFoundError: import of gadgets.conversation halted")
 
 
 def test_who_sends_on_after_an_unknown_message_gets_the_sentence(scan_path):
