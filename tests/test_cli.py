@@ -14,7 +14,7 @@ import h5py
 import ismrmrd
 import numpy as np
 import pytest
-from conftest import load_small_scan
+from conftest import load_small_scan, run
 
 from gadgets import version
 from gadgets.cli import main
@@ -27,12 +27,6 @@ from gadgets.header import parse_header
 from gadgets.simulation.protocol import SimulateOptions
 from recon_core.simulate import phantom
 from recon_core.train_options import TrainOptions
-
-
-def run(capsys, *arguments):
-    code = main([str(a) for a in arguments])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def test_simulate_then_recon(tmp_path, capsys):
