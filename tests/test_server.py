@@ -212,7 +212,7 @@ def test_a_moment_without_descriptors_ends_no_address(prior, monkeypatch, caplog
 def test_log_lines_tell_whose_scan_it_is(scan_path, prior, caplog):
     """By the thread's name, also of what is computed in other threads; an image that was cut short leaves a line."""
     caplog.set_level(logging.INFO, "slicediff")
-    with running(FAST | {"sweeps": 900, "deadline_s": 0.5, "method": "diffusion"}, lambda options: prior) as server:
+    with running(FAST | {"sweeps": 900, "deadline_s": 2.0, "method": "diffusion"}, lambda options: prior) as server:
         with ClientPeer(server.server_address) as peer, ScanFile(scan_path) as scan:
             name = "{}:{}".format(*peer.sock.getsockname())
             peer.talk(scan)
@@ -220,7 +220,7 @@ def test_log_lines_tell_whose_scan_it_is(scan_path, prior, caplog):
             time.sleep(0.01)
     of_scan = [record for record in caplog.records if "connection from" not in record.message]
     assert {record.threadName for record in of_scan} == {name}
-    assert any("stopped at the deadline of 0.5 s" in record.message and record.levelno == logging.WARNING for record in of_scan)
+    assert any("stopped at the deadline of 2 s" in record.message and record.levelno == logging.WARNING for record in of_scan)
 
 
 def get(port, path):
