@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from recon_core.measure import WORK_ARRAYS
+
 from .geometry import ScanError, announced, read_geometry
 from .partitions import slices_fill_matrix
 from .volume import Scan
@@ -21,7 +23,7 @@ def to_compute(coils: int, shape: tuple[int, ...], virtual: int) -> int:
 
     Added are 8 MiB per coil for the calibration of all coils, and 128 MiB for a denoiser's batch of slices.
     """
-    return 8 * 3 * (min(coils, virtual) + 3) * math.prod(shape) + (coils << 23) + (128 << 20)
+    return 8 * WORK_ARRAYS * (min(coils, virtual) + 3) * math.prod(shape) + (coils << 23) + (128 << 20)
 
 
 def check_memory(nbytes: int, what: str) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
+
+from recon_core.ahead import end_at_once, end_if_left_behind
 
 from .commands import bench, conform, demo, health, priors, recon, send, serve, simulate, train
 
@@ -19,26 +22,27 @@ COMMANDS = {
     priors: "list the shipped priors with their model cards",
     train: "train a prior on volumes",
 }
+INTERRUPTED = 130  # the exit code that shells expect
 
 
 def command() -> None:
-    """The `slicediff` program: `main`, then an exit that a solver thread abandoned at a deadline cannot crash or block."""
-    code = main()
-    from recon_core.ahead import end_if_left_behind
-
+    """The `slicediff` program: `main`, then an exit that a solver thread abandoned at a deadline, or by Ctrl-C, cannot crash or block."""
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # impatient users press it twice
+        print("slicediff: interrupted", file=sys.stderr)
+        end_at_once(INTERRUPTED)
     end_if_left_behind(code)
     sys.exit(code)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a subcommand; returns its exit code, 130 if interrupted, or 1 after an exception, with one sentence on stderr."""
+    """Run a subcommand; returns its exit code, or 1 after an exception, with one sentence on stderr."""
     arguments = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO if arguments.verbose else logging.CRITICAL, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
         return arguments.run(arguments) or 0
-    except KeyboardInterrupt:
-        print("slicediff: interrupted", file=sys.stderr)
-        return 130
     except Exception as error:  # the boundary: one sentence; the traceback only with --verbose
         from .failure import sentence
 

@@ -11,7 +11,13 @@ from typing import Any
 
 from recon_core.ahead import Ahead
 
+from .budget import worth_an_image
 from .failure import one_line
+from .geometry import ScanError
+from .header import parse_header
+from .options import OptionsError, make_options, options_from_json
+from .recon import reconstruct
+from .solve import load_prior_for
 from .wire import ERROR, HEADER, IMAGE, QUERY, SCAN_ITEMS, TEXT, Wire, WireError
 
 log = logging.getLogger("slicediff")
@@ -23,8 +29,6 @@ class Host:
 
     def load_prior(self, options):
         """The prior for these options; PriorError if it cannot be loaded."""
-        from .solve import load_prior_for
-
         return load_prior_for(options)
 
     def take_in(self, header) -> None:
@@ -40,9 +44,6 @@ class Host:
     def hurry(self) -> str:
         """Reason to finish the scan early, or ""."""
         return ""
-
-    def failed(self) -> None:
-        """Called once the scan has failed, before the rest of it is read and thrown away."""
 
     @contextlib.contextmanager
     def turn(self, tell: Callable[[str], None]) -> Iterator[None]:
@@ -63,10 +64,6 @@ def run_scan(wire: Wire, header_xml: bytes, sources: list[Mapping[str, Any]], ho
         notify: shows the peer a line of progress.
         first: a message already read from `wire`.
     """
-    from .header import parse_header
-    from .options import make_options
-    from .recon import reconstruct
-
     header, intake, progress = parse_header(header_xml), Intake(wire, host, first, header_xml), Progress(notify)
     sent, readers = 0, []
     host.take_in(header)
@@ -125,8 +122,6 @@ class Intake:
             self.cut = f"the scan was cut off {self.host.hurry()}" if self.host.hurry() else str(error)
 
     def _note_late(self, text: str) -> None:
-        from .options import OptionsError, options_from_json
-
         with contextlib.suppress(OptionsError):  # any other text is the host's own
             late = set(options_from_json(text)[0])
             if late - self.late:
@@ -139,9 +134,6 @@ class Intake:
         Raises:
             WireError: after the others, if a volume broke off before it had enough lines for an image.
         """
-        from .budget import worth_an_image
-        from .geometry import ScanError
-
         poor = 0
         try:
             for scan in scans:

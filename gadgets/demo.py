@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import torch
 
@@ -67,8 +68,6 @@ def run_demo(out: Path, say: Callable[[str], None], settings: dict) -> dict:
 
 def compare(volumes: dict[str, np.ndarray], reference_path: Path, matrix: np.ndarray, png: Path, began: float) -> dict:
     """PSNR of each volume inside the object, and the picture; volumes are scaled to the reference's brightness."""
-    import nibabel
-
     truth = torch.from_numpy(np.asarray(nibabel.load(reference_path).dataobj).T.copy())
     mask = object_mask(truth)
     quality, shown, captions = {}, {}, {}

@@ -11,7 +11,6 @@ import logging
 
 from recon_core.ahead import end_if_left_behind
 
-from .conversation import Host, run_scan
 from .failure import log_failure, sentence
 from .wire import Wire
 
@@ -25,24 +24,18 @@ def slice_diffusion(connection) -> None:
         answer_gadgetron(wire, connection.raw_bytes.config, connection.raw_bytes.header)
 
 
-def answer_gadgetron(wire: Wire, config_xml: bytes, header_xml: bytes, defaults: dict | None = None, host: Host | None = None) -> bool:
-    """Run one scan for Gadgetron: send images and, if anything fails, one ERROR after draining the input.
-
-    Returns whether everything succeeded. Does not send CLOSE.
-    """
-    host = host or Host()
+def answer_gadgetron(wire: Wire, config_xml: bytes, header_xml: bytes) -> None:
+    """Run one scan for Gadgetron: send images and, if anything fails, one ERROR after draining the input. Does not send CLOSE."""
     try:
         from .chain import properties_of
+        from .conversation import Host, run_scan  # imports torch: where that fails, Gadgetron is told, too
         from .options import from_a_peer
 
-        run_scan(wire, header_xml, [defaults or {}, from_a_peer(properties_of(config_xml))], host, lambda text: None)
-        return True
+        run_scan(wire, header_xml, [from_a_peer(properties_of(config_xml))], Host(), lambda text: None)
     except Exception as error:  # the boundary: every failure must reach Gadgetron
         log_failure("the scan failed", error)
-        host.failed()
         wire.drain()
         try:
             wire.send_error(f"slice diffusion: {sentence(error)}")
         except OSError as gone:
             log.error("Gadgetron could not be told: %s", gone)
-        return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import threading
 from collections.abc import Iterator
@@ -64,9 +65,7 @@ def log_failure(what: str, error: BaseException, level: int = logging.ERROR) -> 
 
 def free_gpu_memory() -> None:
     """Release what a failed attempt left cached, so that the next one finds the device as it was."""
-    import gc
-
-    import torch
+    import torch  # not above: a failure to import it must be told, too
 
     gc.collect()
     if torch.cuda.is_available() and not gpu_lost.is_set():

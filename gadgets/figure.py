@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import nibabel
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 MIN_PIXELS = 8  # of the shorter side of a plane worth showing
 Panel = tuple[np.ndarray, float, str, float]  # plane, aspect of its pixels, colours, brightest value
@@ -12,8 +15,6 @@ Panel = tuple[np.ndarray, float, str, float]  # plane, aspect of its pixels, col
 
 def anatomical(volume: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Volume [z y x] with an RAS affine, reoriented to axes [right anterior superior], and its voxel_mm."""
-    import nibabel
-
     image = nibabel.as_closest_canonical(nibabel.Nifti1Image(np.ascontiguousarray(volume.T, np.float32), affine))
     return np.asarray(image.dataobj), np.array(image.header.get_zooms()[:3])
 
@@ -48,9 +49,6 @@ def draw_comparison(
 
 def draw_denoising(images: np.ndarray, title: str, path: str | Path) -> None:
     """Slices [noisy|denoised|clean slices h w] as rows and columns, as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows, columns = images.shape[:2]
     figure = Figure(figsize=(1.6 * columns, 1.6 * rows + 0.4), facecolor="black")
     FigureCanvasAgg(figure)
@@ -77,9 +75,6 @@ def _top(volume: np.ndarray) -> float:
 
 def _draw(panels: list[list[Panel]], titles: list[str], path: str | Path, note: str = "") -> None:
     """Columns of panels under their titles."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = len(panels[0])
     heights = [p.shape[0] * a / p.shape[1] for p, a, *_ in panels[0]]
     figure = Figure(figsize=(3 * len(panels), 3 * sum(heights) + 0.6), facecolor="black")

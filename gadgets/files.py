@@ -52,7 +52,7 @@ def check_folder(path: Path) -> None:
 
 def check_picture(path: Path) -> None:
     """FileError if no picture can be written to `path`, or its suffix is not that of a picture."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # not above, as it takes seconds to load
 
     known = FigureCanvasAgg.get_supported_filetypes()
     if path.suffix and path.suffix[1:].lower() not in known:

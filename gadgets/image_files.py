@@ -155,7 +155,7 @@ def write_nifti(image: ismrmrd.Image, path: str | Path) -> None:
 
 def save_nifti(pixels: np.ndarray, matrix: np.ndarray, path: str | Path) -> None:
     """Save pixels [z y x] as NIfTI; `matrix` maps pixel (x, y, z) to scanner RAS millimetres."""
-    import nibabel
+    import nibabel  # not above, as most runs write no NIfTI
 
     image = nibabel.Nifti1Image(pixels.T, matrix)
     image.set_sform(matrix, code=1)
@@ -177,6 +177,6 @@ def affine(head: ismrmrd.ImageHeader) -> np.ndarray:
 
 def write_png(image: ismrmrd.Image, path: str | Path) -> None:
     """Three orthogonal centre slices of an image as one PNG."""
-    from .figure import draw_orthogonal
+    from .figure import draw_orthogonal  # not above, as matplotlib takes seconds to load
 
     draw_orthogonal(np.abs(image.data[0]), affine(image.getHead()), path)

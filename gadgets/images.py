@@ -14,6 +14,7 @@ import torch
 
 from recon_core.fft import resample
 from recon_core.scale import evenly
+from recon_core.trust import finite
 
 from .geometry import Geometry
 from .options import Options
@@ -56,7 +57,7 @@ def make_images(volume: torch.Tensor, scan: Scan, options: Options, header, seri
     volume = to_recon_matrix(volume, scan.geometry)
     if scan.echo_offset and series != SERIES["error"]:
         volume = with_echo_phase(volume, scan)
-    if not bool(torch.isfinite(torch.view_as_real(volume)).all()):
+    if not finite(volume):
         raise ValueError(f"the {name} image holds NaN or infinity and was not sent")
     alike = (series, scan.head.idx.contrast, scan.head.idx.set)
     earlier = scan.series.get(alike)

@@ -22,6 +22,7 @@ import ismrmrd
 import numpy as np
 
 from .recon_data import ReconData, ReconDataError, lines_of
+from .scan_files import ScanWriter
 
 log = logging.getLogger("slicediff")
 SPOOL, DAMAGED = ".spool", ".damaged"
@@ -229,8 +230,6 @@ def _convert(spool: Path, place: FailedScans) -> Path:
         SpoolError: if it is none.
         FolderFull: if there is no room for it; h5py raises other errors as well.
     """
-    from .scan_files import ScanWriter
-
     number = spool.name.removesuffix(SPOOL).split("-")[-1]
     target = place.folder / f"failed-{time.strftime('%Y%m%d-%H%M%S')}-{number}.h5"
     partial = spool.with_suffix(".partial")  # named after the spool file: if this process is killed, the next one overwrites it

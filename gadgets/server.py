@@ -3,39 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import json
 import logging
 import math
-import os
 import socket
 import socketserver
-import struct
-import termios
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from . import version
 from . import wire as w
 from .address import Listening
 from .budget import Budget
 from .chain import is_gadgetron_peer, options_of_config_name, properties_of
 from .conversation import Host, run_scan
-from .external import answer_gadgetron
+from .delivery import LINGER_S, await_delivery, linger
 from .failure import ReconError, free_gpu_memory, gpu_lost, log_failure, sentence
 from .geometry import ScanError
 from .health import Counts, process_facts
-from .keep import FailedScans, Recording
+from .keep import FailedScans
 from .limits import Limits
 from .options import OptionsError, from_a_peer, make_options, options_from_json
 from .solve import device_of, load_prior_for, prior_of, warm_up
 from .turns import Turns
+from .visit import Stage, Visit
 
 log = logging.getLogger("slicediff")
-LINGER_S = 5.0
-LOOK_S = 0.05  # at what the peer has not taken yet
 SPARE = 32  # connections without a scan, on top of the permitted scans
 LAST_WORDS_S = 20.0  # after the grace period, for sending what there is
 KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
@@ -109,8 +105,6 @@ class Server(Listening, socketserver.ThreadingTCPServer):
 
     def health(self) -> dict:
         """Facts for the query slicediff::health and the health page."""
-        from . import version
-
         open_, running, queued = self.counts.open, self.turns.running, self.turns.waiting
         scans = {"done": self.counts.done, "failed": self.counts.failed}
         scans |= {"receiving": max(0, open_ - running - queued), "queued": queued, "running": running}
@@ -138,8 +132,7 @@ class Handler(socketserver.BaseRequestHandler):
             if hasattr(socket, name):
                 self.request.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         self.wire = w.QueuedWire(self.request, min(limits.idle_s, limits.timeout_s), int(limits.max_message_mib * 2**20), int(limits.max_gib * 2**30))
-        self.recording: Recording | None = None
-        self.open, self.counted, self.well, self.gadgetron = False, False, True, False
+        self.visit, self.gadgetron = Visit(self.server.counts, self.server.keep), False
         self.until, self.hung_up = time.monotonic() + limits.idle_s, ""  # for the header to come; why it is not waited for
         self.server.talking.add(self)
 
@@ -149,26 +142,24 @@ class Handler(socketserver.BaseRequestHandler):
             self._converse()
             self.wire.close()
             self.wire.flush()
-            if self.open:
-                self.leave()  # its place is free at once: the next scan may come before we hear of the arrival of this one
-                self._deliver()
+            if self.visit.stage is Stage.OPEN:
+                self.visit.leave()  # its place is free at once: the next scan may come before we hear of the arrival of this one
+                await_delivery(self.request, self.server.limits.timeout_s)
+                self.visit.end(well=True)
         except (OSError, w.WireError) as error:
             log.log(logging.WARNING if self.wire.heard else logging.INFO, "connection from %s ended early: %s", self.client_address, error)
-            self.well = False
         finally:
-            self._count()
+            self.visit.end(well=False)  # unless it has ended
             if gpu_lost.is_set():
                 self.server.give_way()
-        if self.well:
-            self._settle()  # now, as the server may be killed while the peer takes its time to close
-        self._linger()
+        linger(self.request, self.server.limits.idle_s if self.hung_up else self.server.limits.timeout_s)
 
     def finish(self) -> None:
         try:
             with contextlib.suppress(OSError):
                 self.wire.flush()
             self.wire.release()
-            self._settle()
+            self.visit.close()
         finally:
             self.server.talking.discard(self)
 
@@ -178,39 +169,10 @@ class Handler(socketserver.BaseRequestHandler):
         with contextlib.suppress(OSError):
             self.request.shutdown(socket.SHUT_RD)
 
-    def leave(self) -> None:
-        """The scan, if there was one, no longer takes a place."""
-        if self.open:
-            self.open = False
-            self.server.counts.add(open=-1)
-
-    def fail(self) -> None:
-        """The scan, if there was one, has failed, though the rest of it may still come."""
-        self.well = False
-        self._count()
-
-    def _count(self) -> None:
-        """Count the outcome of the scan, if there was one."""
-        self.leave()
-        if self.counted:
-            self.counted = False
-            self.server.counts.add(**{"done" if self.well else "failed": 1})
-
-    def _settle(self) -> None:
-        """Keep the raw data of a scan that failed, drop those of another."""
-        recording, self.recording = self.recording, None
-        if recording is None:
-            return
-        try:
-            recording.drop() if self.well else recording.keep()
-        except Exception as error:  # the boundary: the scan is over
-            log_failure("trouble with the raw data of the scan", error)
-
     def _converse(self) -> None:
         config: tuple[int, str] | None = None
         texts: list[str] = []
         if len(self.server.talking) > self.server.limits.connections + SPARE:
-            self.well = False
             return self.wire.send_text(f"ERROR: this server has {len(self.server.talking) - 1} connections already: try again later")
         try:
             for kind, item in self.wire.messages():
@@ -227,19 +189,18 @@ class Handler(socketserver.BaseRequestHandler):
                 else:
                     raise w.WireError(f"expected a configuration and a header before the data, got message {kind} first")
         except Exception as error:  # the boundary: every failure must reach the peer
-            self._tell(error if self.open or not self.hung_up else w.WireError(self.hung_up))
+            self._tell(error if self.visit.stage is Stage.OPEN or not self.hung_up else w.WireError(self.hung_up))
 
     def _scan(self, config: tuple[int, str] | None, texts: list[str], header_xml: bytes) -> None:
-        self.server.counts.add(open=1)
-        self.open, self.counted, host = True, True, ServerHost(self)
-        if self.server.keep is not None:  # before anything can fail, so that everything received is kept
-            self.recording = self.server.keep.record(header_xml)
-            self.wire.tap = self.recording.add
+        self.wire.tap = self.visit.begin(header_xml)  # before anything can fail, so that everything received is kept
         self.wire.be_patient_for(self.server.limits.timeout_s)
-        if self.gadgetron:
-            self.well = answer_gadgetron(self.wire, config[1].encode(), header_xml, self.server.defaults, host)
-            return
-        sources, first = [self.server.defaults, options_of_config(config)], None
+        sources, first, notify = [self.server.defaults, options_of_config(config)], None, lambda text: None
+        if not self.gadgetron:
+            first, notify = self._more_options(sources, texts, header_xml), self.wire.send_text
+        run_scan(self.wire, header_xml, sources, ServerHost(self), notify, first)
+
+    def _more_options(self, sources: list[Mapping[str, Any]], texts: list[str], header_xml: bytes) -> tuple[int, Any] | None:
+        """Add the options in `texts`, and in those that follow the header, to `sources`; returns the first other message, None if the scan ends before."""
         for kind, item in itertools.chain(((w.TEXT, text) for text in texts), self.wire.messages()):
             if kind == w.TEXT:
                 found, others = options_from_json(item)
@@ -249,68 +210,25 @@ class Handler(socketserver.BaseRequestHandler):
             elif kind == w.QUERY:
                 self.wire.send_response(item[0], self.answer(item[1]))
             elif kind != w.HEADER or item.encode() != header_xml:  # the same one again does no harm
-                first = (kind, item)
-                break
-        run_scan(self.wire, header_xml, sources, host, self.wire.send_text, first)
+                return kind, item
+        return None
 
     def _tell(self, error: Exception) -> None:
         """Send an ERROR to Gadgetron, but a TEXT to clients, which abort on any ERROR."""
         log_failure("the scan failed" if self.wire.heard else "nothing was asked", error, logging.ERROR if self.wire.heard else logging.INFO)
         if self.gadgetron:
-            self.fail()
+            self.visit.end(well=False)
             self.wire.drain()  # it may not read while it still sends
             self.wire.send_error(f"slice diffusion: {sentence(error)}")
         else:
             self.wire.send_text(f"ERROR: {sentence(error)}")
-            self.fail()
+            self.visit.end(well=False)
             self.wire.drain()
 
     def answer(self, question: str) -> str:
         """Reply to a query message."""
-        from . import version
-
         known = {"gadgetron::info": lambda: f"gadgetron-slicediff {version()}", "gadgetron::version": version, "slicediff::health": lambda: json.dumps(self.server.health())}
         return known[question]() if question in known else f"unknown query {question[:100]!r}; known are {', '.join(known)}"
-
-    def _deliver(self) -> None:
-        """Wait until the peer's machine has everything that was sent, and read on meanwhile.
-
-        Raises:
-            PeerGone: if the connection broke before, or nothing was taken for as long as a peer may be silent.
-        """
-        self.request.shutdown(socket.SHUT_WR)
-        self.request.settimeout(LOOK_S)
-        left, since, sends = math.inf, time.monotonic(), True
-        while True:
-            if broken := self.request.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-                raise w.PeerGone(f"the peer went away before it had taken everything: {os.strerror(broken)}")
-            if (now := _not_taken(self.request)) == 0:
-                return
-            if now < left:
-                left, since = now, time.monotonic()
-            elif time.monotonic() - since > self.server.limits.timeout_s:
-                raise w.PeerGone(f"the peer took nothing more for {self.server.limits.timeout_s:g} s, with {now} bytes to come")
-            if not sends:
-                time.sleep(LOOK_S)
-                continue
-            try:
-                sends = bool(self.request.recv(1 << 16))
-            except TimeoutError:
-                continue
-            except OSError as error:
-                raise w.PeerGone(f"the peer went away before it had taken everything: {error.strerror}") from None
-
-    def _linger(self) -> None:
-        """Wait, but not forever, for the peer to close first: closing with its bytes unread would destroy our last message."""
-        limits = self.server.limits
-        end = time.monotonic() + (limits.idle_s if self.hung_up else limits.timeout_s)
-        try:
-            self.request.shutdown(socket.SHUT_WR)
-            self.request.settimeout(LINGER_S)
-            while self.request.recv(1 << 16) and time.monotonic() < end:
-                pass
-        except OSError as error:
-            log.debug("the peer did not close in good order: %s", error)
 
 
 class ServerHost(Host):
@@ -350,10 +268,6 @@ class ServerHost(Host):
             return "because the peer is gone"
         return self.hurry() if time.monotonic() > self.server.last_turn else ""
 
-    def failed(self) -> None:
-        """The scan needs its place no longer."""
-        self.handler.fail()
-
     @contextlib.contextmanager
     def turn(self, tell: Callable[[str], None]) -> Iterator[None]:
         """Hold one of the device's slots; ReconError if the peer is gone, or the server has no time left.
@@ -373,15 +287,6 @@ def options_of_config(config: tuple[int, str] | None) -> dict[str, Any]:
     if config is None:
         raise OptionsError("expected a configuration (name or XML) before the header, got none")
     return from_a_peer(properties_of(config[1])) if config[0] == w.CONFIG_TEXT and "<" in config[1] else options_of_config_name(config[1].strip())
-
-
-def _not_taken(sock: socket.socket) -> int:
-    """Bytes that the peer's machine has not confirmed yet, and the end of the stream as one."""
-    try:
-        return struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))[0]
-    except OSError as error:  # a system that does not tell
-        log.debug("what the peer has taken is not known: %s", error)
-        return 0
 
 
 def _wait_while(busy: Callable[[], Any], longest_s: float) -> None:

@@ -25,7 +25,7 @@ from recon_core.metrics import object_mask
 from recon_core.prior import Prior, PriorError, load_prior
 from recon_core.simulate import sampling_mask
 from recon_core.state import State
-from recon_core.trust import Trust, judge
+from recon_core.trust import Trust, finite, judge
 from recon_core.variational import VariationalConfig
 
 from .failure import ReconError, Unfinished, free_gpu_memory, gpu_lost, log_failure, sentence
@@ -68,7 +68,7 @@ def solve(measurement: Measurement, preview: torch.Tensor, prior, options: Optio
         volume, remarks = iterate(lambda: states(measurement, preview, prior, options), options, report, hurry)
         trust, why = judge(measurement, preview, volume)
         if trust is Trust.FAILED:
-            raise ReconError(why)
+            raise ReconError(f"this image {why}")
     except Exception as error:  # the boundary: send an image anyway
         log_failure(f"{name} failed, the preview stands", error)
         _let_go(error)
@@ -76,7 +76,7 @@ def solve(measurement: Measurement, preview: torch.Tensor, prior, options: Optio
             raise  # the preview was not sent and can no longer be read from the GPU
         reason = f"{name} failed and the {PREVIEW} stands: {sentence(error)}"
         return Outcome(preview, PREVIEW, [reason], [reason])
-    remarks += [f"CAUTION: {why}: compare with the preview"] * bool(why)
+    remarks += [f"CAUTION: this image {why}: compare with the preview"] * bool(why)
     for text in remarks:
         log.warning("%s: %s", name, text)
     return Outcome(volume, name, remarks)
@@ -97,8 +97,8 @@ def estimate_error(measurement: Measurement, preview: torch.Tensor, prior, optio
         log_failure("the error map failed", error)
         _let_go(error)
         raise ReconError(f"the error map was not made: {sentence(error)}") from error
-    if stopped:
-        raise ReconError(f"the error map was not made: {stopped[0]}")
+    if stopped or not finite(volume):
+        raise ReconError(f"the error map was not made: {stopped[0] if stopped else 'it holds NaN or infinity'}")
     scale, inside = measurement.brightness(preview), object_mask(preview)
     percent = 100 * float(volume[inside].abs().square().mean().sqrt()) / scale
     return Outcome(volume, f"estimated error of {METHODS[options.method].title}", [f"the error is estimated at {percent:.2g} % of tissue brightness, root mean square of the complex image inside the object"])
@@ -112,12 +112,11 @@ def _let_go(error: Exception) -> None:
 
 
 def iterate(start: Callable[[], Iterator[State]], options: Options, report: Report, hurry: Hurry) -> tuple[torch.Tensor, list[str]]:
-    """The final volume, or the latest one when stopped early, with a remark; the sweeps run in a thread that can be abandoned.
+    """The final volume, or the latest one when stopped early or learning failed, with remarks; the sweeps run in a thread that can be abandoned.
 
     Raises:
         Unfinished: if stopped before the first sweep ended, or before the last one of a method without intermediate images.
         GpuHangs: if no sweep ended on the GPU within HANG_S.
-        ReconError: if the volume is not finite.
     """
     began, state, solver = time.monotonic(), None, Ahead(items_of(start), crew=SOLVERS)
     try:
@@ -135,12 +134,15 @@ def iterate(start: Callable[[], Iterator[State]], options: Options, report: Repo
         raise GpuHangs(f"stopped {reason}: the GPU hangs and will not be used again until this process is restarted")
     if state is None:
         raise Unfinished(f"stopped {reason} before its first sweep ended")
-    if not bool(torch.isfinite(torch.view_as_real(state.volume)).all()):
-        raise ReconError("its image holds NaN or infinity and was not sent")
     early = reason and state.sweep < state.sweeps
     if early and not METHODS[options.method].anytime:
         raise Unfinished(f"stopped {reason} after {state.sweep} of {state.sweeps} steps, and {METHODS[options.method].title} has no image before its last")
-    return state.volume, [f"stopped {reason} after {state.sweep} of {state.sweeps} sweeps"] if early else []
+    remarks = [f"stopped {reason} after {state.sweep} of {state.sweeps} sweeps"] if early else []
+    if state.setback is not None:
+        log_failure("learning from the scan failed", state.setback, logging.INFO)
+        _let_go(state.setback)
+        remarks.append(f"learning from the scan failed and the image without it stands: {sentence(state.setback)}")
+    return state.volume, remarks
 
 
 def apart(work: Callable[[Report], Any], report: Report, hurry: Hurry, on_gpu: bool = False) -> Any:

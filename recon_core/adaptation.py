@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from .cg_sense import cg_sense
-from .device_failure import ran_out_of_memory
+from .device_failure import lost_the_gpu
 from .fft import kspace_crop
 from .measurement import Measurement
 from .pupil import Pupil
 from .slices import Denoiser, usable_axes
 from .state import State
+from .trust import Trust, judge
 from .variational import VariationalConfig, reconstruct_variational
 
 EVERY = 4  # rounds between judgements
@@ -29,7 +30,8 @@ def reconstruct_adapted(measurement: Measurement, prior: Denoiser, start: Tensor
     """Yield the states of reconstruct_variational; then, for single planes and thin slabs that keep their lines, those of learning.
 
     Learning takes `config.adapt` rounds, and PASSES further reconstructions follow. The volume remains that of the first pass
-    until all of these are done; then it is their mean, on the scan's own voxel grid. `prior` is not changed.
+    until all of these are done; then it is their mean, on the scan's own voxel grid. If any of this fails, or the mean
+    cannot be trusted, the first pass's volume stands, with the error as its `setback`. `prior` is not changed.
 
     Args:
         measurement: needs `lines` for the prior to be adapted.
@@ -38,24 +40,33 @@ def reconstruct_adapted(measurement: Measurement, prior: Denoiser, start: Tensor
         seed: for the random slices, poses and lines.
     """
     to_be_gained = measurement.lines is not None and len(usable_axes(measurement.operator.shape)) == 1
-    pupil = Pupil(measurement, prior, start, config, seed) if config.adapt and isinstance(prior, nn.Module) and to_be_gained else None
-    rounds = config.adapt if pupil and pupil.can_be_judged and pupil.can_learn else 0
+    rounds, setback = 0, None
+    try:
+        pupil = Pupil(measurement, prior, start, config, seed) if config.adapt and isinstance(prior, nn.Module) and to_be_gained else None
+        rounds = config.adapt if pupil and pupil.can_be_judged and pupil.can_learn else 0
+    except Exception as error:  # the boundary of learning: the first image is complete without it
+        setback = _survived(error)
     sweeps = (1 + PASSES) * config.sweeps + rounds if rounds else config.sweeps
     for state in reconstruct_variational(measurement, prior, start, config, seed):
-        state = replace(state, sweeps=sweeps)
+        state = replace(state, sweeps=sweeps, setback=setback)
         yield state
     if not rounds:
         return
     try:
         yield from _taught(pupil, state, rounds, seed)
-    except RuntimeError as error:
-        if not ran_out_of_memory(error):
-            raise
-        yield replace(state, sweep=sweeps)  # the first image is complete without learning
+    except Exception as error:  # the same boundary
+        yield replace(state, sweep=sweeps, setback=_survived(error))
+
+
+def _survived(error: Exception) -> Exception:
+    """The error, unless the first image is lost with it: then it is raised."""
+    if lost_the_gpu(error):
+        raise error
+    return error
 
 
 def _taught(pupil: Pupil, state: State, rounds: int, seed: int) -> Iterator[State]:
-    """The states that follow `state`, the last of the unadapted prior, during and after learning."""
+    """The states that follow `state`, the last of the unadapted prior, during and after learning; ValueError if the image at the end cannot be trusted."""
     for done in range(1, rounds + 1):
         pupil.learn()
         if done % EVERY == 0 or done == rounds:
@@ -66,7 +77,11 @@ def _taught(pupil: Pupil, state: State, rounds: int, seed: int) -> Iterator[Stat
     for again in range(1, PASSES + 1):
         spent, mesh = state.network_evaluations, pupil.best_meshes[again % len(pupil.best_meshes)]
         for fresh in reconstruct_variational(mesh, pupil.best, cg_sense(mesh), pupil.config, seed + again):
-            mean += kspace_crop(fresh.volume, mean.shape) / PASSES if fresh.sweep == fresh.sweeps else 0
-            volume = mean if state.sweep + 1 == state.sweeps else state.volume
-            state = State(state.sweep + 1, state.sweeps, fresh.sigma, volume, spent + fresh.network_evaluations)
-            yield state
+            state = replace(state, sweep=state.sweep + 1, sigma=fresh.sigma, network_evaluations=spent + fresh.network_evaluations)
+            if state.sweep < state.sweeps:
+                yield state
+        mean += kspace_crop(fresh.volume, mean.shape) / PASSES
+    trust, why = judge(pupil.measurement, pupil.start, mean)
+    if trust is Trust.FAILED:
+        raise ValueError(f"the image made with what was learned {why}")
+    yield replace(state, volume=mean)

@@ -17,6 +17,8 @@ ACS_READOUT = 24
 MIN_ACS = 8
 LATTICE_BLOCK, LARGEST_SHIFT, ALIKE = 24, 6, 0.9  # lines, lines, share of a regular pattern's lines that a shift moves onto others
 READOUT_MARGIN = 1 / 8  # empty margin on each side, as a share of the readout
+PATCH = 5  # side of a k-space patch; at most a third of the lines along an axis, since few lines would otherwise give too few patches to learn from
+GRID = 32  # side of the coarse grid that the maps are computed on
 SQUARINGS = 10
 MATRICES_AT_ONCE = 2048  # fit in a CPU's cache
 SECOND_SIGNAL = 0.9  # eigenvalue above which there is one
@@ -108,7 +110,7 @@ def compression_matrix(acs: Tensor, coils: int) -> Tensor:
     return vectors.flip(1)[:, :coils].mH.contiguous()
 
 
-def signal_operators(acs: Tensor, shape: tuple[int, int, int], sigma: float = 0.0, kernel: int = 5, grid: int = 32) -> Tensor:
+def signal_operators(acs: Tensor, shape: tuple[int, int, int], sigma: float = 0.0) -> Tensor:
     """ESPIRiT's operator (Uecker et al., MRM 2014) at each point of a coarse grid: coil signals that the calibration lines allow there have eigenvalue 1.
 
     The projector onto the signal space of k-space patches is folded into one C x C convolution kernel
@@ -118,22 +120,20 @@ def signal_operators(acs: Tensor, shape: tuple[int, int, int], sigma: float = 0.
         acs: [coils z y x] fully sampled k-space centre, from cut_acs; the strongest coil should come first, as its phase becomes that of the maps.
         shape: (z, y, x) of the volume.
         sigma: noise level of acs, to separate signal from noise patches.
-        kernel: patch side; at most a third of the lines along an axis, since few lines would otherwise give too few patches to learn from.
-        grid: side of the coarse grid.
 
     Returns:
         Hermitian matrices [z y x coils coils], over the `widened` field of view.
     """
     coils = acs.shape[0]
     whole = (*shape[:2], widened(shape[2]))
-    sides = [max(1, min(kernel, (n + 1) // 3)) for n in acs.shape[1:]]
+    sides = [max(1, min(PATCH, (n + 1) // 3)) for n in acs.shape[1:]]
     signal = _signal_patches(acs, sides, sigma)
     full = [2 * k - 1 for k in sides]
     patches = signal.T.reshape(-1, coils, *sides)
     spectra = torch.fft.ifftn(patches, s=full, dim=(2, 3, 4), norm="forward").flatten(2)
     folded = torch.einsum("rcq,rdq->cdq", spectra, spectra.conj()) / float(torch.tensor(sides).prod())
     lags = torch.fft.fftshift(torch.fft.fftn(folded.reshape(coils, coils, *full), dim=(2, 3, 4), norm="forward"), (2, 3, 4))
-    coarse = [max(f, min(grid, n)) for f, n in zip(full, whole)]
+    coarse = [max(f, min(GRID, n)) for f, n in zip(full, whole)]
     lags = torch.fft.ifftshift(centre_crop_or_pad(lags, coarse), (2, 3, 4))
     return torch.fft.fftshift(torch.fft.ifftn(lags, dim=(2, 3, 4), norm="forward"), (2, 3, 4)).permute(2, 3, 4, 0, 1)
 

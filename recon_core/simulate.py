@@ -110,7 +110,7 @@ def loop_field(grid: Tensor, centre: np.ndarray, moment: np.ndarray, radius: flo
     return (3 * (m * away).sum(0) * away + m * (2 * radius**2 - squared)) / (squared + radius**2) ** 2.5
 
 
-def smooth_phase(shape: tuple[int, int, int], seed: int = 0, amount: float = 1.0) -> Tensor:
+def smooth_phase(shape: tuple[int, int, int], seed: int = 0) -> Tensor:
     """Smooth object phase [z y x] in radians: a sum of six slow waves."""
     rng = np.random.default_rng([seed, 10])
     axes = [(torch.arange(n) - n // 2) / n for n in shape]
@@ -119,7 +119,7 @@ def smooth_phase(shape: tuple[int, int, int], seed: int = 0, amount: float = 1.0
     for _ in range(6):
         kz, ky, kx = rng.uniform(-1.2, 1.2, 3)
         out += float(rng.uniform(0.2, 0.6)) * torch.cos(2 * math.pi * (kz * z + ky * y + kx * x) + float(rng.uniform(0, 6.28)))
-    return amount * out
+    return out
 
 
 def sampling_mask(

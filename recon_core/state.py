@@ -9,10 +9,14 @@ from torch import Tensor
 
 @dataclass
 class State:
-    """One sweep's result: volume [z y x] in the units of the data, and sigma, the denoising strength used."""
+    """One sweep's result: volume [z y x] in the units of the data, and sigma, the denoising strength used.
+
+    `setback` is what kept the volume, complete without it, from being improved further.
+    """
 
     sweep: int
     sweeps: int
     sigma: float
     volume: Tensor
     network_evaluations: int
+    setback: Exception | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
+import torch
 from torch import Tensor
 
 from .measurement import Measurement
@@ -25,17 +26,24 @@ BARS = {  # multiples of the classical image's misfit and of the noise; both mus
 
 
 def judge(measurement: Measurement, preview: Tensor, volume: Tensor) -> tuple[Trust, str]:
-    """Trust in `volume` [z y x] compared with `preview` [z y x], and a sentence saying why not; "" if sound.
+    """Trust in `volume` [z y x] compared with `preview` [z y x], and what is wrong with it, to follow "this image"; "" if sound.
 
     Misfit is the residual's root mean square over the noise: 1 for an image that explains the data down to the noise.
     A prior that invents what was not measured leaves more of the data unexplained than the classical image does.
     """
+    if not finite(volume):
+        return Trust.FAILED, "holds NaN or infinity"
     classical, found = measurement.misfit(preview), measurement.misfit(volume)
     noise = measurement.noise_level(preview) / measurement.sigma
     for trust, (worse, unexplained) in BARS.items():
         if found > max(worse * classical, unexplained * noise):
-            return trust, f"this image explains the data worse than CG-SENSE does (residual {found:.2f} against {classical:.2f} times the noise)"
+            return trust, f"explains the data worse than CG-SENSE does (residual {found:.2f} against {classical:.2f} times the noise)"
     return Trust.SOUND, ""
+
+
+def finite(volume: Tensor) -> bool:
+    """Whether all voxels are."""
+    return bool(torch.isfinite(torch.view_as_real(volume)).all())
 
 
 def doubts(measurement: Measurement, preview: Tensor) -> list[str]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -58,8 +59,6 @@ def read_volume(path: str | Path) -> tuple[np.ndarray, tuple[float, float, float
         if data.ndim != 3:
             raise ValueError(_not_one_volume(data.shape))
         return data, (1.0, 1.0, 1.0)
-    import nibabel
-
     image = nibabel.load(path)
     shape = image.shape
     if len(shape) < 3 or any(n != 1 for n in shape[3:]):
@@ -72,6 +71,8 @@ def read_volume(path: str | Path) -> tuple[np.ndarray, tuple[float, float, float
 
 def emptiness(data: np.ndarray) -> str | None:
     """Why there is nothing to see in a volume: what it holds instead of an object; None if it holds one."""
+    if data.dtype.kind not in "biufc":
+        return f"voxels of {', '.join(data.dtype.names)} instead of one number each" if data.dtype.names else f"{data.dtype.name} instead of numbers"
     if not np.isfinite(data).all():
         return "NaN or infinity"
     return None if data.any() else "nothing but zeros"
@@ -79,16 +80,12 @@ def emptiness(data: np.ndarray) -> str | None:
 
 def read_affine(path: str | Path) -> np.ndarray:
     """4 x 4 map from voxel (x, y, z) of a NIfTI to RAS millimetres."""
-    import nibabel
-
     image = nibabel.load(path)
     return np.diag([*[_unit_mm(image)] * 3, 1.0]) @ image.affine
 
 
 def _unit_mm(image) -> float:
     """The unit of length of a NIfTI, in mm."""
-    import nibabel
-
     return UNIT_MM.get(int(image.header["xyzt_units"]) % 8, 1.0) if isinstance(image.header, nibabel.Nifti1Header) else 1.0
 
 
@@ -157,8 +154,8 @@ class SlicePool:
         self.scales: dict[int, float] = {}
         self.next_volume: Callable[[int], tuple[Tensor, float]] | None = None  # set while threads draw volumes ahead
 
-    def batch(self, step: int, slices: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """Clean float32 slices [slices 2 crop crop] for this step on `device`, and the voxel size of each in mm (that of its volume's finest axis)."""
+    def batch(self, step: int, slices: int) -> tuple[Tensor, Tensor]:
+        """Clean float32 slices [slices 2 crop crop] for this step, and the voxel size of each in mm (that of its volume's finest axis)."""
         rng = np.random.default_rng([self.seed, 1, step])
         newest = step // self.refresh + self.size - 1
         for index in range(newest - self.size + 1, newest + 1):
@@ -171,7 +168,7 @@ class SlicePool:
             volume, voxel_mm = self.pool[keys[rng.integers(len(keys))]]
             crops.append(_draw_crop(volume, self.crop, rng))
             sizes.append(voxel_mm)
-        return _add_phase_and_shading(torch.stack([c.to(torch.complex64) for c in crops]).to(device), rng), torch.tensor(sizes)
+        return _add_phase_and_shading(torch.stack([c.to(torch.complex64) for c in crops]), rng), torch.tensor(sizes)
 
     @contextmanager
     def ahead(self, make: Callable[[int], Any], steps: range, workers: int) -> Iterator[Iterator]:
@@ -305,13 +302,13 @@ def _draw_crop(volume: Tensor, crop: int, rng) -> Tensor:
 
 def _add_phase_and_shading(crops: Tensor, rng) -> Tensor:
     """Add smooth random phase at several scales and mild receive shading: [n h w] to [n 2 h w]."""
-    n, size, device = crops.shape[0], crops.shape[-1], crops.device
-    grid = torch.linspace(-1, 1, size, device=device)
-    normal = lambda *shape: torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)).to(device)  # noqa: E731
+    n, size = crops.shape[0], crops.shape[-1]
+    grid = torch.linspace(-1, 1, size)
+    normal = lambda *shape: torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))  # noqa: E731
     smooth = lambda cells: F.interpolate(normal(n, 1, cells + 1, cells + 1), (size, size), mode="bicubic", align_corners=True)[:, 0]  # noqa: E731
     phase = normal(n, 1, 1) * 3 + normal(n, 1, 1) * grid[:, None] + normal(n, 1, 1) * grid
     for cells, amount in ((3, 1.0), (6, 0.4), (12, 0.15)):
-        amplitude = torch.from_numpy(rng.uniform(0, amount, (n, 1, 1))).float().to(device)
+        amplitude = torch.from_numpy(rng.uniform(0, amount, (n, 1, 1))).float()
         phase = phase + amplitude * smooth(cells)
     shading = torch.exp(0.15 * smooth(3) + 0.15 * normal(n, 1, 1))
     turned = crops * shading * torch.polar(torch.ones_like(phase), phase)

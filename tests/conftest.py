@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from gadgets.cli import main
 from gadgets.scan_files import ScanFile
 from gadgets.gather import gather
 from gadgets.header import parse_header
@@ -107,6 +108,13 @@ def run_chain(path: Path, prior, **options) -> list[ismrmrd.Image]:
     """All images of a scan file through the chain."""
     with ScanFile(path) as scan:
         return list(reconstruct(parse_header(scan.header_xml), scan.acquisitions(), prior, make_options({"sweeps": 3, "device": "cpu", **options})))
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the command line."""
+    code = main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
 
 
 def random_complex(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -11,9 +11,23 @@ import threading
 import ismrmrd
 
 from gadgets import wire as w
-from gadgets.conformance.buffers import buckets, recon_data
+from gadgets.conformance.buffers import recon_data
 from gadgets.scan_files import ScanFile
 from gadgets.header import parse_header
+
+
+def buckets(lines):
+    """Lines as Gadgetron's accumulate trigger passes them on: grouped by repetition, without noise and phase correction."""
+    bucket, repetition = [], None
+    for line in lines:
+        if line.is_flag_set(ismrmrd.ACQ_IS_NOISE_MEASUREMENT) or line.is_flag_set(ismrmrd.ACQ_IS_PHASECORR_DATA):
+            continue
+        if bucket and line.idx.repetition != repetition:
+            yield bucket
+            bucket = []
+        repetition = line.idx.repetition
+        bucket.append(line)
+    yield bucket
 
 
 class GadgetronPeer:

@@ -243,25 +243,44 @@ def test_each_pass_has_slices_and_poses_of_its_own(untrained, monkeypatch):
     assert len(seeds) == len(set(seeds)) == 1 + PASSES
 
 
-@pytest.mark.parametrize("where", ["meshes", "judge"])
-def test_memory_that_does_not_suffice_for_a_finer_mesh_leaves_the_first_image(untrained, monkeypatch, where):
-    def full(self):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+@pytest.mark.parametrize("where, error", [
+    ("__init__", TypeError("cannot be copied")),
+    ("meshes", torch.OutOfMemoryError("CUDA out of memory")),
+    ("learn", RuntimeError("a kernel is missing")),
+    ("judge", torch.OutOfMemoryError("CUDA out of memory")),
+])  # fmt: skip
+def test_learning_that_fails_leaves_the_first_image(untrained, monkeypatch, where, error):
+    def fails(*_):
+        raise error
 
-    monkeypatch.setattr(Pupil, where, property(full) if where == "meshes" else full)
+    monkeypatch.setattr(Pupil, where, property(fails) if where == "meshes" else fails)
     measurement, _ = plane()
-    states = list(reconstruct_adapted(measurement, untrained, cg_sense(measurement), QUICK, 0))
-    assert torch.equal(states[-1].volume, states[2].volume) and states[-1].sweep == states[-1].sweeps
+    states = list(reconstruct_adapted(measurement, untrained, cg_sense(measurement), replace(QUICK, adapt=1), 0))
+    assert torch.equal(states[-1].volume, states[2].volume) and states[-1].sweep == states[-1].sweeps and states[-1].setback is error
 
 
-def test_memory_that_does_not_suffice_for_learning_leaves_the_first_image(untrained, monkeypatch):
-    def full(self):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+@pytest.mark.parametrize("where", ["__init__", "learn"])
+def test_a_gpu_that_is_lost_while_learning_has_lost_the_first_image(untrained, monkeypatch, where):
+    def lost(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(Pupil, "learn", full)
+    monkeypatch.setattr(Pupil, where, lost)
     measurement, _ = plane()
-    states = list(reconstruct_adapted(measurement, untrained, cg_sense(measurement), QUICK, 0))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        list(reconstruct_adapted(measurement, untrained, cg_sense(measurement), replace(QUICK, adapt=1), 0))
+
+
+@pytest.mark.parametrize("learned, why", [(lambda x, sigma: x * float("nan"), "holds NaN or infinity"), (lambda x, sigma: 0 * x, "explains the data worse than CG-SENSE does")])
+def test_an_image_of_what_was_learned_that_cannot_be_trusted_leaves_the_first(untrained, monkeypatch, learned, why):
+    def judge(self):
+        self.best, self.config = learned, replace(QUICK, prior_weight=100)
+
+    monkeypatch.setattr(Pupil, "judge", judge)
+    monkeypatch.setattr(Pupil, "learn", lambda self: None)
+    measurement, _ = plane()
+    states = list(reconstruct_adapted(measurement, untrained, cg_sense(measurement), replace(QUICK, adapt=1), 0))
     assert torch.equal(states[-1].volume, states[2].volume) and states[-1].sweep == states[-1].sweeps
+    assert str(states[-1].setback).startswith(f"the image made with what was learned {why}")
 
 
 @pytest.mark.parametrize("shape, acs", [((32, 36, 1), 12), ((1, 60, 64), 10)])

@@ -17,7 +17,7 @@ import ismrmrd
 import numpy as np
 import pytest
 import torch
-from conftest import load_small_scan
+from conftest import load_small_scan, run
 
 from gadgets import version
 from gadgets.cli import main
@@ -32,12 +32,6 @@ from recon_core.prior import Prior
 from recon_core.simulate import phantom
 from recon_core.train_options import TrainOptions
 from recon_core.variational import VariationalConfig
-
-
-def run(capsys, *arguments):
-    code = main([str(a) for a in arguments])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def test_simulate_then_recon(tmp_path, capsys):
@@ -609,11 +603,16 @@ def computes():
 def solver_at_its_deadline(*_):
     Ahead(computes()).close(0.5)
     return 3
+
+def interrupted(*_):
+    Ahead(computes())  # a second Ctrl-C kept it from being closed
+    raise KeyboardInterrupt
 """
 
 
 @pytest.mark.parametrize("end,code", [
     ("cli.main = solver_at_its_deadline; cli.command()", 3),
+    ("cli.Parser.parse_args = lambda *_: SimpleNamespace(verbose=False, run=interrupted); cli.command()", 130),
     ("external.answer_gadgetron = solver_at_its_deadline; external.slice_diffusion(SimpleNamespace(socket=SimpleNamespace(socket=socket.socketpair()[0]), raw_bytes=SimpleNamespace(config=b'', header=b'')))", 0),
 ])  # fmt: skip
 def test_a_solver_that_still_computes_does_not_crash_the_end_of_its_process(end, code):

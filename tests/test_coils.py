@@ -5,6 +5,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from benchmarks.bart import read_cfl
 from conftest import random_complex
 
 from recon_core.coils import MATRICES_AT_ONCE, compression_matrix, cut_acs, dominant_eigenvectors, find_acs, folding, in_phase, low_resolution_maps, maps_of, overlap, second_maps, signal_operators
@@ -249,11 +250,6 @@ def write_cfl(path, array):
     dims = [*array.shape, *[1] * (16 - array.ndim)]
     path.with_suffix(".hdr").write_text("# Dimensions\n" + " ".join(map(str, dims)) + "\n")
     array.astype(np.complex64).ravel(order="F").tofile(path.with_suffix(".cfl"))
-
-
-def read_cfl(path):
-    dims = [int(n) for n in path.with_suffix(".hdr").read_text().splitlines()[1].split()]
-    return np.fromfile(path.with_suffix(".cfl"), np.complex64).reshape(dims, order="F")
 
 
 def lattice(z: int, y: int, shift: int, shape=(64, 80)) -> torch.Tensor:

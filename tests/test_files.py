@@ -8,11 +8,10 @@ import sys
 import h5py
 import numpy as np
 import pytest
-from conftest import load_small_scan
+from conftest import load_small_scan, run
 from test_images import HEADER, a_scan, point
 from test_mouths import running
 
-from gadgets.cli import main
 from gadgets.client import SendError, send_scan
 from gadgets.files import FileError
 from gadgets.image_files import join_partitions, read_images
@@ -20,12 +19,6 @@ from gadgets.scan_files import ScanFile, ScanWriter
 from gadgets.images import make_images
 from gadgets.options import make_options
 from gadgets.simulation.protocol import SimulateOptions
-
-
-def run(capsys, *arguments):
-    code = main([str(a) for a in arguments])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def rewritten(scan, path, change):

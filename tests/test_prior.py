@@ -2,6 +2,7 @@
 
 import json
 import re
+from typing import get_args
 
 import pytest
 import torch
@@ -9,12 +10,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gadgets.cli import main
 from recon_core.pose import draw_pose
-from recon_core.prior import Prior, PriorError, half_is_faster, list_priors, load_prior, save_prior
+from recon_core.prior import ARCHITECTURES, Prior, PriorError, half_is_faster, list_priors, load_prior, save_prior
 from recon_core.scale import intensity_scale
 from recon_core.simulate import phantom
+from recon_core.train_options import TrainOptions
 
 
-@pytest.mark.parametrize("architecture", ["small", "base", "operator"])
+def test_every_architecture_can_be_trained():
+    assert set(get_args(TrainOptions.model_fields["architecture"].annotation)) == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_untrained_network_is_the_gaussian_denoiser(architecture):
     prior = Prior(architecture, sigma_data=0.7)
     x = torch.randn(2, 2, 24, 20)

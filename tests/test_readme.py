@@ -10,6 +10,7 @@ import pytest
 from test_variational import problem
 
 from gadgets.cli import build_parser
+from gadgets.conformance.suite import CASES
 from gadgets.options import Options, preset_names
 from recon_core.fft import fft
 from recon_core.metrics import object_mask, psnr
@@ -42,7 +43,7 @@ def test_the_example_in_python_reconstructs():
 
 
 def test_enough_is_shown():
-    assert len(COMMANDS) >= 6
+    assert len(COMMANDS) >= 6 and f"runs {len(CASES)} cases" in README
     assert all(f"`{name}`" in README for name in preset_names())
     picture = re.search(r"!\[.*?\]\((.*?)\)", README, re.S).group(1)
     assert (Path(__file__).resolve().parents[1] / picture).is_file()

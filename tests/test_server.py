@@ -32,11 +32,12 @@ from gadgets.scan_files import ScanFile
 from gadgets.flags import LAST_BIT, NOISE_BIT
 from gadgets.gather import ScanError, gather
 from gadgets.header import parse_header
-from gadgets.health import HealthPage
+from gadgets.health import Counts, HealthPage
 from gadgets.keep import FailedScans
 from gadgets.limits import Limits
 from gadgets.server import Server
 from gadgets.turns import Turns
+from gadgets.visit import Visit
 from gadgets.wire import IMAGE, Wire
 
 
@@ -211,7 +212,7 @@ def test_a_moment_without_descriptors_ends_no_address(prior, monkeypatch, caplog
 def test_log_lines_tell_whose_scan_it_is(scan_path, prior, caplog):
     """By the thread's name, also of what is computed in other threads; an image that was cut short leaves a line."""
     caplog.set_level(logging.INFO, "slicediff")
-    with running(FAST | {"sweeps": 900, "deadline_s": 0.5, "method": "diffusion"}, lambda options: prior) as server:
+    with running(FAST | {"sweeps": 900, "deadline_s": 2.0, "method": "diffusion"}, lambda options: prior) as server:
         with ClientPeer(server.server_address) as peer, ScanFile(scan_path) as scan:
             name = "{}:{}".format(*peer.sock.getsockname())
             peer.talk(scan)
@@ -219,7 +220,7 @@ def test_log_lines_tell_whose_scan_it_is(scan_path, prior, caplog):
             time.sleep(0.01)
     of_scan = [record for record in caplog.records if "connection from" not in record.message]
     assert {record.threadName for record in of_scan} == {name}
-    assert any("stopped at the deadline of 0.5 s" in record.message and record.levelno == logging.WARNING for record in of_scan)
+    assert any("stopped at the deadline of 2 s" in record.message and record.levelno == logging.WARNING for record in of_scan)
 
 
 def get(port, path):
@@ -510,6 +511,29 @@ def test_raw_data_are_dropped_once_the_images_have_arrived(scan_path, prior, tmp
         time.sleep(0.5)
         assert [kind for kind, _ in peer.wire.messages()].count(IMAGE) == 2
         assert until(lambda: not list(tmp_path.iterdir())) and server.talking and (server.counts.done, server.counts.failed) == (1, 0)
+
+
+@pytest.mark.parametrize("steps, counted, kept", [
+    ([], (0, 0, 1), True),  # forgotten: no success
+    (["leave"], (0, 0, 1), True),
+    (["leave", "leave", True, False], (0, 1, 0), False),
+    ([False, "leave", True], (0, 0, 1), True),
+])  # fmt: skip
+def test_a_scan_is_counted_once_by_what_ends_it_first(scan_path, tmp_path, steps, counted, kept):
+    visit = Visit(Counts(), FailedScans(tmp_path))
+    visit.end(well=False)
+    visit.leave()
+    assert (visit.counts.open, visit.counts.done, visit.counts.failed) == (0, 0, 0), "there was no scan"
+    with ScanFile(scan_path) as scan:
+        record = visit.begin(scan.header_xml)
+        record(next(scan.acquisitions()))
+    assert visit.counts.open == 1
+    for step in steps:
+        visit.leave() if step == "leave" else visit.end(well=step)
+        assert visit.counts.open == 0
+    visit.close()
+    assert (visit.counts.open, visit.counts.done, visit.counts.failed) == counted
+    assert [path.suffix for path in tmp_path.iterdir()] == [".h5"] * kept
 
 
 @pytest.mark.parametrize("config", ["nonesuch", '<?xml version="1.0"?>\n<configuration><property name="sweeps" value="x"/></configuration>'], ids=["client", "Gadgetron"])

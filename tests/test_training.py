@@ -70,6 +70,15 @@ def test_of_several_volumes_one_is_to_be_chosen(tmp_path):
         assert str(error.value) == f"{tmp_path / 'v.nii'} cannot be read as a volume: {said}"
 
 
+def test_voxels_that_are_no_numbers_are_told(tmp_path):
+    nibabel.save(nibabel.Nifti1Image(np.zeros((7, 8, 9), [(colour, np.uint8) for colour in "RGB"]), np.eye(4)), tmp_path / "v.nii")
+    np.save(tmp_path / "v.npy", np.full((7, 8, 9), "a"))
+    for read in (load_object, lambda path: load_volumes([path])):
+        for name, said in (("v.nii", "voxels of R, G, B instead of one number each"), ("v.npy", "str32 instead of numbers")):
+            with pytest.raises(FileError, match=f"the volume {name} holds {said}: "):
+                read(tmp_path / name)
+
+
 def test_an_array_may_have_the_name_of_a_scan(tmp_path):
     with h5py.File(tmp_path / "c.h5", "w") as file:
         file["dataset"] = small_object()

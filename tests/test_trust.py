@@ -221,6 +221,24 @@ def test_an_image_that_left_the_data_is_not_sent(scan_path):
     assert "preview stands: this image explains the data worse than CG-SENSE does" in error
 
 
+def test_learning_that_fails_costs_only_what_it_would_gain(tmp_path, prior, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("a kernel is missing")
+
+    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=2, pattern="full", noise_lines=0), (4, 24, 20))
+    images = lambda adapt: list(recon.reconstruct(header, lines, prior, make_options({"sweeps": 1, "adapt": adapt, "device": "cpu"})))  # noqa: E731
+    monkeypatch.setattr("recon_core.adaptation.Pupil", fails)
+    plain, learned = images(0), images(5)
+    assert len(learned) == 2 and np.array_equal(learned[1].data, plain[1].data)
+    assert "learning from the scan failed and the image without it stands: internal error, RuntimeError: a kernel is missing" in learned[1].meta["ImageComments"]
+
+
+def test_an_error_map_that_is_not_finite_is_not_sent(monkeypatch):
+    monkeypatch.setattr(solve, "estimated_error", lambda *_: iter([State(1, 1, 0.0, torch.full((2, 2, 2), float("nan")) + 0j, 0)]))
+    with pytest.raises(ReconError, match="^the error map was not made: it holds NaN or infinity$"):
+        solve.estimate_error(None, None, None, make_options({"device": "cpu"}), lambda *_: None)
+
+
 def test_reading_ahead_delivers_all_in_order_and_the_error_in_its_place():
     def source():
         yield from range(5)

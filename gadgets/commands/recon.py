@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -131,6 +132,4 @@ def _tell(arguments: argparse.Namespace, display: Display, count: int) -> None:
 
 def peak_memory_mib() -> float:
     """Largest resident memory of this process so far."""
-    import resource
-
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)

@@ -9,20 +9,6 @@ import numpy as np
 from ismrmrd.hdf5 import acquisition_header_dtype
 
 
-def buckets(lines):
-    """Lines as Gadgetron's accumulate trigger passes them on: grouped by repetition, without noise and phase correction."""
-    bucket, repetition = [], None
-    for line in lines:
-        if line.is_flag_set(ismrmrd.ACQ_IS_NOISE_MEASUREMENT) or line.is_flag_set(ismrmrd.ACQ_IS_PHASECORR_DATA):
-            continue
-        if bucket and line.idx.repetition != repetition:
-            yield bucket
-            bucket = []
-        repetition = line.idx.repetition
-        bucket.append(line)
-    yield bucket
-
-
 def recon_data(header, lines, remove_oversampling: bool = False) -> bytes:
     """ReconData payload of a bucket: N = contrast, S = average, LOC = slice; k = 0 at matrix/2, as with parallelImaging in the header."""
     only, both = (1 << (flag - 1) for flag in (ismrmrd.ACQ_IS_PARALLEL_CALIBRATION, ismrmrd.ACQ_IS_PARALLEL_CALIBRATION_AND_IMAGING))

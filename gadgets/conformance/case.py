@@ -1,12 +1,32 @@
-"""Tools for writing conformance cases: a decorator, and checks of answers."""
+"""Tools for writing conformance cases: a decorator that adds a function to the suite, and checks of answers."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from . import peer as p
-from .suite import Bench, Broken, Case
+
+if TYPE_CHECKING:
+    from .bench import Bench
+
+
+class Broken(AssertionError):
+    """A promise that was not kept; the message says what happened instead."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A promise to test; `needs` is "", "faults" (a server that fails on purpose) or "process" (a server that may be killed)."""
+
+    name: str
+    promise: str
+    limit_s: float
+    needs: str
+    run: Callable[[Bench], str]
+
 
 CASES: list[Case] = []
 

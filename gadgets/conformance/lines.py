@@ -11,9 +11,9 @@ import numpy as np
 from ..header import parse_header
 from . import peer as p
 from .buffers import recon_data
+from .bench import Bench
 from .case import case, expect, same, told
 from .point import SLABS, error_voxels, point_scan
-from .suite import Bench
 
 NOISE, BOTH = (1 << (flag - 1) for flag in (ismrmrd.ACQ_IS_NOISE_MEASUREMENT, ismrmrd.ACQ_IS_PARALLEL_CALIBRATION_AND_IMAGING))
 NO_IMAGE = (
@@ -224,8 +224,6 @@ def impossible_image(bench: Bench) -> str:
 
 @case("Gadgetron's buffers (ReconData) give the images of the acquisitions in them")
 def buffers(bench: Bench) -> str:
-    from ..header import parse_header
-
     lines = imaging(bench)
     expected = scan(bench, lines)
     payload = struct.pack("<H", 1023) + recon_data(parse_header(bench.header), lines)

@@ -56,9 +56,9 @@ def text_message(kind: int, text: str | bytes) -> bytes:
     return struct.pack("<HI", kind, len(data)) + data
 
 
-def query(text: str, number: int = 1) -> bytes:
+def query(text: str) -> bytes:
     """QUERY with its correlation id."""
-    return struct.pack("<HQQQ", QUERY, 0, number, len(text)) + text.encode()
+    return struct.pack("<HQQQ", QUERY, 0, 1, len(text)) + text.encode()
 
 
 def close() -> bytes:

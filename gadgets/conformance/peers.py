@@ -7,8 +7,8 @@ import struct
 import numpy as np
 
 from . import peer as p
+from .bench import Bench
 from .case import case, expect, refused, same, told
-from .suite import Bench
 
 # what a correct peer may do
 

@@ -11,9 +11,10 @@ import time
 import ismrmrd
 import numpy as np
 
+from ..scan_files import ScanFile
 from . import peer as p
+from .bench import Bench
 from .case import case, expect, refused, same, told
-from .suite import Bench
 
 # malformed streams
 
@@ -208,8 +209,6 @@ def lost_solver(bench: Bench) -> str:
 
 @case("the raw data of a failed scan are kept and can be reconstructed from the file", limit_s=15, needs="process")
 def replay(bench: Bench) -> str:
-    from ..scan_files import ScanFile
-
     before = set(bench.kept.glob("failed-*.h5"))
     bench.scan(prior="nonesuch")
     bench.wait_for(lambda: set(bench.kept.glob("failed-*.h5")) - before, "a file of the failed scan")
