@@ -19,7 +19,7 @@ from test_variational import VOXEL, last, problem
 from gadgets import solve
 from gadgets.failure import gpu_lost
 from gadgets.options import make_options
-from gadgets.solve import load_prior_for, warm_up
+from gadgets.solve import load_prior_for
 from recon_core import adaptation, prior, pupil
 from recon_core.adaptation import reconstruct_adapted
 from recon_core.ahead import Crew
@@ -250,12 +250,11 @@ def test_the_server_warms_up_and_answers_there(scan_path, gpu):
     with running({"device": "auto", "sweeps": 2, "adapt": 1}, load_prior_for) as server:
         server.warm_up()
         held = gpu.used
-        first, second = (client(server, scan_path) for _ in range(2))
+        (first, _), (second, _) = (client(server, scan_path) for _ in range(2))
         assert server.health()["device"] == "cuda" and server.health()["prior"] == "base"
     assert [i.image_series_index for i in first] == [1, 2] and all(np.array_equal(a.data, b.data) for a, b in zip(first, second))
     gc.collect()
     assert gpu.used == held
-    warm_up(load_prior_for(make_options({"method": "faithful"})), make_options({"method": "faithful"}))
 
 
 @pytest.mark.parametrize("noticed,said", [("before", "GiB free, 4 coils need"), ("on the way", "the GPU's memory ran short: coil maps stay in the host's memory")])
@@ -348,7 +347,7 @@ def test_training_there_is_the_cpus_and_can_be_resumed(given, tmp_path, monkeypa
     def work(device):
         options = TrainOptions(steps=2, batch=2, crop=16, phantoms=0, device=device, precision="fp32", workers=0, scan_workers=0, **given)
         train([volume], tmp_path / f"{device}.safetensors", options, lambda text: None)
-        trained = train([volume], tmp_path / f"{device}.safetensors", options.model_copy(update={"steps": 4}), lambda text: None, [volume])
+        trained = train([volume], tmp_path / f"{device}.safetensors", options.model_copy(update={"steps": 4}), lambda text: None, () if given else [volume])
         return torch.cat([weights.detach().flatten() for weights in trained.parameters()])
 
     here, there = both(work)
