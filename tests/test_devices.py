@@ -5,6 +5,7 @@ import gc
 import threading
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -324,7 +325,7 @@ def test_a_gpu_that_hangs_is_waited_for_in_no_thread_but_the_solvers(method, gpu
 
     gpu.fault = lambda name: hangs.is_set() and released.wait(60)
     if method == "cg":
-        monkeypatch.setattr(solve, "states", lambda *given: hang() or iter([torch.ones(2, device="cuda") + 1]))
+        monkeypatch.setattr(solve, "states", lambda *given: hang() or iter([SimpleNamespace(volume=torch.ones(2, device="cuda") + 1)]))
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(20)
