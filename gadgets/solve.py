@@ -61,7 +61,8 @@ def solve(measurement: Measurement, preview: torch.Tensor, prior, options: Optio
     """The volume of the requested method; if an iterative one fails, the preview in its place, with the reason."""
     name = METHODS[options.method].title
     if not METHODS[options.method].iterative:
-        return Outcome(apart(lambda _: next(states(measurement, preview, prior, options)).volume, report, hurry), name)
+        on_gpu = measurement.operator.device.type == "cuda"
+        return Outcome(apart(lambda _: next(states(measurement, preview, prior, options)).volume, report, hurry, on_gpu), name)
     try:
         if measurement.operator.device.type != device_of(options).type:
             raise ReconError("the GPU could not take this scan")
@@ -134,6 +135,8 @@ def iterate(start: Callable[[], Iterator[State]], options: Options, report: Repo
         raise GpuHangs(f"stopped {reason}: the GPU hangs and will not be used again until this process is restarted")
     if state is None:
         raise Unfinished(f"stopped {reason} before its first sweep ended")
+    if state.volume.is_cuda:  # else to look at it could mean to wait for ever behind a sweep that hangs
+        apart(lambda _: torch.cuda.synchronize(state.volume.device), report, patient, on_gpu=True)
     early = reason and state.sweep < state.sweeps
     if early and not METHODS[options.method].anytime:
         raise Unfinished(f"stopped {reason} after {state.sweep} of {state.sweeps} steps, and {METHODS[options.method].title} has no image before its last")

@@ -10,6 +10,7 @@ SHORTAGE = (
     "status_not_initialized",  # cuBLAS and cuDNN, where there is no memory for their handle
     "unable to find an engine",  # cuDNN, where no algorithm's workspace fits
 )
+LIBRARIES = ("cudnn", "cufft", "cusolver", "nvrtc", "cuda driver")  # of the GPU: the CPU uses none of them
 GPU_LOST = "the GPU failed and cannot be used until this process is restarted"
 
 
@@ -35,4 +36,6 @@ def why_the_cpu(error: RuntimeError) -> str:
         return "the GPU's memory does not hold this scan"
     if lost_the_gpu(error):
         return GPU_LOST
+    if any(name in str(error).lower() for name in LIBRARIES):
+        return "a library of the GPU failed"
     return ""

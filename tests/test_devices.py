@@ -1,0 +1,355 @@
+"""On a pretended GPU: everything that runs there gives what the CPU gives, to the bit, and a GPU that fails leaves an image."""
+
+import copy
+import gc
+import threading
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_complex, run_chain
+from pretend_gpu import PretendGpu
+from test_gpu import test_representations_and_their_derivatives_are_the_cpus  # noqa: F401
+from test_mouths import client, running
+from test_trust import images_and_error
+from test_variational import VOXEL, last, problem
+
+from gadgets import solve
+from gadgets.failure import gpu_lost
+from gadgets.options import make_options
+from gadgets.solve import load_prior_for
+from recon_core import adaptation, prior, pupil
+from recon_core.adaptation import reconstruct_adapted
+from recon_core.ahead import Crew
+from recon_core.cg_sense import cg_sense
+from recon_core.device_failure import GpuHangs
+from recon_core.fft import centre_block
+from recon_core.gaussians import Gaussians
+from recon_core.measure import measure
+from recon_core.methods import METHODS
+from recon_core.neural_field import NeuralField
+from recon_core.neural_operator import NeuralOperator
+from recon_core.prior import Prior, save_prior
+from recon_core.rehearsal import Rehearsal
+from recon_core.train import train
+from recon_core.train_options import TrainOptions
+from recon_core.unet import UNet
+from recon_core.variational import VariationalConfig
+from recon_core.volumes import Volume
+
+SMALL = (18, 20, 17)
+ILLEGAL = "CUDA error: an illegal memory access was encountered"
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: tests/test_gpu.py runs on it")
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch):
+    """A GPU, solver threads of its own, and quick fits."""
+    monkeypatch.setattr(solve, "SOLVERS", Crew())
+    for kind in (NeuralField, Gaussians):
+        monkeypatch.setattr(kind, "fit_steps", 2)
+    with PretendGpu() as gpu:
+        yield gpu
+    gpu_lost.clear()
+
+
+@pytest.fixture(autouse=True)
+def tiny_priors(monkeypatch, tmp_path):
+    """Networks of a few weights under the names of the real ones, whose output is not zero."""
+    small = partial(UNet, channels=(8, 8), blocks=1, embedding=16)
+    monkeypatch.setattr(prior, "ARCHITECTURES", {
+        "small": partial(small, unshuffle=2), "base": partial(small, unshuffle=1), "operator": partial(NeuralOperator, channels=4, taps=3, coarse=(4, 4), embedding=16),
+    })  # fmt: skip
+    monkeypatch.setenv("SLICEDIFF_PRIORS", str(tmp_path))
+    random = torch.Generator().manual_seed(0)
+    for name in ("small", "small-white", "base", "operator"):
+        made = Prior(name.split("-")[0])
+        for weights in made.parameters():
+            weights.data += 0.05 * torch.randn(weights.shape, generator=random)
+        save_prior(made, tmp_path / f"{name}.safetensors", {})
+
+
+def both(work):
+    """What `work` gives on the CPU and on the GPU, which must be there; both on the CPU."""
+    there = work("cuda")
+    assert there.is_cuda
+    return work("cpu"), there.cpu()
+
+
+def failing_at(when, error):
+    """A fault: once `when` is set, every operator raises `error`."""
+
+    def fault(name):
+        if when.is_set():
+            raise error
+
+    return fault
+
+
+# the pretended GPU itself
+
+
+def test_what_a_gpu_refuses_is_refused():
+    here, there = torch.ones(3, 2), torch.ones(3, 2, device="cuda")
+    index = torch.tensor([0])
+    number, seed = torch.tensor(2.0), torch.Generator()
+    for mixed in (
+        lambda: there + here, lambda: here * there[0, 0], lambda: here.mul_(there[0, 0]), lambda: torch.cat([there, here]), lambda: torch.stack([there[0, 0], number]),
+        lambda: there @ here.T, lambda: here[index.to("cuda")], lambda: there.index_select(0, index), lambda: torch.where(there > 0, there, here),
+        lambda: torch.nn.functional.conv1d(there[None], here[None]), lambda: torch.equal(here, there), lambda: torch._foreach_lerp_([there], [here], 0.5),
+        lambda: torch.randn(3, device="cuda", generator=seed), lambda: torch.multinomial(there[0], 1, generator=seed),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match="indices should be|two devices|generator"):
+            mixed()
+    for leaves in (lambda: there.numpy(), lambda: np.asarray(there), lambda: np.percentile(there, 50)):
+        with pytest.raises(TypeError, match="can't convert cuda"):
+            leaves()
+
+
+def test_what_a_gpu_allows_is_allowed_and_gives_what_the_cpu_gives(gpu):
+    given = random_complex(4, 5, 6)
+
+    def work(device):
+        x = given.clone().to(device)
+        x[:2] = torch.ones(2, 5, 6)
+        x[torch.tensor([3])] *= torch.tensor(2.0)
+        x[:, torch.tensor([True, False] * 2 + [True])] += 1
+        spectrum = torch.fft.fftshift(torch.fft.fftn(x.conj(), dim=(1, 2)), (1, 2))
+        rows = torch.einsum("rcq,rdq->cdq", spectrum, x.conj()).real.unfold(0, 3, 1).quantile(torch.tensor(0.3, device=device), dim=-1)
+        assert rows.device == torch.zeros_like(rows).device == torch.arange(2, device=rows.device).device
+        assert x.tolist() == x.cpu().tolist() and float(x[0, 0, 0].real) == 2
+        return rows
+
+    here, there = both(work)
+    assert torch.equal(here, there)
+    assert gpu.waits["_local_scalar_dense"] == 1 and gpu.waits["index"] == 2, "an index of the CPU, and a mask"
+
+
+def test_gradients_modules_and_optimisers_work_there():
+    def work(device):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.Conv2d(3, 2, 1)).to(device, memory_format=torch.channels_last)
+        twin, optimiser = copy.deepcopy(net), torch.optim.Adam(net.parameters(), lr=0.1)
+        with torch.autocast(device, torch.bfloat16):
+            out = twin(torch.ones(1, 2, 8, 8, device=device))
+        assert out.dtype is torch.bfloat16
+        image = net(torch.ones(1, 2, 8, 8, device=device))
+        elsewhere = torch.zeros(2, 1, 2, 6, 6)
+        elsewhere[1] = image  # a copy between devices is differentiable
+        (elsewhere.square().sum() + image.abs().sum().cpu()).backward()
+        optimiser.step()
+        return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+    here, there = both(work)
+    assert torch.equal(here, there)
+
+
+def test_its_memory_is_counted_limited_and_freed(gpu):
+    x = torch.zeros(100, device="cuda")
+    view = x[:50]
+    assert gpu.used == 400
+    gpu.total = 1000
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.cat([x, x])
+    del x
+    gc.collect()
+    assert gpu.used == 400 and len(view) == 50
+    del view
+    gc.collect()
+    assert gpu.used == 0 and gpu.peak == 400
+
+
+# the reconstruction
+
+
+def regular(start=0):
+    """[z y] with every third line from `start` on."""
+    mask = torch.zeros(SMALL[:2])
+    mask[start::3, start::3] = 1
+    return mask
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+@pytest.mark.parametrize("case", ["acs", "noise lines", "phase", "few", "one coil", "no centre", "separate", "separate, other phase", "plane"])
+def test_measurement_and_cg_sense_are_those_of_the_cpu(case, on_host):
+    kspace, mask, noise, _ = problem(shape=(40, 44, 3) if case == "plane" else SMALL, acceleration=1.0 if "separate" in case else 3.0)
+    how = {"on_host": on_host, "keep_lines": case == "acs", "noise": noise if case == "noise lines" else None}
+    if case == "phase":
+        how["phase_reference"] = torch.tensor([1, 1j, 0, 0], dtype=torch.complex64)
+    if case == "one coil":
+        kspace = kspace[:1]
+    if case in ("few", "no centre"):
+        mask = mask * ~centre_block(mask.shape, (10, 10)) + (case == "few") * centre_block(mask.shape, (3, 3))
+    if "separate" in case:
+        block, mask = centre_block(mask.shape, (10, 10)).float(), regular(int("other" in case))
+        how["calibration"] = kspace * block[..., None] * (1j if "other" in case else 1), block
+    here, there = both(lambda device: cg_sense(measure(kspace * mask[..., None], mask, VOXEL, device=device, **how)))
+    assert torch.equal(here, there)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_gives_the_cpus_image(name):
+    method, (kspace, mask, noise, _) = METHODS[name], problem(shape=SMALL, coils=2)
+    few = {"sweeps": 3, "iterations": 2, "steps": 3, "slabs": 2}
+    config = method.config and replace(method.config, **{field: few[field] for field in vars(method.config) if field in few})
+
+    def work(device):
+        measurement = measure(kspace, mask, VOXEL, noise, device=device)
+        network = prior.load_prior(method.weights, device, half=False) if method.uses_prior else None
+        return last(method.run(measurement, network, cg_sense(measurement), config, 0)).volume
+
+    here, there = both(work)
+    assert torch.equal(here, there) and bool(torch.isfinite(here.abs()).all())
+
+
+@pytest.mark.parametrize("thickness,on_host", [(1, False), (4, False), (4, True)])
+def test_learning_from_the_scan_is_the_cpus(thickness, on_host, monkeypatch):
+    monkeypatch.setattr(adaptation, "PASSES", 2)
+    monkeypatch.setattr(pupil, "LEAST_SAMPLES", 10)
+    kspace, mask, noise, _ = problem(shape=(28, 32, 24), coils=3, snr=20.0)
+
+    def work(device):
+        measurement = measure(kspace[..., 10 : 10 + thickness], mask, VOXEL, noise, device=device, on_host=on_host)
+        states = list(reconstruct_adapted(measurement, prior.load_prior("small", device, half=False), cg_sense(measurement), VariationalConfig(sweeps=1, adapt=2)))
+        assert len(states) == 5, "one sweep, two rounds, two passes"
+        return states[-1].volume
+
+    here, there = both(work)
+    assert torch.equal(here, there)
+
+
+@pytest.mark.parametrize("name,most", {"diffusion": 5, "dds": 7, "tpdm": 7, "mbir": 7, "pnp": 10, "wavelet": 0, "tv": 0}.items())
+def test_a_sweep_makes_the_host_wait_a_few_times_only(name, most, gpu):
+    """For conjugate gradients to end and the prior to look for NaN, once each for every iteration and batch; never for every slice."""
+    method, (kspace, mask, noise, _) = METHODS[name], problem(shape=(24, 28, 20))
+    measurement, waits = measure(kspace, mask, VOXEL, noise, device="cuda"), []
+    network = prior.load_prior(method.weights, "cuda") if method.uses_prior else None
+    for state, _ in zip(method.run(measurement, network, cg_sense(measurement), method.config, 0), range(4)):
+        waits.append(gpu.waits.total())
+    assert max(np.diff(waits)) <= most, gpu.waits
+
+
+# the chain
+
+
+@pytest.mark.parametrize("options", [{"error_map": True, "output": "uint16"}, {"method": "zero-filled", "output": "complex64"}])
+def test_the_chain_gives_the_cpus_images_and_keeps_nothing_there(scan_path, options, gpu):
+    network, images = {device: prior.load_prior("small", device, half=False) for device in ("cpu", "cuda")}, {}
+    held = gpu.used
+    for device in network:
+        images[device] = run_chain(scan_path, network[device], device=device, sweeps=1, **options)
+    assert len(images["cpu"]) == len(images["cuda"]) and all(np.array_equal(a.data, b.data) for a, b in zip(*images.values()))
+    assert all("CPU" not in image.meta["ImageComments"] for image in images["cuda"])
+    gc.collect()
+    assert gpu.used == held < gpu.peak
+
+
+def test_the_server_warms_up_and_answers_there(scan_path, gpu):
+    with running({"device": "auto", "sweeps": 2, "adapt": 1}, load_prior_for) as server:
+        server.warm_up()
+        held = gpu.used
+        (first, _), (second, _) = (client(server, scan_path) for _ in range(2))
+        assert server.health()["device"] == "cuda" and server.health()["prior"] == "base"
+    assert [i.image_series_index for i in first] == [1, 2] and all(np.array_equal(a.data, b.data) for a, b in zip(first, second))
+    gc.collect()
+    assert gpu.used == held
+
+
+@pytest.mark.parametrize("noticed,said", [("before", "GiB free, 4 coils need"), ("on the way", "the GPU's memory ran short: coil maps stay in the host's memory")])
+def test_where_memory_is_short_coil_maps_stay_on_the_host(scan_path, noticed, said, gpu):
+    (expected,) = run_chain(scan_path, None, method="cg", device="cpu", output="float32")
+    errors = [torch.OutOfMemoryError("CUDA out of memory")] * (noticed == "on the way")
+
+    def fault(name):
+        if errors:
+            raise errors.pop()
+
+    gpu.fault, gpu.told = fault, 2**20 if noticed == "before" else None
+    (image,) = run_chain(scan_path, None, method="cg", device="cuda", output="float32")
+    assert np.array_equal(image.data, expected.data) and said in image.meta["ImageComments"]
+    gc.collect()
+    assert gpu.used == 0
+
+
+@pytest.mark.parametrize("error,lost", [(torch.OutOfMemoryError("CUDA out of memory"), False), (RuntimeError(ILLEGAL), True), (RuntimeError("cuFFT error: CUFFT_INTERNAL_ERROR"), False)])
+def test_a_gpu_that_fails_before_the_preview_leaves_it_to_the_cpu(scan_path, error, lost, gpu):
+    (expected,) = run_chain(scan_path, None, method="cg", device="cpu", output="float32")
+    when = threading.Event()
+    when.set()
+    gpu.fault = failing_at(when, error)
+    (image,) = run_chain(scan_path, None, method="cg", device="cuda", output="float32")
+    assert np.array_equal(image.data, expected.data) and "CG-SENSE was computed on the CPU" in image.meta["ImageComments"]
+    assert gpu_lost.is_set() == lost
+
+
+@pytest.mark.parametrize("error,lost", [(torch.OutOfMemoryError("CUDA out of memory"), False), (RuntimeError(ILLEGAL), True)])
+def test_a_gpu_that_fails_while_the_solver_works_leaves_the_preview(scan_path, error, lost, gpu):
+    when = threading.Event()
+    gpu.fault = failing_at(when, error)
+
+    def spoil(x, sigma):
+        when.set()
+        return x + 1
+
+    images, said = images_and_error(scan_path, spoil, device="cuda")
+    assert len(images) == 1 and images[0].image_series_index == 1 and "the CG-SENSE preview stands" in said
+    assert gpu_lost.is_set() == lost
+
+
+@pytest.mark.parametrize("method", ["diffusion", "cg"])
+def test_a_gpu_that_hangs_is_waited_for_in_no_thread_but_the_solvers(method, gpu, monkeypatch):
+    """Nor if there is an image of an earlier sweep, which comes after what hangs, or if it makes CG-SENSE, which has no sweeps."""
+    released, hangs, calls, said = threading.Event(), threading.Event(), [], []
+    kspace, mask, noise, _ = problem(shape=SMALL)
+    measurement = measure(kspace, mask, VOXEL, noise, device="cuda")
+    preview = cg_sense(measurement)
+
+    def hang():
+        monkeypatch.setattr(solve, "HANG_S", 3.0)
+        hangs.set()
+
+    def denoise(x, sigma):
+        calls.append(sigma)
+        if len(calls) > 1:
+            hang()
+        return x + 1
+
+    def work():
+        try:
+            said.extend(solve.solve(measurement, preview, denoise, make_options({"method": method}), lambda *_: None, lambda: "in a hurry" * hangs.is_set() * (method != "cg")).failure)
+        except GpuHangs as error:
+            said.append(str(error))
+
+    gpu.fault = lambda name: hangs.is_set() and released.wait(60)
+    if method == "cg":
+        monkeypatch.setattr(solve, "states", lambda *given: hang() or iter([SimpleNamespace(volume=torch.ones(2, device="cuda") + 1)]))
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(20)
+    answered = list(said)
+    released.set()
+    thread.join(20)
+    assert len(answered) == 1 and "did not answer for 3 s" in answered[0] and gpu_lost.is_set() == (method != "cg"), "of CG-SENSE the caller takes note"
+
+
+# training
+
+
+@pytest.mark.parametrize("given", [{}, {"own_states": 1.0}, {"architecture": "operator", "voxel_mm": (2.0, 2.0)}])
+def test_training_there_is_the_cpus_and_can_be_resumed(given, tmp_path, monkeypatch):
+    monkeypatch.setattr(Rehearsal, "config", VariationalConfig(sweeps=2))
+    monkeypatch.setattr(Rehearsal, "voxels", (12_000, 20_000))
+    monkeypatch.setattr("recon_core.rehearsal.of_few_shapes", lambda network: network)  # padding changes the result
+    volume = Volume("box", np.pad(np.ones((40, 44, 42), np.float32), 8), (1.0, 1.0, 1.0))
+
+    def work(device):
+        options = TrainOptions(steps=2, batch=2, crop=16, phantoms=0, device=device, precision="fp32", workers=0, scan_workers=0, **given)
+        train([volume], tmp_path / f"{device}.safetensors", options, lambda text: None)
+        trained = train([volume], tmp_path / f"{device}.safetensors", options.model_copy(update={"steps": 4}), lambda text: None, () if given else [volume])
+        return torch.cat([weights.detach().flatten() for weights in trained.parameters()])
+
+    here, there = both(work)
+    assert torch.allclose(here, there, rtol=0, atol=1e-6)
