@@ -137,10 +137,10 @@ class Calibrations:
 
 
 class Centres:
-    """The k-space centres of image lines, for later volumes that are regularly undersampled without calibration lines of their own.
+    """The k-space centres of image lines, for later volumes without calibration lines of their own.
 
-    A scan may acquire a full centre with its first volume only, or spread it over the repetitions, each of which acquires
-    other lines (interleaved calibration; TSENSE, Kellman et al., MRM 2001).
+    A scan may acquire a full centre with its first volume only, or, regularly undersampled, spread it over the repetitions,
+    each of which acquires other lines (interleaved calibration; TSENSE, Kellman et al., MRM 2001).
     """
 
     def __init__(self):
@@ -158,16 +158,17 @@ class Centres:
             if keep:
                 self.full[key[0]] = own[0].copy(), own[1].copy()
             return None, ""
-        if len(kspace) == 1 or folding(torch.from_numpy(counts)) == 1:
+        if len(kspace) == 1:
             return None, ""
+        lattice = folding(torch.from_numpy(counts)) > 1
         found, note = self.full.get(key[0]), "those of an earlier volume"
-        if found is None or len(found[0]) != len(kspace):
+        if lattice and (found is None or len(found[0]) != len(kspace)):
             found, note = self._with_others(_place(key), own, keep), "the lines of several repetitions"
-        if found is None or too_few(find_acs(torch.from_numpy(found[1])), counts.shape):
+        if found is None or len(found[0]) != len(kspace) or too_few(find_acs(torch.from_numpy(found[1])), counts.shape):
             return None, ""
         whole, came = np.zeros_like(kspace), np.zeros_like(counts)
         whole[:, middle[0], middle[1]], came[middle] = found
-        return (torch.from_numpy(whole), torch.from_numpy(came)), f"the lines are regularly undersampled without calibration lines: the coil maps are made from {note}"
+        return (torch.from_numpy(whole), torch.from_numpy(came)), f"{'the lines are regularly undersampled without' if lattice else 'too few of the lines are'} calibration lines: the coil maps are made from {note}"
 
     def _with_others(self, place: Place, own: Centre, keep: bool) -> Centre | None:
         """The sum of this centre and those of earlier repetitions, None if there are none of these."""

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 import ismrmrd
 import numpy as np
-import torch
+
+from recon_core.measurement import Reference
 
 from .calibration import Calibrations, Centres, lies_elsewhere
 from .centre import centre_offset, narrow
@@ -94,7 +95,7 @@ class Gatherer:
         self.given: set[tuple[int, ...]] = set()
         self.offered: tuple[tuple[int, ...], np.ndarray] | None = None  # a block of lines that may become the array of its volume
         self.series: dict[tuple[int, ...], float] = {}
-        self.phase_reference: dict[int, torch.Tensor] = {}
+        self.references: dict[int, Reference] = {}
 
     def take(self, item) -> Iterator[Scan]:
         """Take one item of any kind; yield complete volumes of earlier repetitions."""
@@ -302,7 +303,7 @@ class Gatherer:
         remarks += self._remarks(volume, calibration)
         scan.warnings += [*self.notes, *self.partitions.notes, *remarks, *notes]
         scan.flaw = scan.flaw or self.partitions.flaw(volume.grid.counts, self.seen.get("slice", ()))
-        scan.series, scan.phase_reference, scan.gain, scan.echo_offset = self.series, self.phase_reference, gain, self.echoes[key[1]]
+        scan.series, scan.references, scan.gain, scan.echo_offset = self.series, self.references, gain, self.echoes[key[1]]
         return scan
 
     def _remarks(self, volume: Volume, calibration: Grid | None) -> list[str]:

@@ -117,10 +117,9 @@ def _look(scan: Scan, options: Options, device: torch.device, report: Report, sp
     coils, *shape = scan.kspace.shape
     if device.type == "cpu" or spare:  # scans that arrived meanwhile may have taken the free memory
         check_memory(to_compute(coils, shape, options.coils), "its image needs")
-    reference = scan.phase_reference.get(coils)
-    how = dict(coils=options.coils, device=device, phase_reference=reference, louder=louder, keep_lines=options.error_map, gain=scan.gain, on_host=spare, sets=2)
+    how = dict(coils=options.coils, device=device, reference=scan.references.get(coils), louder=louder, keep_lines=options.error_map, gain=scan.gain, on_host=spare, sets=2)
     measurement = measure(scan.kspace, scan.counts, scan.geometry.voxel_mm, scan.noise, scan.calibration, **how)
-    scan.phase_reference.setdefault(coils, measurement.mixing[0].cpu())
+    scan.references.setdefault(coils, measurement.reference)
     report("measured", {"coils": measurement.operator.coils, "acs": list(measurement.acs), "warnings": scan.warnings + measurement.warnings})
     preview = cg_sense(measurement)
     excess = measurement.excess_noise(preview)

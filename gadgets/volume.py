@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from recon_core.coils import find_acs, too_few
+from recon_core.measurement import Reference
 
 from .centre import block_offset, centre_offset, echo_offset, move_echo
 from .completeness import NO_CENTRE, hole_at_centre, missing_lines
@@ -27,7 +28,7 @@ class Scan:
     """One volume: sums of lines [coils z y x] (x in image space), line counts [z y], geometry and header.
 
     `head` is the header of the acquired line nearest the k-space centre, or of the first line if none could be used.
-    `series` (pixel scales, by series, contrast and set) and `phase_reference` (by number of coils) are shared by all
+    `series` (pixel scales, by series, contrast and set) and `references` (by number of coils) are shared by all
     volumes of a scan, as they must be the same for all its images. `gain` converts an image in noise units to
     those of the scan's first volume, whose lines may have another dwell time. `flaw` says why no image can be made of
     the volume, if so. `echo_offset` is the number of samples (without oversampling) by which the echo was found beyond the
@@ -42,7 +43,7 @@ class Scan:
     calibration: tuple[torch.Tensor, torch.Tensor] | None = None
     warnings: list[str] = field(default_factory=list)
     series: dict[tuple[int, ...], float] = field(default_factory=dict)
-    phase_reference: dict[int, torch.Tensor] = field(default_factory=dict)
+    references: dict[int, Reference] = field(default_factory=dict)
     gain: float = 1.0
     flaw: str = ""
     echo_offset: int = 0

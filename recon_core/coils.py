@@ -104,10 +104,17 @@ def widened(length: int) -> int:
 
 
 def compression_matrix(acs: Tensor, coils: int) -> Tensor:
-    """Orthonormal rows [virtual coils coils] onto the strongest `coils` virtual coils of acs [coils z y x] (Buehrer, MRM 2007)."""
+    """Orthonormal rows [virtual coils coils] onto the strongest `coils` virtual coils of acs [coils z y x] (Buehrer, MRM 2007).
+
+    The phase of an eigenvector, and with that of the image, is arbitrary. Here the first coil with at least half of a row's
+    largest weight has a positive one: so that two scans of an object, and the same scan on two devices, have the same phase.
+    """
     flat = acs.flatten(1)
     _, vectors = torch.linalg.eigh(flat @ flat.mH)
-    return vectors.flip(1)[:, :coils].mH.contiguous()
+    rows = vectors.flip(1)[:, :coils].mH
+    size = rows.abs()
+    leading = (2 * size >= size.amax(dim=1, keepdim=True)).int().argmax(dim=1, keepdim=True)
+    return rows * torch.sgn(rows.gather(1, leading)).conj()
 
 
 def signal_operators(acs: Tensor, shape: tuple[int, int, int], sigma: float = 0.0) -> Tensor:
@@ -234,11 +241,15 @@ def _dominant(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def low_resolution_maps(kspace: Tensor, mask: Tensor) -> Tensor:
-    """Fallback without ACS: smooth coil images divided by their root sum of squares [coils z y x]."""
+    """Fallback without ACS: smooth coil images divided by their root sum of squares [coils z y x], with the phase of the first taken off.
+
+    Otherwise they would contain the object's own phase, and with that take it from the image.
+    """
     window = [torch.hann_window(n + 2, periodic=False, device=kspace.device)[1:-1] ** 4 for n in mask.shape]
     smooth = kspace * (window[0][:, None] * window[1] * (mask > 0))[..., None]
     images = ifft(smooth, (1, 2))
-    return images.div_(images.norm(dim=0).clamp_min(torch.finfo(torch.float32).tiny))
+    turn = torch.where(images[0] == 0, 1, torch.sgn(images[0]).conj())
+    return images.mul_(turn / images.norm(dim=0).clamp_min(torch.finfo(torch.float32).tiny))
 
 
 def _signal_patches(acs: Tensor, sides: list[int], sigma: float) -> Tensor:

@@ -16,7 +16,7 @@ from .scale import evenly
 from .sense import Sense
 
 DARK, DARKEST, SEEN = 0.025, 0.005, 15.0  # share of the bright signal, the same at the highest SNR, multiple of the noise: where the object ends
-PHASE_GAIN = 1.2  # times as much of the data must another phase of the calibration explain
+PHASE_GAIN = 1.05  # times as much of the data must another phase of the calibration explain: with less, one of another contrast is turned to its harm; with more, echoes 10 ms after the calibration keep its phase
 PHASE_ROUNDS, PHASE_SETTLED = 6, 1.01  # at most so many, while each explains this many times as much as the one before
 PHASE_RHO, PHASE_ITERATIONS = 1e-3, 10  # of the conjugate gradients that show the phase of a scan whose calibration has another
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from .coils import MIN_ACS, compression_matrix, cut_acs, find_acs, folding, in_phase, low_resolution_maps, maps_of, overlap, second_maps, signal_operators, too_few
 from .fft import centre_block, centre_crop_or_pad
 from .low_resolution import calibrated_image, explained_by, object_support
-from .measurement import Measurement, energy_of
+from .measurement import Measurement, Reference, energy_of
 from .noise import whiten
 from .scale import intensity_scale
 from .sense import Sense
@@ -34,7 +34,7 @@ def measure(
     *,
     coils: int = 12,
     device: str | torch.device = "cpu",
-    phase_reference: Tensor | None = None,
+    reference: Reference | None = None,
     louder: float = 1.0,
     keep_lines: bool = False,
     gain: float = 1.0,
@@ -52,8 +52,7 @@ def measure(
         calibration: separate calibration (kspace, counts) on the same grid, if there is one.
         coils: maximum number of virtual coils.
         device: where to compute.
-        phase_reference: [coils] the combination of coils whose map is to be real: the first row of another volume's
-            `mixing`, to make phases comparable with that volume's; by default that of this volume.
+        reference: that of another volume of the scan, to make phase and brightness comparable with that volume's.
         louder: noise of the scan over that of its noise lines (Measurement.excess_noise).
         keep_lines: keep `lines` of volumes too, to estimate the error (jackknife.py).
         gain: factor on the image's units, which noise lines make those of the noise, so that volumes of different dwell times can be compared.
@@ -77,11 +76,11 @@ def measure(
     most = float(trusted.max())
     mask = (trusted / most).sqrt()
     factor = mask / counts.clamp_min(1)
-    reference, lines = (kspace, counts) if calibration is None else calibration
-    reference_factor = 1 / lines.clamp_min(1)  # not `factor`: its weights would blur the relations between neighbouring samples that give the maps
-    whitened = whiten(kspace, mask, factor, most, noise, louder, gain)
+    centre, lines = (kspace, counts) if calibration is None else calibration
+    centre_factor = 1 / lines.clamp_min(1)  # not `factor`: its weights would blur the relations between neighbouring samples that give the maps
+    whitened = whiten(kspace, mask, factor, most, noise, louder, gain, None if reference is None else reference.weights)
     mixing, warnings = whitened.matrix, [*of_no_use, *whitened.warnings]
-    acs, acs_size, averaged = _calibration_block(reference, lines, reference_factor, mixing)
+    acs, acs_size, averaged = _calibration_block(centre, lines, centre_factor, mixing)
     if len(mixing) > 1:
         compression = compression_matrix(acs if acs.numel() else _mix(mixing, _innermost(kspace, counts)), min(coils, len(mixing)))
         mixing, acs = compression @ mixing, _mix(compression, acs)
@@ -89,11 +88,11 @@ def measure(
         warnings.append("the GPU's memory ran short: coil maps stay in the host's memory")
     home = torch.device("cpu") if on_host else _home(mixing.shape[0], kspace.shape[1:], torch.device(device), warnings, WORK_ARRAYS + KEPT_ARRAYS * keep_lines)
     data = _mix_lines(mixing, kspace, factor, home)
-    all_lines = lambda: _mix_lines(mixing, reference, reference_factor * (lines > 0), home)  # noqa: E731
+    all_lines = lambda: _mix_lines(mixing, centre, centre_factor * (lines > 0), home)  # noqa: E731
     maps, support, doubts, operators = _maps(acs.to(device), whitened.sigma * averaged, acs_size, (len(mixing), *kspace.shape[1:]), all_lines, lines.to(home), folding(counts), sets)
     warnings += doubts
-    if phase_reference is not None and len(mixing) > 1 and not torch.equal(phase_reference, mixing[0]):
-        maps = in_phase(maps, mixing, phase_reference)
+    if reference is not None and len(mixing) > 1 and not torch.equal(reference.combination, mixing[0]):
+        maps = in_phase(maps, mixing, reference.combination)
     operator = Sense(maps.mul_(support), mask, device)
     del maps  # before there are others
     if operators is not None:
@@ -105,7 +104,7 @@ def measure(
     calibrated = calibrated_image(operator, adjoint, acs) if calibration is not None and too_few(find_acs(counts), counts.shape) else None
     tissue = None if calibrated is None else intensity_scale(calibrated, voxel_mm)
     warnings += [] if calibrated is None else _lacks_centre(operator, calibrated, data, acs_size, sigma)
-    return Measurement(operator, adjoint, energy_of(data), samples, sigma, voxel_mm, acs_size, mixing, whitened.known, shown, warnings, kept, calibrated, tissue)
+    return Measurement(operator, adjoint, energy_of(data), samples, sigma, voxel_mm, acs_size, mixing, whitened.known, shown, warnings, kept, calibrated, tissue, whitened.weights)
 
 
 def _sums(kspace: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,16 @@ from .scale import intensity_scale
 from .sense import Sense
 
 QUIET = 1.5  # noise of the scan over that of its noise lines above which these are not trusted
+
+
+class Reference(NamedTuple):
+    """What one volume decides for all of its scan, so that their phases and brightness can be compared.
+
+    `combination` [coils] is the one whose map is real; `weights` [coils] those of the coils, None if noise lines give them.
+    """
+
+    combination: Tensor
+    weights: Tensor | None
 
 
 @dataclass
@@ -23,7 +34,7 @@ class Measurement:
     from it (pupil.py) or the error is to be estimated (jackknife.py). Where the scan's own lines have no fully sampled
     centre, as in regular undersampling with separate calibration, `calibrated` [z y x] is the low-resolution image of that
     calibration, times the factor that makes it explain y best, and `tissue` is its brightness: there A^H y is R times too
-    dark, and conjugate gradients recover the low frequencies last.
+    dark, and conjugate gradients recover the low frequencies last. `weights` [coils] are those of Reference.
     """
 
     operator: Sense
@@ -40,11 +51,17 @@ class Measurement:
     lines: Tensor | None = None
     calibrated: Tensor | None = None
     tissue: float | None = None
+    weights: Tensor | None = None
 
     def to(self, device: str | torch.device) -> Measurement:
         """The same measurement on `device`."""
         lines, calibrated = (None if some is None else some.to(device) for some in (self.lines, self.calibrated))
         return replace(self, operator=self.operator.to(device), adjoint=self.adjoint.to(device), lines=lines, calibrated=calibrated)
+
+    @property
+    def reference(self) -> Reference:
+        """For the other volumes of the scan."""
+        return Reference(self.mixing[0].cpu(), self.weights)
 
     def part(self, chosen: Tensor, there: slice | None = None) -> Measurement:
         """The scan with only the `chosen` lines [z y], at the readout positions `there` (all by default); needs `lines`."""

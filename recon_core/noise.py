@@ -21,7 +21,8 @@ class Whitening(NamedTuple):
     """How coils become virtual coils of even noise: `matrix` [virtual coils coils], and the noise `sigma` of a single line after it.
 
     `known`: noise lines gave `sigma`; otherwise the scan's outer lines did, which also contain fine detail. `shown` is the
-    upper bound that those outer lines give, 0 if they were not used; `warnings` are sentences for the operator.
+    upper bound that those outer lines give, 0 if they were not used; `warnings` are sentences for the operator; `weights`
+    [coils] are the factors in `matrix` if noise lines did not give it, 1 for a coil that was left out.
     """
 
     matrix: Tensor
@@ -29,9 +30,10 @@ class Whitening(NamedTuple):
     known: bool
     shown: float
     warnings: list[str]
+    weights: Tensor | None = None
 
 
-def whiten(kspace: Tensor, mask: Tensor, factor: Tensor, averages: float, noise: Tensor | None = None, louder: float = 1.0, gain: float = 1.0) -> Whitening:
+def whiten(kspace: Tensor, mask: Tensor, factor: Tensor, averages: float, noise: Tensor | None = None, louder: float = 1.0, gain: float = 1.0, weights: Tensor | None = None) -> Whitening:
     """Prewhitening by the noise lines, or as well as the scan itself allows.
 
     With noise lines sigma is 1, or `louder`, times `gain`. An estimate only evens out the coils and keeps the units of
@@ -46,6 +48,8 @@ def whiten(kspace: Tensor, mask: Tensor, factor: Tensor, averages: float, noise:
         noise: [coils samples] noise samples, if there are noise lines.
         louder: noise of the scan over that of its noise lines.
         gain: factor on data prewhitened by noise lines, so that volumes of different dwell times can be compared.
+        weights: [coils] those of another volume of the scan, used without noise lines: own ones, which fine detail in the
+            outer lines affects as well, would shade the images of contrasts differently.
     """
     reason = "no noise lines"
     if noise is not None:
@@ -56,10 +60,10 @@ def whiten(kspace: Tensor, mask: Tensor, factor: Tensor, averages: float, noise:
         else:
             found = _by_noise_lines(matrix, kspace, mask, factor, averages, louder)
             return found._replace(matrix=gain * found.matrix, sigma=gain * found.sigma, shown=gain * found.shown)
-    return _by_itself(kspace, mask, factor, averages, f"{reason}: the noise level was estimated from the scan itself")
+    return _by_itself(kspace, mask, factor, averages, f"{reason}: the noise level was estimated from the scan itself", weights)
 
 
-def _by_itself(kspace: Tensor, mask: Tensor, factor: Tensor, averages: float, why: str) -> Whitening:
+def _by_itself(kspace: Tensor, mask: Tensor, factor: Tensor, averages: float, why: str, given: Tensor | None) -> Whitening:
     tiny = torch.finfo(torch.float32).tiny
     sigma = estimate_sigma(kspace, mask, factor)
     live = sigma > 0
@@ -71,10 +75,10 @@ def _by_itself(kspace: Tensor, mask: Tensor, factor: Tensor, averages: float, wh
     if not float(sigma.max()) > 0:
         floor = 1e-4 * float((kspace.abs().square().mean(dim=(0, 3)) * factor.square()).mean().sqrt())
         sigma = sigma + max(floor, tiny)
-    weight = (LOUD * sigma[sigma > 0].median() / sigma.clamp_min(tiny)).clamp_max(1)
+    weight = (LOUD * sigma[sigma > 0].median() / sigma.clamp_min(tiny)).clamp_max(1) if given is None else given.to(sigma.device)[live]
     level = float((weight * sigma).square().mean().sqrt()) * averages**0.5
-    matrix = weight[:, None] * torch.eye(len(kspace), device=weight.device)[live]
-    return Whitening(matrix.to(kspace.dtype), level, False, level, warnings)
+    weights = torch.ones(len(kspace), device=sigma.device).masked_scatter(live, weight)
+    return Whitening(weights.diag()[live].to(kspace.dtype), level, False, level, warnings, weights)
 
 
 def left_out(dead: Tensor, why: str) -> str:

@@ -103,6 +103,22 @@ def test_a_centre_square_of_the_first_repetition_serves_the_later_ones(tmp_path,
     assert not [w for volume in later for w in measure(volume.kspace, volume.counts, volume.geometry.voxel_mm, volume.noise, volume.calibration).warnings if "CAUTION" in w]
 
 
+def test_a_centre_square_of_the_first_echo_serves_later_ones_sampled_at_random(tmp_path):
+    """Without a full centre of their own, their maps would be made from a smoothed image, other than those of the first echo."""
+    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=4, pattern="full", noise_lines=16, contrasts=2, snr=200), (24, 26, 16))
+    random = np.random.default_rng(0)
+    kept = random.random((24, 26)) < 0.4
+    kept[9:15, 10:16] |= random.random((6, 6)) < 0.7
+    square = lambda line: 7 <= line.idx.kspace_encode_step_1 < 19 and 6 <= line.idx.kspace_encode_step_2 < 18  # noqa: E731
+    scan = [line for line in lines if line.flags & NOISE_BIT or kept[line.idx.kspace_encode_step_2, line.idx.kspace_encode_step_1] or (not line.idx.contrast and square(line))]
+    first, second = gather(header, scan)
+    assert first.calibration is None and find_acs(second.calibration[1])[0] >= 12
+    assert "too few of the lines are calibration lines: the coil maps are made from those of an earlier volume" in second.warnings
+    assert find_acs(second.counts)[0] < 8 and int(second.counts.sum()) == kept.sum()
+    one, other = (measure(volume.kspace, volume.counts, volume.geometry.voxel_mm, volume.noise, volume.calibration) for volume in (first, second))
+    torch.testing.assert_close(one.operator.coil_maps(), other.operator.coil_maps(), atol=0.02, rtol=0)
+
+
 def test_lines_that_alternate_between_repetitions_are_calibrated_together(tmp_path):
     """As in TSENSE: each repetition has every third line, another third each time; from the third on their sum is full."""
     header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=4, pattern="full", noise_lines=16, repetitions=4, snr=200), (24, 26, 16))

@@ -176,6 +176,17 @@ def test_the_fallback_knows_no_unit(unit):
     torch.testing.assert_close(maps.norm(dim=0), torch.ones(40, 44, 20), rtol=1e-3, atol=0)
 
 
+def test_the_fallback_leaves_the_object_its_phase():
+    """The maps of an object with and without a phase are the same: otherwise the phases of echoes could not be compared."""
+    images, _ = object_seen((40, 44, 20), 4)
+    mask = torch.zeros(40, 44)
+    mask[14:26, 16:28] = 1
+    turned = torch.exp(1j * torch.linspace(-1.5, 1.5, 44))[:, None] * images
+    plain, phased = (low_resolution_maps(fft(image, (1, 2)) * mask[..., None], mask) for image in (images, turned))
+    relative = torch.linalg.vecdot(plain, phased, dim=0)[phantom((40, 44, 20)) > 0.3]
+    assert float(relative.angle().square().mean().sqrt()) < 0.1
+
+
 def test_noise_of_the_calibration_is_told_from_signal():
     images, truth = object_seen((40, 44, 36), 6)
     kspace, inside = fft(images, (1, 2)), phantom((40, 44, 36)) > 0.3
@@ -218,6 +229,16 @@ def test_compression_keeps_the_energy_of_low_rank_coils():
     torch.testing.assert_close(matrix @ matrix.mH, torch.eye(3, dtype=torch.complex64), atol=1e-5, rtol=0)
     kept = (matrix @ acs.flatten(1)).norm()
     assert abs(kept / acs.norm() - 1) < 1e-5
+
+
+def test_the_phase_of_the_compression_is_no_accident():
+    """The first coil with at least half of the largest weight has a positive one, in each virtual coil."""
+    for seed in range(6):
+        rows = compression_matrix(random_complex(7, 5, 5, 6, seed=seed), 7)
+        for row in rows:
+            leading = row[row.abs() >= 0.5 * row.abs().max()][0]
+            assert float(leading.real) > 0 and abs(float(leading.imag)) < 1e-5
+        torch.testing.assert_close(rows @ rows.mH, torch.eye(7, dtype=torch.complex64), atol=1e-5, rtol=0)
 
 
 def test_maps_in_phase_combine_any_virtual_coils_to_the_same_image():

@@ -117,3 +117,16 @@ def test_without_noise_lines_only_a_loud_coil_is_turned_down():
     kept = measurement.mixing.norm(dim=0)
     assert torch.allclose(kept[:4], torch.ones(4), atol=1e-3)
     assert float(kept[4]) == pytest.approx(LOUD / 20, rel=0.1)
+
+
+def test_coil_weights_are_those_of_the_scans_first_volume():
+    """Without noise lines, fine detail far out hides that a coil is loud in a bright contrast, not in a dark one: own weights would shade their ratio."""
+    noise, detail = (random_complex(4, 24, 24, 12, seed=seed) for seed in (0, 1))
+    noise[0] *= 6
+    detail += 40 * torch.zeros(24, 24, 1).index_fill_(0, torch.arange(8, 16), 1) * torch.tensor([1, 1j, -1, 0.5]).reshape(4, 1, 1, 1)
+    bright, dark = 30 * detail + noise, 0.5 * detail + noise
+    first = measure(bright, torch.ones(24, 24), (2.0, 2.0, 2.0))
+    alone, later = (measure(dark, torch.ones(24, 24), (2.0, 2.0, 2.0), reference=reference) for reference in (None, first.reference))
+    assert float(alone.weights[0]) < 0.8 * float(first.weights[0])
+    torch.testing.assert_close(later.weights, first.weights)
+    torch.testing.assert_close(later.mixing.mH @ later.mixing, first.mixing.mH @ first.mixing, atol=1e-5, rtol=0)

@@ -349,6 +349,18 @@ def test_noisy_echoes_keep_their_ratio(tmp_path, prior):
         assert image[inside].mean() == pytest.approx(plain[inside].mean(), rel=0.02)
 
 
+def test_contrasts_share_their_coil_weights(tmp_path):
+    """A coil that seems loud in the second contrast only is not turned down there: near it, the ratio of the contrasts would be wrong."""
+    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=4, pattern="full", snr=1e5, noise_lines=0, contrasts=2), (20, 22, 18))
+    random = np.random.default_rng(0)
+    for line in lines:
+        loud = np.array([[6 if line.idx.contrast else 1], [1], [1], [1]])
+        line.data[:] += 0.1 * loud * (random.standard_normal(line.data.shape) + 1j * random.standard_normal(line.data.shape))
+    both = [recon.look(scan, make_options({"device": "cpu"}), lambda stage, facts: None, recon.patient)[0] for scan in recon.gather(header, lines)]
+    assert [measurement.weights.tolist() for measurement in both] == [[1.0] * 4] * 2
+    assert not both[1].sigma_known and float(both[1].sigma) > 1.5 * float(both[0].sigma)
+
+
 def test_noise_lines_that_are_too_quiet_are_told_with_both_images_and_change_no_brightness(tmp_path, prior):
     """Of two repetitions each is judged by itself; their units stay those of the noise lines."""
     header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=3, pattern="full", snr=30, noise_lines=16, repetitions=2), (20, 22, 18))

@@ -423,6 +423,19 @@ def test_a_lattice_that_misses_the_centre_keeps_its_brightness(step, first, wave
     torch.testing.assert_close(cg_sense(there), cg_sense(measurement)[..., 4:12], rtol=1e-3, atol=0.02 * float(truth.max()))
 
 
+@pytest.mark.parametrize("waves", [1.0, 1.5])
+def test_a_calibration_of_a_somewhat_other_phase_is_given_that_of_the_scan(waves):
+    """As a field map makes it within some ms: not enough to darken the calibration's image much, but images are pulled towards it."""
+    kspace, _, noise, reference = problem(coils=8, acceleration=1.0)
+    calibration, lattice = torch.zeros(24, 28), torch.zeros(24, 28)
+    calibration[5:19, 7:21] = lattice[::2, ::2] = 1
+    z, y = torch.meshgrid(torch.linspace(-1, 1, 24), torch.linspace(-1, 1, 28), indexing="ij")
+    turned = fft(ifft(kspace, (1, 2)) * torch.exp(1j * waves * (z**2 + y))[..., None], (1, 2)) * calibration[..., None]
+    sampled, whole = (measure(kspace * mask[..., None], mask, VOXEL, noise, (turned, calibration)) for mask in (lattice, torch.ones(24, 28)))
+    away = (sampled.calibrated * cg_sense(whole).conj())[reference > 0.3].angle()
+    assert float(away.square().mean().sqrt()) < 0.2
+
+
 def test_a_noisy_lattice_keeps_its_brightness():
     """At SNR 5, a pull towards zero would leave a third of what four times undersampled data hardly encode."""
     kspace, _, noise, reference = problem(coils=8, acceleration=1.0, snr=5.0)
