@@ -26,6 +26,12 @@ def to_compute(coils: int, shape: tuple[int, ...], virtual: int) -> int:
     return 8 * WORK_ARRAYS * (min(coils, virtual) + 3) * math.prod(shape) + (coils << 23) + (128 << 20)
 
 
+def has_room(nbytes: float) -> bool:
+    """Whether so much memory is free, as far as known."""
+    free = free_memory()
+    return free is None or nbytes <= free
+
+
 def check_memory(nbytes: int, what: str) -> None:
     """ScanError if the machine, or this container's or service's limit, lacks the memory: the kernel would kill this process with all its scans."""
     free = free_memory()

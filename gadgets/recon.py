@@ -20,7 +20,7 @@ from recon_core.measurement import Measurement
 from recon_core.methods import METHODS
 from recon_core.trust import doubts
 
-from .budget import check_memory, to_compute
+from .budget import check_memory, has_room, to_compute
 from .failure import Failures, free_gpu_memory, gpu_lost, log_failure, noted, raise_if_any
 from .flags import volume_name
 from .gather import Admit, gather, no_limit
@@ -30,6 +30,7 @@ from .options import Options
 from .solve import PREVIEW, Hurry, Report, apart, device_of, estimate_error, patient, solve
 from .volume import Scan
 
+TWO_SETS = 1.25  # times the memory of one, for an object that reaches beyond the field of view
 Turn = Callable[[], AbstractContextManager[Hurry]]
 
 
@@ -115,9 +116,11 @@ def look(scan: Scan, options: Options, report: Report, hurry: Hurry) -> tuple[Me
 
 def _look(scan: Scan, options: Options, device: torch.device, report: Report, spare: bool = False, louder: float = 1.0) -> tuple[Measurement, torch.Tensor]:
     coils, *shape = scan.kspace.shape
-    if device.type == "cpu" or spare:  # scans that arrived meanwhile may have taken the free memory
-        check_memory(to_compute(coils, shape, options.coils), "its image needs")
-    how = dict(coils=options.coils, device=device, reference=scan.references.get(coils), louder=louder, keep_lines=options.error_map, gain=scan.gain, on_host=spare, sets=2)
+    needed, on_cpu = to_compute(coils, shape, options.coils), device.type == "cpu"
+    if on_cpu or spare:  # scans that arrived meanwhile may have taken the free memory
+        check_memory(needed, "its image needs")
+    sets = 1 if spare or (on_cpu and not has_room(TWO_SETS * needed)) else 2
+    how = dict(coils=options.coils, device=device, reference=scan.references.get(coils), louder=louder, keep_lines=options.error_map, gain=scan.gain, on_host=spare, sets=sets)
     measurement = measure(scan.kspace, scan.counts, scan.geometry.voxel_mm, scan.noise, scan.calibration, **how)
     scan.references.setdefault(coils, measurement.reference)
     report("measured", {"coils": measurement.operator.coils, "acs": list(measurement.acs), "warnings": scan.warnings + measurement.warnings})

@@ -21,6 +21,7 @@ WORK_ARRAYS = 3  # data, maps and a temporary copy of the maps
 SINGLE_VOLUMES = 14  # besides these: 12 coils of 320 x 320 x 256 peak at 9.4 GiB (tests/benchmarks/chain_speed.py)
 KEPT_ARRAYS = 2  # data that are kept, and a part of them
 WRAPS, WRAPS_BADLY = 0.05, 0.4  # share of the object that lies over other parts of it: these get coil maps of their own and it is reported; with CAUTION
+COILS_FOR_TWO = 4  # fewer tell two parts and the aliases of undersampling apart nowhere
 EXPLAINS = 0.8  # of the signal around k = 0: less by a calibration of another contrast, more by one of another phase (lattices of held-out heads)
 TRUSTED = 2.0  # times the median count: what some lines gain from more averages, coil-map errors in them cost all others
 
@@ -59,7 +60,7 @@ def measure(
         on_host: keep the arrays of all coils in host memory, read by the device in parts; by default only if they do not
             seem to fit.
         sets: of coil maps at most. With 2, an object that reaches beyond the field of view gets a second one where its parts lie over
-            each other, unless it is a plane or a thin slab; its volumes then have second parts (see Sense), which Measurement.image_of shows.
+            each other, unless it is a plane, a thin slab or seen by fewer than 4 coils; its volumes then have second parts (see Sense), which Measurement.image_of shows.
 
     Raises:
         ValueError: if shapes do not fit, nothing was acquired, or samples are not finite or too large to square.
@@ -202,8 +203,8 @@ def _maps(acs: Tensor, sigma: float, size: tuple[int, int], whole: tuple[int, ..
         lattice = f"CAUTION: the undersampling is regular and {none} the coils: the image {fold} aliased {folded}-fold"
         return low_resolution_maps(all_lines(), counts), everywhere, [few] + [lattice] * (folded > 1), None
     operators = signal_operators(acs, shape, sigma)
-    share, thin = overlap(operators, acs), len(usable_axes(shape)) == 1
-    second = sets > 1 and share > WRAPS and not thin
+    share = overlap(operators, acs)
+    second = sets > 1 and share > WRAPS and len(usable_axes(shape)) > 1 and whole[0] >= COILS_FOR_TWO
     return maps_of(operators, shape, home), object_support(acs, shape, sigma).to(home), _wraps(share, second), operators if second else None
 
 

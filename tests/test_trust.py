@@ -18,6 +18,7 @@ from gadgets.flags import NOISE_BIT
 from gadgets.header import parse_header
 from gadgets.options import make_options
 from gadgets.simulation.protocol import SimulateOptions
+from gadgets.simulation.scan import simulate
 from recon_core.ahead import Ahead, Crew, left_behind
 from recon_core.cg_sense import cg_sense
 from recon_core.fft import fft
@@ -359,6 +360,35 @@ def test_contrasts_share_their_coil_weights(tmp_path):
     both = [recon.look(scan, make_options({"device": "cpu"}), lambda stage, facts: None, recon.patient)[0] for scan in recon.gather(header, lines)]
     assert [measurement.weights.tolist() for measurement in both] == [[1.0] * 4] * 2
     assert not both[1].sigma_known and float(both[1].sigma) > 1.5 * float(both[0].sigma)
+
+
+def test_an_object_that_reaches_beyond_the_field_of_view_is_shown_whole(tmp_path, prior, monkeypatch):
+    """Every second line along y halves the field of view, which is then 0.8 of the object; a third of the outer lines is missing. Preview, image and error map show both parts, if there is memory for that."""
+    wide = np.zeros((26, 72, 24), np.float32)
+    wide[:, 14:58] = small_object((26, 44, 24))
+    np.save(tmp_path / "object.npy", wide)
+    simulate(tmp_path / "object.npy", tmp_path / "scan.h5", SimulateOptions(coils=8, pattern="full", snr=200, noise_lines=16))
+    with ScanFile(tmp_path / "scan.h5") as scan:
+        header, lines = parse_header(scan.header_xml), list(scan.acquisitions())
+    random, inner = np.random.default_rng(0), lambda idx: abs(idx.kspace_encode_step_1 - 36) < 16 and abs(idx.kspace_encode_step_2 - 13) < 8
+    kept = [line for line in lines if line.flags & NOISE_BIT or (line.idx.kspace_encode_step_1 % 2 == 0 and (inner(line.idx) or random.random() < 0.67))]
+    for line in kept:
+        line.idx.kspace_encode_step_1 //= 2
+    encoding = header.encoding[0]
+    for space in (encoding.encodedSpace, encoding.reconSpace):
+        space.matrixSize.y, space.fieldOfView_mm.y = 36, space.fieldOfView_mm.y / 2
+    limits = encoding.encodingLimits.kspace_encoding_step_1
+    limits.maximum, limits.center = 35, 18
+    images = list(recon.reconstruct(header, kept, prior, make_options({"sweeps": 3, "device": "cpu", "output": "float32", "error_map": True})))
+    assert [image.data.shape[1:] for image in images] == [(26, 36, 24)] * 3
+    assert all("two sets of coil maps separate the parts, and the image shows both" in image.meta["ImageComment"] for image in images)
+    parts = torch.zeros(26, 36, 24).index_add_(1, (torch.arange(72) - 36 + 18) % 36, torch.from_numpy(wide).square()).sqrt().numpy()
+    inside = parts > 0.2
+    for image in images[:2]:
+        assert np.corrcoef(image.data[0][inside], parts[inside])[0, 1] > 0.95
+    monkeypatch.setattr(recon, "has_room", lambda nbytes: False)
+    (short,) = recon.reconstruct(header, kept, prior, make_options({"method": "cg", "device": "cpu"}))
+    assert "one set of coil maps cannot describe both" in short.meta["ImageComment"]
 
 
 def test_noise_lines_that_are_too_quiet_are_told_with_both_images_and_change_no_brightness(tmp_path, prior):
