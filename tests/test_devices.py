@@ -29,6 +29,7 @@ from recon_core.device_failure import GpuHangs
 from recon_core.fft import centre_block
 from recon_core.gaussians import Gaussians
 from recon_core.measure import measure
+from recon_core.measurement import Reference
 from recon_core.methods import METHODS
 from recon_core.neural_field import NeuralField
 from recon_core.neural_operator import NeuralOperator
@@ -173,12 +174,12 @@ def regular(start=0):
 
 
 @pytest.mark.parametrize("on_host", [False, True])
-@pytest.mark.parametrize("case", ["acs", "noise lines", "phase", "few", "one coil", "no centre", "separate", "separate, other phase", "plane"])
-def test_measurement_and_cg_sense_are_those_of_the_cpu(case, on_host):
+@pytest.mark.parametrize("case", ["acs", "noise lines", "phase", "few", "one coil", "no centre", "separate", "separate, other phase", "separate, two sets", "two sets", "plane"])
+def test_measurement_and_cg_sense_are_those_of_the_cpu(case, on_host, monkeypatch):
     kspace, mask, noise, _ = problem(shape=(40, 44, 3) if case == "plane" else SMALL, acceleration=1.0 if "separate" in case else 3.0)
     how = {"on_host": on_host, "keep_lines": case == "acs", "noise": noise if case == "noise lines" else None}
     if case == "phase":
-        how["phase_reference"] = torch.tensor([1, 1j, 0, 0], dtype=torch.complex64)
+        how["reference"] = Reference(torch.tensor([1, 1j, 0, 0], dtype=torch.complex64), None)
     if case == "one coil":
         kspace = kspace[:1]
     if case in ("few", "no centre"):
@@ -186,7 +187,16 @@ def test_measurement_and_cg_sense_are_those_of_the_cpu(case, on_host):
     if "separate" in case:
         block, mask = centre_block(mask.shape, (10, 10)).float(), regular(int("other" in case))
         how["calibration"] = kspace * block[..., None] * (1j if "other" in case else 1), block
-    here, there = both(lambda device: cg_sense(measure(kspace * mask[..., None], mask, VOXEL, device=device, **how)))
+    if "two sets" in case:
+        how["sets"] = 2
+        monkeypatch.setattr("recon_core.measure.WRAPS", -1)
+
+    def work(device):
+        measurement = measure(kspace * mask[..., None], mask, VOXEL, device=device, **how)
+        assert (len(measurement.operator.second) > 0) == ("two sets" in case)
+        return measurement.image_of(cg_sense(measurement))
+
+    here, there = both(work)
     assert torch.equal(here, there)
 
 

@@ -11,10 +11,13 @@ from gadgets.options import make_options
 from gadgets.solve import prior_of
 from recon_core.cg_sense import cg_sense
 from recon_core.faithful import FaithfulConfig, diffusion_levels, noise_levels, random_slabs, reconstruct_faithful, slice_gradient
+from recon_core.fft import fft, ifft
+from recon_core.gaussians import Gaussians
 from recon_core.measure import measure
 from recon_core.measurement import Measurement
 from recon_core.methods import METHODS
 from recon_core.metrics import object_mask, psnr
+from recon_core.neural_field import NeuralField
 from recon_core.plug_and_play import PlugAndPlayConfig, reconstruct_plug_and_play
 from recon_core.posterior import PosteriorConfig, Variation, reconstruct_posterior
 from recon_core.prior import list_priors, load_prior
@@ -34,14 +37,29 @@ def gaussian(slices, sigma):
     return slices * 0.25 / (0.25 + sigma**2)
 
 
+@pytest.fixture(scope="module")
+def wrapped():
+    """The same object in two thirds of that field of view along y, with two sets of coil maps, and its image [z y x]."""
+    kspace, _, noise, _ = problem(shape=(32, 36, 30), acceleration=1.0, snr=15.0)
+    images = ifft(kspace, (1, 2))
+    images = images.new_zeros(4, 32, 24, 30).index_add_(2, (torch.arange(36) - 18 + 12) % 24, images)
+    measurement = measure(fft(images, (1, 2)), torch.ones(32, 24), VOXEL, noise, sets=2)
+    assert measurement.operator.shape[2] > 30
+    return measurement, images.norm(dim=0)
+
+
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_yields_finite_states_and_counts(name, scan, prior):
-    measurement, reference = scan
+@pytest.mark.parametrize("given", ["scan", "wrapped"])
+def test_every_method_yields_finite_states_and_counts(name, given, request, prior, monkeypatch):
+    for kind in (NeuralField, Gaussians):
+        monkeypatch.setattr(kind, "fit_steps", 2)
+    measurement, reference = request.getfixturevalue(given)
     method = METHODS[name]
     states = method.run(measurement, prior if method.uses_prior else None, cg_sense(measurement), method.config, 0)
     first = next(states)
     assert first.sweep == 1 and first.sweep <= first.sweeps
-    assert first.volume.shape == reference.shape and first.volume.is_complex()
+    assert first.volume.shape == measurement.operator.shape and first.volume.is_complex()
+    assert measurement.image_of(first.volume).shape == reference.shape
     assert bool(torch.isfinite(first.volume.abs()).all())
     assert (first.network_evaluations > 0) == method.uses_prior
 

@@ -24,6 +24,7 @@ VOLUMES = {
     "IXI002-Guys-0828-T2": "IXI 002, T2-weighted",
     "IXI002-Guys-0828-PD": "IXI 002, proton density",
 }
+HEADS = {"head_ds000011_sub-13": "held-out head", "head_2mm": "the example"}
 BASE = "diffusion:base"  # as on a GPU: bench.py --methods diffusion --prior base
 OBJECTS = {f"IXI002-Guys-0828-{contrast}": "IXI 002" for contrast in ("T1", "T2", "PD")}
 INTERPOLATED = ("IXI002-Guys-0828-T1",)  # in plane, along both phase encodes: much of its k-space at 1 mm is empty, so that it is too easy there
@@ -83,6 +84,7 @@ def main() -> None:
     print(f"\nsmall lesions\n\n{lesions('lesions')}")
     print(f"\nestimated error\n\n{estimated_errors('error_map')}")
     print(f"\nlattices\n\n{lattices('lattices')}")
+    print(f"\nbeyond the field of view\n\n{wrap_around('wrap_around')}")
 
 
 def in_short(scans: dict[tuple, dict]) -> str:
@@ -235,6 +237,17 @@ def lattices(name: str) -> str:
     lines = [line(["SNR", "lattice, z x y", "lines from k = 0", *(f"{METHODS[image]}, {calibration}" for calibration, image in columns)]), rule(3 + len(columns))]
     for key, cells in found.items():
         lines.append(line([*(part.replace("x", " x ") for part in key), *(f"{cells[(*column, 'zero')]} / {cells[(*column, 'calibration')]}" for column in columns)]))
+    return "\n".join(lines)
+
+
+def wrap_around(name: str) -> str:
+    """Objects that reach beyond the field of view: PSNR with one / two sets of coil maps."""
+    lines = [line(["object", "field of view, z x y", "overlap", "CG-SENSE", "slice diffusion"]), rule(5)]
+    with (RESULTS / f"{name}.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            overlap = f"{float(row['overlap']):.0%}" if row["overlap"] else "below 5%"
+            cells = [f"{float(row[f'{image}_1']):.1f} / {float(row[f'{image}_2']):.1f}" for image in ("cg", "diffusion")]
+            lines.append(line([{**VOLUMES, **HEADS}[row["volume"]], f"{float(row['fov_z']):g} x {float(row['fov_y']):g}", overlap, *cells]))
     return "\n".join(lines)
 
 

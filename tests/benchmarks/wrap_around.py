@@ -42,7 +42,12 @@ def main() -> None:
     for path in arguments.volumes:
         for shares in FIELDS_OF_VIEW:
             images, size = seen(path, arguments.voxel_mm, shares)
-            rows.append({"volume": path.name.split(".")[0], "voxel_mm": arguments.voxel_mm, "fov_z": shares[0], "fov_y": shares[1]} | compared(images, size, prior))
+            try:
+                found = compared(images, size, prior)
+            except ValueError as error:  # so small a field of view has no room for the calibration lines
+                print(f"{path.name} in {shares}: {error}", flush=True)
+                continue
+            rows.append({"volume": path.name.split(".")[0], "voxel_mm": arguments.voxel_mm, "fov_z": shares[0], "fov_y": shares[1]} | found)
             print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
             save_table("wrap_around", rows, show=False)
 
