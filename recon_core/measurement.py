@@ -17,11 +17,13 @@ QUIET = 1.5  # noise of the scan over that of its noise lines above which these 
 class Reference(NamedTuple):
     """What one volume decides for all of its scan, so that their phases and brightness can be compared.
 
-    `combination` [coils] is the one whose map is real; `weights` [coils] those of the coils, None if noise lines give them.
+    `combination` [coils] is the one whose map is real; `weights` [coils] those of the coils, None if noise lines give them;
+    `sets` is the number of sets of coil maps.
     """
 
     combination: Tensor
     weights: Tensor | None
+    sets: int = 1
 
 
 @dataclass
@@ -61,7 +63,7 @@ class Measurement:
     @property
     def reference(self) -> Reference:
         """For the other volumes of the scan."""
-        return Reference(self.mixing[0].cpu(), self.weights)
+        return Reference(self.mixing[0].cpu(), self.weights, 2 if len(self.operator.second) else 1)
 
     def part(self, chosen: Tensor, there: slice | None = None) -> Measurement:
         """The scan with only the `chosen` lines [z y], at the readout positions `there` (all by default); needs `lines`."""

@@ -144,8 +144,11 @@ def test_a_wrapped_object_comes_out_better_with_two_sets_of_maps():
     found = [psnr(m.image_of(cg_sense(m)), truth, object_mask(truth)) for m in (one, two)]
     assert found[1] > found[0] + 2, found
     assert two.image_of(cg_sense(two)).shape == shape
+    fully = fft(images, (1, 2)), torch.ones(shape[:2])
+    assert [len(measure(*fully, (2.0, 2.0, 2.0), sets=2, reference=m.reference).operator.second) > 0 for m in (one, two)] == [False, True], "the first volume decides"
     assert measure(kspace[..., 18:19], mask, (2.0, 2.0, 2.0), sets=2).operator.shape == (*shape[:2], 1)
     fits = fft(wrapped(1.0)[0], (1, 2))
+    assert len(measure(fits, torch.ones(fits.shape[1:3]), (2.0, 2.0, 2.0), sets=2, reference=two.reference).operator.second) > 0
     assert measure(fits, torch.ones(fits.shape[1:3]), (2.0, 2.0, 2.0), sets=2).operator.shape == fits.shape[1:]
 
 
