@@ -362,4 +362,4 @@ def test_training_there_is_the_cpus_and_can_be_resumed(given, tmp_path, monkeypa
         return torch.cat([weights.detach().flatten() for weights in trained.parameters()])
 
     here, there = both(work)
-    assert torch.allclose(here, there, rtol=0, atol=1e-6)
+    assert torch.allclose(here, there, rtol=0, atol=5e-5)  # Adam divides by the gradient's size: rounding of small ones counts

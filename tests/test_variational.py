@@ -385,7 +385,7 @@ def test_separate_calibration_lines_make_the_maps():
     calibration = torch.zeros_like(mask)
     calibration[7:17, 9:19] = 1
     measurement = measure(kspace * thinned[..., None], thinned, VOXEL, noise, (kspace * calibration[..., None], calibration))
-    assert measurement.warnings == []
+    assert [text for text in measurement.warnings if "lie over other parts" not in text] == [], "10 lines cannot tell whether so small an object just fits"
     assert measurement.acs[0] >= 9
 
 
