@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .coils import MIN_ACS, compression_matrix, cut_acs, find_acs, folding, in_phase, low_resolution_maps, maps_of, overlap, second_maps, signal_operators, too_few
+from .coil_maps import Calibration, least_overlap, make_coil_maps
+from .coils import compression_matrix, cut_acs, find_acs, folding, in_phase, too_few
 from .fft import centre_block, centre_crop_or_pad
-from .low_resolution import calibrated_image, explained_by, object_support
+from .low_resolution import calibrated_image, explained_by
 from .measurement import Measurement, Reference, energy_of
 from .noise import whiten
 from .scale import intensity_scale
@@ -20,8 +22,6 @@ from .slices import usable_axes
 WORK_ARRAYS = 3  # data, maps and a temporary copy of the maps
 SINGLE_VOLUMES = 14  # besides these: 12 coils of 320 x 320 x 256 peak at 9.4 GiB (tests/benchmarks/chain_speed.py)
 KEPT_ARRAYS = 2  # data that are kept, and a part of them
-WRAPS, WRAPS_BADLY = 0.05, 0.4  # share of the object that lies over other parts of it: these get coil maps of their own and it is reported; with CAUTION
-COILS_FOR_TWO = 4  # fewer tell two parts and the aliases of undersampling apart nowhere
 EXPLAINS = 0.8  # of the signal around k = 0: less by a calibration of another contrast, more by one of another phase (lattices of held-out heads)
 TRUSTED = 2.0  # times the median count: what some lines gain from more averages, coil-map errors in them cost all others
 
@@ -81,31 +81,28 @@ def measure(
     centre_factor = 1 / lines.clamp_min(1)  # not `factor`: its weights would blur the relations between neighbouring samples that give the maps
     whitened = whiten(kspace, mask, factor, most, noise, louder, gain, None if reference is None else reference.weights)
     mixing, warnings = whitened.matrix, [*of_no_use, *whitened.warnings]
-    acs, acs_size, averaged = _calibration_block(centre, lines, centre_factor, mixing)
+    found = _calibration_block(centre, lines, centre_factor, mixing, whitened.sigma)
     if len(mixing) > 1:
-        compression = compression_matrix(acs if acs.numel() else _mix(mixing, _innermost(kspace, counts)), min(coils, len(mixing)))
-        mixing, acs = compression @ mixing, _mix(compression, acs)
+        compression = compression_matrix(found.acs if found.acs.numel() else _mix(mixing, _innermost(kspace, counts)), min(coils, len(mixing)))
+        mixing, found = compression @ mixing, replace(found, acs=_mix(compression, found.acs))
     if on_host:
         warnings.append("the GPU's memory ran short: coil maps stay in the host's memory")
     home = torch.device("cpu") if on_host else _home(mixing.shape[0], kspace.shape[1:], torch.device(device), warnings, WORK_ARRAYS + KEPT_ARRAYS * keep_lines)
     data = _mix_lines(mixing, kspace, factor, home)
     all_lines = lambda: _mix_lines(mixing, centre, centre_factor * (lines > 0), home)  # noqa: E731
-    maps, support, doubts, operators = _maps(acs.to(device), whitened.sigma * averaged, acs_size, (len(mixing), *kspace.shape[1:]), all_lines, lines.to(home), folding(counts), _least_overlap(sets, reference))
-    warnings += doubts
+    maps = make_coil_maps(found.to(device), kspace.shape[1:], lines.to(home), all_lines, folding(counts), least_overlap(sets, reference))
+    warnings += maps.warnings
     if reference is not None and len(mixing) > 1 and not torch.equal(reference.combination, mixing[0]):
-        maps = in_phase(maps, mixing, reference.combination)
-    operator = Sense(maps.mul_(support), mask, device)
-    del maps  # before there are others
-    if operators is not None:
-        operator = operator.with_second(*second_maps(operators, operator.maps))
+        in_phase(maps.first, mixing, reference.combination)
+    operator = maps.sense(mask, device)
     samples = int((mask > 0).sum()) * data.shape[0] * data.shape[-1]
     sigma, shown = (level / most**0.5 for level in (whitened.sigma, whitened.shown))
     kept = data if keep_lines or len(usable_axes(operator.shape)) == 1 else None
     adjoint = operator.adjoint(data)
-    calibrated = calibrated_image(operator, adjoint, acs) if calibration is not None and too_few(find_acs(counts), counts.shape) else None
+    calibrated = calibrated_image(operator, adjoint, found.acs) if calibration is not None and too_few(find_acs(counts), counts.shape) else None
     tissue = None if calibrated is None else intensity_scale(calibrated, voxel_mm)
-    warnings += [] if calibrated is None else _lacks_centre(operator, calibrated, data, acs_size, sigma)
-    return Measurement(operator, adjoint, energy_of(data), samples, sigma, voxel_mm, acs_size, mixing, whitened.known, shown, warnings, kept, calibrated, tissue, whitened.weights)
+    warnings += [] if calibrated is None else _lacks_centre(operator, calibrated, data, found.size, sigma)
+    return Measurement(operator, adjoint, energy_of(data), samples, sigma, voxel_mm, found.size, mixing, whitened.known, shown, warnings, kept, calibrated, tissue, whitened.weights)
 
 
 def _sums(kspace: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,14 +129,14 @@ def _usable(calibration: tuple[Tensor, Tensor] | None) -> tuple[tuple[Tensor, Te
     return calibration, []
 
 
-def _calibration_block(reference: Tensor, lines: Tensor, factor: Tensor, mixing: Tensor) -> tuple[Tensor, tuple[int, int], float]:
-    """Calibration lines of the virtual coils [coils z y x], their number (z, y), and their noise relative to a single line."""
+def _calibration_block(reference: Tensor, lines: Tensor, factor: Tensor, mixing: Tensor, sigma: float) -> Calibration:
+    """The calibration lines among those of `reference` [coils z y x], mixed to virtual coils; `sigma` is the noise of a single line."""
     size = find_acs(lines)
     if not size[0]:
-        return torch.zeros((len(mixing), 0, 0, 0), dtype=reference.dtype), size, 1.0
+        return Calibration(torch.zeros((len(mixing), 0, 0, 0), dtype=reference.dtype), size, sigma)
     block = cut_acs(reference, size)
     averaged = centre_crop_or_pad(factor * lines.sqrt(), size).square().mean().sqrt()
-    return _mix(mixing, block * centre_crop_or_pad(factor, block.shape[1:3])[..., None]), size, float(averaged)
+    return Calibration(_mix(mixing, block * centre_crop_or_pad(factor, block.shape[1:3])[..., None]), size, sigma * float(averaged))
 
 
 def _innermost(kspace: Tensor, counts: Tensor, lines: int = 64) -> Tensor:
@@ -184,37 +181,6 @@ def _home(coils: int, shape: tuple[int, int, int], device: torch.device, warning
     return torch.device("cpu")
 
 
-def _maps(acs: Tensor, sigma: float, size: tuple[int, int], whole: tuple[int, ...], all_lines: Callable[[], Tensor], counts: Tensor, folded: int, least: float) -> tuple[Tensor, Tensor, list[str], Tensor | None]:
-    """Coil maps of size `whole` (coils, z, y, x) and support [z y x], by the best method that the calibration lines allow, and warnings; and signal_operators if a second set is to be made of them, as more than `least` of the object lies over other parts of it, else None.
-
-    If there are too few calibration lines, `all_lines` gives k-space of that size with all lines there are, in numbers
-    `counts` [z y]; maps and support are on the device of `counts`. Without coil maps the image would be aliased `folded`-fold.
-    """
-    shape, home = whole[1:], counts.device
-    everywhere = torch.ones(shape, device=home)
-    if whole[0] == 1:
-        return torch.ones(whole, dtype=acs.dtype, device=home), everywhere, [], None
-    if too_few(size, shape):
-        few = (
-            f"calibration lines cover only {size[0]} x {size[1]} (z x y) of the k-space centre, "
-            f"{MIN_ACS} x {MIN_ACS} are wanted: coil maps were made from a smoothed image and may be poor"
-        )
-        none, fold = ("no calibration separates", "is") if folding(counts) > 1 else ("too few calibration lines separate", "may be")
-        lattice = f"CAUTION: the undersampling is regular and {none} the coils: the image {fold} aliased {folded}-fold"
-        return low_resolution_maps(all_lines(), counts), everywhere, [few] + [lattice] * (folded > 1), None
-    operators = signal_operators(acs, shape, sigma)
-    share = overlap(operators, acs)
-    second = share > least and len(usable_axes(shape)) > 1 and whole[0] >= COILS_FOR_TWO
-    return maps_of(operators, shape, home), object_support(acs, shape, sigma).to(home), _wraps(share, second), operators if second else None
-
-
-def _least_overlap(sets: int, reference: Reference | None) -> float:
-    """Share of the object over other parts of it above which there is a second set of maps; in a series, the first volume decides for all."""
-    if sets == 1 or (reference is not None and reference.sets == 1):
-        return math.inf
-    return WRAPS if reference is None else -1.0
-
-
 def _lacks_centre(operator: Sense, calibrated: Tensor, data: Tensor, size: tuple[int, int], sigma: float) -> list[str]:
     """A warning if no line of `data` y [coils z y x] lies near k = 0 and the image `calibrated` [z y x] of a block of `size` (z, y) explains too little of those within it."""
     mask = operator.mask.cpu()
@@ -227,12 +193,3 @@ def _lacks_centre(operator: Sense, calibrated: Tensor, data: Tensor, size: tuple
     if share > EXPLAINS:
         return []
     return [f"CAUTION: no line lies next to the k-space centre, and the image of the calibration, perhaps of another contrast, explains only {share:.0%} of the lines around it: large structures may have the wrong brightness"]
-
-
-def _wraps(share: float, second: bool) -> list[str]:
-    """Warnings about an object of which a `share` lies over another part of it, which has a `second` set of maps or not."""
-    if share <= WRAPS:
-        return []
-    done = "two sets of coil maps separate the parts, and the image shows both" if second else "one set of coil maps cannot describe both"
-    wraps = f"about {share:.0%} of the object seems to lie over other parts of it: it reaches beyond the field of view along a phase encode; {done}"
-    return [f"{'CAUTION: ' * (share > WRAPS_BADLY)}{wraps}"]

@@ -189,7 +189,7 @@ def test_measurement_and_cg_sense_are_those_of_the_cpu(case, on_host, monkeypatc
         how["calibration"] = kspace * block[..., None] * (1j if "other" in case else 1), block
     if "two sets" in case:
         how["sets"] = 2
-        monkeypatch.setattr("recon_core.measure.WRAPS", -1)
+        monkeypatch.setattr("recon_core.coil_maps.WRAPS", -1)
 
     def work(device):
         measurement = measure(kspace * mask[..., None], mask, VOXEL, device=device, **how)

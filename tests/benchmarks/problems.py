@@ -23,6 +23,8 @@ from recon_core.scale import intensity_scale
 from recon_core.sense import Sense
 from recon_core.simulate import sampling_mask
 
+EDGE = 0.1  # of the brightest voxel: where an object ends
+
 
 @dataclass
 class Problem:
@@ -65,13 +67,15 @@ class Problem:
         return self.unseen(operator.solve(operator.adjoint(every), 1e-6, iterations=60))
 
 
-def simulated(path: Path, voxel_mm: float, coils: int, acceleration: float, snr: float, acs: int, seed: int = 0, readout: int | None = None, device: str = "cpu", keep_lines: bool = False) -> Problem:
+def simulated(path: Path, voxel_mm: float, coils: int, acceleration: float, snr: float, acs: int, seed: int = 0, readout: int | None = None, device: str = "cpu", keep_lines: bool = False, extent: tuple[float, float] | None = None, sets: int = 1) -> Problem:
     """A volume with phase, seen by each coil at its own resolution, cropped in k-space to `voxel_mm`, with correlated noise.
 
     With `readout` only so many positions along x are kept, in the middle: the readout is fully sampled, so they are a scan of their own.
+    With `extent`, the field of view is only so much of the object's own extent along z and y, and what lies beyond it wraps around.
     """
     data, size, _, _ = load_object(path)
     images, size = coil_images(data, size, SimulateOptions(voxel_mm=voxel_mm, coils=coils, seed=seed))
+    images = images if extent is None else wrapped(images, extent)
     images = images[..., middle(images.shape[3], readout)].contiguous()
     truth = images.abs().square().sum(0).sqrt()
     noise = Noise(coils, intensity_scale(truth, size) / snr, seed)
@@ -80,10 +84,23 @@ def simulated(path: Path, voxel_mm: float, coils: int, acceleration: float, snr:
     kspace[:, ~mask] = 0
     kspace[:, mask] += torch.from_numpy(noise.draw(int(mask.sum()) * truth.shape[2]).reshape(coils, -1, truth.shape[2]))
     lines = torch.from_numpy(noise.draw(4096))
-    measurement = measure(kspace, mask.float(), size, lines, device=device, keep_lines=keep_lines)
+    measurement = measure(kspace, mask.float(), size, lines, device=device, keep_lines=keep_lines, sets=sets)
     phased = torch.linalg.vecdot(measurement.operator.coil_maps(), _mix(measurement.mixing.cpu(), images).to(device), dim=0)
     facts = {"volume": path.name.split(".")[0], "voxel_mm": size_label(voxel_mm, size), "matrix": "x".join(map(str, reversed(truth.shape))), "coils": coils, "R": round(mask.numel() / int(mask.sum()), 1), "snr": snr, "acs": acs}
     return Problem(facts, measurement, truth, phased, object_mask(truth), _mix(measurement.mixing.cpu(), kspace))
+
+
+def wrapped(images: Tensor, shares: tuple[float, float]) -> Tensor:
+    """Coil images [coils z y x] in a field of view of `shares` (z, y) of the object's extent; what lies beyond it is added at the opposite side."""
+    for axis, share in enumerate(shares, start=1):
+        profile = images.norm(dim=0).amax(dim=[a for a in range(3) if a != axis - 1])
+        there = (profile > EDGE * profile.max()).nonzero()[:, 0]
+        extent = int(there[-1] - there[0]) + 1
+        length = int(share * extent) // 2 * 2
+        place = torch.arange(extent) - extent // 2 + length // 2
+        shape = [length if a == axis else n for a, n in enumerate(images.shape)]
+        images = images.new_zeros(shape).index_add_(axis, place % length, images.narrow(axis, int(there[0]), extent))
+    return images
 
 
 def size_label(asked_mm: float, size: tuple[float, float, float]) -> float:

@@ -13,22 +13,15 @@ import argparse
 import re
 from pathlib import Path
 
-import torch
+from problems import simulated
 from scans import save_table
-from torch import Tensor
 
-from gadgets.simulation.scan import Noise, SimulateOptions, coil_images, load_object
 from recon_core.cg_sense import cg_sense
-from recon_core.fft import fft
-from recon_core.measure import measure
-from recon_core.metrics import object_mask, psnr
+from recon_core.metrics import psnr
 from recon_core.prior import load_prior
-from recon_core.scale import intensity_scale
-from recon_core.simulate import sampling_mask
 from recon_core.variational import reconstruct_variational
 
 COILS, ACCELERATION, SNR, ACS = 8, 6, 30.0, 20
-EDGE = 0.1  # of the brightest voxel: where an object ends
 FIELDS_OF_VIEW = [(1.0, 1.0), (1.0, 0.9), (1.0, 0.75), (0.85, 0.85), (0.75, 0.75)]
 
 
@@ -41,9 +34,8 @@ def main() -> None:
     prior, rows = load_prior("small"), []
     for path in arguments.volumes:
         for shares in FIELDS_OF_VIEW:
-            images, size = seen(path, arguments.voxel_mm, shares)
             try:
-                found = compared(images, size, prior)
+                found = compared(path, arguments.voxel_mm, shares, prior)
             except ValueError as error:  # so small a field of view has no room for the calibration lines
                 print(f"{path.name} in {shares}: {error}", flush=True)
                 continue
@@ -52,41 +44,18 @@ def main() -> None:
             save_table("wrap_around", rows, show=False)
 
 
-def seen(path: Path, voxel_mm: float, shares: tuple[float, float]) -> tuple[Tensor, tuple[float, float, float]]:
-    """Coil images [coils z y x] in a field of view of `shares` (z, y) of the object's extent, and the voxel size."""
-    data, size, _, _ = load_object(path)
-    images, size = coil_images(data, size, SimulateOptions(voxel_mm=voxel_mm, coils=COILS, seed=0))
-    for axis, share in enumerate(shares, start=1):
-        profile = images.norm(dim=0).amax(dim=[a for a in range(3) if a != axis - 1])
-        there = (profile > EDGE * profile.max()).nonzero()[:, 0]
-        extent = int(there[-1] - there[0]) + 1
-        images = wrapped(images.narrow(axis, int(there[0]), extent), axis, int(share * extent) // 2 * 2)
-    return images, size
-
-
-def wrapped(images: Tensor, axis: int, length: int) -> Tensor:
-    """`images` in the middle of a field of view of `length` voxels along `axis`, whatever lies beyond it added at the opposite side."""
-    out = images.new_zeros([length if a == axis else n for a, n in enumerate(images.shape)])
-    place = torch.arange(images.shape[axis]) - images.shape[axis] // 2 + length // 2
-    return out.index_add_(axis, place % length, images)
-
-
-def compared(images: Tensor, size: tuple[float, float, float], prior) -> dict[str, float | str]:
-    """Matrix, overlap and PSNR with one and two sets of maps."""
-    truth = images.norm(dim=0)
-    inside, noise = object_mask(truth), Noise(COILS, intensity_scale(truth, size) / SNR, 0)
-    mask = torch.from_numpy(sampling_mask(truth.shape[:2], ACCELERATION, "poisson", ACS))
-    kspace = fft(images, (1, 2)) * mask[..., None]
-    kspace[:, mask] += torch.from_numpy(noise.draw(int(mask.sum()) * truth.shape[2]).reshape(COILS, -1, truth.shape[2]))
-    lines, found = torch.from_numpy(noise.draw(4096)), {"matrix": "x".join(map(str, reversed(truth.shape)))}
+def compared(path: Path, voxel_mm: float, shares: tuple[float, float], prior) -> dict[str, float | str]:
+    """Matrix, overlap and PSNR with one and two sets of maps in a field of view of `shares` (z, y) of the object's extent."""
+    found = {}
     for sets in (1, 2):
-        scan = measure(kspace, mask.float(), size, lines, sets=sets)
+        problem = simulated(path, voxel_mm, COILS, ACCELERATION, SNR, ACS, extent=shares, sets=sets)
+        scan = problem.measurement
         told = re.search(r"about (\d+)%", " ".join(scan.warnings))
         start = cg_sense(scan)
         for state in reconstruct_variational(scan, prior, start):
             pass
-        scores = {"cg": start, "diffusion": state.volume}
-        found |= {"overlap": int(told[1]) / 100 if told else ""} | {f"{name}_{sets}": round(psnr(scan.image_of(volume), truth, inside), 2) for name, volume in scores.items()}
+        found |= {"matrix": problem.facts["matrix"], "overlap": int(told[1]) / 100 if told else ""}
+        found |= {f"{name}_{sets}": round(psnr(scan.image_of(volume), problem.truth, problem.inside), 2) for name, volume in (("cg", start), ("diffusion", state.volume))}
     return found
 
 

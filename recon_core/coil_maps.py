@@ -1,0 +1,100 @@
+"""Chooses how the coil maps of a scan are made: by what its calibration lines allow, and by whether its object fits into the field of view."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from .coils import MIN_ACS, folding, low_resolution_maps, maps_of, overlap, second_maps, signal_operators, too_few
+from .low_resolution import object_support
+from .measurement import Reference
+from .sense import Sense
+from .slices import usable_axes
+
+WRAPS, WRAPS_BADLY = 0.05, 0.4  # share of the object that lies over other parts of it: these get coil maps of their own and it is reported; with CAUTION
+COILS_FOR_TWO = 4  # fewer tell two parts and the aliases of undersampling apart nowhere
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration lines of the virtual coils: `acs` [coils z y x] from cut_acs, their number `size` (z, y) and noise `sigma` per real part."""
+
+    acs: Tensor
+    size: tuple[int, int]
+    sigma: float
+
+    def to(self, device: str | torch.device) -> Calibration:
+        """The same lines on `device`."""
+        return replace(self, acs=self.acs.to(device))
+
+
+@dataclass
+class CoilMaps:
+    """Coil maps `first` [coils z y x], where the object is (`support` [z y x]), and warnings for the user.
+
+    `operators` are the signal_operators of which a second set is to be made, None if there is to be none.
+    """
+
+    first: Tensor
+    support: Tensor
+    warnings: list[str] = field(default_factory=list)
+    operators: Tensor | None = None
+
+    def sense(self, mask: Tensor, device: str | torch.device) -> Sense:
+        """The operator with these maps and `mask` [z y] on `device`; `first` is used up."""
+        operator = Sense(self.first.mul_(self.support), mask, device)
+        del self.first  # before there are others
+        return operator if self.operators is None else operator.with_second(*second_maps(self.operators, operator.maps))
+
+
+def make_coil_maps(calibration: Calibration, shape: tuple[int, int, int], lines: Tensor, all_lines: Callable[[], Tensor], folded: int, least: float) -> CoilMaps:
+    """Coil maps by the best method that the calibration allows.
+
+    Args:
+        shape: (z, y, x) of the volume.
+        lines: [z y] number of lines of which the calibration is the centre; the maps are kept on its device.
+        all_lines: their k-space [coils z y x], asked for only if the calibration has too few lines.
+        folded: so many-fold the image would be aliased without coil maps.
+        least: share of the object over other parts of it above which there is a second set (see least_overlap).
+    """
+    acs, home = calibration.acs, lines.device
+    everywhere = torch.ones(shape, device=home)
+    if len(acs) == 1:
+        return CoilMaps(torch.ones((1, *shape), dtype=acs.dtype, device=home), everywhere)
+    if too_few(calibration.size, shape):
+        return CoilMaps(low_resolution_maps(all_lines(), lines), everywhere, _few(calibration.size, folding(lines) > 1, folded))
+    operators = signal_operators(acs, shape, calibration.sigma)
+    share = overlap(operators, acs)
+    second = share > least and len(usable_axes(shape)) > 1 and len(acs) >= COILS_FOR_TWO
+    return CoilMaps(maps_of(operators, shape, home), object_support(acs, shape, calibration.sigma).to(home), _wraps(share, second), operators if second else None)
+
+
+def least_overlap(sets: int, reference: Reference | None) -> float:
+    """Share of the object over other parts of it above which there is a second set of maps, if there are to be `sets`; in a series, the first volume decides for all."""
+    if sets == 1 or (reference is not None and reference.sets == 1):
+        return math.inf
+    return WRAPS if reference is None else -1.0
+
+
+def _few(size: tuple[int, int], regular: bool, folded: int) -> list[str]:
+    """Warnings about so few calibration lines, of a `regular` pattern or not."""
+    few = (
+        f"calibration lines cover only {size[0]} x {size[1]} (z x y) of the k-space centre, "
+        f"{MIN_ACS} x {MIN_ACS} are wanted: coil maps were made from a smoothed image and may be poor"
+    )
+    none, fold = ("no calibration separates", "is") if regular else ("too few calibration lines separate", "may be")
+    lattice = f"CAUTION: the undersampling is regular and {none} the coils: the image {fold} aliased {folded}-fold"
+    return [few] + [lattice] * (folded > 1)
+
+
+def _wraps(share: float, second: bool) -> list[str]:
+    """Warnings about an object of which a `share` lies over another part of it, which has a `second` set of maps or not."""
+    if share <= WRAPS:
+        return []
+    done = "two sets of coil maps separate the parts, and the image shows both" if second else "one set of coil maps cannot describe both"
+    wraps = f"about {share:.0%} of the object seems to lie over other parts of it: it reaches beyond the field of view along a phase encode; {done}"
+    return [f"{'CAUTION: ' * (share > WRAPS_BADLY)}{wraps}"]
