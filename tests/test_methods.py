@@ -217,7 +217,8 @@ def test_a_plane_is_sampled_as_the_slice_it_is(name, scan):
     assert seen and all(min(shape) >= 32 for shape in seen)
 
 
-def test_the_rate_of_a_neural_field_may_be_set(scan, prior):
+def test_the_rate_of_a_neural_field_may_be_set(scan, prior, monkeypatch):
+    monkeypatch.setattr(NeuralField, "fit_steps", 4)
     measurement, _ = scan
     config = replace(METHODS["field"].config, iterations=1)
     first, second = (last(METHODS["field"].run(measurement, prior, cg_sense(measurement), replace(config, learning_rate=rate), 0)).volume for rate in (2.0, 0.5))

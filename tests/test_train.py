@@ -474,10 +474,10 @@ def test_volumes_too_small_to_be_scanned_are_a_sentence(scan_workers, tmp_path):
 
 
 def test_learning_from_own_states_mends_them(volumes, tmp_path, short_scans):
-    """30 steps on phantoms: less of the error in states of other scans is left than by as many steps of denoising alone."""
+    """16 steps on phantoms: less of the error in states of other scans is left than by as many steps of denoising alone."""
     left = []
     for own_states in (0.0, 3.0):
-        options = TrainOptions(steps=30, batch=4, crop=32, voxel_mm=(1.0, 1.5), ema_decay=0.8, own_states=own_states)
+        options = TrainOptions(steps=16, batch=4, crop=32, voxel_mm=(1.0, 1.5), ema_decay=0.8, own_states=own_states)
         prior = train(volumes, tmp_path / f"{own_states}.safetensors", options, log=lambda s: None)
         with torch.no_grad():
             lessons = itertools.islice(Rehearsal(SlicePool(volumes, (1.0, 1.5), seed=9), 8192, 32, 9).lessons(prior), 8)

@@ -155,10 +155,10 @@ def test_half_of_the_slices_per_sweep_cost_little():
     """Slices that are not drawn are held by what was last made of them, not left to the noise."""
     from recon_core.prior import load_prior
 
-    kspace, mask, noise, reference = problem((48, 56, 40), 8, acceleration=3.0, snr=20.0, acs=20)
+    kspace, mask, noise, reference = problem((40, 44, 36), 8, acceleration=3.0, snr=20.0, acs=20)
     measurement = measure(kspace, mask, VOXEL, noise)
     start, prior, inside = cg_sense(measurement), load_prior("small"), object_mask(reference)
-    whole, half = (last(reconstruct_variational(measurement, prior, start, VariationalConfig(sweeps=24, slice_fraction=f))) for f in (1.0, 0.5))
+    whole, half = (last(reconstruct_variational(measurement, prior, start, VariationalConfig(sweeps=16, slice_fraction=f))) for f in (1.0, 0.5))
     assert half.network_evaluations == pytest.approx(whole.network_evaluations / 2, rel=0.05)
     assert psnr(half.volume, reference, inside) > psnr(whole.volume, reference, inside) - 1
 
