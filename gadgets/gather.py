@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator
 import ismrmrd
 import numpy as np
 
-from recon_core.measurement import Reference
 
 from .calibration import Calibrations, Centres, lies_elsewhere
 from .centre import centre_offset, narrow
@@ -25,7 +24,7 @@ from .noise_lines import NoiseLines
 from .partitions import Partitions
 from .readout import Readout
 from .recon_data import ReconBit, ReconData, ReconDataError, take_lines
-from .volume import Grid, Scan, Volume
+from .volume import Grid, Scan, Shared, Volume
 
 DOUBTFUL = 2  # lines; up to this many do not move the k-space centre
 STRAYS = 8  # late lines; up to this many do not mean that repetitions are interleaved
@@ -94,8 +93,7 @@ class Gatherer:
         self.echoes: dict[int, int] = {}  # for each contrast: by how many samples its lines misstate the echo position
         self.given: set[tuple[int, ...]] = set()
         self.offered: tuple[tuple[int, ...], np.ndarray] | None = None  # a block of lines that may become the array of its volume
-        self.series: dict[tuple[int, ...], float] = {}
-        self.references: dict[int, Reference] = {}
+        self.shared = Shared()
 
     def take(self, item) -> Iterator[Scan]:
         """Take one item of any kind; yield complete volumes of earlier repetitions."""
@@ -303,7 +301,7 @@ class Gatherer:
         remarks += self._remarks(volume, calibration)
         scan.warnings += [*self.notes, *self.partitions.notes, *remarks, *notes]
         scan.flaw = scan.flaw or self.partitions.flaw(volume.grid.counts, self.seen.get("slice", ()))
-        scan.series, scan.references, scan.gain, scan.echo_offset = self.series, self.references, gain, self.echoes[key[1]]
+        scan.shared, scan.gain, scan.echo_offset = self.shared, gain, self.echoes[key[1]]
         return scan
 
     def _remarks(self, volume: Volume, calibration: Grid | None) -> list[str]:

@@ -60,13 +60,13 @@ def make_images(volume: torch.Tensor, scan: Scan, options: Options, header, seri
     if not finite(volume):
         raise ValueError(f"the {name} image holds NaN or infinity and was not sent")
     alike = (series, scan.head.idx.contrast, scan.head.idx.set)
-    earlier = scan.series.get(alike)
+    earlier = scan.shared.scales.get(alike)
     pixels, scale, saturated = to_pixels(volume, options.output, earlier)
     if saturated > CLIPPED * pixels.size and earlier is not None:
         pixels, scale, saturated = to_pixels(volume, options.output)
         notes = [*notes, f"CAUTION: much brighter than the earlier images of its series: from here on, equal pixels mean {earlier / scale:.3g} times the signal (divide pixels by GADGETRON_ScaleRatio)"]
     if pixels.any():
-        scan.series[alike] = scale
+        scan.shared.scales[alike] = scale
     if saturated:
         notes = [*notes, f"{saturated} {'voxel is' if saturated == 1 else 'voxels are'} brighter than {FULL_SCALE} and {'was' if saturated == 1 else 'were'} clipped: the first volume of a contrast sets its scale"]
     frame, assumed = frame_of(scan)

@@ -75,7 +75,8 @@ def images_of(scan: Scan, prior, options: Options, images: Callable[..., list[is
     notes = scan.warnings + measurement.warnings
     if METHODS[options.method].iterative and options.preview:
         yield from images(measurement.image_of(preview), series=SERIES["preview"], name=PREVIEW, notes=notes)
-    outcome = solve(measurement, preview, prior, options, report, hurry)
+    outcome = solve(measurement, preview, prior, options, report, hurry, scan.shared.learned)
+    scan.shared.learned = scan.shared.learned if outcome.learned is None else outcome.learned
     if not (outcome.failure and options.preview):
         yield from images(measurement.image_of(outcome.volume), series=SERIES["final"], name=outcome.name, notes=notes + outcome.remarks)
     if options.error_map and not outcome.failure:
@@ -120,9 +121,9 @@ def _look(scan: Scan, options: Options, device: torch.device, report: Report, sp
     if on_cpu or spare:  # scans that arrived meanwhile may have taken the free memory
         check_memory(needed, "its image needs")
     sets = 1 if spare or (on_cpu and not has_room(TWO_SETS * needed)) else 2
-    how = dict(coils=options.coils, device=device, reference=scan.references.get(coils), louder=louder, keep_lines=options.error_map, gain=scan.gain, on_host=spare, sets=sets)
+    how = dict(coils=options.coils, device=device, reference=scan.shared.references.get(coils), louder=louder, keep_lines=options.error_map, gain=scan.gain, on_host=spare, sets=sets)
     measurement = measure(scan.kspace, scan.counts, scan.geometry.voxel_mm, scan.noise, scan.calibration, **how)
-    scan.references.setdefault(coils, measurement.reference)
+    scan.shared.references.setdefault(coils, measurement.reference)
     report("measured", {"coils": measurement.operator.coils, "acs": list(measurement.acs), "warnings": scan.warnings + measurement.warnings})
     preview = cg_sense(measurement)
     excess = measurement.excess_noise(preview)

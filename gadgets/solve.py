@@ -49,16 +49,17 @@ def patient() -> str:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The volume [z y x] for the requested series, its name, and remarks for the user; `failure` says why if it is the preview."""
+    """The volume [z y x] for the requested series, its name, and remarks for the user; `failure` says why if it is the preview, `learned` is a prior it has taught."""
 
     volume: torch.Tensor
     name: str
     remarks: list[str] = field(default_factory=list)
     failure: list[str] = field(default_factory=list)
+    learned: torch.nn.Module | None = None
 
 
-def solve(measurement: Measurement, preview: torch.Tensor, prior, options: Options, report: Report, hurry: Hurry = patient) -> Outcome:
-    """The volume of the requested method; if an iterative one fails, the preview in its place, with the reason."""
+def solve(measurement: Measurement, preview: torch.Tensor, prior, options: Options, report: Report, hurry: Hurry = patient, learned: torch.nn.Module | None = None) -> Outcome:
+    """The volume of the requested method; if an iterative one fails, the preview in its place, with the reason. `learned` is what another volume of the scan has taught."""
     name = METHODS[options.method].title
     if not METHODS[options.method].iterative:
         on_gpu = measurement.operator.device.type == "cuda"
@@ -66,8 +67,8 @@ def solve(measurement: Measurement, preview: torch.Tensor, prior, options: Optio
     try:
         if measurement.operator.device.type != device_of(options).type:
             raise ReconError("the GPU could not take this scan")
-        volume, remarks = iterate(lambda: states(measurement, preview, prior, options), options, report, hurry)
-        trust, why = judge(measurement, preview, volume)
+        state, remarks = iterate(lambda: states(measurement, preview, prior, options, learned), options, report, hurry)
+        trust, why = judge(measurement, preview, state.volume)
         if trust is Trust.FAILED:
             raise ReconError(f"this image {why}")
     except Exception as error:  # the boundary: send an image anyway
@@ -80,7 +81,7 @@ def solve(measurement: Measurement, preview: torch.Tensor, prior, options: Optio
     remarks += [f"CAUTION: this image {why}: compare with the preview"] * bool(why)
     for text in remarks:
         log.warning("%s: %s", name, text)
-    return Outcome(volume, name, remarks)
+    return Outcome(state.volume, name, remarks, learned=state.learned)
 
 
 def estimate_error(measurement: Measurement, preview: torch.Tensor, prior, options: Options, report: Report, hurry: Hurry = patient) -> Outcome:
@@ -93,16 +94,16 @@ def estimate_error(measurement: Measurement, preview: torch.Tensor, prior, optio
     image_of = lambda part: states(part, cg_sense(part), prior, quick)  # noqa: E731
     progress = lambda _, facts: report("error map", facts)  # noqa: E731
     try:
-        volume, stopped = iterate(lambda: estimated_error(measurement, image_of, options.seed), options, progress, hurry)
+        state, stopped = iterate(lambda: estimated_error(measurement, image_of, options.seed), options, progress, hurry)
     except Exception as error:  # the boundary: the image itself has been sent
         log_failure("the error map failed", error)
         _let_go(error)
         raise ReconError(f"the error map was not made: {sentence(error)}") from error
-    if stopped or not finite(volume):
+    if stopped or not finite(state.volume):
         raise ReconError(f"the error map was not made: {stopped[0] if stopped else 'it holds NaN or infinity'}")
     scale, inside = measurement.brightness(preview), object_mask(preview)
-    percent = 100 * float(volume[inside].abs().square().mean().sqrt()) / scale
-    return Outcome(volume, f"estimated error of {METHODS[options.method].title}", [f"the error is estimated at {percent:.2g} % of tissue brightness, root mean square of the complex image inside the object"])
+    percent = 100 * float(state.volume[inside].abs().square().mean().sqrt()) / scale
+    return Outcome(state.volume, f"estimated error of {METHODS[options.method].title}", [f"the error is estimated at {percent:.2g} % of tissue brightness, root mean square of the complex image inside the object"])
 
 
 def _let_go(error: Exception) -> None:
@@ -112,8 +113,8 @@ def _let_go(error: Exception) -> None:
         free_gpu_memory()
 
 
-def iterate(start: Callable[[], Iterator[State]], options: Options, report: Report, hurry: Hurry) -> tuple[torch.Tensor, list[str]]:
-    """The final volume, or the latest one when stopped early or learning failed, with remarks; the sweeps run in a thread that can be abandoned.
+def iterate(start: Callable[[], Iterator[State]], options: Options, report: Report, hurry: Hurry) -> tuple[State, list[str]]:
+    """The final state, or the latest one when stopped early or learning failed, with remarks; the sweeps run in a thread that can be abandoned.
 
     Raises:
         Unfinished: if stopped before the first sweep ended, or before the last one of a method without intermediate images.
@@ -145,7 +146,7 @@ def iterate(start: Callable[[], Iterator[State]], options: Options, report: Repo
         log_failure("learning from the scan failed", state.setback, logging.INFO)
         _let_go(state.setback)
         remarks.append(f"learning from the scan failed and the image without it stands: {sentence(state.setback)}")
-    return state.volume, remarks
+    return state, remarks
 
 
 def apart(work: Callable[[Report], Any], report: Report, hurry: Hurry, on_gpu: bool = False) -> Any:
@@ -194,12 +195,12 @@ def _stop(options: Options, began: float, moved: float, hurry: Hurry) -> str:
     return hurry()
 
 
-def states(measurement: Measurement, preview: torch.Tensor, prior, options: Options) -> Iterator[State]:
-    """The states of the requested method; options such as `sweeps` apply to the method `diffusion` only."""
+def states(measurement: Measurement, preview: torch.Tensor, prior, options: Options, learned: torch.nn.Module | None = None) -> Iterator[State]:
+    """The states of the requested method; options such as `sweeps`, and what was `learned`, apply to the method `diffusion` only."""
     method = METHODS[options.method]
     config = method.config
     if options.method == "diffusion":
-        config = VariationalConfig(**{name: getattr(options, name) for name in vars(config) if hasattr(options, name)})
+        config = VariationalConfig(**{name: getattr(options, name) for name in vars(config) if hasattr(options, name)}, learned=learned)
     return method.run(measurement, prior, preview, config, options.seed)
 
 

@@ -24,12 +24,23 @@ DECIDED = 16  # filled places beyond which a volume of short lines is kept as su
 
 
 @dataclass
+class Shared:
+    """What the volumes of a scan decide for each other, as it must be the same for all its images or need not be found twice.
+
+    `scales` of pixels by series, contrast and set; `references` by number of coils; `learned` is the prior they have taught.
+    """
+
+    scales: dict[tuple[int, ...], float] = field(default_factory=dict)
+    references: dict[int, Reference] = field(default_factory=dict)
+    learned: torch.nn.Module | None = None
+
+
+@dataclass
 class Scan:
     """One volume: sums of lines [coils z y x] (x in image space), line counts [z y], geometry and header.
 
     `head` is the header of the acquired line nearest the k-space centre, or of the first line if none could be used.
-    `series` (pixel scales, by series, contrast and set) and `references` (by number of coils) are shared by all
-    volumes of a scan, as they must be the same for all its images. `gain` converts an image in noise units to
+    `shared` is the same object for all volumes of a scan. `gain` converts an image in noise units to
     those of the scan's first volume, whose lines may have another dwell time. `flaw` says why no image can be made of
     the volume, if so. `echo_offset` is the number of samples (without oversampling) by which the echo was found beyond the
     stated centre and moved back.
@@ -42,8 +53,7 @@ class Scan:
     noise: torch.Tensor | None = None
     calibration: tuple[torch.Tensor, torch.Tensor] | None = None
     warnings: list[str] = field(default_factory=list)
-    series: dict[tuple[int, ...], float] = field(default_factory=dict)
-    references: dict[int, Reference] = field(default_factory=dict)
+    shared: Shared = field(default_factory=Shared)
     gain: float = 1.0
     flaw: str = ""
     echo_offset: int = 0

@@ -6,6 +6,7 @@ the result is the mean of several images made with that copy, or with the unadap
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -23,15 +24,16 @@ from .trust import Trust, judge
 from .variational import VariationalConfig, reconstruct_variational
 
 EVERY = 4  # rounds between judgements
+LATER = 0.2  # share of the rounds that a volume takes which begins with what another one of its scan has taught
 PASSES = 4  # reconstructions after adaptation, alternating between grids: the adapted prior depends more on the slices' pose, their mean less
 
 
 def reconstruct_adapted(measurement: Measurement, prior: Denoiser, start: Tensor, config: VariationalConfig = VariationalConfig(), seed: int = 0) -> Iterator[State]:
     """Yield the states of reconstruct_variational; then, for single planes and thin slabs that keep their lines, those of learning.
 
-    Learning takes `config.adapt` rounds, and PASSES further reconstructions follow. The volume remains that of the first pass
+    Learning takes `config.adapt` rounds, or LATER of them if it begins with `config.learned`, and PASSES further reconstructions follow. The volume remains that of the first pass
     until all of these are done; then it is their mean, on the scan's own voxel grid. If any of this fails, or the mean
-    cannot be trusted, the first pass's volume stands, with the error as its `setback`. `prior` is not changed.
+    cannot be trusted, the first pass's volume stands, with the error as its `setback`. `prior` and `config.learned` are not changed.
 
     Args:
         measurement: needs `lines` for the prior to be adapted.
@@ -43,7 +45,7 @@ def reconstruct_adapted(measurement: Measurement, prior: Denoiser, start: Tensor
     rounds, setback = 0, None
     try:
         pupil = Pupil(measurement, prior, start, config, seed) if config.adapt and isinstance(prior, nn.Module) and to_be_gained else None
-        rounds = config.adapt if pupil and pupil.can_be_judged and pupil.can_learn else 0
+        rounds = math.ceil(config.adapt * (1 if config.learned is None else LATER)) if pupil and pupil.can_be_judged and pupil.can_learn else 0
     except Exception as error:  # the boundary of learning: the first image is complete without it
         setback = _survived(error)
     sweeps = (1 + PASSES) * config.sweeps + rounds if rounds else config.sweeps
@@ -73,7 +75,7 @@ def _taught(pupil: Pupil, state: State, rounds: int, seed: int) -> Iterator[Stat
             pupil.judge()
         state = replace(state, sweep=state.sweep + 1, network_evaluations=state.network_evaluations + pupil.evaluations())
         yield state
-    mean = torch.zeros_like(state.volume)
+    mean, state = torch.zeros_like(state.volume), replace(state, learned=pupil.learned)
     for again in range(1, PASSES + 1):
         spent, mesh = state.network_evaluations, pupil.best_meshes[again % len(pupil.best_meshes)]
         for fresh in reconstruct_variational(mesh, pupil.best, cg_sense(mesh), pupil.config, seed + again):

@@ -38,13 +38,13 @@ PIXELS = 1 << 16  # per sweep of a round: a few seconds on two CPU cores
 
 
 class Pupil:
-    """A copy of the prior that learns from a scan; `best` and `best_meshes` do best on its held-out lines, and start as the prior and the scan's own grid."""
+    """A copy of the prior, or of what another volume of the scan has made of it, that learns from a volume; `best` and `best_meshes` do best on its held-out lines, and start as the prior and the scan's own grid."""
 
     def __init__(self, measurement: Measurement, prior: nn.Module, start: Tensor, config: VariationalConfig, seed: int):
-        self.measurement, self.start, self.config = measurement, start, config
+        self.measurement, self.start, self.config, self.prior = measurement, start, config, prior
         self.best, self.best_meshes, self.score = prior, (measurement,), None
         self.random = torch.Generator().manual_seed(seed)
-        self.network = copy.deepcopy(prior).float().requires_grad_(True)
+        self.network = copy.deepcopy(prior if config.learned is None else config.learned).float().requires_grad_(True)
         self.average = copy.deepcopy(self.network).requires_grad_(False)
         taken = measurement.operator.sampled
         self.judging = self._some(taken, JUDGING)
@@ -61,6 +61,11 @@ class Pupil:
     def meshes(self) -> tuple[Measurement, Measurement]:
         """The scan on its own voxel grid and on a finer one."""
         return self.measurement, on_finer_mesh(self.measurement, FINER, self.start)
+
+    @property
+    def learned(self) -> nn.Module | None:
+        """The best prior so far, None if that is the one it was given."""
+        return None if self.best is self.prior else self.best
 
     @property
     def can_be_judged(self) -> bool:

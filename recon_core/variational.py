@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .measurement import Measurement
 from .pose import Pose, draw_pose
@@ -38,7 +38,8 @@ class VariationalConfig:
     slices of only one orientation are usable, `dual` and `held` are 0: both made measured single planes and thin slabs worse.
     There 1 / R counts as at least `alone`: planes and thin slabs of held-out heads need no weaker prior above R = 3
     (0.04 to 0.85 dB at R = 4 and 8, -0.07 to 0.22 dB for slabs at 4 mm; results/bench_planes_alone0.csv).
-    `adapt`, the rounds of learning from the scan itself, is used in adaptation.py, not here.
+    `adapt`, the rounds of learning from the scan itself, and `learned`, the prior that another of its volumes has
+    taught, with which learning begins, are used in adaptation.py, not here.
     """
 
     sweeps: int = 12
@@ -53,6 +54,7 @@ class VariationalConfig:
     cg_iterations: int = 3
     slice_fraction: float = 1.0
     adapt: int = 20
+    learned: nn.Module | None = None
 
 
 def denoise_in_pose(volume: Tensor, prior: Denoiser, sigma: float, axis: int, chosen: Tensor, pose: Pose) -> int:

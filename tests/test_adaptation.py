@@ -4,9 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import random_complex
+from conftest import load_small_scan, random_complex
 from test_variational import VOXEL, last, problem
 
+from gadgets import solve
+from gadgets.options import make_options
+from gadgets.recon import reconstruct
+from gadgets.simulation.protocol import SimulateOptions
 from recon_core.adaptation import PASSES, reconstruct_adapted
 from recon_core.cg_sense import cg_sense
 from recon_core.fft import centre_crop_or_pad
@@ -142,6 +146,32 @@ def test_the_first_image_stands_until_the_last_sweep(untrained):
     evaluations = [s.network_evaluations for s in states]
     learning, judging = 5 * 2 * 3, 2 * 3 * 3  # forward and backward; on two meshes the prior, and twice what it became
     assert evaluations == sorted(evaluations) and evaluations[-1] == 3 * (1 + PASSES) + learning + judging
+
+
+def test_what_was_learned_serves_the_next_volume_of_the_scan(untrained, monkeypatch):
+    """It begins with that prior and takes a fifth of the rounds; its first image is that of the prior as it was."""
+    begun, (one, _), (other, _) = [], plane((48, 52, 3), acs=12), plane((48, 52, 3), acs=12, seed=5)
+    learn = Pupil.learn
+    monkeypatch.setattr(Pupil, "judge", lambda self: setattr(self, "best", self.average))
+    monkeypatch.setattr(Pupil, "learn", lambda self: begun.append({n: w.clone() for n, w in self.network.state_dict().items()}) or learn(self))
+    taught = last(reconstruct_adapted(one, untrained, cg_sense(one), QUICK, 0)).learned
+    kept, begun[:] = {n: w.clone() for n, w in taught.state_dict().items()}, []
+    states = list(reconstruct_adapted(other, untrained, cg_sense(other), replace(QUICK, learned=taught), 0))
+    assert len(begun) == 1 and states[-1].sweep == states[-1].sweeps == 3 * (1 + PASSES) + 1
+    assert any(bool(w.any()) for n, w in kept.items() if n.endswith("tail.weight"))
+    assert all(torch.equal(w, kept[n]) and torch.equal(w, begun[0][n]) for n, w in taught.state_dict().items())
+    plain = last(reconstruct_variational(other, untrained, cg_sense(other), QUICK, 0))
+    assert torch.equal(states[2].volume, plain.volume) and states[2].learned is None
+
+
+def test_the_chain_hands_it_on_within_a_scan_only(untrained, monkeypatch, tmp_path):
+    given, states = [], solve.states
+    monkeypatch.setattr(solve, "states", lambda measurement, preview, prior, options, learned=None: given.append(learned) or states(measurement, preview, prior, options, learned))
+    monkeypatch.setattr(Pupil, "judge", lambda self: setattr(self, "best", self.average))
+    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=4, acceleration=2, acs=10, repetitions=2), (12, 48, 24))
+    for _ in range(2):
+        assert len(list(reconstruct(header, lines, untrained, make_options({"sweeps": 1, "adapt": 1, "device": "cpu", "preview": False})))) == 2
+    assert [learned is None for learned in given] == 2 * [True, False]
 
 
 def test_same_seed_same_image(untrained):
