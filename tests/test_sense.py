@@ -195,6 +195,12 @@ def test_beyond_the_old_field_of_view_is_nothing():
     assert float(wide[place.abs() > 0.5].abs().max()) == 0 and float((wide[place.abs() < 0.45] - 1).abs().max()) < 1e-4
 
 
+def test_what_crosses_the_edge_of_the_new_field_of_view_leaves_no_ripples_there():
+    blob = lambda place: torch.exp(-((place - 14) ** 2) / 12)  # noqa: E731, in old voxels: the new field of view ends at 15.5
+    old, new = blob(torch.arange(40.0) - 20), blob((torch.arange(64) - 32) / 64 * 32.0)
+    torch.testing.assert_close(resample(old.to(torch.complex64)[:, None, None], (64, 1, 1), (0.8, 1, 1)).real[:, 0, 0], new, atol=0.01, rtol=0)
+
+
 def test_crop_then_pad_keeps_the_centre():
     line = torch.arange(9.0)
     for size in range(1, 15):
