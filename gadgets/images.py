@@ -16,7 +16,7 @@ from recon_core.fft import resample
 from recon_core.scale import evenly
 from recon_core.trust import finite
 
-from .geometry import Geometry
+from .geometry import Geometry, announced
 from .options import Options
 from .orientation import Frame, orient, parse_orientation
 from .volume import Scan
@@ -158,7 +158,8 @@ def _about_the_scan(scan: Scan, header) -> dict:
         if value:
             out[theirs] = _ascii(str(getattr(value, "value", value)))
     idx = scan.head.idx
-    for ours, names, number in (("TE", ("GADGETRON_TE", "EchoTime"), idx.contrast), ("TI", ("GADGETRON_TI", "InversionTime"), idx.contrast or idx.set)):
+    inversion = idx.set if idx.set or announced(header).get("set", 1) > 1 else idx.contrast  # with several sets, contrasts are echoes
+    for ours, names, number in (("TE", ("GADGETRON_TE", "EchoTime"), idx.contrast), ("TI", ("GADGETRON_TI", "InversionTime"), inversion)):
         times = list(getattr(sequence, ours, None) or [])
         if len(times) == 1 or number < len(times):  # none rather than another image's
             out |= dict.fromkeys(names, f"{times[number if number < len(times) else 0]:g}")
