@@ -230,7 +230,9 @@ class Gatherer:
         for key in sorted(key for key in self.volumes if before is None or key[2] < before):
             volume = self.volumes.pop(key)
             self.given.add(key)
-            yield self._scan(volume, key, [*missing_ends(self.flags[key[2]]), *notes])
+            whole = before is not None and volume.lacks_nothing(self.promised.get("average", 1))
+            ends = [] if whole else missing_ends(self.flags[key[2]])  # the last line may be one of another set, yet to come
+            yield self._scan(volume, key, [*ends, *notes])
         self.calibrations.forget(before or 0)
 
     def _image(self, line: ismrmrd.Acquisition, key: tuple[int, ...]) -> None:
