@@ -90,7 +90,7 @@ def measure(
     home = torch.device("cpu") if on_host else _home(mixing.shape[0], kspace.shape[1:], torch.device(device), warnings, WORK_ARRAYS + KEPT_ARRAYS * keep_lines)
     data = _mix_lines(mixing, kspace, factor, home)
     all_lines = lambda: _mix_lines(mixing, centre, centre_factor * (lines > 0), home)  # noqa: E731
-    maps, support, doubts, operators = _maps(acs.to(device), whitened.sigma * averaged, acs_size, (len(mixing), *kspace.shape[1:]), all_lines, lines.to(home), folding(counts), _least_overlap(sets, reference))
+    maps, support, doubts, operators = _maps(acs.to(device), whitened.sigma * averaged, whitened.loudest, acs_size, (len(mixing), *kspace.shape[1:]), all_lines, lines.to(home), folding(counts), _least_overlap(sets, reference))
     warnings += doubts
     if reference is not None and len(mixing) > 1 and not torch.equal(reference.combination, mixing[0]):
         maps = in_phase(maps, mixing, reference.combination)
@@ -184,7 +184,7 @@ def _home(coils: int, shape: tuple[int, int, int], device: torch.device, warning
     return torch.device("cpu")
 
 
-def _maps(acs: Tensor, sigma: float, size: tuple[int, int], whole: tuple[int, ...], all_lines: Callable[[], Tensor], counts: Tensor, folded: int, least: float) -> tuple[Tensor, Tensor, list[str], Tensor | None]:
+def _maps(acs: Tensor, sigma: float, loudest: float, size: tuple[int, int], whole: tuple[int, ...], all_lines: Callable[[], Tensor], counts: Tensor, folded: int, least: float) -> tuple[Tensor, Tensor, list[str], Tensor | None]:
     """Coil maps of size `whole` (coils, z, y, x) and support [z y x], by the best method that the calibration lines allow, and warnings; and signal_operators if a second set is to be made of them, as more than `least` of the object lies over other parts of it, else None.
 
     If there are too few calibration lines, `all_lines` gives k-space of that size with all lines there are, in numbers
@@ -202,7 +202,7 @@ def _maps(acs: Tensor, sigma: float, size: tuple[int, int], whole: tuple[int, ..
         none, fold = ("no calibration separates", "is") if folding(counts) > 1 else ("too few calibration lines separate", "may be")
         lattice = f"CAUTION: the undersampling is regular and {none} the coils: the image {fold} aliased {folded}-fold"
         return low_resolution_maps(all_lines(), counts), everywhere, [few] + [lattice] * (folded > 1), None
-    operators = signal_operators(acs, shape, sigma)
+    operators = signal_operators(acs, shape, sigma * loudest)  # with less, noise of that coil would count as a second signal everywhere
     share = overlap(operators, acs)
     second = share > least and len(usable_axes(shape)) > 1 and whole[0] >= COILS_FOR_TWO
     return maps_of(operators, shape, home), object_support(acs, shape, sigma).to(home), _wraps(share, second), operators if second else None
