@@ -92,6 +92,7 @@ class Gatherer:
         self.centred = False  # whether a volume has shown where k = 0 lies
         self.echoes: dict[int, int] = {}  # for each contrast: by how many samples its lines misstate the echo position
         self.given: set[tuple[int, ...]] = set()
+        self.buffered = False  # whether the lines come in Gadgetron's buffers, which fill the whole readout
         self.offered: tuple[tuple[int, ...], np.ndarray] | None = None  # a block of lines that may become the array of its volume
         self.shared = Shared()
 
@@ -103,6 +104,7 @@ class Gatherer:
 
     def add_buffers(self, message: ReconData) -> Iterator[Scan]:
         """Take the lines out of a ReconData message; a block of the size of a volume becomes that volume's array."""
+        self.buffered = True
         for bit in message.bits:
             for data, headers in self._reference_blocks(bit):
                 for line in take_lines(data, headers):
@@ -228,7 +230,9 @@ class Gatherer:
         for key in sorted(key for key in self.volumes if before is None or key[2] < before):
             volume = self.volumes.pop(key)
             self.given.add(key)
-            yield self._scan(volume, key, [*missing_ends(self.flags[key[2]]), *notes])
+            whole = before is not None and volume.lacks_nothing(self.promised.get("average", 1))
+            ends = [] if whole else missing_ends(self.flags[key[2]])  # the last line may be one of another set, yet to come
+            yield self._scan(volume, key, [*ends, *notes])
         self.calibrations.forget(before or 0)
 
     def _image(self, line: ismrmrd.Acquisition, key: tuple[int, ...]) -> None:
@@ -311,7 +315,7 @@ class Gatherer:
             remarks.append("calibration is interleaved over the repetitions: the coil maps are made from the lines of this and earlier repetitions")
         if volume.oversampling == 0 and any(self.calibrations.oversampling.values()):
             remarks.append(f"{AS_LONG}: it was assumed to be removed already")
-        elif volume.oversampling == 0 and not volume.grid.lengths and self.readout.full_length > self.readout.cut_length and narrow(volume.grid.kspace, volume.grid.energy):
+        elif volume.oversampling == 0 and not self.buffered and not volume.grid.lengths and self.readout.full_length > self.readout.cut_length and narrow(volume.grid.kspace, volume.grid.energy):
             remarks.append("the lines are as short as without readout oversampling and the image is empty on both sides: if it looks too narrow, they do have oversampling, and a lower resolution than the header says")
         if volume.oversampling and volume.grid.filled and not volume.certain:
             remarks.append(f"{AS_LONG}: they were assumed to have it, at a lower resolution")

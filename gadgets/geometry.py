@@ -135,7 +135,7 @@ def read_geometry(header: ismrmrd.xsd.ismrmrdHeader, number: int = 0) -> Geometr
 
 def announced(header: ismrmrd.xsd.ismrmrdHeader) -> dict[str, int]:
     """How many averages, slices, contrasts, phases, repetitions and sets the header announces; unstated ones are left out."""
-    limits = header.encoding[0].encodingLimits
+    limits = header.encoding[0].encodingLimits if header.encoding else None
     found = {name: getattr(limits, name, None) for name in ("average", "slice", "contrast", "phase", "repetition", "set")}
     return {name: limit.maximum - (limit.minimum or 0) + 1 for name, limit in found.items() if limit is not None and limit.maximum is not None}
 

@@ -16,7 +16,7 @@ from recon_core.fft import resample
 from recon_core.scale import evenly
 from recon_core.trust import finite
 
-from .geometry import Geometry
+from .geometry import Geometry, announced
 from .options import Options
 from .orientation import Frame, orient, parse_orientation
 from .volume import Scan
@@ -33,7 +33,8 @@ def to_recon_matrix(volume: torch.Tensor, geometry: Geometry) -> torch.Tensor:
     """Crop [z y x] to the reconstructed field of view and interpolate it to the reconstructed matrix."""
     gathered_fov = [n * mm for n, mm in zip(volume.shape, geometry.voxel_mm)]
     extent = [recon / fov for recon, fov in zip(reversed(geometry.recon_fov_mm), gathered_fov)]
-    return resample(volume, tuple(reversed(geometry.recon_matrix)), extent)
+    cut_out = [2] * (geometry.readout < geometry.encoded_matrix[0])  # the readout, with its oversampling
+    return resample(volume, tuple(reversed(geometry.recon_matrix)), extent, cut_out)
 
 
 def make_images(volume: torch.Tensor, scan: Scan, options: Options, header, series: int, number: int, name: str, notes: list[str]) -> Iterator[ismrmrd.Image]:
@@ -158,7 +159,8 @@ def _about_the_scan(scan: Scan, header) -> dict:
         if value:
             out[theirs] = _ascii(str(getattr(value, "value", value)))
     idx = scan.head.idx
-    for ours, names, number in (("TE", ("GADGETRON_TE", "EchoTime"), idx.contrast), ("TI", ("GADGETRON_TI", "InversionTime"), idx.contrast or idx.set)):
+    inversion = idx.set if idx.set or announced(header).get("set", 1) > 1 else idx.contrast  # with several sets, contrasts are echoes
+    for ours, names, number in (("TE", ("GADGETRON_TE", "EchoTime"), idx.contrast), ("TI", ("GADGETRON_TI", "InversionTime"), inversion)):
         times = list(getattr(sequence, ours, None) or [])
         if len(times) == 1 or number < len(times):  # none rather than another image's
             out |= dict.fromkeys(names, f"{times[number if number < len(times) else 0]:g}")

@@ -21,11 +21,12 @@ COILS_FOR_TWO = 4  # fewer tell two parts and the aliases of undersampling apart
 
 @dataclass(frozen=True)
 class Calibration:
-    """Calibration lines of the virtual coils: `acs` [coils z y x] from cut_acs, their number `size` (z, y) and noise `sigma` per real part."""
+    """Calibration lines of the virtual coils: `acs` [coils z y x] from cut_acs, their number `size` (z, y), noise `sigma` per real part, and that of the `loudest` coil."""
 
     acs: Tensor
     size: tuple[int, int]
     sigma: float
+    loudest: float
 
     def to(self, device: str | torch.device) -> Calibration:
         """The same lines on `device`."""
@@ -67,7 +68,7 @@ def make_coil_maps(calibration: Calibration, shape: tuple[int, int, int], lines:
         return CoilMaps(torch.ones((1, *shape), dtype=acs.dtype, device=home), everywhere)
     if too_few(calibration.size, shape):
         return CoilMaps(low_resolution_maps(all_lines(), lines), everywhere, _few(calibration.size, folding(lines) > 1, folded))
-    operators = signal_operators(acs, shape, calibration.sigma)
+    operators = signal_operators(acs, shape, calibration.loudest)  # with less, noise of that coil would count as a second signal everywhere
     share = overlap(operators, acs)
     second = share > least and len(usable_axes(shape)) > 1 and len(acs) >= COILS_FOR_TWO
     return CoilMaps(maps_of(operators, shape, home), object_support(acs, shape, calibration.sigma).to(home), _wraps(share, second), operators if second else None)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+SAME = 0.02  # voxels; a field of view that differs by less is the same
+
 
 def fft(image: Tensor, dims: Sequence[int]) -> Tensor:
     """Centred unitary FFT, image to k-space, over `dims`; any shape."""
@@ -55,22 +57,33 @@ def kspace_crop(volume: Tensor, shape: Sequence[int]) -> Tensor:
     return out
 
 
-def resample(volume: Tensor, shape: Sequence[int], extent: Sequence[float]) -> Tensor:
+def resample(volume: Tensor, shape: Sequence[int], extent: Sequence[float], cut_out: Sequence[int] = ()) -> Tensor:
     """Resample a volume [z y x] to matrix `shape` over `extent` times its field of view, about index n//2.
 
-    Intensities are kept. An axis whose extent is a whole number of voxels is cropped (or zero-padded) and
-    then resampled by FFT; any other by its Fourier sum at the new positions, so that rounding shifts no voxel.
+    Intensities are kept. An axis keeps its voxels (and is cropped or zero-padded), or its field of view (and is resampled
+    by FFT), or is resampled by its Fourier sum at the new positions. Cropping first and then resampling would wrap what
+    crosses the edge of the new field of view, with ripples along it; rounding would shift voxels. The axes `cut_out` of a
+    larger field of view already are continued by their mirror image, as they do not wrap around.
     """
     out = volume
-    for axis, (size, part) in enumerate(zip(shape, extent)):
-        voxels = out.shape[axis] * part
-        if abs(voxels - round(voxels)) > 0.02:
+    for axis, size, part in reversed([*zip(range(len(shape)), shape, extent)]):  # the readout first, whose mirror image takes memory
+        final, voxels = [*out.shape], out.shape[axis] * part
+        final[axis] = size
+        if abs(voxels - size) <= SAME:
+            out = centre_crop_or_pad(out, final)
+        elif axis in cut_out:
+            out = _fourier_sum(_mirrored(out, axis), axis, size, part / 2)
+        elif abs(voxels - out.shape[axis]) <= SAME:
+            out = kspace_crop(out, final)
+        else:
             out = _fourier_sum(out, axis, size, part)
-            continue
-        cut, final = list(out.shape), list(out.shape)
-        cut[axis], final[axis] = max(1, round(voxels)), size
-        out = kspace_crop(centre_crop_or_pad(out, cut), final)
     return out
+
+
+def _mirrored(volume: Tensor, axis: int) -> Tensor:
+    """A volume followed by its mirror image along one axis, its index n//2 in the middle."""
+    n = volume.shape[axis]
+    return torch.cat([volume, volume.flip(axis)], axis).roll(n - n // 2, axis)
 
 
 def _fourier_sum(volume: Tensor, axis: int, size: int, part: float) -> Tensor:

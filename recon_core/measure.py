@@ -14,7 +14,7 @@ from .coils import compression_matrix, cut_acs, find_acs, folding, in_phase, too
 from .fft import centre_block, centre_crop_or_pad
 from .low_resolution import calibrated_image, explained_by
 from .measurement import Measurement, Reference, energy_of
-from .noise import whiten
+from .noise import Whitening, whiten
 from .scale import intensity_scale
 from .sense import Sense
 from .slices import usable_axes
@@ -81,7 +81,7 @@ def measure(
     centre_factor = 1 / lines.clamp_min(1)  # not `factor`: its weights would blur the relations between neighbouring samples that give the maps
     whitened = whiten(kspace, mask, factor, most, noise, louder, gain, None if reference is None else reference.weights)
     mixing, warnings = whitened.matrix, [*of_no_use, *whitened.warnings]
-    found = _calibration_block(centre, lines, centre_factor, mixing, whitened.sigma)
+    found = _calibration_block(centre, lines, centre_factor, whitened)
     if len(mixing) > 1:
         compression = compression_matrix(found.acs if found.acs.numel() else _mix(mixing, _innermost(kspace, counts)), min(coils, len(mixing)))
         mixing, found = compression @ mixing, replace(found, acs=_mix(compression, found.acs))
@@ -129,14 +129,14 @@ def _usable(calibration: tuple[Tensor, Tensor] | None) -> tuple[tuple[Tensor, Te
     return calibration, []
 
 
-def _calibration_block(reference: Tensor, lines: Tensor, factor: Tensor, mixing: Tensor, sigma: float) -> Calibration:
-    """The calibration lines among those of `reference` [coils z y x], mixed to virtual coils; `sigma` is the noise of a single line."""
+def _calibration_block(reference: Tensor, lines: Tensor, factor: Tensor, whitened: Whitening) -> Calibration:
+    """The calibration lines among those of `reference` [coils z y x], prewhitened."""
     size = find_acs(lines)
     if not size[0]:
-        return Calibration(torch.zeros((len(mixing), 0, 0, 0), dtype=reference.dtype), size, sigma)
+        return Calibration(torch.zeros((len(whitened.matrix), 0, 0, 0), dtype=reference.dtype), size, whitened.sigma, whitened.sigma)
     block = cut_acs(reference, size)
-    averaged = centre_crop_or_pad(factor * lines.sqrt(), size).square().mean().sqrt()
-    return Calibration(_mix(mixing, block * centre_crop_or_pad(factor, block.shape[1:3])[..., None]), size, sigma * float(averaged))
+    sigma = whitened.sigma * float(centre_crop_or_pad(factor * lines.sqrt(), size).square().mean().sqrt())
+    return Calibration(_mix(whitened.matrix, block * centre_crop_or_pad(factor, block.shape[1:3])[..., None]), size, sigma, whitened.loudest * sigma)
 
 
 def _innermost(kspace: Tensor, counts: Tensor, lines: int = 64) -> Tensor:

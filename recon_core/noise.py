@@ -22,7 +22,8 @@ class Whitening(NamedTuple):
 
     `known`: noise lines gave `sigma`; otherwise the scan's outer lines did, which also contain fine detail. `shown` is the
     upper bound that those outer lines give, 0 if they were not used; `warnings` are sentences for the operator; `weights`
-    [coils] are the factors in `matrix` if noise lines did not give it, 1 for a coil that was left out.
+    [coils] are the factors in `matrix` if noise lines did not give it, 1 for a coil that was left out. `loudest` is the noise
+    of the loudest coil over `sigma`: an estimate does not make them all alike.
     """
 
     matrix: Tensor
@@ -31,6 +32,7 @@ class Whitening(NamedTuple):
     shown: float
     warnings: list[str]
     weights: Tensor | None = None
+    loudest: float = 1.0
 
 
 def whiten(kspace: Tensor, mask: Tensor, factor: Tensor, averages: float, noise: Tensor | None = None, louder: float = 1.0, gain: float = 1.0, weights: Tensor | None = None) -> Whitening:
@@ -76,9 +78,10 @@ def _by_itself(kspace: Tensor, mask: Tensor, factor: Tensor, averages: float, wh
         floor = 1e-4 * float((kspace.abs().square().mean(dim=(0, 3)) * factor.square()).mean().sqrt())
         sigma = sigma + max(floor, tiny)
     weight = (LOUD * sigma[sigma > 0].median() / sigma.clamp_min(tiny)).clamp_max(1) if given is None else given.to(sigma.device)[live]
-    level = float((weight * sigma).square().mean().sqrt()) * averages**0.5
+    left = weight * sigma
+    level = float(left.square().mean().sqrt())
     weights = torch.ones(len(kspace), device=sigma.device).masked_scatter(live, weight)
-    return Whitening(weights.diag()[live].to(kspace.dtype), level, False, level, warnings, weights)
+    return Whitening(weights.diag()[live].to(kspace.dtype), level * averages**0.5, False, level * averages**0.5, warnings, weights, float(left.max()) / level)
 
 
 def left_out(dead: Tensor, why: str) -> str:

@@ -114,6 +114,16 @@ def test_an_object_that_reaches_beyond_the_field_of_view_is_told(kept, told):
     assert (share > 0.05) == bool(told) == bool(warnings) and all(w.startswith(told) for w in warnings), share
 
 
+@pytest.mark.parametrize("loud", [1, 3, 30])
+def test_the_noise_of_a_loud_coil_is_not_taken_for_a_second_object(loud):
+    """Without noise lines, that coil keeps twice the noise of the others."""
+    images, _ = wrapped(1.0)
+    noise = random_complex(*images.shape) * torch.tensor([1.0, 1, loud, 1, 1, 1]).reshape(-1, 1, 1, 1)
+    measurement = measure(fft(images, (1, 2)) + 0.02 * noise, torch.ones(images.shape[1:3]), (2.0, 2.0, 2.0), sets=2)
+    assert measurement.operator.shape == images.shape[1:]
+    assert measurement.warnings == ["no noise lines: the noise level was estimated from the scan itself"]
+
+
 def test_two_sets_of_maps_explain_both_parts_where_they_lie_over_each_other():
     images, fields = wrapped(0.8)
     acs = cut_acs(fft(images, (1, 2)), (20, 20))

@@ -45,6 +45,13 @@ def test_a_repetition_whose_last_line_never_came(full):
     assert incomplete(gathered(header, [*lines[:-1], ended])) == []
 
 
+def test_the_last_line_of_a_repetition_may_be_one_of_a_later_set(full):
+    header, lines, _ = full
+    flagged = lines[0], lines[-1]  # the first one in the first set, the last one in the second
+    stream = [line_like(line, flags=line.flags * (line is flagged[of_set]), repetition=repetition, set=of_set) for of_set in (0, 1) for repetition in (0, 1) for line in lines]
+    assert [incomplete(scan) for scan in gather(header, stream)] == [[]] * 4
+
+
 def test_announced_volumes_and_averages_that_never_came(full):
     header, lines, _ = full
     header = copy.deepcopy(header)

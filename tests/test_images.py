@@ -242,11 +242,15 @@ def test_timing_and_protocol_reach_the_attributes(scan_path):
 
 
 def test_the_inversion_times_of_sets_are_told(full):
-    """MP2RAGE: two inversions are two sets of one contrast."""
+    """MP2RAGE: two inversions are two sets, whose contrasts, if there are several, are echoes."""
     header, lines, _ = full
     header.sequenceParameters = ismrmrd.xsd.sequenceParametersType(TI=[700.0, 2500.0])
     images = reconstruct(header, [*lines, *(line_like(line, set=1) for line in lines)], None, make_options({"method": "zero-filled", "device": "cpu"}))
     assert [image.meta["InversionTime"] for image in images] == ["700", "2500"]
+    header.encoding[0].encodingLimits.set = ismrmrd.xsd.limitType(minimum=0, maximum=1, center=0)
+    echoes = [line_like(line, set=inversion, contrast=echo) for inversion in (0, 1) for echo in (0, 1) for line in lines]
+    images = reconstruct(header, echoes, None, make_options({"method": "zero-filled", "device": "cpu"}))
+    assert {(image.getHead().contrast, image.getHead().set): image.meta["InversionTime"] for image in images} == {(0, 0): "700", (1, 0): "700", (0, 1): "2500", (1, 1): "2500"}
 
 
 def test_lines_without_a_finite_position_are_told(full):

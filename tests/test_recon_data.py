@@ -72,6 +72,13 @@ def test_removed_oversampling_changes_only_rounding(full):
     torch.testing.assert_close(found.kspace, expected.kspace, atol=1e-6, rtol=1e-5)
 
 
+def test_a_small_object_in_buffers_is_not_taken_for_a_low_resolution(full):
+    """Gadgetron fills the whole readout: lines as short as without oversampling are without."""
+    header, lines, _ = full
+    thin = [line_like(line, np.repeat(np.abs(line.data).sum(axis=1, keepdims=True), 24, axis=1)) for line in lines]  # a sheet in the middle of the readout
+    assert not [w for w in buffered(header, thin, True).warnings if "short" in w]
+
+
 def test_a_block_of_the_right_size_becomes_the_array(full):
     header, lines, _ = full
     message = parsed(recon_data(header, lines, True))

@@ -195,6 +195,20 @@ def test_beyond_the_old_field_of_view_is_nothing():
     assert float(wide[place.abs() > 0.5].abs().max()) == 0 and float((wide[place.abs() < 0.45] - 1).abs().max()) < 1e-4
 
 
+def test_what_crosses_the_edge_of_the_new_field_of_view_leaves_no_ripples_there():
+    blob = lambda place: torch.exp(-((place - 14) ** 2) / 12)  # noqa: E731, in old voxels: the new field of view ends at 15.5
+    old, new = blob(torch.arange(40.0) - 20), blob((torch.arange(64) - 32) / 64 * 32.0)
+    torch.testing.assert_close(resample(old.to(torch.complex64)[:, None, None], (64, 1, 1), (0.8, 1, 1)).real[:, 0, 0], new, atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("n,size", [(24, 48), (25, 40), (24, 31), (24, 20)])
+def test_what_was_cut_off_along_the_readout_leaves_no_ripples(n, size):
+    blob = lambda place: torch.exp(-((place - 0.4 * n) ** 2) / 18) + torch.exp(-((place + 3) ** 2) / 18)  # noqa: E731, in old voxels: cut off at the end
+    old, new = blob(torch.arange(float(n)) - n // 2), blob((torch.arange(size) - size // 2) / size * n)
+    wrapped, mirrored = ((resample(old.to(torch.complex64)[None, None], (1, 1, size), (1, 1, 1), cut_out).real[0, 0] - new).abs().max() for cut_out in ([], [2]))
+    assert mirrored < 0.1 and mirrored < wrapped / 2, (mirrored, wrapped)
+
+
 def test_crop_then_pad_keeps_the_centre():
     line = torch.arange(9.0)
     for size in range(1, 15):

@@ -340,6 +340,12 @@ def test_a_spike_is_told(noise):
     assert text.startswith("CAUTION: CG-SENSE leaves ") and text.endswith(" times the noise of the data unexplained: spikes, motion, or lines of another scan?")
 
 
+def test_a_scan_without_noise_is_not_one_with_spikes(tmp_path):
+    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=4, pattern="full", snr=1e8, noise_lines=0), (24, 35, 26))
+    (image,) = recon.reconstruct(header, lines, None, make_options({"method": "cg", "device": "cpu"}))
+    assert "CAUTION" not in image.meta["ImageComment"]
+
+
 def test_noisy_echoes_keep_their_ratio(tmp_path, prior):
     """Fully sampled, the images of CG-SENSE are as bright as those without regularisation, at SNR 3 as well."""
     header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=3, pattern="full", snr=3, noise_lines=16), (20, 22, 18))
