@@ -253,13 +253,13 @@ def warm_up(prior, options: Options) -> None:
 
 
 def load_prior_for(options: Options) -> Prior | None:
-    """The prior that the options select, on their device; None if the method uses none.
+    """The prior that the options select, on their device; None if the method uses none, or the device is a GPU that is lost: then CG-SENSE stands.
 
     Raises:
         PriorError: if the weights cannot be loaded or do not fit the method, or CUDA was requested but is not available.
     """
     method = METHODS[options.method]
-    if not method.uses_prior:
+    if not method.uses_prior or (gpu_lost.is_set() and device_of(options).type == "cuda"):
         return None
     prior = load_prior(prior_of(options), device_of(options))
     method.check(prior)

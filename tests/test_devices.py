@@ -415,6 +415,21 @@ def test_a_gpu_that_is_lost_after_the_solver_costs_at_most_its_image(scan_path, 
     released.set()
 
 
+def test_a_gpu_that_hangs_as_its_memory_is_freed_holds_up_no_scan(scan_path, gpu):
+    released = threading.Event()
+    gpu.fault = lambda name: name == "empty_cache" and released.wait(60)
+    with running({"device": "cuda", "method": "cg"}, load_prior_for) as server:
+        (first, _), (second, _) = (client(server, scan_path) for _ in range(2))
+    assert len(first) == len(second) == 1 and not released.is_set()
+    released.set()
+
+
+def test_a_lost_gpu_is_asked_to_hold_no_prior(gpu):
+    gpu.fault = lambda name: pytest.fail(f"{name} was asked of it")
+    gpu_lost.set()
+    assert load_prior_for(make_options({"method": "pnp"})) is None
+
+
 @pytest.mark.parametrize("method", ["wavelet", "tv", "diffusion"])
 def test_the_deadline_counts_what_is_computed_not_what_is_asked_for(scan_path, method, gpu):
     gpu.fault = lambda name: time.sleep(0.2 * (name == "synchronize"))  # what was asked for
