@@ -28,6 +28,7 @@ from recon_core.state import State
 from recon_core.trust import Trust, finite, judge
 from recon_core.variational import VariationalConfig
 
+from .budget import check_memory, to_compute
 from .failure import ReconError, Unfinished, free_gpu_memory, gpu_lost, log_failure, sentence
 from .options import Options
 
@@ -117,6 +118,7 @@ def result_of(work: Callable, report: Report, measurement: Measurement, *volumes
 
     Raises:
         GpuHangs: if there is no result within HANG_S.
+        ScanError: if the host has no memory for it either.
     """
     on_gpu = volumes[-1].is_cuda
     try:
@@ -126,6 +128,8 @@ def result_of(work: Callable, report: Report, measurement: Measurement, *volumes
             raise
         log_failure("the CPU takes over what the GPU has computed", error)
         _let_go(error)
+    coils = measurement.operator.coils
+    check_memory(to_compute(coils, measurement.operator.shape, coils), "its image needs")
     if (warning := f"{reason}: the CPU made an image of what had been computed") not in measurement.warnings:
         measurement.warnings.append(warning)
     return apart(lambda _: work(measurement.to("cpu"), *(volume.cpu() for volume in volumes)), report, patient, on_gpu)

@@ -392,6 +392,16 @@ def test_a_gpu_that_runs_short_after_the_solver_leaves_its_image_to_the_cpu(scan
     assert not gpu_lost.is_set() and (gpu.used == held or error.__traceback__), "the log of the test keeps an internal error's traceback"
 
 
+def test_where_the_host_is_short_of_memory_too_the_preview_stands(scan_path, gpu, monkeypatch):
+    def fail():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    failing_within(monkeypatch, gpu, "image_of", fail, well=1)
+    monkeypatch.setattr("gadgets.budget.free_memory", lambda: 2**20)
+    (image,), said = images_and_error(scan_path, lambda x, sigma: x, device="cuda")
+    assert image.image_series_index == 1 and "its image needs 0.16 GiB, and 0.00098 GiB of this machine's memory are free now" in said
+
+
 @pytest.mark.parametrize("hangs", [True, False])
 @pytest.mark.parametrize("place,well,preview", [("image_of", 0, True), ("image_of", 1, True), ("image_of", 0, False), ("judge", 0, True), ("judge", 0, False), ("pixels", 0, True), ("pixels", 1, True), ("pixels", 0, False)])
 def test_a_gpu_that_is_lost_after_the_solver_costs_at_most_its_image(scan_path, place, well, preview, hangs, gpu, monkeypatch):
