@@ -442,10 +442,10 @@ def test_a_lost_gpu_is_asked_to_hold_no_prior(gpu):
 
 @pytest.mark.parametrize("method", ["wavelet", "tv", "diffusion"])
 def test_the_deadline_counts_what_is_computed_not_what_is_asked_for(scan_path, method, gpu):
-    gpu.fault = lambda name: time.sleep(0.2 * (name == "synchronize"))  # what was asked for
+    gpu.fault = lambda name: time.sleep(0.5 * (name == "synchronize"))  # what was asked for
     image = run_chain(scan_path, lambda x, sigma: x, method=method, sweeps=50, device="cuda", deadline_s=1.0, preview=False)[0]
     done = re.search("stopped at the deadline of 1 s after ([0-9]+) of [58]0 sweeps", image.meta["ImageComments"])
-    assert done and int(done[1]) <= 6
+    assert done and int(done[1]) <= 3
 
 
 # training
