@@ -84,7 +84,7 @@ def echo_offset(kspace: np.ndarray, energy: np.ndarray) -> int:
     if len(places) < AGREED:
         return 0
     lines = np.fft.fftshift(np.fft.fft(np.fft.ifftshift(kspace[:, places[:, 0], places[:, 1]], axes=-1), axis=-1), axes=-1)
-    power = np.square(np.abs(lines)).sum(axis=0)  # [lines x]
+    power = np.square(np.abs(lines), dtype=np.float64).sum(axis=0)  # [lines x]; a damaged line may hold numbers too large to square
     peaks = power.argmax(axis=1) - power.shape[1] // 2
     found = int(np.median(peaks))
     clear = power.max(axis=1) > CLEAR * power.mean(axis=1)

@@ -14,7 +14,7 @@ import ismrmrd
 import torch
 
 from recon_core.cg_sense import cg_sense
-from recon_core.device_failure import GPU_LOST, ran_out_of_memory, why_the_cpu
+from recon_core.device_failure import GPU_LOST, lost_the_gpu, ran_out_of_memory, why_the_cpu
 from recon_core.measure import measure
 from recon_core.measurement import Measurement
 from recon_core.methods import METHODS
@@ -27,7 +27,7 @@ from .gather import Admit, gather, no_limit
 from .geometry import ScanError
 from .images import SERIES, make_images
 from .options import Options
-from .solve import PREVIEW, Hurry, Report, apart, device_of, estimate_error, patient, solve
+from .solve import PREVIEW, Hurry, Report, apart, device_of, estimate_error, patient, result_of, solve
 from .volume import Scan
 
 TWO_SETS = 1.25  # times the memory of one, for an object that reaches beyond the field of view
@@ -69,19 +69,40 @@ def reconstruct(header, items: Iterable, prior, options: Options, report: Report
     raise_if_any(failures, number + 1)
 
 
-def images_of(scan: Scan, prior, options: Options, images: Callable[..., list[ismrmrd.Image]], report: Report, hurry: Hurry) -> Generator[ismrmrd.Image, None, list[str]]:
-    """Yield the images of one volume; returns why the requested one could not be made, if so. Everything held is freed at the end."""
+def images_of(scan: Scan, prior, options: Options, images: Callable[..., Iterable[ismrmrd.Image]], report: Report, hurry: Hurry) -> Generator[ismrmrd.Image, None, list[str]]:
+    """Yield the images of one volume, of CG-SENSE on the CPU if the GPU is lost before the first; returns why the requested one could not be made, if so."""
+    for again in (False, True):
+        made = _images_of(scan, prior, options, images, report, hurry)
+        try:
+            first = next(made)
+            break
+        except RuntimeError as error:
+            if again or not lost_the_gpu(error):
+                raise
+            log_failure("the CPU takes over", error)  # from here on the GPU is not asked
+    yield first
+    return (yield from made)
+
+
+def _images_of(scan: Scan, prior, options: Options, images: Callable[..., Iterable[ismrmrd.Image]], report: Report, hurry: Hurry) -> Generator[ismrmrd.Image, None, list[str]]:
+    """The same on one device. Everything held is freed at the end."""
     measurement, preview = look(scan, options, report, hurry)
-    notes = scan.warnings + measurement.warnings
+
+    def shown(volume: torch.Tensor, series: str, name: str, remarks: Iterable[str] = (), image_of: Callable = Measurement.image_of) -> list[ismrmrd.Image]:
+        def made(there: Measurement, volume: torch.Tensor) -> list[ismrmrd.Image]:
+            return list(images(image_of(there, volume), series=SERIES[series], name=name, notes=[*scan.warnings, *there.warnings, *remarks]))
+
+        return result_of(made, report, measurement, volume)
+
     if METHODS[options.method].iterative and options.preview:
-        yield from images(measurement.image_of(preview), series=SERIES["preview"], name=PREVIEW, notes=notes)
+        yield from shown(preview, "preview", PREVIEW)
     outcome = solve(measurement, preview, prior, options, report, hurry, scan.shared.learned)
     scan.shared.learned = scan.shared.learned if outcome.learned is None else outcome.learned
     if not (outcome.failure and options.preview):
-        yield from images(measurement.image_of(outcome.volume), series=SERIES["final"], name=outcome.name, notes=notes + outcome.remarks)
+        yield from shown(outcome.volume, "final", outcome.name, outcome.remarks)
     if options.error_map and not outcome.failure:
         error = estimate_error(measurement, preview, prior, options, report, hurry)
-        yield from images(measurement.operator.overlaid(error.volume), series=SERIES["error"], name=error.name, notes=notes + error.remarks)
+        yield from shown(error.volume, "error", error.name, error.remarks, lambda there, x: there.operator.overlaid(x))
     return outcome.failure
 
 

@@ -27,7 +27,7 @@ from .health import Counts, process_facts
 from .keep import FailedScans
 from .limits import Limits
 from .options import OptionsError, from_a_peer, make_options, options_from_json
-from .solve import device_of, load_prior_for, prior_of, warm_up
+from .solve import SOLVERS, device_of, load_prior_for, prior_of, warm_up
 from .turns import Turns
 from .visit import Stage, Visit
 
@@ -279,7 +279,7 @@ class ServerHost(Host):
         with self.server.turns.turn(lambda place: tell(f"waiting for the device, number {place} in the queue"), self.give_up):
             yield
         if device_of(self.server.options).type == "cuda" and not self.server.turns.waiting:
-            free_gpu_memory()  # Gadgetron's own gadgets may want the same GPU
+            SOLVERS.begin(free_gpu_memory, "freeing memory")  # Gadgetron's own gadgets may want the same GPU; which may hang, so nobody waits
 
 
 def options_of_config(config: tuple[int, str] | None) -> dict[str, Any]:

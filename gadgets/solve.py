@@ -16,7 +16,7 @@ import torch
 
 from recon_core.ahead import Ahead, Crew
 from recon_core.cg_sense import cg_sense
-from recon_core.device_failure import GpuHangs, ran_out_of_memory
+from recon_core.device_failure import GpuHangs, lost_the_gpu, ran_out_of_memory, why_the_cpu
 from recon_core.jackknife import estimated_error
 from recon_core.measure import measure
 from recon_core.measurement import Measurement
@@ -28,6 +28,7 @@ from recon_core.state import State
 from recon_core.trust import Trust, finite, judge
 from recon_core.variational import VariationalConfig
 
+from .budget import check_memory, to_compute
 from .failure import ReconError, Unfinished, free_gpu_memory, gpu_lost, log_failure, sentence
 from .options import Options
 
@@ -68,14 +69,14 @@ def solve(measurement: Measurement, preview: torch.Tensor, prior, options: Optio
         if measurement.operator.device.type != device_of(options).type:
             raise ReconError("the GPU could not take this scan")
         state, remarks = iterate(lambda: states(measurement, preview, prior, options, learned), options, report, hurry)
-        trust, why = judge(measurement, preview, state.volume)
+        trust, why = result_of(judge, report, measurement, preview, state.volume)
         if trust is Trust.FAILED:
             raise ReconError(f"this image {why}")
     except Exception as error:  # the boundary: send an image anyway
         log_failure(f"{name} failed, the preview stands", error)
         _let_go(error)
         if gpu_lost.is_set() and not options.preview and measurement.operator.device.type == "cuda":
-            raise  # the preview was not sent and can no longer be read from the GPU
+            raise  # the preview was not sent and can no longer be read from the GPU: it is made again (recon.py)
         reason = f"{name} failed and the {PREVIEW} stands: {sentence(error)}"
         return Outcome(preview, PREVIEW, [reason], [reason])
     remarks += [f"CAUTION: this image {why}: compare with the preview"] * bool(why)
@@ -95,15 +96,44 @@ def estimate_error(measurement: Measurement, preview: torch.Tensor, prior, optio
     progress = lambda _, facts: report("error map", facts)  # noqa: E731
     try:
         state, stopped = iterate(lambda: estimated_error(measurement, image_of, options.seed), options, progress, hurry)
+        flaw = stopped[0] if stopped else "" if result_of(lambda _, found: finite(found), report, measurement, state.volume) else "it holds NaN or infinity"
+        percent = math.nan if flaw else result_of(_percent, report, measurement, preview, state.volume)
     except Exception as error:  # the boundary: the image itself has been sent
         log_failure("the error map failed", error)
         _let_go(error)
         raise ReconError(f"the error map was not made: {sentence(error)}") from error
-    if stopped or not finite(state.volume):
-        raise ReconError(f"the error map was not made: {stopped[0] if stopped else 'it holds NaN or infinity'}")
-    scale, inside = measurement.brightness(preview), object_mask(preview)
-    percent = 100 * float(state.volume[inside].abs().square().mean().sqrt()) / scale
+    if flaw:
+        raise ReconError(f"the error map was not made: {flaw}")
     return Outcome(state.volume, f"estimated error of {METHODS[options.method].title}", [f"the error is estimated at {percent:.2g} % of tissue brightness, root mean square of the complex image inside the object"])
+
+
+def _percent(measurement: Measurement, preview: torch.Tensor, error: torch.Tensor) -> float:
+    """Root mean square of `error` [z y x] inside the object, in percent of tissue brightness."""
+    return 100 * float(error[object_mask(preview)].abs().square().mean().sqrt()) / measurement.brightness(preview)
+
+
+def result_of(work: Callable, report: Report, measurement: Measurement, *volumes: torch.Tensor) -> Any:
+    """The result of `work(measurement, *volumes)`, on the host; every look at what was computed goes through here, as on a GPU it may hang.
+
+    Where the GPU fails for want of memory, or one of its libraries, the CPU does it, and the measurement's warnings say so.
+
+    Raises:
+        GpuHangs: if there is no result within HANG_S.
+        ScanError: if the host has no memory for it either.
+    """
+    on_gpu = volumes[-1].is_cuda
+    try:
+        return apart(lambda _: work(measurement, *volumes), report, patient, on_gpu)
+    except RuntimeError as error:
+        if not on_gpu or lost_the_gpu(error) or not (reason := why_the_cpu(error)):
+            raise
+        log_failure("the CPU takes over what the GPU has computed", error)
+        _let_go(error)
+    coils = measurement.operator.coils
+    check_memory(to_compute(coils, measurement.operator.shape, coils), "its image needs")
+    if (warning := f"{reason}: the CPU made an image of what had been computed") not in measurement.warnings:
+        measurement.warnings.append(warning)
+    return apart(lambda _: work(measurement.to("cpu"), *(volume.cpu() for volume in volumes)), report, patient, on_gpu)
 
 
 def _let_go(error: Exception) -> None:
@@ -120,7 +150,7 @@ def iterate(start: Callable[[], Iterator[State]], options: Options, report: Repo
         Unfinished: if stopped before the first sweep ended, or before the last one of a method without intermediate images.
         GpuHangs: if no sweep ended on the GPU within HANG_S.
     """
-    began, state, solver = time.monotonic(), None, Ahead(items_of(start), crew=SOLVERS)
+    began, state, solver = time.monotonic(), None, Ahead(finished(start), crew=SOLVERS)
     try:
         moved, reason = began, ""
         while not reason and (state is None or state.sweep < state.sweeps):
@@ -136,8 +166,6 @@ def iterate(start: Callable[[], Iterator[State]], options: Options, report: Repo
         raise GpuHangs(f"stopped {reason}: the GPU hangs and will not be used again until this process is restarted")
     if state is None:
         raise Unfinished(f"stopped {reason} before its first sweep ended")
-    if state.volume.is_cuda:  # else to look at it could mean to wait for ever behind a sweep that hangs
-        apart(lambda _: torch.cuda.synchronize(state.volume.device), report, patient, on_gpu=True)
     early = reason and state.sweep < state.sweeps
     if early and not METHODS[options.method].anytime:
         raise Unfinished(f"stopped {reason} after {state.sweep} of {state.sweeps} steps, and {METHODS[options.method].title} has no image before its last")
@@ -174,7 +202,7 @@ def apart(work: Callable[[Report], Any], report: Report, hurry: Hurry, on_gpu: b
             if not reason and (reason := hurry()):
                 end = time.monotonic() + LAST_LOOK_S
             if on_gpu and time.monotonic() - began > HANG_S:
-                raise GpuHangs(f"it did not answer for {HANG_S:g} s")
+                raise GpuHangs(f"the GPU did not answer for {HANG_S:g} s and will not be used again until this process is restarted")
         raise Unfinished(f"stopped {reason} before its CG-SENSE image was ready")
     finally:
         over.set()
@@ -184,6 +212,14 @@ def apart(work: Callable[[Report], Any], report: Report, hurry: Hurry, on_gpu: b
 def items_of(start: Callable[[], Iterable]) -> Iterator:
     """The items of `start()`, which is called and iterated in the consuming thread."""
     yield from start()
+
+
+def finished(start: Callable[[], Iterator[State]]) -> Iterator[State]:
+    """The states of `start()`, each once its volume is computed: a GPU is only told what to do, and what it was told would add up beyond the deadline."""
+    for state in start():
+        if state.volume.is_cuda:
+            torch.cuda.synchronize(state.volume.device)
+        yield state
 
 
 def _stop(options: Options, began: float, moved: float, hurry: Hurry) -> str:
@@ -222,13 +258,13 @@ def warm_up(prior, options: Options) -> None:
 
 
 def load_prior_for(options: Options) -> Prior | None:
-    """The prior that the options select, on their device; None if the method uses none.
+    """The prior that the options select, on their device; None if the method uses none, or the device is a GPU that is lost: then CG-SENSE stands.
 
     Raises:
         PriorError: if the weights cannot be loaded or do not fit the method, or CUDA was requested but is not available.
     """
     method = METHODS[options.method]
-    if not method.uses_prior:
+    if not method.uses_prior or (gpu_lost.is_set() and device_of(options).type == "cuda"):
         return None
     prior = load_prior(prior_of(options), device_of(options))
     method.check(prior)

@@ -11,6 +11,7 @@ from torch import Tensor
 from .scale import intensity_scale
 from .sense import Sense
 
+NO_TISSUE = 1e3  # times its brightness: noise at which there is none
 QUIET = 1.5  # noise of the scan over that of its noise lines above which these are not trusted
 
 
@@ -119,9 +120,16 @@ class Measurement:
         return intensity_scale(image, self.voxel_mm) if self.tissue is None else self.tissue
 
     def in_tissue_units(self, image: Tensor) -> tuple[float, float, Tensor, Tensor]:
-        """(scale, noise level / scale, image / scale, A^H y / scale), in the prior's units; scale is the brightness of `image` [z y x]."""
+        """(scale, noise level / scale, image / scale, A^H y / scale), in the prior's units; scale is the brightness of `image` [z y x].
+
+        Raises:
+            ValueError: if there is no tissue: without lines of the centre of k-space, its brightness is rounding alone.
+        """
         scale = self.brightness(image)
-        return scale, self.noise_level(image) / scale, image / scale, self.adjoint / scale
+        noise = self.noise_level(image) / scale
+        if noise > NO_TISSUE:
+            raise ValueError(f"the noise is {noise:.2g} times as bright as the tissue: lines of the k-space centre are needed")
+        return scale, noise, image / scale, self.adjoint / scale
 
 
 def inner(a: Tensor, b: Tensor) -> float:

@@ -2,7 +2,9 @@
 
 import copy
 import gc
+import re
 import threading
+import time
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -17,6 +19,7 @@ from test_mouths import client, running
 from test_trust import images_and_error
 from test_variational import VOXEL, last, problem
 
+import gadgets.images
 from gadgets import solve
 from gadgets.failure import gpu_lost
 from gadgets.options import make_options
@@ -29,12 +32,13 @@ from recon_core.device_failure import GpuHangs
 from recon_core.fft import centre_block
 from recon_core.gaussians import Gaussians
 from recon_core.measure import measure
-from recon_core.measurement import Reference
+from recon_core.measurement import Measurement, Reference
 from recon_core.methods import METHODS
 from recon_core.neural_field import NeuralField
 from recon_core.neural_operator import NeuralOperator
 from recon_core.prior import Prior, save_prior
 from recon_core.rehearsal import Rehearsal
+from recon_core.sense import Sense
 from recon_core.train import train
 from recon_core.train_options import TrainOptions
 from recon_core.unet import UNet
@@ -343,6 +347,105 @@ def test_a_gpu_that_hangs_is_waited_for_in_no_thread_but_the_solvers(method, gpu
     released.set()
     thread.join(20)
     assert len(answered) == 1 and "did not answer for 3 s" in answered[0] and gpu_lost.is_set() == (method != "cg"), "of CG-SENSE the caller takes note"
+
+
+WITHIN = {
+    "image_of": (Measurement, "image_of"), "overlaid": (Sense, "overlaid"), "judge": (solve, "judge"), "finite": (solve, "finite"), "object_mask": (solve, "object_mask"),
+    "pixels": (gadgets.images, "to_pixels"), "finite pixels": (gadgets.images, "finite"),
+}  # fmt: skip
+
+
+def failing_within(monkeypatch, gpu, place, fail, well=0):
+    """Let every operator that the GPU is asked for within the function at `place` call `fail`, but for the first `well` calls of that function."""
+    within, original, calls = threading.local(), getattr(*WITHIN[place]), []
+
+    def entered(*given, **how):
+        calls.append(1)
+        within.it = len(calls) > well
+        try:
+            return original(*given, **how)
+        finally:
+            within.it = False
+
+    monkeypatch.setattr(*WITHIN[place], entered)
+    gpu.fault = lambda name: getattr(within, "it", False) and fail()
+
+
+@pytest.mark.parametrize("error,reason", [(torch.OutOfMemoryError("CUDA out of memory"), "the GPU's memory does not hold this scan"), (RuntimeError("cuFFT error: CUFFT_INTERNAL_ERROR"), "a library of the GPU failed")])
+@pytest.mark.parametrize("place", WITHIN)
+def test_a_gpu_that_runs_short_after_the_solver_leaves_its_image_to_the_cpu(scan_path, place, error, reason, gpu, monkeypatch):
+    options = {"sweeps": 1, "error_map": True, "output": "uint16"}
+    expected = run_chain(scan_path, prior.load_prior("small", "cpu", half=False), **options)
+    network, asked = prior.load_prior("small", "cuda", half=False), []
+    held = gpu.used
+
+    def fail():
+        asked.append(1)
+        raise error
+
+    failing_within(monkeypatch, gpu, place, fail)
+    made = run_chain(scan_path, network, device="cuda", **options)
+    assert asked or place == "overlaid", "there is one set of maps"
+    assert len(made) == 3 and all(np.array_equal(a.data, b.data) for a, b in zip(expected, made))
+    assert made[-1].meta["ImageComments"].count(f"{reason}: the CPU made an image of what had been computed") == bool(asked)
+    gc.collect()
+    assert not gpu_lost.is_set() and (gpu.used == held or error.__traceback__), "the log of the test keeps an internal error's traceback"
+
+
+def test_where_the_host_is_short_of_memory_too_the_preview_stands(scan_path, gpu, monkeypatch):
+    def fail():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    failing_within(monkeypatch, gpu, "image_of", fail, well=1)
+    monkeypatch.setattr("gadgets.budget.free_memory", lambda: 2**20)
+    (image,), said = images_and_error(scan_path, lambda x, sigma: x, device="cuda")
+    assert image.image_series_index == 1 and "its image needs 0.16 GiB, and 0.00098 GiB of this machine's memory are free now" in said
+
+
+@pytest.mark.parametrize("hangs", [True, False])
+@pytest.mark.parametrize("place,well,preview", [("image_of", 0, True), ("image_of", 1, True), ("image_of", 0, False), ("judge", 0, True), ("judge", 0, False), ("pixels", 0, True), ("pixels", 1, True), ("pixels", 0, False)])
+def test_a_gpu_that_is_lost_after_the_solver_costs_at_most_its_image(scan_path, place, well, preview, hangs, gpu, monkeypatch):
+    """What was sent stands, or else the CPU makes CG-SENSE, as for the next scan."""
+    expected, released = run_chain(scan_path, lambda x, sigma: x, sweeps=1)[0], threading.Event()
+    sent = preview and (well or place == "judge")  # before it was lost
+
+    def fail():
+        monkeypatch.setattr(solve, "HANG_S", 0.5)
+        if hangs:
+            released.wait(30)
+        raise RuntimeError(ILLEGAL)
+
+    failing_within(monkeypatch, gpu, place, fail, well)
+    for scan in (1, 2):
+        (image,), said = images_and_error(scan_path, lambda x, sigma: x, device="cuda", preview=preview)
+        assert np.array_equal(image.data, expected.data) and image.image_series_index == (1 if preview else 2) and gpu_lost.is_set()
+        on_cpu = "the GPU failed and cannot be used until this process is restarted: CG-SENSE was computed on the CPU" in image.meta["ImageComments"]
+        assert on_cpu == (scan == 2 or not sent)
+        assert ("the GPU could not take this scan" if on_cpu else "the GPU did not answer for 0.5 s" if hangs else ILLEGAL) in said
+    released.set()
+
+
+def test_a_gpu_that_hangs_as_its_memory_is_freed_holds_up_no_scan(scan_path, gpu):
+    released = threading.Event()
+    gpu.fault = lambda name: name == "empty_cache" and released.wait(60)
+    with running({"device": "cuda", "method": "cg"}, load_prior_for) as server:
+        (first, _), (second, _) = (client(server, scan_path) for _ in range(2))
+    assert len(first) == len(second) == 1 and not released.is_set()
+    released.set()
+
+
+def test_a_lost_gpu_is_asked_to_hold_no_prior(gpu):
+    gpu.fault = lambda name: pytest.fail(f"{name} was asked of it")
+    gpu_lost.set()
+    assert load_prior_for(make_options({"method": "pnp"})) is None
+
+
+@pytest.mark.parametrize("method", ["wavelet", "tv", "diffusion"])
+def test_the_deadline_counts_what_is_computed_not_what_is_asked_for(scan_path, method, gpu):
+    gpu.fault = lambda name: time.sleep(0.5 * (name == "synchronize"))  # what was asked for
+    image = run_chain(scan_path, lambda x, sigma: x, method=method, sweeps=50, device="cuda", deadline_s=1.0, preview=False)[0]
+    done = re.search("stopped at the deadline of 1 s after ([0-9]+) of [58]0 sweeps", image.meta["ImageComments"])
+    assert done and int(done[1]) <= 3
 
 
 # training

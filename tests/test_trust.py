@@ -137,7 +137,7 @@ def test_a_gpu_that_hangs_is_asked_for_nothing_more(monkeypatch, gpu):
     hangs = threading.Event()
 
     def states():
-        yield State(1, 3, 0.1, None, 0)  # to look at its volume would fail
+        yield State(1, 3, 0.1, SimpleNamespace(is_cuda=False), 0)  # to look at its volume would fail
         hangs.wait(30)
 
     monkeypatch.setattr(solve, "HANG_S", 0.5)

@@ -348,6 +348,17 @@ def test_bad_kspace_is_refused_in_a_sentence(break_it, message):
         measure(kspace, mask, VOXEL, noise)
 
 
+@pytest.mark.parametrize("name", ["diffusion", "tv", "dds"])
+def test_lines_far_from_the_centre_hold_no_tissue(name):
+    """In one coil that sees all the same, nothing of them is left at low resolution."""
+    kspace = random_complex(1, 24, 28, 20)
+    far = torch.zeros(24, 28)
+    far[:2, ::2] = 1
+    measurement = Measurement(operator := Sense(torch.ones(1, 24, 28, 20, dtype=torch.complex64), far), operator.adjoint(kspace), 1.0, 1000, 1.0, VOXEL, (0, 0))
+    with pytest.raises(ValueError, match="times as bright as the tissue: lines of the k-space centre are needed"):
+        next(METHODS[name].run(measurement, lambda x, sigma: x, measurement.adjoint, METHODS[name].config, 0))
+
+
 def test_missing_calibration_is_said_aloud():
     kspace, mask, noise, _ = problem()
     thinned = mask.clone()
