@@ -112,6 +112,13 @@ def test_learning_from_the_scan():
     )
 
 
+def test_volumes_of_one_scan():
+    later = [row for row in rows("series") if int(row["number"])]
+    times = extent([float(row["series_s"]) / float(row["alone_s"]) for row in later], 2)
+    low, high = (shown(edge(float(row["series"]) - float(row["alone"]) for row in later), 2) for edge in (min, max))
+    check(MEASURED, f"That takes {times} times the time for the same image ({low} to +{high} dB)")
+
+
 def test_ssim_of_measured_scans():
     found, base = scans("bench_measured", column="ssim"), scans("bench_base", column="ssim")
     others = {key: max(v for method, v in value.items() if method != "diffusion") for key, value in found.items()}

@@ -5,7 +5,8 @@
 The main README's first: what slice diffusion gains. Then PSNR of every method at one acceleration per voxel size, then slice diffusion less the best of our classical methods and
 less tuned BART at all accelerations; the seconds of each stage on a GPU; of the measured scans the error of
 each image itself on the lines it was not given, and its PSNR against the image of all lines; what becomes of small
-lesions; the estimated error beside the true one; and regular undersampling with a separate calibration.
+lesions; the estimated error beside the true one; regular undersampling with a separate calibration; objects beyond the
+field of view; and volumes of one scan that learn from each other.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ def main() -> None:
     print(f"\nestimated error\n\n{estimated_errors('error_map')}")
     print(f"\nlattices\n\n{lattices('lattices')}")
     print(f"\nbeyond the field of view\n\n{wrap_around('wrap_around')}")
+    print(f"\nseveral volumes of one scan\n\n{series('series')}")
 
 
 def in_short(scans: dict[tuple, dict]) -> str:
@@ -248,6 +250,18 @@ def wrap_around(name: str) -> str:
             overlap = f"{float(row['overlap']):.0%}" if row["overlap"] else "below 5%"
             cells = [f"{float(row[f'{image}_1']):.1f} / {float(row[f'{image}_2']):.1f}" for image in ("cg", "diffusion")]
             lines.append(line([{**VOLUMES, **HEADS}[row["volume"]], f"{float(row['fov_z']):g} x {float(row['fov_y']):g}", overlap, *cells]))
+    return "\n".join(lines)
+
+
+def series(name: str) -> str:
+    """Volumes of one scan that are planes or thin slabs: PSNR of the first image, and after learning alone and in the series, with seconds."""
+    lines = [line(["volume", "first image", "learned from alone", "seconds", "in the series", "seconds"]), rule(6)]
+    with (RESULTS / f"{name}.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            positions = int(row["matrix"].split("x")[0])
+            title = MEASURED.get(row["volume"]) or f"{HEADS[row['volume']]}, {f'slab of {positions}' if positions > 1 else 'plane'}, repetition {int(row['number']) + 1}"
+            cells = (row["first"], row["alone"], f"{float(row['alone_s']):.0f}", row["series"], f"{float(row['series_s']):.0f}")
+            lines.append(line([title, *(f"{float(cell):.2f}" if "." in cell else cell for cell in cells)]))
     return "\n".join(lines)
 
 
