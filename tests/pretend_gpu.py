@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -160,7 +161,8 @@ class PretendGpu(contextlib.ExitStack):
                     memory_allocated=lambda device=None: self.used, memory_reserved=lambda device=None: self.used, max_memory_allocated=lambda device=None: self.peak)  # fmt: skip
         for name, pretended in cuda.items():
             self.enter_context(mock.patch.object(torch.cuda, name, pretended))
-        accelerator = dict(is_available=lambda: True, current_device_index=lambda: 0, set_device_index=lambda device: None)
+        stream = SimpleNamespace(is_capturing=lambda: False)  # which optimisers ask where torch was built for CUDA
+        accelerator = dict(is_available=lambda: True, current_device_index=lambda: 0, set_device_index=lambda device: None, current_stream=lambda device=None: stream)
         for name, pretended in accelerator.items():
             self.enter_context(mock.patch.object(torch.accelerator, name, pretended))
         for name in FACTORIES:
