@@ -147,7 +147,7 @@ def test_robustness():
 
 def test_lattices():
     table = {tuple(row[k] for k in ("snr", "lattice", "offset", "calibration", "pulls")): row for row in rows("lattices")}
-    pairs = [(row, table[*key[:4], "zero"]) for key, row in table.items() if key[0] == "30.0" and key[1] != "1x2" and key[3:] == ("same contrast", "calibration")]
+    pairs = [(row, table[(*key[:4], "zero")]) for key, row in table.items() if key[0] == "30.0" and key[1] != "1x2" and key[3:] == ("same contrast", "calibration")]
     cg, diffusion = ([float(a[f"{m} psnr"]) - float(b[f"{m} psnr"]) for a, b in pairs] for m in ("cg", "diffusion"))
     assert all(abs(float(a[f"{m} brightness"]) - 1) < 0.0205 for a, _ in pairs for m in ("cg", "diffusion"))
     check(README, f"this gains {extent(cg)} dB of CG-SENSE", f"and {shown(min(diffusion), 1)} to {shown(max(diffusion), 0)} dB of slice diffusion")
