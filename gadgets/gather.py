@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator
 import ismrmrd
 import numpy as np
 
-
 from .calibration import Calibrations, Centres, lies_elsewhere
 from .centre import centre_offset, narrow
 from .completeness import missing_ends, missing_volumes

@@ -78,7 +78,7 @@ def _by_itself(kspace: Tensor, mask: Tensor, factor: Tensor, averages: float, wh
         floor = 1e-4 * float((kspace.abs().square().mean(dim=(0, 3)) * factor.square()).mean().sqrt())
         sigma = sigma + max(floor, tiny)
     weight = (LOUD * sigma[sigma > 0].median() / sigma.clamp_min(tiny)).clamp_max(1) if given is None else given.to(sigma.device)[live]
-    left = weight * sigma
+    left = (weight * sigma).double()  # the square of the least noise is none in single precision
     level = float(left.square().mean().sqrt())
     weights = torch.ones(len(kspace), device=sigma.device).masked_scatter(live, weight)
     return Whitening(weights.diag()[live].to(kspace.dtype), level * averages**0.5, False, level * averages**0.5, warnings, weights, float(left.max()) / level)

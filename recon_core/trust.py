@@ -50,5 +50,6 @@ def finite(volume: Tensor) -> bool:
 def doubts(measurement: Measurement, preview: Tensor) -> list[str]:
     """What is wrong with the data themselves, judged by the classical image `preview` [z y x]: it affects both images."""
     left = measurement.misfit(preview)
-    large = measurement.residual(preview) > INEXACT**2 * measurement.energy
-    return [f"CAUTION: CG-SENSE leaves {left:.2g} times the noise of the data unexplained: spikes, motion, or lines of another scan?"] * (large and left > UNEXPLAINED)
+    if left <= UNEXPLAINED or measurement.residual(preview) <= INEXACT**2 * measurement.energy:
+        return []
+    return [f"CAUTION: CG-SENSE leaves {left:.2g} times the noise of the data unexplained: spikes, motion, or lines of another scan?"]

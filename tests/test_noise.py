@@ -130,3 +130,9 @@ def test_coil_weights_are_those_of_the_scans_first_volume():
     assert float(alone.weights[0]) < 0.8 * float(first.weights[0])
     torch.testing.assert_close(later.weights, first.weights)
     torch.testing.assert_close(later.mixing.mH @ later.mixing, first.mixing.mH @ first.mixing, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-25])
+def test_lines_whose_squares_are_zero_have_a_noise_level(size):
+    kspace = size * random_complex(3, 12, 14, 10)
+    assert measure(kspace, torch.ones(12, 14), (1.0, 1.0, 1.0)).sigma == pytest.approx(0.7 * size, rel=0.05, abs=1e-37)
