@@ -33,7 +33,12 @@ setup(
         "matplotlib>=3.8",  # the comparison picture, --png
     ],
     extras_require={
-        "test": ["pytest>=8", "hypothesis>=6.100", "prometheus-client>=0.20"],  # hypothesis: the reader against damaged streams
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.5",  # runs them in two processes, which takes two fifths of the time
+            "hypothesis>=6.100",  # the reader against damaged streams
+            "prometheus-client>=0.20",
+        ],
         "metrics": ["prometheus-client>=0.20"],  # slicediff serve --health-port
         "bench": [
             "scikit-image>=0.22",  # the classical denoisers of tests/benchmarks/denoising.py; error_map.py uses the SciPy that comes with it
