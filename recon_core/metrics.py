@@ -29,12 +29,14 @@ def psnr(image: Tensor, reference: Tensor, mask: Tensor | None = None) -> float:
 
 
 def ssim(image: Tensor, reference: Tensor, peak: float) -> Tensor:
-    """Structural similarity (Wang et al., IEEE Trans. Image Process. 2004) of each pixel of two real arrays of one shape.
+    """Structural similarity (Wang et al., IEEE Trans. Image Process. 2004) of each voxel of two real volumes [z y x].
 
-    Moments are those under a Gaussian window of 1.5 pixels, cut off at 5; of arrays with a side below 11, of 3 pixels
-    along each axis, as a sample. Edges are mirrored. `peak` is the range of values.
+    Moments are those under a Gaussian window of 1.5 voxels, cut off at 5; of volumes with a side below 11, planes
+    among them, of 3 voxels along each axis that has more than one, as a sample. Edges are mirrored. `peak` is the
+    range of values.
     """
-    narrow = min(reference.shape) < 11
+    shape, narrow = reference.shape, min(reference.shape) < 11
+    image, reference = image.squeeze(), reference.squeeze()
     window = np.ones(3) if narrow else np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
     samples = 3**reference.ndim
     unbiased = samples / (samples - 1) if narrow else 1.0
@@ -42,7 +44,7 @@ def ssim(image: Tensor, reference: Tensor, peak: float) -> Tensor:
     mean = lambda v: _windowed(v, window / window.sum())  # noqa: E731
     mx, my, a, b = mean(x), mean(y), (0.01 * peak) ** 2, (0.03 * peak) ** 2
     variances, covariance = unbiased * (mean(x * x) - mx * mx + mean(y * y) - my * my), unbiased * (mean(x * y) - mx * my)
-    return torch.from_numpy((2 * mx * my + a) * (2 * covariance + b) / ((mx * mx + my * my + a) * (variances + b)))
+    return torch.from_numpy((2 * mx * my + a) * (2 * covariance + b) / ((mx * mx + my * my + a) * (variances + b))).reshape(shape)
 
 
 def _windowed(values: np.ndarray, window: np.ndarray) -> np.ndarray:

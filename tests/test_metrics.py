@@ -51,3 +51,10 @@ def test_ssim_is_made_of_the_moments_under_its_window(shape):
     assert float(ssim(x, y, 2.0)[tuple(n // 2 for n in shape)]) == pytest.approx(expected, abs=1e-9)
     torch.testing.assert_close(ssim(x, x, 2.0), torch.ones(shape, dtype=torch.double))
     torch.testing.assert_close(ssim(torch.ones(shape), torch.full(shape, 0.5), 2.0), torch.full(shape, (1 + u) / (1.25 + u), dtype=torch.double))
+
+
+def test_ssim_of_a_plane_has_the_narrow_window_of_a_slab():
+    """A pixel of a plane [1 y x] is that of a strip of 9 rows about it."""
+    x, y = torch.rand(2, 20, 30, generator=torch.Generator().manual_seed(0))
+    strip = slice(6, 15)
+    assert ssim(x[None], y[None], 1.0)[0, 10, 15] == pytest.approx(float(ssim(x[strip], y[strip], 1.0)[4, 15]), abs=1e-12)

@@ -43,7 +43,7 @@ from recon_core.metrics import psnr, ssim
 from recon_core.prior import PriorError, load_prior
 
 PEERS = {"bart": bart, "bart-oracle": bart, "sigpy": sigpy_peer}
-KEY = ("volume", "voxel_mm", "coils", "R", "snr", "acs", "matrix", "method")
+KEY = ("volume", "voxel_mm", "coils", "R", "snr", "acs", "seed", "matrix", "method")
 COLUMNS = ("psnr", "ssim", "nrmse", "unseen", "seconds", "cpu_s", "peak_gib", "evaluations", "misfit")
 KINDS = {bool: ({"true": True, "false": False}.__getitem__, "true or false"), int: (int, "a whole number"), float: (float, "a number")}  # of settings, how to read them
 
@@ -54,11 +54,12 @@ def main() -> None:
     parser.add_argument("volumes", type=Path, nargs="*")
     parser.add_argument("--raw", type=Path, help="folder of measured k-space")
     parser.add_argument("--methods", nargs="+", default=["zero-filled", "cg", "tv", "wavelet", "bart", "diffusion"], choices=[*METHODS, *PEERS])
-    parser.add_argument("--accelerations", type=float, nargs="+", default=[8.0])
+    parser.add_argument("--accelerations", type=float, nargs="+", help="default: 8 for volumes, all that a measured scan is undersampled at")
     parser.add_argument("--voxel-mm", type=float, nargs="+", default=[2.0])
     parser.add_argument("--coils", type=int, default=8)
     parser.add_argument("--snr", type=float, default=30.0)
     parser.add_argument("--acs", type=int, default=20)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of sampling and, for volumes, coils and noise: each scan once for each")
     parser.add_argument("--readout", type=int, help="only so many readout positions, in the middle of the volume (1 mm volumes in less time)")
     parser.add_argument("--prior", default="auto", help="of all methods; auto is the one that suits each")
     parser.add_argument("--tune", type=Path, help="volume to choose the peers' lambda on; not one of the tested")
@@ -90,7 +91,7 @@ def main() -> None:
         for method in arguments.methods:
             images[method], costs = run_peer(method, problem, arguments, tuned) if method in PEERS else run(method, problem, priors.get(method), configs[method])
             unseen = costs.pop("unseen", None)
-            row = {**problem.facts, "method": method, **costs, **quality(images[method], problem, unseen)}
+            row = {**problem.facts, "seed": problem.seed, "method": method, **costs, **quality(images[method], problem, unseen)}
             rows.append(row)
             print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
         save(arguments.out / "bench.csv", rows, earlier)
@@ -102,25 +103,31 @@ def main() -> None:
 
 def problems(arguments) -> Iterator[Problem]:
     """All scans asked for, each once; a protocol whose calibration lines leave no room is left out, and said, as are voxels that a volume does not have."""
-    for path in arguments.volumes:
-        made = set()
-        for voxel_mm in arguments.voxel_mm:
-            for acceleration in arguments.accelerations:
-                try:
-                    problem = simulated(path, voxel_mm, arguments.coils, acceleration, arguments.snr, arguments.acs, readout=arguments.readout, device=arguments.device)
-                except ValueError as error:
-                    print(f"{path.name} {voxel_mm:g} mm: {error}")
-                    continue
-                size = problem.measurement.voxel_mm
-                if problem.facts["voxel_mm"] != voxel_mm:
-                    _note(f"{path.name} has no voxels as small as {voxel_mm:g} mm: the scan at R = {acceleration:g} has {' x '.join(f'{mm:.3g}' for mm in reversed(size))} mm")
-                if (acceleration, size) in made:
-                    _note(f"{path.name} at {voxel_mm:g} mm and R = {acceleration:g} is a scan that was reconstructed already: it is left out")
-                    continue
-                made.add((acceleration, size))
-                yield problem
-    if arguments.raw:
-        yield from measured(arguments.raw)
+    for seed in arguments.seeds:
+        for path in arguments.volumes:
+            yield from scans_of(path, seed, arguments)
+        if arguments.raw:
+            yield from measured(arguments.raw, arguments.accelerations, seed)
+
+
+def scans_of(path: Path, seed: int, arguments) -> Iterator[Problem]:
+    """A volume at all voxel sizes and accelerations."""
+    made = set()
+    for voxel_mm in arguments.voxel_mm:
+        for acceleration in arguments.accelerations or [8.0]:
+            try:
+                problem = simulated(path, voxel_mm, arguments.coils, acceleration, arguments.snr, arguments.acs, seed, arguments.readout, arguments.device)
+            except ValueError as error:
+                print(f"{path.name} {voxel_mm:g} mm: {error}")
+                continue
+            size = problem.measurement.voxel_mm
+            if problem.facts["voxel_mm"] != voxel_mm:
+                _note(f"{path.name} has no voxels as small as {voxel_mm:g} mm: the scan at R = {acceleration:g} has {' x '.join(f'{mm:.3g}' for mm in reversed(size))} mm")
+            if (acceleration, size) in made:
+                _note(f"{path.name} at {voxel_mm:g} mm and R = {acceleration:g} is a scan that was reconstructed already: it is left out")
+                continue
+            made.add((acceleration, size))
+            yield problem
 
 
 def _note(text: str) -> None:
@@ -197,8 +204,8 @@ def quality(image: Tensor, problem: Problem, unseen: float | None = None) -> dic
     truth, inside = problem.truth, problem.inside
     magnitude = image.abs()
     magnitude = magnitude * (magnitude * truth)[inside].sum() / magnitude[inside].square().sum()
-    similarity = ssim(magnitude.squeeze(), truth.squeeze(), float(truth[inside].max()))
-    out = {"psnr": round(psnr(image, truth, inside), 2), "ssim": round(float(similarity[inside.squeeze()].mean()), 4), "nrmse": "", "unseen": "", "floor": ""}
+    similarity = ssim(magnitude, truth, float(truth[inside].max()))
+    out = {"psnr": round(psnr(image, truth, inside), 2), "ssim": round(float(similarity[inside].mean()), 4), "nrmse": "", "unseen": "", "floor": ""}
     if problem.left_out is not None and (image.is_complex() or unseen is not None):
         out |= {"unseen": round(problem.unseen(image), 4) if unseen is None else unseen, "floor": round(problem.floor, 4)}
     if image.is_complex() and problem.phased is not None:
@@ -254,7 +261,7 @@ def save(path: Path, rows: list[dict], earlier: list[dict]) -> None:
     """Earlier rows that were not measured again and all rows so far as CSV, with the machine named."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}{gpu}"
-    key = lambda row: tuple(str(row[k]) for k in KEY)  # noqa: E731
+    key = lambda row: tuple(str(row.get(k, 0)) for k in KEY)  # noqa: E731
     again = {key(row) for row in rows}
     kept = [row for row in earlier if key(row) not in again]
     with path.open("w", newline="") as file:
@@ -285,7 +292,7 @@ def draw(images: dict[str, Tensor], problem: Problem, rows: list[dict], out: Pat
         shown[name] = (magnitude * (magnitude * truth).sum() / magnitude.square().sum()).numpy()
     matrix = np.diag([*reversed(problem.measurement.voxel_mm), 1.0])
     captions = {name: f"{row['psnr']} dB" for name, row in zip(images, rows)}
-    name = "_".join(str(problem.facts[k]).replace(" ", "_") for k in ("volume", "voxel_mm", "R"))
+    name = "_".join(str(problem.facts[k]).replace(" ", "_") for k in ("volume", "voxel_mm", "R")) + (f"_{problem.seed}" if problem.seed else "")
     draw_comparison({**shown, "reference": truth.numpy()}, matrix, out / f"{name}.png", captions, "reference", errors=3)
 
 

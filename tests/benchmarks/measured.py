@@ -29,15 +29,15 @@ from recon_core.simulate import sampling_mask
 METHODS = ("zero-filled", "cg", "diffusion")
 
 
-def cases(raw: Path):
-    """(name, kspace [contrasts coils kz ky kx], mask, voxel_mm, acceleration, unacquired partitions, has reference)."""
+def cases(raw: Path, seed: int = 0):
+    """(name, kspace [contrasts coils kz ky kx], mask, voxel_mm, acceleration, unacquired partitions, has reference); `seed` is that of the masks."""
     knee = np.load(raw / "knee_lowfield_3d.npy")[None]
     acquired = np.zeros(knee.shape[2:4], bool)
     acquired[:18] = True
     voxel_mm = (180 / 28, 160 / 120, 160 / 120)
     yield "knee_lowfield_3d", knee, acquired, voxel_mm, 1, 10, False
     for acceleration in (2, 3):
-        mask = sampling_mask(knee.shape[2:4], acceleration, "poisson", 12) & acquired
+        mask = sampling_mask(knee.shape[2:4], acceleration, "poisson", 12, seed) & acquired
         yield "knee_lowfield_3d", knee, mask, voxel_mm, acceleration, 10, True
     plane = np.load(raw / "brain_8ch_plane.npy")[None, ..., None]
     vfa = np.load(raw / "brain_13ch_vfa_planes.npy")[..., None]
@@ -45,11 +45,11 @@ def cases(raw: Path):
     vfa = vfa * np.where((z + y) % 2, -1, 1)[..., None].astype(np.float32)  # its image centre lies at the corner
     for name, planes in (("brain_8ch_plane", plane), ("brain_13ch_vfa_planes", vfa)):
         for acceleration in (4, 6, 8):
-            mask = sampling_mask(planes.shape[2:4], acceleration, "poisson", 24)
+            mask = sampling_mask(planes.shape[2:4], acceleration, "poisson", 24, seed)
             yield name, planes, mask, (1.0, 1.0, 1.0), acceleration, 0, True
     for path in sorted(raw.glob("ulf_*.npy")):
         slices = to_kspace(np.load(path), 1)[None]
-        mask = np.repeat(sampling_mask((1, slices.shape[3]), 2, "poisson", 16), slices.shape[2], axis=0)  # ky only
+        mask = np.repeat(sampling_mask((1, slices.shape[3]), 2, "poisson", 16, seed), slices.shape[2], axis=0)  # ky only
         yield path.stem, slices, mask, (5.0, 1.8, 1.8), 2, 0, True
 
 

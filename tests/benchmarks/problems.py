@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +33,7 @@ class Problem:
     `truth` [z y x] is the magnitude without noise (or with the noise of the scan, if it was measured), `phased` the
     same as the measurement's coil maps combine it, None if unknown; `kspace` [coils z y x] is what the measurement was made
     of, whitened and mixed to virtual coils, x in image space: what peers are given; `left_out` is the rest of a measured
-    scan's lines, None for a simulated one.
+    scan's lines, None for a simulated one; `seed` is that of the sampling and of all that is simulated.
     """
 
     facts: dict
@@ -43,6 +43,7 @@ class Problem:
     inside: Tensor
     kspace: Tensor
     left_out: Tensor | None = None
+    seed: int = 0
 
     def unseen(self, image: Tensor) -> float:
         """Error of the lines that were left out as `image` [z y x] predicts them, relative to them (noise included).
@@ -87,7 +88,7 @@ def simulated(path: Path, voxel_mm: float, coils: int, acceleration: float, snr:
     measurement = measure(kspace, mask.float(), size, lines, device=device, keep_lines=keep_lines, sets=sets)
     phased = torch.linalg.vecdot(measurement.operator.coil_maps(), _mix(measurement.mixing.cpu(), images).to(device), dim=0)
     facts = {"volume": path.name.split(".")[0], "voxel_mm": size_label(voxel_mm, size), "matrix": "x".join(map(str, reversed(truth.shape))), "coils": coils, "R": round(mask.numel() / int(mask.sum()), 1), "snr": snr, "acs": acs}
-    return Problem(facts, measurement, truth, phased, object_mask(truth), _mix(measurement.mixing.cpu(), kspace))
+    return Problem(facts, measurement, truth, phased, object_mask(truth), _mix(measurement.mixing.cpu(), kspace), seed=seed)
 
 
 def wrapped(images: Tensor, shares: tuple[float, float]) -> Tensor:
@@ -114,16 +115,20 @@ def middle(length: int, kept: int | None) -> slice:
     return slice(length // 2 - kept // 2, length // 2 - kept // 2 + kept)
 
 
-def measured(raw: Path) -> Iterator[Problem]:
-    """The measured scans that have a reference: all lines, combined by CG-SENSE, noise included; and the lines left out."""
-    for name, planes, mask, voxel_mm, acceleration, _, has_reference in cases(raw):
-        for contrast in range(len(planes) if has_reference else 0):
+def measured(raw: Path, accelerations: Sequence[float] | None = None, seed: int = 0) -> Iterator[Problem]:
+    """The measured scans that have a reference: all lines, combined by CG-SENSE, noise included; and the lines left out.
+
+    Only those at `accelerations`, all if None; `seed` is that of the sampling.
+    """
+    for name, planes, mask, voxel_mm, acceleration, _, has_reference in cases(raw, seed):
+        wanted = has_reference and (accelerations is None or acceleration in accelerations)
+        for contrast in range(len(planes) if wanted else 0):
             whole, lines = ifft(torch.from_numpy(np.ascontiguousarray(planes[contrast])), (3,)), torch.from_numpy(mask)
             kspace = whole * lines[..., None]
             truth = cg_sense(measure(whole, torch.from_numpy(acquired_lines(planes)).float(), voxel_mm)).abs()
             measurement = measure(kspace, lines.float(), voxel_mm)
             facts = {"volume": f"{name} {contrast}", "voxel_mm": voxel_mm[1], "matrix": "x".join(map(str, reversed(truth.shape))), "coils": len(kspace), "R": acceleration, "snr": "", "acs": ""}
-            yield Problem(facts, measurement, truth, None, object_mask(truth, 0.15), _mix(measurement.mixing, kspace), _mix(measurement.mixing, whole - kspace))
+            yield Problem(facts, measurement, truth, None, object_mask(truth, 0.15), _mix(measurement.mixing, kspace), _mix(measurement.mixing, whole - kspace), seed)
 
 
 def _mix(matrix: Tensor, data: Tensor) -> Tensor:
