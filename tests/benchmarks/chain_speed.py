@@ -8,13 +8,14 @@ line to the end of the stage, for the first method. `floor_s` is the roofline: t
 bandwidth, and operations over the rate, both measured here first (copy of a large array; matrix product in the precision of the
 network). Bytes: gathering writes each sample once (host bandwidth); a normal operator reads the maps once and its volume, and writes one;
 operations are those of the network's convolutions. FFTs and the network's activations are not in it: it is a bound, not a goal.
-One run after a small one that warms up.
+`process_gib` is the most memory the process has had in the host so far. One run after a small one that warms up.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import resource
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -135,14 +136,15 @@ def run(scan: Scan, machine: Machine, methods: list[tuple[str, Method, Prior]], 
         seconds, floor = ended - began, floor_s(result)
         row = {"matrix": f"{x}x{y}x{z}", "coils": scan.coils, "stage": name, "seconds": round(seconds, 3), "floor_s": round(floor, 4), "over_floor": round(seconds / floor, 1)}
         row["after_last_line_s"] = round(ended - last_line, 3) if last_line else ""
-        row |= {"evaluations": getattr(result, "network_evaluations", ""), "peak_gib": meter.costs["peak_gib"], "device": machine.name}
+        row |= {"evaluations": getattr(result, "network_evaluations", ""), "peak_gib": meter.costs["peak_gib"], "process_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2), "device": machine.name}
         report(row)
         return result
 
     (gathered,) = stage("gather", lambda: list(gather(scan.header, scan.items())), lambda _: scan.lines.nbytes / 2 / machine.host_bandwidth)
     last_line = clock(device)
     inputs = (gathered.kspace, gathered.counts, gathered.geometry.voxel_mm, gathered.noise, gathered.calibration)
-    measurement = stage("coil maps", lambda: measure(*inputs, coils=scan.coils, device=device), lambda _: 3 * scan.coils * volume / machine.bandwidth)
+    scan.lines = None  # which the source of a scan does not keep either
+    measurement = stage("coil maps", lambda: measure(*inputs, device=device), lambda m: (scan.coils + 2 * m.operator.coils) * volume / machine.bandwidth)
     normal = (measurement.operator.coils + 2) * volume / machine.bandwidth
     preview = stage("preview", lambda: cg_sense(measurement, PREVIEW_ITERATIONS), lambda _: PREVIEW_ITERATIONS * normal)
     for name, method, prior in methods:
