@@ -13,7 +13,7 @@ from .coils import MIN_ACS, folding, low_resolution_maps, maps_of, overlap, seco
 from .low_resolution import object_support
 from .measurement import Reference
 from .sense import Sense
-from .slices import usable_axes
+from .slices import MIN_SIDE, usable_axes
 
 WRAPS, WRAPS_BADLY = 0.05, 0.4  # share of the object that lies over other parts of it: these get coil maps of their own and it is reported; with CAUTION
 COILS_FOR_TWO = 4  # fewer tell two parts and the aliases of undersampling apart nowhere
@@ -69,7 +69,7 @@ def make_coil_maps(calibration: Calibration, shape: tuple[int, int, int], lines:
     if too_few(calibration.size, shape):
         return CoilMaps(low_resolution_maps(all_lines(), lines), everywhere, _few(calibration.size, folding(lines) > 1, folded))
     operators = signal_operators(acs, shape, calibration.loudest)  # with less, noise of that coil would count as a second signal everywhere
-    share = overlap(operators, acs)
+    share = overlap(operators, acs) if min(shape[:2]) >= MIN_SIDE else 0.0  # thinner slabs look the same whether their edges meet or lie over each other
     second = share > least and len(usable_axes(shape)) > 1 and len(acs) >= COILS_FOR_TWO
     return CoilMaps(maps_of(operators, shape, home), object_support(acs, shape, calibration.sigma).to(home), _wraps(share, second), operators if second else None)
 

@@ -26,18 +26,21 @@ RAMP = 0.8, 0.95  # second eigenvalue at which the second set of maps begins, an
 
 
 def find_acs(mask: Tensor) -> tuple[int, int]:
-    """Size (z, y) of the largest fully acquired block of `mask` [z y] about k = 0; (0, 0) if none.
+    """Size (z, y) of the fully acquired block of `mask` [z y] about k = 0 that is best for coil maps; (0, 0) if there is none.
 
-    A block of n lines reaches from n//2 before k = 0 to (n - 1)//2 after it, as centre_crop_or_pad cuts it.
+    That is one with enough lines along both axes, if there is one, and then the largest, where lines beyond MAX_ACS hardly
+    count: in a thin slab, a long narrow block may hold more lines. A block of n lines reaches from n//2 before k = 0 to
+    (n - 1)//2 after it, as centre_crop_or_pad cuts it.
     """
     full = (mask > 0).cpu()
     nz, ny = full.shape
     best = (0, 0)
+    worth = lambda size: (not too_few(size, full.shape), math.prod(min(n, MAX_ACS) for n in size), math.prod(size))  # noqa: E731
     for z in range(1, nz + 1):
         rows = centre_crop_or_pad(full, (z, ny)).all(dim=0)
         before, after = rows[: ny // 2].flip(0), rows[ny // 2 :]
         y = min(2 * _run(before) + 1, 2 * _run(after))  # consecutive lines on each side, k = 0 on the right
-        if z * y > best[0] * best[1]:
+        if y and worth((z, y)) > worth(best):
             best = (z, y)
     return best
 

@@ -114,6 +114,15 @@ def test_an_object_that_reaches_beyond_the_field_of_view_is_told(kept, told):
     assert (share > 0.05) == bool(told) == bool(warnings) and all(w.startswith(told) for w in warnings), share
 
 
+@pytest.mark.parametrize("partitions,told", [(12, False), (20, True)])
+def test_a_thin_slab_that_fills_its_field_of_view_is_not_told_to_exceed_it(partitions, told):
+    """Where its ends meet, the few partitions cannot tell them apart; in a thick one, that share of it is told."""
+    images, _ = object_seen((40, 44, 36), 6)
+    slab = images[:, 20 - partitions // 2 : 20 + partitions // 2]
+    measurement = measure(fft(slab, (1, 2)), torch.ones(slab.shape[1:3]), (2.0, 2.0, 2.0))
+    assert any("reaches beyond" in w for w in measurement.warnings) == told and measurement.acs == slab.shape[1:3]
+
+
 @pytest.mark.parametrize("loud", [1, 3, 30])
 def test_the_noise_of_a_loud_coil_is_not_taken_for_a_second_object(loud):
     """Without noise lines, that coil keeps twice the noise of the others."""
@@ -224,6 +233,23 @@ def test_acs_of_an_even_number_of_lines_is_found_whole():
     mask = torch.zeros(64, 65)
     mask[32 - 6 : 32 + 6, 32 - 12 : 32 + 12] = 1
     assert find_acs(mask) == (12, 24)
+
+
+def test_acs_with_enough_lines_along_both_axes_comes_before_a_longer_one():
+    """In a thin slab sampled densely, the middle rows hold more lines than the square, and maps cannot be made of three rows."""
+    mask = torch.zeros(12, 84)
+    mask[:, 42 - 6 : 42 + 6] = 1
+    mask[6 - 1 : 6 + 2, 42 - 30 : 42 + 30] = 1
+    assert find_acs(mask) == (12, 12)
+    mask[6 - 4 : 6 + 5, 42 - 30 : 42 + 30] = 1
+    assert find_acs(mask) == (9, 60)
+
+
+def test_lines_beyond_those_that_maps_are_made_of_hardly_count():
+    mask = torch.zeros(64, 200)
+    mask[32 - 10 : 32 + 10, 100 - 10 : 100 + 10] = 1
+    mask[32 - 4 : 32 + 5, 100 - 50 : 100 + 50] = 1
+    assert find_acs(mask) == (20, 20)
 
 
 def test_no_block_is_larger_than_the_one_found():
