@@ -81,7 +81,7 @@ def main() -> None:
             found.setdefault(protocol, {}).update(volumes)
     print(f"\naccelerations\n\n{margins(found)}")
     print(f"\non a GPU\n\n{stages('chain_speed_cuda')}")
-    print(f"\nmeasured\n\n{errors(scans)}\n\n{against_all_lines(scans)}")
+    print(f"\nmeasured\n\n{errors(scans)}\n\n{against_all_lines(scans)}\n\n{sampling_patterns(patterns(scans))}")
     print(f"\nsmall lesions\n\n{lesions('lesions')}")
     print(f"\nestimated error\n\n{estimated_errors('error_map')}")
     print(f"\nlattices\n\n{lattices('lattices')}")
@@ -191,6 +191,36 @@ def against_all_lines(scans: dict[tuple, dict]) -> str:
         peer = f"{value['bart']:.2f} ({value['bart-oracle']:.2f})" if "bart" in value else f"({value['bart-oracle']:.2f})"
         lines.append(line([MEASURED[scan], acceleration, *(f"{value[m]:.2f}" for m in ("zero-filled", *CLASSICAL)), peer, *(f"**{value[m]:.2f}**" if m in value else "" for m in ("diffusion", BASE)), *gains]))
     return "\n".join(lines)
+
+
+def patterns(scans: dict[tuple, dict]) -> dict[str, list[dict]]:
+    """Measured plane -> one dict (method -> row) for each sampling pattern at R = 8, that of `scans` first."""
+    out = {scan: {"0": rows} for (scan, acceleration), rows in scans.items() if "plane" in scan and acceleration == "8"}
+    for table, ours in (("bench_masks", "diffusion"), ("bench_masks_base", BASE)):
+        with (RESULTS / f"{table}.csv").open(newline="") as file:
+            for row in csv.DictReader(file):
+                out[row["volume"]].setdefault(row["seed"], {})[ours if row["method"] == "diffusion" else row["method"]] = row
+    return {scan: list(rows.values()) for scan, rows in out.items()}
+
+
+def sampling_patterns(found: dict[str, list[dict]]) -> str:
+    """What slice diffusion gains with both priors, dB, over the best of CLASSICAL and over tuned BART: mean over the patterns (least to largest), and the same of the error of the image itself."""
+    lines = [line(["R = 8, gain, dB", *(f"{METHODS[m]}, {over}" for m in ("diffusion", BASE) for over in ("over the best classical", "over BART", "without the noise, over BART"))]), rule(7)]
+    for scan, rows in found.items():
+        cells = []
+        for ours in ("diffusion", BASE):
+            own = [row for row in rows if ours in row]
+            psnr = [{m: float(value["psnr"]) for m, value in row.items()} for row in own]
+            error = [{m: float(row[m]["unseen"]) ** 2 - float(row[m]["floor"]) ** 2 for m in (ours, "bart")} for row in own]
+            cells += [spread([row[ours] - max(row[m] for m in CLASSICAL) for row in psnr]), spread([row[ours] - row["bart"] for row in psnr])]
+            cells += [spread([10 * math.log10(row["bart"] / row[ours]) for row in error])]
+        lines.append(line([MEASURED[scan], *cells]))
+    return "\n".join(lines)
+
+
+def spread(values: list[float]) -> str:
+    """Mean (least to largest)."""
+    return f"{sum(values) / len(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def estimated_errors(name: str) -> str:
