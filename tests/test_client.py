@@ -124,6 +124,13 @@ def test_what_the_comments_tell_is_told(scan_path, tmp_path, capsys):
     assert capsys.readouterr().err.splitlines()[-2:] == ["slicediff: note: no noise lines", "slicediff: note: one line is missing"]
 
 
+@pytest.mark.parametrize("line", ["no weights in [/opt/priors]: asked for [small]", "sweep one/two", "error map 1/2/3", ":warning: 3:40:12"])
+def test_what_a_server_says_is_shown_as_it_is(scan_path, tmp_path, capsys, line):
+    with a_server(text(line) + an_image(), []) as (host, port):
+        assert main(["send", str(scan_path), str(tmp_path / "out.h5"), "--host", host, "--port", str(port), "--expect", "1"]) == 0
+    assert capsys.readouterr().err.strip() == line
+
+
 @pytest.mark.parametrize("answers,expect", [(an_image(2, 1), 1), (an_image(2, 1) + an_image(2, 2), None), (an_image(2, 1) + an_image(2, 2) + text("no ERROR: fine"), 2)])
 def test_all_images_are_a_success_in_the_layout_of_gadgetrons_client(scan_path, tmp_path, answers, expect):
     with a_server(answers, []) as (host, port):
