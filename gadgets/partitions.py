@@ -107,6 +107,6 @@ def _steps(header: ismrmrd.xsd.ismrmrdHeader) -> int:
 
 def _counted(line: ismrmrd.Acquisition, slice_: int, step_2: int) -> ismrmrd.Acquisition:
     """A copy of a line, which belongs to the caller, with other counters."""
-    out = ismrmrd.Acquisition(ismrmrd.AcquisitionHeader.from_buffer_copy(bytes(line.getHead())), line.data)
+    out = ismrmrd.Acquisition(ismrmrd.AcquisitionHeader.from_buffer_copy(bytes(line.getHead())), line.data, line.traj)
     out.idx.slice, out.idx.kspace_encode_step_2 = slice_, step_2
     return out

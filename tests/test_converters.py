@@ -204,3 +204,5 @@ def test_a_trajectory_that_is_not_uniform_is_told(scan):
         found = gathered(header, [line if line.flags & NOISE_BIT else with_trajectory(line, places) for line in lines])
         assert torch.equal(found.kspace, gathered(*scan).kspace)
         assert [w for w in found.warnings if "CAUTION" in w] == (["CAUTION: the lines' trajectories are not uniform (ramp sampling?), but this server reads the samples as equally spaced: regrid them first"] if told else [])
+    slices = [line if line.flags & NOISE_BIT else with_trajectory(line_like(line, slice=line.idx.kspace_encode_step_2, kspace_encode_step_2=0), ramps[:, None]) for line in lines]
+    assert any("not uniform" in w for w in gathered(limited(header, (0, 0, 0), (0, 9, 0)), slices[::-1]).warnings)  # the first line is not of the first slice
