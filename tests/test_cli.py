@@ -69,6 +69,19 @@ def test_recon_tells_what_the_comments_tell(tmp_path, capsys):
     assert any("stopped at the deadline of 1.5 s after" in note for note in told)
 
 
+def test_a_note_is_told_whole(tmp_path, capsys):
+    """And not also in two pieces: a comment joins the notes, and what it joins them with is in none of them."""
+    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=2, pattern="full"))
+    with ScanWriter(tmp_path / "hole.h5", header.toXML()) as file:
+        for line in lines:
+            if (line.idx.kspace_encode_step_1, line.idx.kspace_encode_step_2) != (6, 5):  # k = 0
+                file.append(line)
+    code, _, err = run(capsys, "recon", tmp_path / "hole.h5", tmp_path / "i.h5", "--device", "cpu", "--method", "cg")
+    (image,) = read_images(tmp_path / "i.h5")
+    told = [line.removeprefix("slicediff: note: ") for line in err.splitlines()]
+    assert code == 0 and any("centre of k-space" in note for note in told) and told == image.meta["ImageComment"].split("; ")[1:]
+
+
 def test_recon_writes_what_there_is_and_names_what_failed(tmp_path, capsys):
     """One repetition of three cannot be: the others are in all files, with exit code 1."""
     import nibabel
