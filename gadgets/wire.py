@@ -180,9 +180,9 @@ class Wire:
         data = text.encode()
         self._send(struct.pack("<HQ", ERROR, len(data)) + data)
 
-    def send_config(self, text: str) -> None:
+    def send_config(self, text: str | bytes) -> None:
         """Send configuration XML (or anything that a server accepts as such)."""
-        data = text.encode()
+        data = text.encode() if isinstance(text, str) else text
         self._send(struct.pack("<HI", CONFIG_TEXT, len(data)) + data)
 
     def send_config_file(self, name: str) -> None:

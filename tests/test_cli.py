@@ -227,6 +227,9 @@ def test_partitions_become_the_same_niftis_and_picture_as_volumes(tmp_path, caps
     (("serve", "--port", "0", "--method", "cg", "--host", "192.0.2.1"), "cannot listen on 192.0.2.1 port 0: "),
     (("train", "/nowhere", "--out", "{tmp}/m.txt"), "a file that ends in .safetensors, got "),
     (("conform", "--host", "127.0.0.1", "--port", "1"), "no server answers at 127.0.0.1 port 1"),
+    (("health", "--host", "scanner..local"), "no server answers at scanner..local port 9002"),
+    (("conform", "--host", "scanner..local"), "no server answers at scanner..local port 9002"),
+    (("serve", "--host", "scanner..local", "--method", "cg"), "the host 'scanner..local' has no address"),
 ])  # fmt: skip
 def test_failures_are_one_sentence_and_not_zero(tmp_path, capsys, scan_path, arguments, message):
     (tmp_path / "junk.h5").write_bytes(b"junk")

@@ -709,3 +709,12 @@ def test_health_is_a_command(prior, capsys):
         assert main(arguments) == 1
     assert main(arguments) == 1
     assert capsys.readouterr().err.startswith("slicediff: no server answers at 127.0.0.1 port")
+
+
+@pytest.mark.parametrize("answer", ["Gadgetron 4.7.2", "4", '{"version": "4.7.2"}'])
+def test_the_health_of_another_server_is_not_known(prior, capsys, monkeypatch, answer):
+    monkeypatch.setattr("gadgets.server.Handler.answer", lambda handler, question: answer)
+    with running(FAST, lambda options: prior) as server:
+        port = server.server_address[1]
+        assert main(["health", "--port", str(port)]) == 1
+    assert capsys.readouterr() == ("", f"slicediff: the server at 127.0.0.1 port {port} is another one: it answered {answer!r}\n")
