@@ -28,7 +28,7 @@ from gadgets.address import AddressError
 from gadgets.budget import Budget, free_memory, worth_an_image
 from gadgets.cli import main
 from gadgets.failure import ReconError
-from gadgets.scan_files import ScanFile
+from gadgets.scan_files import ScanFile, ScanWriter
 from gadgets.flags import LAST_BIT, NOISE_BIT
 from gadgets.gather import ScanError, gather
 from gadgets.header import parse_header
@@ -338,8 +338,8 @@ def test_a_scan_that_is_refused_at_once_is_kept_all_the_same(scan_path, prior, t
     assert same_images(run_chain(kept, prior), run_chain(scan_path, prior))
 
 
-def test_raw_data_are_for_the_servers_user_alone(scan_path, tmp_path):
-    """Their headers tell who the patient is: while the scan runs, and when it was kept."""
+def test_raw_data_are_for_the_servers_user_alone(scan_path, tmp_path, monkeypatch):
+    """Their headers tell who the patient is: while the scan runs, while it is converted, and when it was kept."""
     place = FailedScans(tmp_path / "kept")
     with ScanFile(scan_path) as scan:
         recording = place.record(scan.header_xml)
@@ -347,7 +347,10 @@ def test_raw_data_are_for_the_servers_user_alone(scan_path, tmp_path):
             recording.add(line)
     private = lambda: [path.stat().st_mode & 0o077 for path in (tmp_path / "kept").rglob("*")]  # noqa: E731
     assert private() and not any(private())
+    append, during = ScanWriter.append, []
+    monkeypatch.setattr(ScanWriter, "append", lambda writer, line: during.extend(private()) or append(writer, line))
     recording.keep()
+    assert during and not any(during)
     assert len(list((tmp_path / "kept").glob("failed-*.h5"))) == 1 and not any(private())
 
 
@@ -385,6 +388,8 @@ def test_a_kill_in_the_middle_of_the_conversion_leaves_nothing_behind_for_good(s
         patch.setattr("gadgets.keep.Recording._close", lambda self: self.file.close())  # a kill closes no more than this
         recording.keep()
     assert {path.suffix for path in tmp_path.iterdir()} == {".spool", ".partial"}
+    free = lambda folder: SimpleNamespace(free=0 if list(tmp_path.glob("*.partial")) else 1 << 30)  # noqa: E731
+    monkeypatch.setattr("gadgets.keep.shutil.disk_usage", free)  # what is left of the first conversion takes the room
     FailedScans(tmp_path).recover()
     (found,) = tmp_path.iterdir()
     with ScanFile(found) as kept:
