@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import os
 import re
 import signal
 import socket
@@ -351,6 +352,13 @@ def test_a_server_that_lost_its_gpu_answers_and_ends_with_another_exit_code(tmp_
             server.kill()
 
 
+def test_a_name_that_the_terminal_cannot_show_costs_no_file(tmp_path, scan_path):
+    recon = [sys.executable, "-W", "ignore", "-c", "from gadgets.cli import command; command()", "recon", scan_path, tmp_path / "für.h5", "--method", "cg", "--nifti", tmp_path / "nii"]
+    ended = subprocess.run(recon, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii:strict"})
+    assert ended.returncode == 0 and ended.stdout == f"1 image written to {tmp_path}/f\\xfcr.h5\n", ended.stderr
+    assert len(list((tmp_path / "nii").iterdir())) == 1
+
+
 def test_runs_of_the_same_second_have_groups_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr("time.strftime", lambda form: "2026-01-01 00:00:00")
     for number in (1, 2, 3):
@@ -628,6 +636,8 @@ def interrupted(*_):
 
 @pytest.mark.parametrize("end,code", [
     ("cli.main = solver_at_its_deadline; cli.command()", 3),
+    ("cli.main = solver_at_its_deadline; cli.sys.stdout = None; cli.command()", 3),
+    ("cli.main = lambda: (solver_at_its_deadline(), print('lost'))[0]; cli.sys.stdout = open('/dev/full', 'w'); cli.command()", 3),
     ("cli.Parser.parse_args = lambda *_: SimpleNamespace(verbose=False, run=interrupted); cli.command()", 130),
     ("external.answer_gadgetron = solver_at_its_deadline; external.slice_diffusion(SimpleNamespace(socket=SimpleNamespace(socket=socket.socketpair()[0]), raw_bytes=SimpleNamespace(config=b'', header=b'')))", 0),
 ])  # fmt: skip
