@@ -706,6 +706,17 @@ def test_threads_that_still_compute_cannot_crash_the_exit(monkeypatch, caplog):
     assert caplog.text.count("scans that did not end in time: 1") == 1
 
 
+def test_an_exit_waits_for_no_scan_that_is_being_recovered(tmp_path, monkeypatch):
+    """HDF5 would block it for ever; the next start begins again."""
+    ended, over = [], threading.Event()
+    monkeypatch.setattr("recon_core.ahead.end_at_once", ended.append)
+    monkeypatch.setattr("gadgets.server.Server.serve_forever", lambda *_, **__: None)
+    monkeypatch.setattr("gadgets.commands.serve._retire_on_signals", lambda server: None)
+    monkeypatch.setattr("gadgets.keep.FailedScans.recover", lambda place: over.wait(20))
+    assert main(["serve", "--port", "0", "--method", "cg", "--keep-failed", str(tmp_path)]) == 0 and ended == [0]
+    over.set()
+
+
 def test_health_is_a_command(prior, capsys):
     with running(FAST, lambda options: prior) as server:
         arguments = ["health", "--port", str(server.server_address[1])]
