@@ -5,6 +5,7 @@ Axis order here is the reverse of Gadgetron's, so that arrays are C-contiguous a
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -119,9 +120,7 @@ class ReconDataReader:
         if count > MAX_DIMENSIONS:
             raise ReconDataError(f"an array of {count} dimensions was announced, the limit is {MAX_DIMENSIONS}: the stream is damaged or out of step")
         shape = struct.unpack(f"<{count}Q", self.read(8 * count))[::-1]
-        nbytes = dtype.itemsize
-        for n in shape:
-            nbytes *= n
+        nbytes = dtype.itemsize * math.prod(shape)
         if nbytes > self.left:
             raise ReconDataError(f"an array of {nbytes} bytes was announced where {self.left} are left of the limit: the stream is damaged, or the scan too large")
         self.left -= nbytes
