@@ -45,6 +45,8 @@ def test_partitions_counted_as_slices_are_one_volume(scan, step_2, slices, step_
     found = gathered(header, counted)
     assert torch.equal(found.kspace, gathered(*scan).kspace)
     assert "the slice counter runs over the 10 partitions of the matrix: taken for kspace_encode_step_2" in found.warnings
+    nowhere = dict(position=(np.inf, 0, -np.inf), slice_dir=(np.inf, 0, np.nan))
+    assert torch.equal(gathered(header, [line_like(line, **nowhere) for line in counted]).kspace, found.kspace)
     assert not [w for w in found.warnings if "incomplete" in w] and [bytes(line.getHead()) for line in counted] == before
 
 
