@@ -24,8 +24,8 @@ def resolve(host: str, port: int) -> list[tuple[int, tuple]]:
         raise AddressError(f"expected a port from 0 to 65535, got {port}")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise AddressError(f"the host {host!r} has no address: {error.strerror}") from None
+    except (OSError, UnicodeError) as error:  # UnicodeError: no host name at all
+        raise AddressError(f"the host {host!r} has no address: {getattr(error, 'strerror', None) or error}") from None
     return sorted(dict.fromkeys((family, where) for family, _, _, _, where in found), key=lambda entry: entry[0] != socket.AF_INET)
 
 

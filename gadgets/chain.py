@@ -18,29 +18,22 @@ DEFAULT_NAMES = ("default", "default.xml", "slicediff", "gadgets", "null", "")
 def properties_of(xml: bytes | str) -> dict[str, str]:
     """Our options in an external node's <configuration>, or in a whole chain that contains our node.
 
-    A document without elements (Gadgetron sends a bare declaration) has none.
-
     Raises:
         OptionsError: for XML that does not parse, or a chain without our external node.
     """
-    text = xml.encode() if isinstance(xml, str) else xml
-    try:
-        root = ElementTree.fromstring(text.strip(b"\0 \r\n\t"))
-    except ElementTree.ParseError as error:
-        if b"<" not in text.split(b"?>")[-1]:
-            return {}
-        raise OptionsError(f"the configuration is not valid XML: {error}") from None
-    if is_chain(root):
-        return _properties(_our_node(root))
-    return _properties(root)
+    root = _root(xml)
+    if root is None:
+        return {}
+    return _properties(_our_node(root) if is_chain(root) else root)
 
 
 def is_gadgetron_peer(config: str) -> bool:
     """Whether a configuration text comes from Gadgetron's <connect> rather than from a client's chain script."""
     try:
-        return not is_chain(ElementTree.fromstring(config.strip()))
-    except ElementTree.ParseError:
-        return config.lstrip().startswith("<?xml") and "<" not in config.split("?>")[-1]
+        root = _root(config)
+    except OptionsError:
+        return False
+    return config.lstrip().startswith("<?xml") if root is None else not is_chain(root)
 
 
 def is_chain(root: ElementTree.Element) -> bool:
@@ -71,6 +64,22 @@ def config_folders() -> list[Path]:
     here = Path(__file__).resolve().parent.parent / "config_xml"
     bases = [sys.prefix, sysconfig.get_path("data"), sysconfig.get_path("data", sysconfig.get_preferred_scheme("user"))]
     return [f for f in dict.fromkeys([here, *(Path(b) / "share/gadgetron/config" for b in bases)]) if f.is_dir()]
+
+
+def _root(xml: bytes | str) -> ElementTree.Element | None:
+    """The document's root, None if it has no element: Gadgetron sends a bare declaration. Of a str, the encoding that it declares is not asked.
+
+    Raises:
+        OptionsError: for XML that does not parse.
+    """
+    text = xml.strip("\0 \r\n\t") if isinstance(xml, str) else xml.strip(b"\0 \r\n\t")
+    try:
+        return ElementTree.fromstring(text)
+    except (ElementTree.ParseError, LookupError, ValueError) as error:  # the latter two for encodings that the parser does not know
+        plain = text if isinstance(text, str) else text.decode("latin-1")
+        if "<" not in plain.split("?>")[-1]:
+            return None
+        raise OptionsError(f"the configuration is not valid XML: {error}") from None
 
 
 def _our_node(root: ElementTree.Element) -> ElementTree.Element:

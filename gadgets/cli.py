@@ -27,6 +27,8 @@ INTERRUPTED = 130  # the exit code that shells expect
 
 def command() -> None:
     """The `slicediff` program: `main`, then an exit that a solver thread abandoned at a deadline, or by Ctrl-C, cannot crash or block."""
+    if sys.stdout is not None:  # it is None where it was closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a name in another encoding must end nothing
     try:
         code = main()
     except KeyboardInterrupt:

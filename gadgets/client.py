@@ -53,9 +53,11 @@ def send_scan(
 
     Raises:
         SendError: when the server cannot be reached, reports an error, or sends fewer images than expected.
+        OSError: before anything is sent, if the chain XML cannot be read.
     """
+    chain = Path(config).read_bytes() if Path(config).is_file() else None
     with _connected(host, port) as sock, w.Wire(sock, timeout_s) as wire:
-        sender = _Sender(scan, wire, config, on_sent, realtime)
+        sender = _Sender(scan, wire, config if chain is None else chain, on_sent, realtime)
         sender.start()
         came, failure, gone = Counter(), "", ""
         try:
@@ -101,7 +103,7 @@ def ask(host: str, port: int, question: str, timeout_s: float = 10.0) -> str:
 def _connected(host: str, port: int) -> socket.socket:
     try:
         return socket.create_connection((host, port), 10)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: no host name at all
         raise SendError(f"no server answers at {host} port {port}: {error}") from None
 
 
@@ -124,7 +126,7 @@ def _is_of_an_image(line: ismrmrd.Acquisition) -> bool:
 class _Sender(threading.Thread):
     """Sends while the images are being read, so that neither side waits for the other."""
 
-    def __init__(self, scan: ScanFile, wire: w.Wire, config: str, on_sent: Callable[[int], None], realtime: bool):
+    def __init__(self, scan: ScanFile, wire: w.Wire, config: str | bytes, on_sent: Callable[[int], None], realtime: bool):
         super().__init__(daemon=True)
         self.scan, self.wire, self.config, self.on_sent = scan, wire, config, on_sent
         self.failure = self.fault = ""  # the server's, the scan's
@@ -149,10 +151,7 @@ class _Sender(threading.Thread):
 
     def run(self) -> None:
         try:
-            if Path(self.config).is_file():
-                self.wire.send_config(Path(self.config).read_text())
-            else:
-                self.wire.send_config_file(self.config)
+            (self.wire.send_config if isinstance(self.config, bytes) else self.wire.send_config_file)(self.config)
             self.wire.send_header(self.scan.header_xml)
             complete = self._send_items()
             if complete:

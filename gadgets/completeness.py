@@ -8,7 +8,7 @@ from .flags import END_BIT, PAIRS
 from .geometry import Geometry
 
 INCOMPLETE = "the scan seems incomplete: "
-NO_CENTRE = f"{INCOMPLETE}no line was received at the centre of k-space; brightness and contrast are wrong"
+NO_CENTRE = f"{INCOMPLETE}no line was received at the centre of k-space, so brightness and contrast are wrong"
 AROUND = 3  # times the reach of a hole: how far around it others are sought
 ELLIPSE = 0.7  # of the lines: the corners may be left out (pi/4), and a little more
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable
 
-
 BARS = ("sweep", "error map")  # stages that report how far they have got
+COUNT = re.compile(rf"({'|'.join(BARS)}) (\d+)/(\d+)")
 
 
 class Display:
@@ -16,7 +17,7 @@ class Display:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-        console = Console(stderr=True)
+        console = Console(stderr=True, markup=False, emoji=False)  # a peer's text may hold brackets
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn(), TimeRemainingColumn())
         self.bars = Progress(*columns, console=console, disable=not console.is_terminal)
         self.tasks: dict[str, int] = {}
@@ -34,9 +35,8 @@ class Display:
 
     def say(self, text: str) -> None:
         """Show a line; "sweep 3/30" or "error map 3/30" updates its bar instead."""
-        name, _, count = text.rpartition(" ")
-        if name in BARS and "/" in count:
-            self.count(name, *map(int, count.split("/")))
+        if found := COUNT.fullmatch(text):
+            self.count(found[1], int(found[2]), int(found[3]))
         else:
             self.bars.console.print(text, style="dim", highlight=False)
 

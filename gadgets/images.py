@@ -171,7 +171,7 @@ def frame_of(scan: Scan) -> tuple[Frame, list[str]]:
     """Position and orientation of the volume by its lines, and notes on what was assumed, e.g. if their directions, of any length, are not orthogonal."""
     head, notes = scan.head, []
     given = np.array([head.read_dir, head.phase_dir, head.slice_dir], float)
-    directions = _of_unit_length(given) if np.isfinite(given).all() else given
+    directions = _of_unit_length(given) if np.isfinite(given).all() else np.zeros((3, 3))
     lacks = [name for name, direction in zip(("read", "phase", "slice"), given) if not direction.any()]
     if np.allclose(directions @ directions.T, np.eye(3), rtol=0, atol=RIGHT_ANGLE):
         if lacks:

@@ -232,15 +232,16 @@ def _convert(spool: Path, place: FailedScans) -> Path:
     """
     number = spool.name.removesuffix(SPOOL).split("-")[-1]
     target = place.folder / f"failed-{time.strftime('%Y%m%d-%H%M%S')}-{number}.h5"
-    partial = spool.with_suffix(".partial")  # named after the spool file: if this process is killed, the next one overwrites it
+    partial = spool.with_suffix(".partial")  # named after the spool file: if this process is killed, the next one begins with it
+    _remove(partial)  # of a killed process: it may hold the room that is needed
     _ensure_room(place, int(1.2 * spool.stat().st_size))
     try:
+        os.close(_private(partial, os.O_CREAT | os.O_WRONLY))  # before there is anything to read in it
         with open(spool, "rb") as stream:
             size = spool.stat().st_size
             with ScanWriter(partial, _header(stream, size)) as writer:
                 for line in _lines(stream, size):
                     writer.append(line)
-        partial.chmod(0o600)
         partial.rename(target)
     except Exception:
         _remove(partial)

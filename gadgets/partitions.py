@@ -90,10 +90,11 @@ class Partitions:
         if self.first is None:
             self.first = line.getHead()
         elif line.idx.slice != self.first.idx.slice:
-            away = np.array(line.position, float) - np.array(self.first.position, float)
             normal = np.array(self.first.slice_dir, float)
             length = float(np.linalg.norm(normal))
-            found = abs(float(away @ normal)) / length if length > 0 else float(np.linalg.norm(away))
+            with np.errstate(invalid="ignore"):  # positions and directions may be infinite
+                away = np.array(line.position, float) - np.array(self.first.position, float)
+                found = abs(float(away @ normal)) / length if length > 0 else float(np.linalg.norm(away))
             self.apart_mm = found if np.isfinite(found) and found > APART * self.fov_mm / self.count else 0.0
             if self.apart_mm:
                 self.are_planes, self.are_slices, self.decided = self.are_slices, False, True
@@ -107,6 +108,6 @@ def _steps(header: ismrmrd.xsd.ismrmrdHeader) -> int:
 
 def _counted(line: ismrmrd.Acquisition, slice_: int, step_2: int) -> ismrmrd.Acquisition:
     """A copy of a line, which belongs to the caller, with other counters."""
-    out = ismrmrd.Acquisition(ismrmrd.AcquisitionHeader.from_buffer_copy(bytes(line.getHead())), line.data)
+    out = ismrmrd.Acquisition(ismrmrd.AcquisitionHeader.from_buffer_copy(bytes(line.getHead())), line.data, line.traj)
     out.idx.slice, out.idx.kspace_encode_step_2 = slice_, step_2
     return out

@@ -5,6 +5,7 @@ Axis order here is the reverse of Gadgetron's, so that arrays are C-contiguous a
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,16 +26,10 @@ class ReconDataError(ValueError):
 
 @dataclass
 class ReconBuffer:
-    """data [LOC S N CHA E2 E1 E0] complex64, headers [LOC S N E2 E1] (number_of_samples 0 where nothing was acquired).
-
-    `limits` are (first, centre, last) of E0, E1, E2 in the buffer; `encoded_matrix` and `recon_matrix` are x, y, z.
-    """
+    """data [LOC S N CHA E2 E1 E0] complex64, headers [LOC S N E2 E1] (number_of_samples 0 where nothing was acquired)."""
 
     data: np.ndarray
     headers: np.ndarray
-    encoded_matrix: tuple[int, ...]
-    recon_matrix: tuple[int, ...]
-    limits: tuple[tuple[int, int, int], ...]
 
     def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Data [CHA E2 E1 E0] and headers [E2 E1] of each LOC, S and N.
@@ -113,8 +108,8 @@ class ReconDataReader:
         for _ in range(2):  # trajectory and density weights, not needed for Cartesian scans
             self._optional(lambda: self._array(np.dtype(np.float32)))
         headers = self._array(acquisition_header_dtype)
-        encoded, recon, limits = self._sampling()
-        return ReconBuffer(_with_axes(data, 7), _with_axes(headers, 5), encoded, recon, limits)
+        self.read(SAMPLING_BYTES)  # fields of view, matrices and limits: the scan's header has them
+        return ReconBuffer(_with_axes(data, 7), _with_axes(headers, 5))
 
     def _optional(self, read: Callable):
         return read() if self.read(1) != b"\0" else None
@@ -125,9 +120,7 @@ class ReconDataReader:
         if count > MAX_DIMENSIONS:
             raise ReconDataError(f"an array of {count} dimensions was announced, the limit is {MAX_DIMENSIONS}: the stream is damaged or out of step")
         shape = struct.unpack(f"<{count}Q", self.read(8 * count))[::-1]
-        nbytes = dtype.itemsize
-        for n in shape:
-            nbytes *= n
+        nbytes = dtype.itemsize * math.prod(shape)
         if nbytes > self.left:
             raise ReconDataError(f"an array of {nbytes} bytes was announced where {self.left} are left of the limit: the stream is damaged, or the scan too large")
         self.left -= nbytes
@@ -141,12 +134,6 @@ class ReconDataReader:
             stop = min(nbytes, start + CHUNK_BYTES)
             out[start:stop] = np.frombuffer(self.read(stop - start), np.uint8)
         return out.view(dtype).reshape(shape)
-
-    def _sampling(self):
-        raw = self.read(SAMPLING_BYTES)
-        encoded, recon = struct.unpack_from("<3H", raw, 24), struct.unpack_from("<3H", raw, 30)
-        numbers = struct.unpack_from("<9H", raw, 36)
-        return encoded, recon, tuple((numbers[i], numbers[i + 1], numbers[i + 2]) for i in (0, 3, 6))
 
 
 def _with_axes(array: np.ndarray, axes: int) -> np.ndarray:

@@ -46,7 +46,7 @@ def _checked(volume: Volume) -> Volume:
 
 
 def find_volumes(paths: Iterable[Path]) -> list[Path]:
-    """The volume files given directly or found in folders, in order, without duplicates.
+    """The volume files given directly or found in folders, in order, without duplicates; hidden ones (macOS writes ._x beside x) are left out.
 
     Raises:
         FileError: for a path that does not exist or a folder without volumes.
@@ -55,7 +55,7 @@ def find_volumes(paths: Iterable[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise FileError(f"no such volume or folder: {path}")
-        inside = sorted(p for p in path.iterdir() if p.name.endswith(VOLUMES)) if path.is_dir() else [path]
+        inside = sorted(p for p in path.iterdir() if p.name.endswith(VOLUMES) and not p.name.startswith(".")) if path.is_dir() else [path]
         if not inside:
             raise FileError(f"the folder {path} holds no volume ({', '.join(VOLUMES)})")
         found += [p.resolve() for p in inside]

@@ -172,18 +172,15 @@ class Wire:
 
     def send_text(self, text: str) -> None:
         """Send TEXT, the only message that a client shows its user."""
-        data = text.encode()
-        self._send(struct.pack("<HI", TEXT, len(data)) + data)
+        self._send_text(text, "<HI", TEXT)
 
     def send_error(self, text: str) -> None:
         """Send ERROR, which Gadgetron relays to its client; clients abort on it."""
-        data = text.encode()
-        self._send(struct.pack("<HQ", ERROR, len(data)) + data)
+        self._send_text(text, "<HQ", ERROR)
 
-    def send_config(self, text: str) -> None:
+    def send_config(self, text: str | bytes) -> None:
         """Send configuration XML (or anything that a server accepts as such)."""
-        data = text.encode()
-        self._send(struct.pack("<HI", CONFIG_TEXT, len(data)) + data)
+        self._send_text(text, "<HI", CONFIG_TEXT)
 
     def send_config_file(self, name: str) -> None:
         """Send the name of a configuration on the server."""
@@ -194,17 +191,15 @@ class Wire:
 
     def send_header(self, xml: bytes) -> None:
         """Send the ISMRMRD header as XML bytes."""
-        self._send(struct.pack("<HI", HEADER, len(xml)) + xml)
+        self._send_text(xml, "<HI", HEADER)
 
     def send_query(self, text: str, number: int = 1) -> None:
         """Send a query to a server, answered by a RESPONSE with the same number."""
-        data = text.encode()
-        self._send(struct.pack("<HQQQ", QUERY, 0, number, len(data)) + data)
+        self._send_text(text, "<HQQQ", QUERY, 0, number)
 
     def send_response(self, number: int, text: str) -> None:
         """Send the answer to a query."""
-        data = text.encode()
-        self._send(struct.pack("<HQQ", RESPONSE, number, len(data)) + data)
+        self._send_text(text, "<HQQ", RESPONSE, number)
 
     def send_item(self, item: ismrmrd.Acquisition | ismrmrd.Waveform | ismrmrd.Image) -> None:
         """Send one acquisition, waveform or image, in a single write."""
@@ -217,6 +212,11 @@ class Wire:
     def close(self) -> None:
         """Send CLOSE, our last message."""
         self._send(struct.pack("<H", CLOSE))
+
+    def _send_text(self, text: str | bytes, form: str, *numbers: int) -> None:
+        """Send `numbers` and the length of the text in the struct's `form`, then the text; what UTF-8 cannot hold (half of a pair in a host's JSON, a byte of a file's name) is escaped."""
+        data = text.encode(errors="backslashreplace") if isinstance(text, str) else text
+        self._send(struct.pack(form, *numbers, len(data)) + data)
 
     def _send(self, data: bytes) -> None:
         with self.sending:

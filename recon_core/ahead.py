@@ -32,7 +32,8 @@ def end_at_once(code: int) -> None:
     """Exit with this code, whatever other threads are doing."""
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        with contextlib.suppress(AttributeError, OSError):  # closed (None), or nobody reads
+            stream.flush()
     os._exit(code)
 
 

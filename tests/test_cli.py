@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import os
 import re
 import signal
 import socket
@@ -67,6 +68,19 @@ def test_recon_tells_what_the_comments_tell(tmp_path, capsys):
     assert {note for comment in comments for note in comment.split("; ")[1:]} == set(told)
     assert sum("lines came more than once" in note for note in told) == 1 and "came more than once" not in comments[5]
     assert any("stopped at the deadline of 1.5 s after" in note for note in told)
+
+
+def test_a_note_is_told_whole(tmp_path, capsys):
+    """And not also in two pieces: a comment joins the notes, and what it joins them with is in none of them."""
+    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=2, pattern="full"))
+    with ScanWriter(tmp_path / "hole.h5", header.toXML()) as file:
+        for line in lines:
+            if (line.idx.kspace_encode_step_1, line.idx.kspace_encode_step_2) != (6, 5):  # k = 0
+                file.append(line)
+    code, _, err = run(capsys, "recon", tmp_path / "hole.h5", tmp_path / "i.h5", "--device", "cpu", "--method", "cg")
+    (image,) = read_images(tmp_path / "i.h5")
+    told = [line.removeprefix("slicediff: note: ") for line in err.splitlines()]
+    assert code == 0 and any("centre of k-space" in note for note in told) and told == image.meta["ImageComment"].split("; ")[1:]
 
 
 def test_recon_writes_what_there_is_and_names_what_failed(tmp_path, capsys):
@@ -214,6 +228,9 @@ def test_partitions_become_the_same_niftis_and_picture_as_volumes(tmp_path, caps
     (("serve", "--port", "0", "--method", "cg", "--host", "192.0.2.1"), "cannot listen on 192.0.2.1 port 0: "),
     (("train", "/nowhere", "--out", "{tmp}/m.txt"), "a file that ends in .safetensors, got "),
     (("conform", "--host", "127.0.0.1", "--port", "1"), "no server answers at 127.0.0.1 port 1"),
+    (("health", "--host", "scanner..local"), "no server answers at scanner..local port 9002"),
+    (("conform", "--host", "scanner..local"), "no server answers at scanner..local port 9002"),
+    (("serve", "--host", "scanner..local", "--method", "cg"), "the host 'scanner..local' has no address"),
 ])  # fmt: skip
 def test_failures_are_one_sentence_and_not_zero(tmp_path, capsys, scan_path, arguments, message):
     (tmp_path / "junk.h5").write_bytes(b"junk")
@@ -333,6 +350,13 @@ def test_a_server_that_lost_its_gpu_answers_and_ends_with_another_exit_code(tmp_
             assert "the GPU is lost to this process, which therefore exits" in server.stderr.read()
         finally:
             server.kill()
+
+
+def test_a_name_that_the_terminal_cannot_show_costs_no_file(tmp_path, scan_path):
+    recon = [sys.executable, "-W", "ignore", "-c", "from gadgets.cli import command; command()", "recon", scan_path, tmp_path / "für.h5", "--method", "cg", "--nifti", tmp_path / "nii"]
+    ended = subprocess.run(recon, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii:strict"})
+    assert ended.returncode == 0 and ended.stdout == f"1 image written to {tmp_path}/f\\xfcr.h5\n", ended.stderr
+    assert len(list((tmp_path / "nii").iterdir())) == 1
 
 
 def test_runs_of_the_same_second_have_groups_of_their_own(tmp_path, monkeypatch):
@@ -612,6 +636,8 @@ def interrupted(*_):
 
 @pytest.mark.parametrize("end,code", [
     ("cli.main = solver_at_its_deadline; cli.command()", 3),
+    ("cli.main = solver_at_its_deadline; cli.sys.stdout = None; cli.command()", 3),
+    ("cli.main = lambda: (solver_at_its_deadline(), print('lost'))[0]; cli.sys.stdout = open('/dev/full', 'w'); cli.command()", 3),
     ("cli.Parser.parse_args = lambda *_: SimpleNamespace(verbose=False, run=interrupted); cli.command()", 130),
     ("external.answer_gadgetron = solver_at_its_deadline; external.slice_diffusion(SimpleNamespace(socket=SimpleNamespace(socket=socket.socketpair()[0]), raw_bytes=SimpleNamespace(config=b'', header=b'')))", 0),
 ])  # fmt: skip

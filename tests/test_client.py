@@ -18,6 +18,7 @@ from gadgets.client import SendError, send_scan, _Pace
 from gadgets.flags import NOISE_BIT
 from gadgets.scan_files import ScanFile, ScanWriter
 from gadgets.simulation.protocol import SimulateOptions
+from gadgets.wire import Wire
 
 
 @pytest.fixture
@@ -122,6 +123,23 @@ def test_what_the_comments_tell_is_told(scan_path, tmp_path, capsys):
     with a_server(answers, []) as (host, port):
         assert main(["send", str(scan_path), str(tmp_path / "out.h5"), "--host", host, "--port", str(port), "--expect", "3"]) == 0
     assert capsys.readouterr().err.splitlines()[-2:] == ["slicediff: note: no noise lines", "slicediff: note: one line is missing"]
+
+
+def test_a_chain_is_sent_byte_for_byte(scan_path, tmp_path, monkeypatch):
+    """Whatever its encoding and line ends: its declaration tells the server."""
+    chain, sent, send_config = tmp_path / "chain.xml", [], Wire.send_config
+    chain.write_bytes('<?xml version="1.0" encoding="ISO-8859-1"?>\r\n<!-- für den 3-T-Tomographen --><configuration/>'.encode("latin-1"))
+    monkeypatch.setattr(Wire, "send_config", lambda wire, data: sent.append(data) or send_config(wire, data))
+    with a_server(an_image(), []) as (host, port), ScanFile(scan_path) as scan:
+        assert len(list(send_scan(scan, host, port, str(chain), expect=1))) == 1
+    assert sent == [chain.read_bytes()]
+
+
+@pytest.mark.parametrize("line", ["no weights in [/opt/priors]: asked for [small]", "sweep one/two", "error map 1/2/3", ":warning: 3:40:12"])
+def test_what_a_server_says_is_shown_as_it_is(scan_path, tmp_path, capsys, line):
+    with a_server(text(line) + an_image(), []) as (host, port):
+        assert main(["send", str(scan_path), str(tmp_path / "out.h5"), "--host", host, "--port", str(port), "--expect", "1"]) == 0
+    assert capsys.readouterr().err.strip() == line
 
 
 @pytest.mark.parametrize("answers,expect", [(an_image(2, 1), 1), (an_image(2, 1) + an_image(2, 2), None), (an_image(2, 1) + an_image(2, 2) + text("no ERROR: fine"), 2)])

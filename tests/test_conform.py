@@ -2,8 +2,9 @@
 
 import pytest
 
+from gadgets.cli import main
 from gadgets.conformance.bench import Bench
-from gadgets.conformance.suite import CASES, run_case
+from gadgets.conformance.suite import CASES, Result, run_case
 
 
 @pytest.fixture(scope="module")
@@ -16,3 +17,10 @@ def bench():
 def test_case(case, bench):
     result = run_case(case, bench)
     assert result.verdict == "passed", result.happened
+
+
+def test_what_a_server_said_is_shown_as_it_is(monkeypatch, capsys):
+    said = "said: no weights in [/opt/priors]: asked for [small]"
+    monkeypatch.setattr("gadgets.conformance.suite.conform", lambda *_: [Result("replay", "same images", "failed", said, 1.0)])
+    assert main(["conform"]) == 1
+    assert said in capsys.readouterr().out

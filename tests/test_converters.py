@@ -45,6 +45,8 @@ def test_partitions_counted_as_slices_are_one_volume(scan, step_2, slices, step_
     found = gathered(header, counted)
     assert torch.equal(found.kspace, gathered(*scan).kspace)
     assert "the slice counter runs over the 10 partitions of the matrix: taken for kspace_encode_step_2" in found.warnings
+    nowhere = dict(position=(np.inf, 0, -np.inf), slice_dir=(np.inf, 0, np.nan))
+    assert torch.equal(gathered(header, [line_like(line, **nowhere) for line in counted]).kspace, found.kspace)
     assert not [w for w in found.warnings if "incomplete" in w] and [bytes(line.getHead()) for line in counted] == before
 
 
@@ -204,3 +206,5 @@ def test_a_trajectory_that_is_not_uniform_is_told(scan):
         found = gathered(header, [line if line.flags & NOISE_BIT else with_trajectory(line, places) for line in lines])
         assert torch.equal(found.kspace, gathered(*scan).kspace)
         assert [w for w in found.warnings if "CAUTION" in w] == (["CAUTION: the lines' trajectories are not uniform (ramp sampling?), but this server reads the samples as equally spaced: regrid them first"] if told else [])
+    slices = [line if line.flags & NOISE_BIT else with_trajectory(line_like(line, slice=line.idx.kspace_encode_step_2, kspace_encode_step_2=0), ramps[:, None]) for line in lines]
+    assert any("not uniform" in w for w in gathered(limited(header, (0, 0, 0), (0, 9, 0)), slices[::-1]).warnings)  # the first line is not of the first slice

@@ -288,7 +288,7 @@ def test_directions_of_another_length_say_where_the_volume_lies_all_the_same(dir
 
 @pytest.mark.parametrize("directions,word", [
     (np.zeros((3, 3)), "no"), ([DIRECTIONS[0], DIRECTIONS[0], DIRECTIONS[2]], "contradicting"), (turned_by(2), "contradicting"),
-    (np.diag([1.0, 0, 0]) @ DIRECTIONS, "contradicting"), (np.full((3, 3), np.nan), "contradicting"), (DIRECTIONS, None), (turned_by(0.2), None),
+    (np.diag([1.0, 0, 0]) @ DIRECTIONS, "contradicting"), (np.full((3, 3), np.nan), "contradicting"), (np.inf * DIRECTIONS, "contradicting"), (DIRECTIONS, None), (turned_by(0.2), None),
 ])  # fmt: skip
 def test_lines_without_directions_lie_along_the_patient(tmp_path, directions, word):
     """Read, phase and slice then are x, y and z (LPS), as the comment says, and NIfTI and PNG can be written."""

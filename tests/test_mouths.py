@@ -197,8 +197,8 @@ def test_a_name_may_come_as_text(server, scan_path):
 
 
 def test_a_hosts_own_parameters_are_left_aside_and_named(server, scan_path):
-    images, texts = client(server, scan_path, text='{"parameters": {"method": "cg", "sweps": 3, "config": "x"}}')
-    assert len(images) == 1 and texts[0] == "parameters that are not options of this plugin were ignored: config, sweps"
+    images, texts = client(server, scan_path, text='{"parameters": {"method": "cg", "sweps": 3, "config": "x", "\\ud83d": 1}}')
+    assert len(images) == 1 and texts[0] == r"parameters that are not options of this plugin were ignored: config, sweps, \ud83d"
 
 
 @pytest.mark.parametrize("before", ["text", "query", "header"])

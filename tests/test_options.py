@@ -5,7 +5,7 @@ from typing import get_args
 
 import pytest
 
-from gadgets.chain import options_of_config_name, properties_of
+from gadgets.chain import is_gadgetron_peer, options_of_config_name, properties_of
 from gadgets.options import Options, OptionsError, from_a_peer, make_options, options_from_json, preset_names, read_preset
 from recon_core.methods import METHODS
 from recon_core.variational import VariationalConfig
@@ -62,6 +62,12 @@ def test_xml_properties():
     assert properties_of('<configuration><property name="sweeps" value="4"/></configuration>') == {"sweeps": "4"}
     assert properties_of("<configuration><property><name>sweeps</name><value>4</value></property></configuration>") == {"sweeps": "4"}
     assert properties_of('<?xml version="1.0"?>\n') == {}
+    for encoding in ("utf-16", "GB2312", "ISO-8859-1"):  # what a peer declares, although it came as UTF-8
+        config = f'<?xml version="1.0" encoding="{encoding}"?>\r\n<configuration><property name="prior" value="für"/></configuration>\0'
+        assert properties_of(config) == {"prior": "für"} and is_gadgetron_peer(config)
+    for encoding in ("GB2312", "nonesuch"):
+        with pytest.raises(OptionsError, match="not valid XML: .*encoding"):
+            properties_of(f'<?xml version="1.0" encoding="{encoding}"?><configuration/>'.encode())
     with pytest.raises(OptionsError, match="not valid XML"):
         properties_of("<configuration>")
 

@@ -47,8 +47,6 @@ def test_layout_of_a_buffer(full):
     (bit,) = parsed(recon_data(header, lines)).bits
     assert bit.reference is None and bit.data.data.shape == (1, 1, 1, 2, 10, 13, 24)
     assert bit.data.headers.shape == (1, 1, 1, 10, 13) and bool((bit.data.headers["number_of_samples"] == 24).all())
-    assert bit.data.limits == ((0, 12, 23), (0, 6, 12), (0, 5, 9))
-    assert (bit.data.encoded_matrix, bit.data.recon_matrix) == ((24, 13, 10), (12, 13, 10))
     np.testing.assert_array_equal(bit.data.data[0, 0, 0, :, 5, 6], lines[5 * 13 + 6].data)
 
 

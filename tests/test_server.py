@@ -28,7 +28,7 @@ from gadgets.address import AddressError
 from gadgets.budget import Budget, free_memory, worth_an_image
 from gadgets.cli import main
 from gadgets.failure import ReconError
-from gadgets.scan_files import ScanFile
+from gadgets.scan_files import ScanFile, ScanWriter
 from gadgets.flags import LAST_BIT, NOISE_BIT
 from gadgets.gather import ScanError, gather
 from gadgets.header import parse_header
@@ -338,8 +338,8 @@ def test_a_scan_that_is_refused_at_once_is_kept_all_the_same(scan_path, prior, t
     assert same_images(run_chain(kept, prior), run_chain(scan_path, prior))
 
 
-def test_raw_data_are_for_the_servers_user_alone(scan_path, tmp_path):
-    """Their headers tell who the patient is: while the scan runs, and when it was kept."""
+def test_raw_data_are_for_the_servers_user_alone(scan_path, tmp_path, monkeypatch):
+    """Their headers tell who the patient is: while the scan runs, while it is converted, and when it was kept."""
     place = FailedScans(tmp_path / "kept")
     with ScanFile(scan_path) as scan:
         recording = place.record(scan.header_xml)
@@ -347,7 +347,10 @@ def test_raw_data_are_for_the_servers_user_alone(scan_path, tmp_path):
             recording.add(line)
     private = lambda: [path.stat().st_mode & 0o077 for path in (tmp_path / "kept").rglob("*")]  # noqa: E731
     assert private() and not any(private())
+    append, during = ScanWriter.append, []
+    monkeypatch.setattr(ScanWriter, "append", lambda writer, line: during.extend(private()) or append(writer, line))
     recording.keep()
+    assert during and not any(during)
     assert len(list((tmp_path / "kept").glob("failed-*.h5"))) == 1 and not any(private())
 
 
@@ -385,6 +388,8 @@ def test_a_kill_in_the_middle_of_the_conversion_leaves_nothing_behind_for_good(s
         patch.setattr("gadgets.keep.Recording._close", lambda self: self.file.close())  # a kill closes no more than this
         recording.keep()
     assert {path.suffix for path in tmp_path.iterdir()} == {".spool", ".partial"}
+    free = lambda folder: SimpleNamespace(free=0 if list(tmp_path.glob("*.partial")) else 1 << 30)  # noqa: E731
+    monkeypatch.setattr("gadgets.keep.shutil.disk_usage", free)  # what is left of the first conversion takes the room
     FailedScans(tmp_path).recover()
     (found,) = tmp_path.iterdir()
     with ScanFile(found) as kept:
@@ -701,6 +706,17 @@ def test_threads_that_still_compute_cannot_crash_the_exit(monkeypatch, caplog):
     assert caplog.text.count("scans that did not end in time: 1") == 1
 
 
+def test_an_exit_waits_for_no_scan_that_is_being_recovered(tmp_path, monkeypatch):
+    """HDF5 would block it for ever; the next start begins again."""
+    ended, over = [], threading.Event()
+    monkeypatch.setattr("recon_core.ahead.end_at_once", ended.append)
+    monkeypatch.setattr("gadgets.server.Server.serve_forever", lambda *_, **__: None)
+    monkeypatch.setattr("gadgets.commands.serve._retire_on_signals", lambda server: None)
+    monkeypatch.setattr("gadgets.keep.FailedScans.recover", lambda place: over.wait(20))
+    assert main(["serve", "--port", "0", "--method", "cg", "--keep-failed", str(tmp_path)]) == 0 and ended == [0]
+    over.set()
+
+
 def test_health_is_a_command(prior, capsys):
     with running(FAST, lambda options: prior) as server:
         arguments = ["health", "--port", str(server.server_address[1])]
@@ -709,3 +725,12 @@ def test_health_is_a_command(prior, capsys):
         assert main(arguments) == 1
     assert main(arguments) == 1
     assert capsys.readouterr().err.startswith("slicediff: no server answers at 127.0.0.1 port")
+
+
+@pytest.mark.parametrize("answer", ["Gadgetron 4.7.2", "4", '{"version": "4.7.2"}'])
+def test_the_health_of_another_server_is_not_known(prior, capsys, monkeypatch, answer):
+    monkeypatch.setattr("gadgets.server.Handler.answer", lambda handler, question: answer)
+    with running(FAST, lambda options: prior) as server:
+        port = server.server_address[1]
+        assert main(["health", "--port", str(port)]) == 1
+    assert capsys.readouterr() == ("", f"slicediff: the server at 127.0.0.1 port {port} is another one: it answered {answer!r}\n")

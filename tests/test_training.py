@@ -96,8 +96,9 @@ def test_a_scan_may_have_any_name(tmp_path):
     assert np.array_equal(other.data, volume.data)
 
 
-def test_a_file_named_twice_is_read_once(tmp_path):
+def test_a_file_named_twice_is_read_once_and_a_hidden_one_never(tmp_path):
     np.save(tmp_path / "b.npy", small_object())
+    (tmp_path / "._b.npy").write_bytes(b"macOS")
     assert len(find_volumes([tmp_path, tmp_path / "b.npy"])) == 1
 
 

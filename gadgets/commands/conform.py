@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
         for result in conform(address, arguments.case, status.update):
             table.add_row(result.name, result.promise, f"{result.verdict}: {result.happened}", f"{result.seconds:.1f}")
             results.append(result)
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    Console(width=None if sys.stdout.isatty() else 200, markup=False, emoji=False).print(table)  # a server's sentence may hold brackets
     counts = {verdict: sum(r.verdict == verdict for r in results) for verdict in ("passed", "failed", "skipped")}
     print(f"{len(results)} case{'s' * (len(results) != 1)}: {counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped, {sum(r.seconds for r in results):.1f} s")
     if arguments.json:

@@ -17,8 +17,12 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the answer; 0 if the server takes scans."""
-    from ..client import ask
+    from ..client import SendError, ask
 
     answer = ask(arguments.host, arguments.port, "slicediff::health")
+    try:
+        ready = json.loads(answer)["ready"]
+    except (ValueError, TypeError, KeyError):  # Gadgetron itself has port 9002, too
+        raise SendError(f"the server at {arguments.host} port {arguments.port} is another one: it answered {answer[:100]!r}") from None
     print(answer)
-    return 0 if json.loads(answer)["ready"] else 1
+    return 0 if ready else 1

@@ -54,9 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
     limits = {name: getattr(arguments, name) for name in SERVE_LIMITS}
     load = load_prior_or_fault if arguments.test_faults else load_prior_for
     keep = arguments.keep_failed and FailedScans(arguments.keep_failed, arguments.keep_failed_gib)
+    recovering = threading.Thread(target=keep and keep.recover, name="recovering", daemon=True)  # gigabytes may have been left behind
     with Server((arguments.host, arguments.port), given_options(arguments), load, keep, **limits) as server:
-        if keep:
-            threading.Thread(target=keep.recover, name="recovering", daemon=True).start()  # gigabytes may have been left behind
         server.warm_up()
         if arguments.health_port is not None:
             page = HealthPage((arguments.host, arguments.health_port), server.health)
@@ -66,13 +65,14 @@ def run(arguments: argparse.Namespace) -> int:
         if facts["device"] == "cpu" and server.options.device == "auto" and built_for_cuda():
             logging.getLogger("slicediff").warning("torch is built for CUDA but finds no GPU: scans are computed on the CPU; --device cuda would refuse to start")
         _retire_on_signals(server)
+        recovering.start()  # not before all is well: a start that fails could not exit
         print(f"slicediff: serving on {arguments.host} port {server.server_address[1]}", flush=True)
         server.serve_forever(poll_interval=0.1)
     if left_behind():
         logging.getLogger("slicediff").error("%d hung solvers are left behind", left_behind())
     if server.counts.open:
         logging.getLogger("slicediff").error("scans that did not end in time: %d", server.counts.open)
-    if server.talking:  # their threads may be computing, which could crash the interpreter as it shuts down
+    if server.talking or recovering.is_alive():  # threads that compute could crash the interpreter as it shuts down, those that write HDF5 block it for ever
         end_at_once(int(gpu_lost.is_set()))
     return int(gpu_lost.is_set())
 

@@ -68,7 +68,7 @@ class Bench:
     def _first_images(self) -> list[tuple[bytes, bytes, bytes]]:
         try:
             answer = self.scan()
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             raise Broken(f"no server answers at {self.address[0]} port {self.address[1]}: {error}") from None
         if len(answer.images) != 2:
             raise Broken(f"a correct scan gave {len(answer.images)} images and not a preview and a final one {answer.complaint}".rstrip())
