@@ -23,6 +23,7 @@ WORK_ARRAYS = 3  # data, maps and a temporary copy of the maps
 SINGLE_VOLUMES = 14  # besides these: 12 coils of 320 x 320 x 256 peak at 9.4 GiB (tests/benchmarks/chain_speed.py)
 KEPT_ARRAYS = 2  # data that are kept, and a part of them
 EXPLAINS = 0.8  # of the signal around k = 0: less by a calibration of another contrast, more by one of another phase (lattices of held-out heads)
+TOO_LARGE = 1e15  # for a sample, in any units
 TRUSTED = 2.0  # times the median count: what some lines gain from more averages, coil-map errors in them cost all others
 
 
@@ -114,8 +115,8 @@ def _sums(kspace: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _finite(kspace: Tensor, counts: Tensor) -> bool:
-    """Whether all samples of the acquired lines are finite and can be squared; coils together, one plane at a time."""
-    return all(bool(torch.isfinite(lines.sum(dim=0).abs().square().sum())) for _, _, lines in _acquired(kspace, counts))
+    """Whether all samples of the acquired lines are finite and can be squared, also in units of the noise; coils together, one plane at a time."""
+    return all(bool(lines.sum(dim=0).abs().square().sum() < TOO_LARGE**2) for _, _, lines in _acquired(kspace, counts))
 
 
 def _usable(calibration: tuple[Tensor, Tensor] | None) -> tuple[tuple[Tensor, Tensor] | None, list[str]]:

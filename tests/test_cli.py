@@ -83,12 +83,13 @@ def test_a_note_is_told_whole(tmp_path, capsys):
     assert code == 0 and any("centre of k-space" in note for note in told) and told == image.meta["ImageComment"].split("; ")[1:]
 
 
-def test_recon_writes_what_there_is_and_names_what_failed(tmp_path, capsys):
-    """One repetition of three cannot be: the others are in all files, with exit code 1."""
+@pytest.mark.parametrize("value", [np.nan, 1e18])
+def test_recon_writes_what_there_is_and_names_what_failed(tmp_path, capsys, value):
+    """One repetition of three cannot be, for NaN or for numbers whose sums of squares overflow in units of the noise: the others are in all files, with exit code 1."""
     import nibabel
 
     header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=2, pattern="full", noise_lines=16, repetitions=3))
-    next(line for line in lines if line.idx.repetition == 1).data[:] = np.nan
+    next(line for line in lines if line.idx.repetition == 1).data[:] = value
     with ScanWriter(tmp_path / "nan.h5", header.toXML()) as file:
         for line in lines:
             file.append(line)
