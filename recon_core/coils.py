@@ -246,13 +246,14 @@ def _dominant(matrices: Tensor) -> tuple[Tensor, Tensor]:
 def low_resolution_maps(kspace: Tensor, mask: Tensor) -> Tensor:
     """Fallback without ACS: smooth coil images divided by their root sum of squares [coils z y x], with the phase of the first taken off.
 
-    Otherwise they would contain the object's own phase, and with that take it from the image.
+    Otherwise they would contain the object's own phase, and with that take it from the image. They take the place of `kspace` [coils z y x].
     """
     window = [torch.hann_window(n + 2, periodic=False, device=kspace.device)[1:-1] ** 4 for n in mask.shape]
-    smooth = kspace * (window[0][:, None] * window[1] * (mask > 0))[..., None]
-    images = ifft(smooth, (1, 2))
-    turn = torch.where(images[0] == 0, 1, torch.sgn(images[0]).conj())
-    return images.mul_(turn / images.norm(dim=0).clamp_min(torch.finfo(torch.float32).tiny))
+    smoothing = (window[0][:, None] * window[1] * (mask > 0))[..., None]
+    for coil in kspace:  # one by one, to avoid further arrays of all coils
+        coil.copy_(ifft(coil * smoothing, (0, 1)))
+    turn = torch.where(kspace[0] == 0, 1, torch.sgn(kspace[0]).conj())
+    return kspace.mul_(turn / kspace.norm(dim=0).clamp_min(torch.finfo(torch.float32).tiny))
 
 
 def _signal_patches(acs: Tensor, sides: list[int], sigma: float) -> Tensor:

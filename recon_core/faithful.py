@@ -69,11 +69,10 @@ def reconstruct_faithful(
     x.fit(first, rate)
     optimiser = torch.optim.Adam(x.groups(rate), betas=config.betas)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimiser, factor=0.5, patience=config.patience)
-    highest, evaluations = float(noise_levels(config).max()), 0
+    highest, evaluations, render = float(noise_levels(config).max()), 0, torch.enable_grad()(x.forward)
+    volume = render(here)
     for iteration in range(1, config.iterations + 1):
-        with torch.enable_grad():
-            volume = x(here)
-            seen = volume if mesh == here else x(mesh)
+        seen = volume if mesh == here else render(mesh)
         misfit, data_pull = data_gradient(measurement, volume.detach(), target, energy)
         penalty, prior_pull, spent = prior_gradient(seen.detach(), mesh_mm, prior, config, random)
         share = config.weight * volume.numel() / seen.numel()
@@ -82,7 +81,8 @@ def reconstruct_faithful(
         optimiser.step()
         plateau.step(misfit + share * penalty)
         evaluations += spent
-        yield State(iteration, config.iterations, highest, x.image(here) * scale, evaluations)
+        volume = render(here)
+        yield State(iteration, config.iterations, highest, volume.detach() * scale, evaluations)
 
 
 def prior_mesh(measurement: Measurement, config: FaithfulConfig) -> tuple[int, int, int]:

@@ -46,8 +46,8 @@ def measure(
     """Prewhiten, average, compress coils and estimate coil maps.
 
     Args:
-        kspace: [coils z y x] sums over averages, x in image space, k = 0 at n//2, zeros where nothing was acquired; a tensor, which may
-            stay on the host, or a NumPy array.
+        kspace: [coils z y x] sums over averages, x in image space, k = 0 at n//2, zeros where nothing was acquired; a tensor on the host
+            or the device, or a NumPy array.
         counts: [z y] number of lines summed, or whether a line was acquired.
         voxel_mm: voxel size of the encoded grid along z, y, x.
         noise: [coils samples] noise samples, if there are noise lines.
@@ -68,7 +68,7 @@ def measure(
     """
     kspace, counts = _sums(kspace, counts)
     calibration = None if calibration is None else _sums(*calibration)
-    noise = None if noise is None else torch.as_tensor(noise, dtype=torch.complex64)
+    noise = None if noise is None else torch.as_tensor(noise, dtype=torch.complex64, device=kspace.device)
     if not bool(counts.any()):
         raise ValueError("no imaging line was acquired: nothing to reconstruct")
     if not _finite(kspace, counts):
@@ -86,12 +86,13 @@ def measure(
     if len(mixing) > 1:
         compression = compression_matrix(found.acs if found.acs.numel() else _mix(mixing, _innermost(kspace, counts)), min(coils, len(mixing)))
         mixing, found = compression @ mixing, replace(found, acs=_mix(compression, found.acs))
+    mixing, found = mixing.cpu(), found.to(device)
     if on_host:
         warnings.append("the GPU's memory ran short: coil maps stay in the host's memory")
     home = torch.device("cpu") if on_host else _home(mixing.shape[0], kspace.shape[1:], torch.device(device), warnings, WORK_ARRAYS + KEPT_ARRAYS * keep_lines)
     data = _mix_lines(mixing, kspace, factor, home)
     all_lines = lambda: _mix_lines(mixing, centre, centre_factor * (lines > 0), home)  # noqa: E731
-    maps = make_coil_maps(found.to(device), kspace.shape[1:], lines.to(home), all_lines, folding(counts), least_overlap(sets, reference))
+    maps = make_coil_maps(found, kspace.shape[1:], lines.to(home), all_lines, folding(counts), least_overlap(sets, reference))
     warnings += maps.warnings
     if reference is not None and len(mixing) > 1 and not torch.equal(reference.combination, mixing[0]):
         in_phase(maps.first, mixing, reference.combination)
@@ -108,7 +109,8 @@ def measure(
 
 def _sums(kspace: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """K-space [coils z y x] and counts [z y] as tensors of the types computed with, not copied if they are that already; ValueError if they do not fit."""
-    kspace, counts = torch.as_tensor(kspace, dtype=torch.complex64), torch.as_tensor(counts, dtype=torch.float32)
+    kspace = torch.as_tensor(kspace, dtype=torch.complex64)
+    counts = torch.as_tensor(counts, dtype=torch.float32, device=kspace.device)
     if kspace.ndim != 4 or counts.shape != kspace.shape[1:3]:
         raise ValueError(f"expected k-space [coils z y x] and counts [z y] of the same z and y, got {list(kspace.shape)} and {list(counts.shape)}")
     return kspace, counts

@@ -46,11 +46,6 @@ class Representation(nn.Module):
                 optimiser.step()
                 decay.step()
 
-    def image(self, shape: Shape) -> Tensor:
-        """The same volume, without gradients, for display."""
-        with torch.no_grad():
-            return self(shape).detach()
-
 
 class Grid(Representation):
     """A volume on the finest mesh, rendered on others by cropping its k-space: interpolation without loss.

@@ -24,14 +24,14 @@ from gadgets import solve
 from gadgets.failure import gpu_lost
 from gadgets.options import make_options
 from gadgets.solve import load_prior_for
-from recon_core import adaptation, prior, pupil
+from recon_core import adaptation, low_resolution, prior, pupil
 from recon_core.adaptation import reconstruct_adapted
 from recon_core.ahead import Crew
 from recon_core.cg_sense import cg_sense
 from recon_core.device_failure import GpuHangs
 from recon_core.fft import centre_block
 from recon_core.gaussians import Gaussians
-from recon_core.measure import measure
+from recon_core.measure import SINGLE_VOLUMES, WORK_ARRAYS, measure
 from recon_core.measurement import Measurement, Reference
 from recon_core.methods import METHODS
 from recon_core.neural_field import NeuralField
@@ -202,6 +202,36 @@ def test_measurement_and_cg_sense_are_those_of_the_cpu(case, on_host, monkeypatc
 
     here, there = both(work)
     assert torch.equal(here, there)
+
+
+def test_kspace_may_lie_on_the_device_already():
+    kspace, mask, noise, _ = problem(shape=SMALL)
+    expected = measure(kspace, mask, VOXEL, noise)
+    reference = Reference(torch.tensor([1, 1j, 0, 0], dtype=torch.complex64), None)
+    found = measure(kspace.to("cuda"), mask, VOXEL, noise, device="cuda")
+    assert found.mixing.device.type == "cpu" and torch.equal(found.adjoint.cpu(), expected.adjoint)
+    turned = measure(kspace.to("cuda"), mask, VOXEL, noise, device="cuda", reference=reference)
+    assert torch.equal(turned.adjoint.cpu(), measure(kspace, mask, VOXEL, noise, reference=reference).adjoint)
+
+
+def test_the_image_of_a_separate_calibration_is_made_there(monkeypatch):
+    """On the CPU it takes seconds per coil."""
+    made, original = [], low_resolution._low_resolution
+    monkeypatch.setattr(low_resolution, "_low_resolution", lambda coil, shape: made.append(original(coil, shape)) or made[-1])
+    kspace, *_ = problem(shape=SMALL, acceleration=1.0)
+    block, mask = centre_block(SMALL[:2], (10, 10)).float(), regular()
+    assert measure(kspace * mask[..., None], mask, VOXEL, calibration=(kspace * block[..., None], block), device="cuda").calibrated is not None
+    assert len(made) == 2 * len(kspace) and all(image.is_cuda for image in made)
+
+
+def test_without_calibration_lines_no_more_memory_is_taken_than_was_counted_on(gpu, monkeypatch):
+    monkeypatch.setattr("recon_core.sense.WORKING_SET_BYTES", 1)  # as small beside the scan as it is for large ones
+    kspace = random_complex(24, 20, 22, 18)
+    mask = torch.zeros(20, 22)
+    mask[::2, ::2] = 1
+    measurement = measure(kspace * mask[..., None], mask, VOXEL, coils=24, device="cuda")
+    assert any("smoothed image" in warning for warning in measurement.warnings)
+    assert gpu.peak <= 8 * (WORK_ARRAYS * 24 + SINGLE_VOLUMES) * kspace[0].numel()
 
 
 @pytest.mark.parametrize("name", METHODS)
