@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
+
+DAMAGE = (OSError, RuntimeError, KeyError, ValueError)  # what h5py raises where a file that could be opened is damaged
 
 
 class FileError(Exception):
@@ -25,6 +29,15 @@ def open_hdf5(path: str | Path) -> h5py.File:
         if cut := re.search(r"truncated file: eof = (\d+),.* stored_eof = (\d+)", str(error)):
             raise FileError(f"{path} is truncated ({cut[1]} of {cut[2]} bytes): its end was not copied or never written") from None
         raise FileError(f"{path} is not an HDF5 file: {error}") from None
+
+
+@contextlib.contextmanager
+def damage_told(path: str | Path) -> Iterator[None]:
+    """FileError in place of what h5py raises where a file is damaged."""
+    try:
+        yield
+    except DAMAGE as error:
+        raise FileError(f"{path} is damaged: {error.args[0] if isinstance(error, KeyError) else error}") from error
 
 
 def create_hdf5(path: str | Path) -> h5py.File:

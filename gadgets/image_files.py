@@ -14,7 +14,7 @@ import ismrmrd
 import ismrmrd.hdf5
 import numpy as np
 
-from .files import FileError, check_place, open_hdf5
+from .files import FileError, check_place, damage_told, open_hdf5
 
 
 class ImageWriter:
@@ -41,7 +41,7 @@ class ImageWriter:
         where = f"group {self.group!r} of {self.path}"
         if not self.path.exists():
             return
-        with open_hdf5(self.path) as file:
+        with damage_told(self.path), open_hdf5(self.path) as file:
             node = _inside(file, f"{self.group}/image_{series}", where)
             found = None if node is None else _kind(node, where)
         if found not in (None, (np.dtype(dtype), tuple(shape))):
@@ -94,7 +94,7 @@ def _new_group(path: Path) -> str:
     """The time, as gadgetron_ismrmrd_client names its groups; with a number if another run in the same second has taken it."""
     name, known = time.strftime("%Y-%m-%d %H:%M:%S"), []
     if path.exists():
-        with open_hdf5(path) as file:
+        with damage_told(path), open_hdf5(path) as file:
             known = list(file)
     return next(found for number in itertools.count(1) if (found := f"{name} ({number})" if number > 1 else name) not in known)
 

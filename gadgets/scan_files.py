@@ -11,7 +11,7 @@ import ismrmrd.hdf5
 import numpy as np
 
 from .failure import of_lines
-from .files import FileError, create_hdf5, open_hdf5
+from .files import DAMAGE, FileError, create_hdf5, damage_told, open_hdf5
 from .header import strip_version
 
 ROWS = 512
@@ -24,7 +24,7 @@ class ScanFile:
         group: of the scan, may be nested (study/scan1); by default `dataset`, or the only top-level group that holds a scan.
 
     Raises:
-        FileError: if the file, its group, its header or its acquisitions are missing or not in ISMRMRD format.
+        FileError: if the file, its group, its header or its acquisitions are missing, damaged or not in ISMRMRD format.
     """
 
     def __init__(self, path: str | Path, group: str | None = None):
@@ -32,9 +32,10 @@ class ScanFile:
             raise FileError(f"no such scan file: {path}")
         self.file = open_hdf5(path)
         try:
-            self.group = self.file[self._find(path, group)]
-            self.header_xml = strip_version(self._xml())
-            self._check_table()
+            with damage_told(path):
+                self.group = self.file[self._find(path, group)]
+                self.header_xml = strip_version(self._xml())
+                self._check_table()
         except BaseException:
             self.file.close()
             raise
@@ -87,7 +88,7 @@ class ScanFile:
         for first in range(0, len(self), ROWS):
             try:
                 rows = table[first : first + ROWS].reshape(-1)  # some programs write a table of one column
-            except OSError as error:
+            except DAMAGE as error:
                 lost, reason = lost + min(ROWS, len(self) - first), reason or f"the scan file is damaged near acquisition {first}: {error}"
                 continue
             heads = by_name(rows["head"], ismrmrd.hdf5.acquisition_header_dtype)
@@ -103,7 +104,7 @@ class ScanFile:
         """All readable waveforms in order; then FileError if some could not be read."""
         try:
             rows = self.group["waveforms"][()] if "waveforms" in self.group else np.empty(0, ismrmrd.hdf5.waveform_dtype)
-        except OSError as error:
+        except DAMAGE as error:
             raise FileError(f"the waveforms of the scan file are damaged and were left out: {error}") from None
         lost = 0
         for head, row in zip(by_name(rows["head"], ismrmrd.hdf5.waveform_header_dtype), rows):

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from recon_core.train_options import TrainOptions
 from recon_core.volumes import Volume, emptiness, load_volume
 
-from .files import FileError, open_hdf5
+from .files import DAMAGE, FileError, open_hdf5
 from .image_files import read_images
 from .scan_files import ScanFile, scans_in
 from .header import parse_header
@@ -88,7 +88,7 @@ def _load(path: Path) -> list[Volume]:
             if any("header" in node for group in file.values() if isinstance(group, h5py.Group) for node in group.values() if isinstance(node, h5py.Group)):
                 return _from_images(path)
             return [_from_array(path, file)]
-    except (OSError, ValueError) as error:
+    except DAMAGE as error:
         raise FileError(f"{path} cannot be read as a volume: {error}") from None
 
 

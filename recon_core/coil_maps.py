@@ -97,5 +97,5 @@ def _wraps(share: float, second: bool) -> list[str]:
     if share <= WRAPS:
         return []
     done = "two sets of coil maps separate the parts, and the image shows both" if second else "one set of coil maps cannot describe both"
-    wraps = f"about {share:.0%} of the object seems to lie over other parts of it: it reaches beyond the field of view along a phase encode, and {done}"
+    wraps = f"about {share:.0%} of the object seems to lie over other parts of it: it reaches to the edge of the field of view or beyond along a phase encode, and {done}"
     return [f"{'CAUTION: ' * (share > WRAPS_BADLY)}{wraps}"]

@@ -282,6 +282,13 @@ def test_an_unknown_argument_points_at_the_help_that_lists_the_known(capsys, arg
     assert stop.value.code == 2 and capsys.readouterr().err == f"slicediff: unrecognized arguments: {unknown} (see {help_of} --help)\n"
 
 
+def test_help_of_simulate_tells_what_a_scan_is_like_by_default(capsys):
+    with pytest.raises(SystemExit):
+        main(["simulate", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert all(f"{name.upper()} (default: {getattr(SimulateOptions, name):g})" in told for name in ("coils", "acceleration")) and "of their own (default: integrated)" in told
+
+
 def test_partial_fourier_of_one_or_both_axes(tmp_path, capsys):
     for fractions, limits in (("0.75", (29, 31)), ("0.75,0.8", (29, 25))):
         code, _, _ = run(capsys, "simulate", "--partial-fourier", fractions, "--coils", 1, "--voxel-mm", 5, "--acs", 8, "phantom", tmp_path / "s.h5")

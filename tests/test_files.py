@@ -168,6 +168,18 @@ def test_what_a_group_lacks_to_be_a_scan_is_told(tmp_path, scan_path, lost):
         ScanFile(tmp_path / "s.h5", "dataset")
 
 
+@pytest.mark.parametrize("signature", [b"SNOD", b"TREE", b"HEAP"])
+def test_damage_within_a_file_is_told_as_such(tmp_path, scan_path, capsys, signature):
+    """Of the scan, of a file that images should be appended to, and of one to learn from."""
+    bad = tmp_path / "bad.h5"
+    bad.write_bytes(scan_path.read_bytes().replace(signature, b"XXXX"))
+    for scan, images in ((bad, tmp_path / "i.h5"), (scan_path, bad)):
+        code, out, err = run(capsys, "recon", scan, images, "--method", "cg")
+        assert code == 1 and not out and err.startswith(f"slicediff: {bad} is damaged: ") and err.count("\n") == 1
+    code, _, err = run(capsys, "train", bad, "--out", tmp_path / "p.safetensors")
+    assert code == 1 and err.startswith(f"slicediff: {bad} cannot be read as a volume: ")
+
+
 def test_truncated_and_forbidden_files_are_told_as_such(tmp_path, scan_path, monkeypatch):
     content = scan_path.read_bytes()
     (tmp_path / "s.h5").write_bytes(content[:5000])

@@ -43,10 +43,16 @@ def test_the_example_in_python_reconstructs():
 
 
 def test_enough_is_shown():
-    assert len(COMMANDS) >= 6 and f"runs {len(CASES)} cases" in README
+    assert len(COMMANDS) >= 6 and f"runs {len(CASES)} cases" in README and f"skips the {sum(bool(case.needs) for case in CASES)} cases" in README
     assert all(f"`{name}`" in README for name in preset_names())
     picture = re.search(r"!\[.*?\]\((.*?)\)", README, re.S).group(1)
     assert (Path(__file__).resolve().parents[1] / picture).is_file()
+
+
+def test_the_torch_that_is_installed_first_is_one_that_stays():
+    """A newer one for CPUs would be replaced by that of PyPI, which brings CUDA."""
+    bounds = re.search(r'"torch(.*?)"', (Path(__file__).resolve().parents[1] / "setup.py").read_text())[1].split(",")
+    assert re.search(r"'torch(.*?)' --index-url", README)[1] in bounds
 
 
 def test_tables_are_those_of_the_result_files():

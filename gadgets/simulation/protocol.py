@@ -1,80 +1,32 @@
-"""Options of a simulated scan, and the ISMRMRD header that announces it."""
+"""The ISMRMRD header that announces a simulated scan."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import ismrmrd
 import numpy as np
 
 from ..geometry import MAX_MATRIX
+from .simulate_options import SimulateOptions
 
-MAX_COILS = 1024  # more than any scanner has
 ECHO_SPACING_MS = 2.5
 x = ismrmrd.xsd
 
 
-@dataclass(frozen=True)
-class SimulateOptions:
-    """Options of a simulated scan.
-
-    `snr` is tissue brightness over the image noise of a fully sampled scan; `calibration` says whether the calibration
-    square is part of the scan (integrated), comes before it as separate lines (separate), or as a separate scan with
-    half the readout and another contrast (external); `partial_echo` is the fraction of the readout that is sampled;
-    `navigators` is the number of lines from one navigator to the next, 0 for none; `waveforms` adds a physiological one.
-    """
-
-    voxel_mm: float | None = None
-    coils: int = 8
-    acceleration: float = 8.0
-    pattern: str = "poisson"
-    acs: int = 24
-    snr: float = 30.0
-    partial_fourier: tuple[float, float] = (1.0, 1.0)
-    oversampling: float = 2.0
-    noise_lines: int = 16
-    oblique: bool = False
-    repetitions: int = 1
-    seed: int = 0
-    calibration: str = "integrated"
-    partial_echo: float = 1.0
-    contrasts: int = 1
-    averages: int = 1
-    navigators: int = 0
-    waveforms: bool = False
-
-    def __post_init__(self):
-        checks = (
-            ("coils", 1 <= self.coils <= MAX_COILS), ("acceleration", self.acceleration >= 1), ("snr", self.snr > 0),
-            ("partial_fourier", all(0.5 < f <= 1 for f in self.partial_fourier)), ("oversampling", 1 <= self.oversampling < math.inf),
-            ("noise_lines", self.noise_lines >= 0), ("repetitions", self.repetitions >= 1), ("acs", self.acs >= 0),
-            ("voxel_mm", self.voxel_mm is None or self.voxel_mm > 0), ("contrasts", self.contrasts >= 1), ("averages", self.averages >= 1),
-            ("calibration", self.calibration in ("integrated", "separate", "external")), ("partial_echo", 0.5 < self.partial_echo <= 1),
-            ("navigators", self.navigators >= 0), ("seed", self.seed >= 0),
-        )  # fmt: skip
-        for name, fine in checks:
-            if not fine:
-                raise ValueError(f"simulation option {name} cannot be {getattr(self, name)}")
-
-    def samples(self, nx: int) -> int:
-        """Samples of a full readout for an image `nx` wide; ValueError if a line cannot hold them."""
-        samples = int(2 * round(nx * self.oversampling / 2)) if self.oversampling > 1 else nx
-        if samples > MAX_MATRIX:
-            raise ValueError(f"simulation option oversampling cannot be {self.oversampling:g}: a readout would have {samples} samples, and a line holds {MAX_MATRIX}")
-        return samples
-
-    @property
-    def apart(self) -> bool:
-        """Whether calibration lines are separate from imaging lines."""
-        return self.calibration != "integrated" and self.acs > 0
+def samples_of(options: SimulateOptions, nx: int) -> int:
+    """Samples of a full readout for an image `nx` wide; ValueError if a line cannot hold them."""
+    samples = int(2 * round(nx * options.oversampling / 2)) if options.oversampling > 1 else nx
+    if samples > MAX_MATRIX:
+        raise ValueError(f"simulation option oversampling cannot be {options.oversampling:g}: a readout would have {samples} samples, and a line holds {MAX_MATRIX}")
+    return samples
 
 
 def make_header(matrix: tuple[int, int, int], voxel_mm: tuple[float, float, float], dropped: list[int], options: SimulateOptions) -> str:
     """ISMRMRD header XML; `matrix` is x, y, z, `voxel_mm` z, y, x, `dropped` the number of missing lines along E1, E2."""
     nx, ny, nz = matrix
     size = [n * mm for n, mm in zip(matrix, reversed(voxel_mm))]
-    samples = options.samples(nx)
+    samples = samples_of(options, nx)
     wide = (samples * voxel_mm[2], *size[1:])
     encodings = [_encoding(((samples, ny, nz), wide), (matrix, size), dropped, options)]
     if options.calibration == "external" and options.apart:

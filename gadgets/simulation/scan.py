@@ -21,7 +21,7 @@ from recon_core.volumes import emptiness, read_affine, read_volume
 from ..files import FileError, check_place, check_replaceable
 from ..image_files import save_nifti
 from ..scan_files import ScanWriter
-from .protocol import SimulateOptions, make_header, tilt
+from .protocol import SimulateOptions, make_header, samples_of, tilt
 from .sequence import Noise, Sequence
 
 DECAY_PER_CONTRAST = 0.4  # of the brightest tissue; darker tissue decays less
@@ -73,7 +73,7 @@ class _Contrasts:
         if contrast != self.contrast:
             nz, ny, nx = self.images.shape[1:]
             images = self.images * torch.exp(-contrast * self.decay) if contrast else self.images
-            self.contrast, self.kspace = contrast, fft(centre_crop_or_pad(images, (nz, ny, self.options.samples(nx))), (1, 2, 3)).numpy()
+            self.contrast, self.kspace = contrast, fft(centre_crop_or_pad(images, (nz, ny, samples_of(self.options, nx))), (1, 2, 3)).numpy()
         return self.kspace
 
 
