@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class TrainOptions(BaseModel):
@@ -17,7 +17,7 @@ class TrainOptions(BaseModel):
     steps: int = Field(12000, ge=1, description="number of steps; may be changed when a run is resumed")
     batch: int = Field(16, ge=1, description="slices per step, over all processes")
     crop: int = Field(64, ge=8, description="side of the square training crops, in pixels")
-    learning_rate: float = Field(8e-4, gt=0, description="learning rate of AdamW")
+    learning_rate: float = Field(None, gt=0, description="learning rate of AdamW; by default 8e-4, with start_from 2e-4")
     ema_decay: float = Field(0.999, ge=0, lt=1, description="decay per step of the running mean of the weights")
     voxel_mm: tuple[float, float] = Field((0.5, 4.0), description="finest and coarsest voxel size; the same twice for a single size")
     vary_sharpness: bool = Field(True, description="taper or interpolate some volumes, as protocols do; turn it off to compare voxel sizes")
@@ -34,6 +34,11 @@ class TrainOptions(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto (a GPU per process if there is one), cpu or cuda")
     workers: int | None = Field(None, ge=0, description="threads that prepare batches ahead, without changing them; by default up to 4 beside a GPU, none on a CPU")
     scan_workers: int | None = Field(None, ge=0, description="processes that simulate scans for own_states ahead; by default up to 10 beside a GPU, none on a CPU")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gentler_on_trained_weights(cls, given: dict) -> dict:
+        return {"learning_rate": 2e-4 if given.get("start_from") else 8e-4, **given}
 
     @field_validator("voxel_mm", "sigma_range")
     @classmethod

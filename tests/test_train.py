@@ -180,6 +180,7 @@ def test_starting_from_other_weights_keeps_them_and_their_history(volumes, tmp_p
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)  # stored in half precision
     mean = train(volumes, tmp_path / "second.safetensors", again, log=lambda s: None)
     training = load_prior(tmp_path / "second.safetensors").card["training"]
+    assert training["learning_rate"] == 2e-4 and training["earlier"]["learning_rate"] == 8e-4
     assert training["start_from"] == "first.safetensors" and training["earlier"]["steps_done"] == 6
     for share, weights in ((0.0, (2, -1)), (1.0, (0, 1))):  # new = 2 mean - first
         ended = train(volumes, tmp_path / "second.safetensors", again.model_copy(update={"start_share": share}), log=lambda s: None)
