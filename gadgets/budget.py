@@ -73,7 +73,7 @@ class Budget:
             gib = self.nbytes(coils) * volumes / 2**30
             z, y, x = self.geometry.shape
             raise ScanError(
-                f"the scan's k-space needs {gib:.2g} GiB ({volumes} volumes at once of {coils} coils, matrix {x} x {y} x {z}) "
+                f"the scan's k-space needs {gib:.2g} GiB ({volumes} volume{'s at once' * (volumes > 1)} of {coils} coils, matrix {x} x {y} x {z}) "
                 f"and this server takes {self.max_bytes / 2**30:.2g} GiB: start it with a larger --max-gib"
             )
 

@@ -247,7 +247,7 @@ class ServerHost(Host):
         if server.retiring.is_set():
             raise ScanError("this server is shutting down and takes no new scan: send it again when the server is back")
         if server.counts.open > server.limits.connections:
-            raise ScanError(f"this server has {server.limits.connections} open scans already: send it again later")
+            raise ScanError(f"this server has {server.limits.connections} open scan{'s' * (server.limits.connections != 1)} already: send it again later")
         self.budget = Budget(header, server.limits.max_gib, server.options.coils if device_of(server.options).type == "cpu" else 0)
 
     def admit(self, coils: int, volumes: int) -> None:
