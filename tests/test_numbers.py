@@ -1,6 +1,7 @@
 """Ranges, means and tables in both READMEs that tests/benchmarks/tables.py does not print, computed again from the result files."""
 
 import csv
+import math
 import statistics
 from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
@@ -126,6 +127,20 @@ def test_ssim_of_measured_scans():
     check(MEASURED, f"({of(found, 'plane')} above the best other image, {of(base, 'plane')} with `base`) and at 0.055 T ({of(found, 'ulf')}; with `base` {of(base, 'ulf')})")
 
 
+def test_other_sampling_patterns():
+    """The summary of the measured planes at R = 8: all five patterns, with the noise of the left-out lines taken out; and their SSIM."""
+    tables = [rows(name) for name in ("bench_measured", "bench_masks", "bench_base", "bench_masks_base")]
+    found = {}
+    for table, title in zip(tables, ("diffusion", "diffusion", "base", "base")):
+        for row in table:
+            if "plane" in row["volume"] and row["R"] == "8":
+                found.setdefault((row["volume"], row.get("seed", "0")), {})[title if row["method"] == "diffusion" else row["method"]] = row
+    error = lambda row: (float(row["unseen"]) ** 2 - float(row["floor"]) ** 2) ** 0.5  # noqa: E731
+    gains = {ours: extent((20 * math.log10(error(methods["bart"]) / error(methods[ours])) for methods in found.values()), 2) for ours in ("diffusion", "base")}
+    assert len(found) == 15 and all(float(methods[ours]["ssim"]) > max(float(row["ssim"]) for title, row in methods.items() if title not in ("diffusion", "base")) for methods in found.values() for ours in ("diffusion", "base"))
+    check(README, f"the gains over BART are {gains['diffusion']} dB, and {gains['base']} dB with `base`. SSIM agrees")
+
+
 def test_robustness():
     titles = {
         "robustness_4mm": "4 mm | all 48",
@@ -216,6 +231,11 @@ def test_rates_and_times():
     check(README, f"{hundreds['memory']} lines per second (16 coils, 512 samples) from memory and {hundreds['socket']} from a socket", f"Peak memory is {gathering['memory']['peak_over_kspace']} times the size of the k-space, {gathering['recon_data']['peak_over_kspace']} times from buffers")
     for row in rows("solve_speed_cpu"):
         check(MEASURED, f"| {row['side']} | {float(row['maps_s']):g} | {float(row['preview_s']):g} | {float(row['sweeps_s']):g} | {float(row['total_s']):g} | {float(row['us_per_voxel']):g} | {row['bart_s']} |")
+    large = {row["stage"]: row for row in rows("chain_speed_cpu")}
+    gib, minutes = shown(float(large["diffusion"]["process_gib"]), 1), [shown(float(large[stage]["after_last_line_s"]) / 60, 1) for stage in ("preview", "diffusion")]
+    check(README, f"took at most {gib} GiB, and one CPU core handed out the preview {minutes[0]} minutes and the final image {minutes[1]} minutes after the last line")
+    seconds = [shown(float(large[stage]["seconds"]), 0) for stage in ("coil maps", "preview", "diffusion")]
+    check(MEASURED, "coil maps {} s, preview {} s, sweeps {} s. The process took at most {} GiB, of which {} GiB are the k-space".format(*seconds, gib, shown(320 * 320 * 256 * 32 * 8 / 2**30, 1)))
     slices = {(row["architecture"], row["precision"]): round(float(row["ms_per_slice"])) for row in rows("prior_speed_cpu")}
     milliseconds = [slices[which] for which in (("small", "bf16"), ("base", "bf16"), ("small", "fp32"), ("base", "fp32"))]
     check(MEASURED, "A slice of 256 x 256 takes the network {} ms with `small` and {} ms with `base` (bf16; in single precision {} and {} ms".format(*milliseconds))

@@ -4,7 +4,7 @@
 
 The main README's first: what slice diffusion gains. Then PSNR of every method at one acceleration per voxel size, then slice diffusion less the best of our classical methods and
 less tuned BART at all accelerations; the seconds of each stage on a GPU; of the measured scans the error of
-each image itself on the lines it was not given, and its PSNR against the image of all lines; what becomes of small
+each image itself on the lines it was not given, its PSNR against the image of all lines, and what is gained with other sampling patterns; what becomes of small
 lesions; the estimated error beside the true one; regular undersampling with a separate calibration; objects beyond the
 field of view; and volumes of one scan that learn from each other.
 """
@@ -96,9 +96,9 @@ def in_short(scans: dict[tuple, dict]) -> str:
         rows = {volume: row for volume, row in read(name)[mm, r].items() if mm > 1 or volume not in INTERPOLATED}
         groups[f"{mm} mm, R = {r}: {len(rows)} simulated scans of {len({OBJECTS.get(v, v) for v in rows})} objects, 8 coils"] = list(rows.values())
     psnr = {key: {m: float(row["psnr"]) for m, row in rows.items()} for key, rows in scans.items()}
-    planes = [values for (scan, r), values in psnr.items() if "plane" in scan and r == "8"]
-    groups["1 mm, R = 8: three measured planes of two heads, 8 and 13 coils"] = planes
-    groups["the same, with `base`"] = [{**values, "diffusion": values[BASE]} for values in planes]
+    planes = [{m: float(row["psnr"]) for m, row in rows.items()} for found in patterns(scans).values() for rows in found]
+    groups["1 mm, R = 8: three measured planes of two heads, 8 and 13 coils, five sampling patterns each"] = planes
+    groups["the same, with `base`"] = [{**values, "diffusion": values[BASE]} for values in planes if BASE in values]
     groups["0.055 T, R = 2: six measured scans of two sessions, one coil"] = [values for (scan, _), values in psnr.items() if scan.startswith("ulf")]
     lines = [line(["slice diffusion's PSNR, dB", "over CG-SENSE", "over the best of it, total variation and l1-wavelet", "over BART's l1-wavelet (at best)"]), rule(4)]
     for title, rows in groups.items():
