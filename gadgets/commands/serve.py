@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     limits = {name: getattr(arguments, name) for name in SERVE_LIMITS}
     load = load_prior_or_fault if arguments.test_faults else load_prior_for
     keep = arguments.keep_failed and FailedScans(arguments.keep_failed, arguments.keep_failed_gib)
-    recovering = threading.Thread(target=keep and keep.recover, name="recovering", daemon=True)  # gigabytes may have been left behind
+    recovering = threading.Thread(target=keep.recover if keep else None, name="recovering", daemon=True)  # gigabytes may have been left behind
     with Server((arguments.host, arguments.port), given_options(arguments), load, keep, **limits) as server:
         server.warm_up()
         if arguments.health_port is not None:

@@ -98,7 +98,7 @@ def in_short(scans: dict[tuple, dict]) -> str:
     psnr = {key: {m: float(row["psnr"]) for m, row in rows.items()} for key, rows in scans.items()}
     planes = [{m: float(row["psnr"]) for m, row in rows.items()} for found in patterns(scans).values() for rows in found]
     groups["1 mm, R = 8: three measured planes of two heads, 8 and 13 coils, five sampling patterns each"] = planes
-    groups["the same, with `base`"] = [{**values, "diffusion": values[BASE]} for values in planes if BASE in values]
+    groups["the same, with `base`"] = [{**values, "diffusion": values[BASE]} for values in planes]
     groups["0.055 T, R = 2: six measured scans of two sessions, one coil"] = [values for (scan, _), values in psnr.items() if scan.startswith("ulf")]
     lines = [line(["slice diffusion's PSNR, dB", "over CG-SENSE", "over the best of it, total variation and l1-wavelet", "over BART's l1-wavelet (at best)"]), rule(4)]
     for title, rows in groups.items():
@@ -209,9 +209,8 @@ def sampling_patterns(found: dict[str, list[dict]]) -> str:
     for scan, rows in found.items():
         cells = []
         for ours in ("diffusion", BASE):
-            own = [row for row in rows if ours in row]
-            psnr = [{m: float(value["psnr"]) for m, value in row.items()} for row in own]
-            error = [{m: float(row[m]["unseen"]) ** 2 - float(row[m]["floor"]) ** 2 for m in (ours, "bart")} for row in own]
+            psnr = [{m: float(value["psnr"]) for m, value in row.items()} for row in rows]
+            error = [{m: float(row[m]["unseen"]) ** 2 - float(row[m]["floor"]) ** 2 for m in (ours, "bart")} for row in rows]
             cells += [spread([row[ours] - max(row[m] for m in CLASSICAL) for row in psnr]), spread([row[ours] - row["bart"] for row in psnr])]
             cells += [spread([10 * math.log10(row["bart"] / row[ours]) for row in error])]
         lines.append(line([MEASURED[scan], *cells]))
