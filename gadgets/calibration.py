@@ -15,14 +15,17 @@ from .geometry import Geometry, ScanError, read_geometry
 from .readout import Readout
 from .volume import Grid, shift_between
 
-Centre = tuple[np.ndarray, np.ndarray]  # sums of lines [coils z y x], at most MAX_ACS along z and y, and their counts [z y]
+# sums of lines [coils z y x], at most MAX_ACS along z and y, and their counts [z y]
+Centre = tuple[np.ndarray, np.ndarray]
 ENOUGH = 0.5  # of the lines of the fullest calibration; those with fewer are strays
 AWAY_MM, TURNED_DEGREES = 5.0, 3.0  # tolerated between calibration and image; coil maps are smooth
 Place = tuple[int, int, int, int]  # slice, contrast, set, phase
 
 
 class Calibrations:
-    """Calibration lines by slice (slab), contrast, set and phase; each repetition keeps its own until its volumes are finished.
+    """Calibration lines by slice (slab), contrast, set and phase.
+
+    Each repetition keeps its own until its volumes are finished.
 
     Args:
         header: of the scan; may have separate encodings for calibration.
@@ -40,7 +43,10 @@ class Calibrations:
         self.foreign = 0
 
     def add(self, line: ismrmrd.Acquisition, key: tuple[int, ...]) -> None:
-        """Add a line of volume `key`; a short one waits for the image's first line, which shows whether both are oversampled."""
+        """Add a line of volume `key`.
+
+        A short one waits for the image's first line, which shows whether both are oversampled.
+        """
         own = self._encoding(line.encoding_space_ref)
         if own is None:
             self.foreign += 1
@@ -64,7 +70,7 @@ class Calibrations:
             self.add(line, key)
 
     def move(self, image: Geometry) -> None:
-        """Continue with another k-space centre of the image; lines already gathered in the image's encoding are moved."""
+        """Continue with another k-space centre of the image; lines gathered in the image's encoding are moved."""
         shift = shift_between(self.image, image)
         for grid in (grid for grids in self.grids.values() for grid in grids.values() if not grid.foreign):
             grid.kspace = grid.kspace.copy()  # finished volumes may be in reconstruction with it
@@ -83,18 +89,29 @@ class Calibrations:
         The newest from its own or an earlier repetition, with its contrast, set and phase if possible, else with others
         of its slice; a few stray lines do not count as a newer calibration.
         """
-        filled = [(place, repetition, grid) for place, grids in self.grids.items() for repetition, grid in grids.items() if grid.filled]
+
+        def rank(found: tuple[Place, int, Grid]) -> tuple:
+            place, repetition, _ = found
+            return repetition > key[2], place != _place(key), abs(repetition - key[2]), place
+
+        filled = [
+            (place, repetition, grid)
+            for place, grids in self.grids.items()
+            for repetition, grid in grids.items()
+            if grid.filled
+        ]
         here = [found for found in filled if found[0][0] == key[0]]
         fitting = [found for found in here if len(found[2].kspace) == coils]
         fitting = [found for found in fitting if found[2].filled >= ENOUGH * max(grid.filled for _, _, grid in fitting)]
         remarks = list(self.notes)
         if fitting:
-            best = min(fitting, key=lambda found: (found[1] > key[2], found[0] != _place(key), abs(found[1] - key[2]), found[0]))
-            return best[2], remarks
+            return min(fitting, key=rank)[2], remarks
         channels: Counter[int] = Counter()
         for _, _, grid in here:
             channels[len(grid.kspace)] += grid.lines
-        remarks += [of_lines(count, f"{{lines}} {{have}} {other} channels instead of the scan's {coils} and {{were}} not used", "calibration ") for other, count in channels.items()]
+        for other, count in channels.items():
+            text = f"{{lines}} {{have}} {other} channels instead of the scan's {coils} and {{were}} not used"
+            remarks.append(of_lines(count, text, "calibration "))
         if not filled and (empty := sum(grid.empty for grids in self.grids.values() for grid in grids.values())):
             remarks.append(of_lines(empty, "{lines} held only zeros and {were} left out", "calibration "))
         if filled and not here:
@@ -102,12 +119,17 @@ class Calibrations:
         return None, remarks
 
     def forget(self, before: int) -> None:
-        """Release calibration of repetitions below `before`, except the newest with enough lines: it may serve later repetitions too."""
+        """Release calibration of repetitions below `before`, except the newest with enough lines.
+
+        That one may serve later repetitions too.
+        """
         for grids in self.grids.values():
-            most = max((grid.filled for repetition, grid in grids.items() if repetition < before), default=0)
-            kept = max((repetition for repetition, grid in grids.items() if repetition < before and grid.filled >= ENOUGH * most), default=before)
-            for repetition in [repetition for repetition in grids if repetition < before and repetition != kept]:
-                del grids[repetition]
+            earlier = {repetition: grid.filled for repetition, grid in grids.items() if repetition < before}
+            most = max(earlier.values(), default=0)
+            kept = max((number for number, filled in earlier.items() if filled >= ENOUGH * most), default=before)
+            for repetition in earlier:
+                if repetition != kept:
+                    del grids[repetition]
 
     def _grid(self, key: tuple[int, ...], coils: int) -> Grid:
         """Grid for a line; started afresh once most lines have another number of channels."""
@@ -139,20 +161,23 @@ class Calibrations:
 class Centres:
     """The k-space centres of image lines, for later volumes without calibration lines of their own.
 
-    A scan may acquire a full centre with its first volume only, or, regularly undersampled, spread it over the repetitions,
-    each of which acquires other lines (interleaved calibration; TSENSE, Kellman et al., MRM 2001).
+    A scan may acquire a full centre with its first volume only, or, regularly undersampled, spread it over the
+    repetitions, each of which acquires other lines (interleaved calibration; TSENSE, Kellman et al., MRM 2001).
     """
 
     def __init__(self):
         self.full: dict[int, Centre] = {}  # the latest of each slab
         self.together: dict[Place, Centre] = {}  # sums over repetitions
 
-    def serve(self, key: tuple[int, ...], kspace: np.ndarray, counts: np.ndarray, keep: bool) -> tuple[tuple[torch.Tensor, torch.Tensor] | None, str]:
-        """Calibration (kspace [coils z y x], counts [z y]) for volume `key`, and a note for the user; None if it needs none or there is none.
+    def serve(
+        self, key: tuple[int, ...], kspace: np.ndarray, counts: np.ndarray, keep: bool
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor] | None, str]:
+        """Calibration (kspace [coils z y x], counts [z y]) for volume `key`, and a note for the user.
 
-        What the volume itself acquired is kept for later ones if `keep` is set.
+        None if the volume needs none or there is none. What it acquired itself is kept for later ones if `keep` is set.
         """
-        middle = tuple(slice(n // 2 - m // 2, n // 2 - m // 2 + m) for n, m in zip(counts.shape, (min(n, MAX_ACS) for n in counts.shape)))
+        sizes = [min(n, MAX_ACS) for n in counts.shape]
+        middle = tuple(slice(n // 2 - m // 2, n // 2 - m // 2 + m) for n, m in zip(counts.shape, sizes))
         own = kspace[:, middle[0], middle[1]], counts[middle]
         if not too_few(find_acs(torch.from_numpy(own[1])), counts.shape):
             if keep:
@@ -168,7 +193,9 @@ class Centres:
             return None, ""
         whole, came = np.zeros_like(kspace), np.zeros_like(counts)
         whole[:, middle[0], middle[1]], came[middle] = found
-        return (torch.from_numpy(whole), torch.from_numpy(came)), f"{'the lines are regularly undersampled without' if lattice else 'too few of the lines are'} calibration lines: the coil maps are made from {note}"
+        why = "the lines are regularly undersampled without" if lattice else "too few of the lines are"
+        calibration = torch.from_numpy(whole), torch.from_numpy(came)
+        return calibration, f"{why} calibration lines: the coil maps are made from {note}"
 
     def _with_others(self, place: Place, own: Centre, keep: bool) -> Centre | None:
         """The sum of this centre and those of earlier repetitions, None if there are none of these."""
@@ -182,8 +209,13 @@ class Centres:
 
 
 def lies_elsewhere(image: ismrmrd.AcquisitionHeader, calibration: ismrmrd.AcquisitionHeader) -> list[str]:
-    """Note for the user if the headers place the calibration away from the image: its coil maps are then those of another place."""
-    frames = [np.array([head.position, head.read_dir, head.phase_dir, head.slice_dir], float) for head in (image, calibration)]
+    """Note for the user if the headers place the calibration away from the image.
+
+    Its coil maps are then those of another place.
+    """
+    frames = [
+        np.array([head.position, head.read_dir, head.phase_dir, head.slice_dir], float) for head in (image, calibration)
+    ]
     if not np.isfinite(frames).all():
         return []
     away = float(np.linalg.norm(frames[0][0] - frames[1][0]))
@@ -191,7 +223,9 @@ def lies_elsewhere(image: ismrmrd.AcquisitionHeader, calibration: ismrmrd.Acquis
     cosines = np.divide((frames[0][1:] * frames[1][1:]).sum(1), lengths, out=np.ones(3), where=lengths > 0)
     turned = float(np.degrees(np.arccos(cosines.clip(-1, 1))).max())
     found = [f"{away:.0f} mm away"] * (away > AWAY_MM) + [f"turned by {turned:.0f} degrees"] * (turned > TURNED_DEGREES)
-    return [f"the calibration lines were acquired {' and '.join(found)} from the image: the coil maps do not fit it"] if found else []
+    if not found:
+        return []
+    return [f"the calibration lines were acquired {' and '.join(found)} from the image: the coil maps do not fit it"]
 
 
 def _place(key: tuple[int, ...]) -> Place:

@@ -17,17 +17,29 @@ def missing_ends(flags: int) -> list[str]:
     """Notes on first lines that were flagged without a flagged last line; `flags` combines those of all lines."""
     if flags & END_BIT:
         return []
-    return [f"{INCOMPLETE}the first line of a {name} was flagged, but its last line never came" for name, first, last in PAIRS if flags & first and not flags & last]
+    return [
+        f"{INCOMPLETE}the first line of a {name} was flagged, but its last line never came"
+        for name, first, last in PAIRS
+        if flags & first and not flags & last
+    ]
 
 
 def missing_volumes(promised: dict[str, int], seen: dict[str, set[int]]) -> list[str]:
     """Notes on counters with fewer values received than the header announces."""
-    short = ((name, count, len(seen.get(name, ()))) for name, count in promised.items())
-    return [f"{INCOMPLETE}the header announces {count} {name}s, {came} {'was' if came == 1 else 'were'} received" for name, count, came in short if came < count]
+    notes = []
+    for name, count in promised.items():
+        came = len(seen.get(name, ()))
+        if came < count:
+            were = "was" if came == 1 else "were"
+            notes.append(f"{INCOMPLETE}the header announces {count} {name}s, {came} {were} received")
+    return notes
 
 
 def hole_at_centre(counts: np.ndarray) -> np.ndarray:
-    """Mask [z y] of a hole at k = 0, if there is one: it reaches farther from any line than the gaps around it, whatever the sampling pattern."""
+    """Mask [z y] of a hole at k = 0, if there is one.
+
+    A hole reaches farther from any line than the gaps around it, whatever the sampling pattern.
+    """
     filled, centre = counts > 0, tuple(n // 2 for n in counts.shape)
     if not filled.any() or filled[centre]:
         return np.zeros_like(filled)
@@ -47,7 +59,10 @@ def hole_at_centre(counts: np.ndarray) -> np.ndarray:
 
 
 def _around(filled: np.ndarray, radius: int) -> np.ndarray:
-    """Mask [z y] of places within `radius` of k = 0 (farther along a narrow k-space), but not beyond the first and last lines."""
+    """Mask [z y] of places within `radius` of k = 0, but not beyond the first and last lines.
+
+    Along a narrow k-space, it reaches farther than `radius`.
+    """
     wanted, sides = (2 * radius + 1) ** 2, sorted(filled.shape)
     radius = max(radius, -(-wanted // min(2 * radius + 1, sides[0])) // 2)
     near = []
@@ -67,7 +82,10 @@ def _grown(filled: np.ndarray, steps: int = 1) -> np.ndarray:
 
 
 def missing_lines(geometry: Geometry, counts: np.ndarray) -> list[str]:
-    """Notes on what k-space [z y] lacks: an announced end was never approached, or too few lines came for the announced acceleration."""
+    """Notes on what k-space [z y] lacks.
+
+    An announced end was never approached, or too few lines came for the announced acceleration.
+    """
     filled = counts > 0
     if not filled.any():
         return []
@@ -84,5 +102,9 @@ def missing_lines(geometry: Geometry, counts: np.ndarray) -> list[str]:
     if came >= ELLIPSE * whole / factor:
         return []
     if factor == 1:
-        return [f"{came} of {whole} phase encodes were received although the header announces no acceleration: undersampled at random, or cut off"]
+        note = (
+            f"{came} of {whole} phase encodes were received although the header announces no acceleration: "
+            "undersampled at random, or cut off"
+        )
+        return [note]
     return [f"{INCOMPLETE}{came} phase encodes were received, {whole // factor} were announced"]

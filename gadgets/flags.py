@@ -39,7 +39,10 @@ def volume_key(idx) -> tuple[int, int, int, int, int]:
 
 
 def volume_name(number: int, idx) -> str:
-    """User-facing name of volume `number` (from 0) of a scan, such as "volume 2 (repetition 1)"; counters at 0 are omitted."""
+    """User-facing name of volume `number` (from 0) of a scan, such as "volume 2 (repetition 1)".
+
+    Counters at 0 are omitted.
+    """
     counters = [f"{name} {value}" for name in KEY if (value := getattr(idx, name))]
     return f"volume {number + 1}" + f" ({', '.join(counters)})" * bool(counters)
 

@@ -1,4 +1,4 @@
-"""Gathers acquisitions into k-space, volume by volume, while the scan runs; interprets the flags and counters of each line.
+"""Gathers acquisitions into k-space, volume by volume, while the scan runs; interprets each line's flags and counters.
 
 Each line is trimmed, reversed if necessary, centred and Fourier transformed along the readout as it arrives, and its
 readout oversampling is removed, so that the array has the size of the image from the start.
@@ -17,7 +17,17 @@ from .calibration import Calibrations, Centres, lies_elsewhere
 from .centre import centre_offset, narrow
 from .completeness import missing_ends, missing_volumes
 from .failure import of_lines
-from .flags import BOTH_BIT, CALIBRATION_BIT, FIRST_BIT, KEY, LAST_BIT, NOISE_BIT, SKIP_BITS, is_calibration_only, volume_key
+from .flags import (
+    BOTH_BIT,
+    CALIBRATION_BIT,
+    FIRST_BIT,
+    KEY,
+    LAST_BIT,
+    NOISE_BIT,
+    SKIP_BITS,
+    is_calibration_only,
+    volume_key,
+)
 from .geometry import ScanError, announced, read_geometry
 from .noise_lines import NoiseLines
 from .partitions import Partitions
@@ -28,11 +38,16 @@ from .volume import Grid, Scan, Shared, Volume
 DOUBTFUL = 2  # lines; up to this many do not move the k-space centre
 STRAYS = 8  # late lines; up to this many do not mean that repetitions are interleaved
 SETTLED = 128  # lines; minimum size of a repetition in the rules below
-IN_A_ROW = 0.5  # times its size: after more consecutive lines of a later one, a repetition complete by the header but for its last-line flag is over
+# times its size: after more consecutive lines of a later one,
+# a repetition complete by the header but for its last-line flag is over
+IN_A_ROW = 0.5
 SINCE = 4  # times its size: after more lines since its last one, a repetition that may or may not be complete is over
 SINCE_LACKING = 8  # the same for one known to lack averages, or its last-line flag (its first line was flagged)
 AS_LONG = "the lines are too short for the readout oversampling that other lines of the scan have"
-UNEVEN = "CAUTION: the lines' trajectories are not uniform (ramp sampling?), but this server reads the samples as equally spaced: regrid them first"
+UNEVEN = (
+    "CAUTION: the lines' trajectories are not uniform (ramp sampling?), but this server reads the samples as equally "
+    "spaced: regrid them first"
+)
 INTEGRATED = ("embedded", "interleaved")
 Admit = Callable[[int, int], None]
 
@@ -48,7 +63,8 @@ def gather(header: ismrmrd.xsd.ismrmrdHeader, items: Iterable, admit: Admit = no
     Items are acquisitions or Gadgetron's buffers of them; others (waveforms) are ignored.
 
     Args:
-        admit: called before each new volume with its number of coils and the number of volumes then gathered at once; may raise.
+        admit: called before each new volume with its number of coils and the number of volumes then gathered at once;
+            may raise.
 
     Raises:
         ScanError: if there is nothing to reconstruct.
@@ -86,13 +102,15 @@ class Gatherer:
         self.ended: set[int] = set()  # repetitions whose last line was flagged, with no new volume since
         self.seen: dict[str, set[int]] = {name: set() for name in self.promised}
         self.notes: list[str] = []
-        self.doubtful: list[ismrmrd.Acquisition] = []  # lines outside the matrix with the header's centre, inside with another
+        # lines outside the matrix with the header's centre, inside with another
+        self.doubtful: list[ismrmrd.Acquisition] = []
         self.waiting: list[ismrmrd.Acquisition] = []  # lines of the first slice, which may be a partition
         self.centred = False  # whether a volume has shown where k = 0 lies
         self.echoes: dict[int, int] = {}  # for each contrast: by how many samples its lines misstate the echo position
         self.given: set[tuple[int, ...]] = set()
         self.buffered = False  # whether the lines come in Gadgetron's buffers, which fill the whole readout
-        self.offered: tuple[tuple[int, ...], np.ndarray] | None = None  # a block of lines that may become the array of its volume
+        # a block of lines that may become the array of its volume
+        self.offered: tuple[tuple[int, ...], np.ndarray] | None = None
         self.shared = Shared()
 
     def take(self, item) -> Iterator[Scan]:
@@ -133,9 +151,9 @@ class Gatherer:
         if len(keys) != 1 or data.shape[1:] != self.geometry.shape:
             return
         z, y = self.geometry.place(idx["kspace_encode_step_1"].astype(int), idx["kspace_encode_step_2"].astype(int))
-        key, stays = tuple(int(n) for n in keys[0]), np.array_equal(np.stack([z, y], axis=-1), np.argwhere(headers["number_of_samples"] > 0))
+        stays = np.array_equal(np.stack([z, y], axis=-1), np.argwhere(headers["number_of_samples"] > 0))
         if stays:
-            self.offered = key, data
+            self.offered = tuple(int(n) for n in keys[0]), data
 
     def add(self, line: ismrmrd.Acquisition) -> Iterator[Scan]:
         """Take one acquisition; yield complete volumes of earlier repetitions."""
@@ -162,7 +180,7 @@ class Gatherer:
         idx, key = line.idx, volume_key(line.idx)
         if line.encoding_space_ref:
             self.others[line.encoding_space_ref] += 1
-        elif self.geometry.fitting != (None, None) and any(self.geometry.beyond((idx.kspace_encode_step_1, idx.kspace_encode_step_2))):
+        elif self.geometry.fitting != (None, None) and any(self.geometry.beyond(_steps(line))):
             yield from self._doubt(line, key)
             return
         external = line.encoding_space_ref and self.geometry.calibration == "external"  # whether flagged or not
@@ -195,7 +213,10 @@ class Gatherer:
         self.calibrations.flatten(self.geometry)
 
     def _doubt(self, line: ismrmrd.Acquisition, key: tuple[int, ...]) -> Iterator[Scan]:
-        """Keep a line that supports a k-space centre other than the header's; once there are too many to be strays, use that centre for the whole scan."""
+        """Keep a line that supports a k-space centre other than the header's.
+
+        Once there are too many to be strays, use that centre for the whole scan.
+        """
         volume = self.volumes.get(key)
         if volume is not None and len(volume.grid.kspace) != line.active_channels:
             volume.grid.unfit += 1
@@ -203,7 +224,7 @@ class Gatherer:
         self.doubtful.append(line)
         if len(self.doubtful) <= DOUBTFUL:
             return
-        steps = [self.geometry.beyond((line.idx.kspace_encode_step_1, line.idx.kspace_encode_step_2)) for line in self.doubtful]
+        steps = [self.geometry.beyond(_steps(line)) for line in self.doubtful]
         self.geometry = self.geometry.refitted(tuple(any(axis) for axis in zip(*steps)))
         for volume in self.volumes.values():
             volume.move(self.geometry)
@@ -215,28 +236,38 @@ class Gatherer:
     def what_came(self) -> str:
         """Which lines came that are not image lines, in words."""
         found = [(count, "", f" of encoding space {number}") for number, count in sorted(self.others.items())]
-        found += [(self.calibrating - sum(self.others.values()), "calibration ", ""), (self.channelless, "", " without channels")]
-        found += [(len(self.noise), "noise ", ""), (self.skipped, "other ", "")]
-        return ", ".join([of_lines(count, "{lines}" + which, kind) for count, kind, which in found if count > 0] or ["no line"]) + " came"
+        found += [
+            (self.calibrating - sum(self.others.values()), "calibration ", ""),
+            (self.channelless, "", " without channels"),
+            (len(self.noise), "noise ", ""),
+            (self.skipped, "other ", ""),
+        ]
+        told = [of_lines(count, "{lines}" + which, kind) for count, kind, which in found if count > 0]
+        return ", ".join(told or ["no line"]) + " came"
 
     def finish(self, before: int | None = None) -> Iterator[Scan]:
         """Yield and release all volumes, or those of repetitions below `before`."""
         if before is None and self.waiting:
             self.partitions.apart_mm = self.partitions.apart_mm or 0.0
             yield from self._release()
-        promised = {name: count for name, count in self.promised.items() if name != "slice" or not self.partitions.are_slices}
+        promised = dict(self.promised)
+        if self.partitions.are_slices:
+            promised.pop("slice", None)
         notes = missing_volumes(promised, self.seen) if before is None else []
         for key in sorted(key for key in self.volumes if before is None or key[2] < before):
             volume = self.volumes.pop(key)
             self.given.add(key)
             whole = before is not None and volume.lacks_nothing(self.promised.get("average", 1))
-            ends = [] if whole else missing_ends(self.flags[key[2]])  # the last line may be one of another set, yet to come
+            # of a whole volume, the last line may be one of another set, yet to come
+            ends = [] if whole else missing_ends(self.flags[key[2]])
             yield self._scan(volume, key, [*ends, *notes])
         self.calibrations.forget(before or 0)
 
     def _image(self, line: ismrmrd.Acquisition, key: tuple[int, ...]) -> None:
-        volume = self.volumes.get(key) or self._volume(key, line.active_channels, self._offer(key, line.active_channels))
-        if volume.first is None and line.trajectory_dimensions and self.readout.uneven(line) and UNEVEN not in self.notes:
+        coils = line.active_channels
+        volume = self.volumes.get(key) or self._volume(key, coils, self._offer(key, coils))
+        begins = volume.first is None
+        if begins and line.trajectory_dimensions and self.readout.uneven(line) and UNEVEN not in self.notes:
             self.notes.append(UNEVEN)
         if "average" in self.seen:
             self.seen["average"].add(line.idx.average)
@@ -249,16 +280,21 @@ class Gatherer:
         return self.offered[1] if self.offered and self.offered[0] == key and len(self.offered[1]) == coils else None
 
     def _volume(self, key: tuple[int, ...], coils: int, kspace: np.ndarray | None = None) -> Volume:
-        self.admit(coils, math.ceil((len(self.volumes) + 1) * self.geometry.shape[0] / self.partitions.count))  # of the header's matrix
+        volumes = (len(self.volumes) + 1) * self.geometry.shape[0] / self.partitions.count  # of the header's matrix
+        self.admit(coils, math.ceil(volumes))
         volume = self.volumes[key] = Volume(self.geometry, coils, kspace)
         self.noise.begin(volume)
         for name, value in zip(KEY, key):
             self.seen.setdefault(name, set()).add(value)
-        self.ended.discard(key[2])  # if repetition is the inner loop of another counter, it recurs for each value of that counter
+        # if repetition is the inner loop of another counter, it recurs for each value of that counter
+        self.ended.discard(key[2])
         return volume
 
     def _settled(self, repetition: int) -> Iterator[Scan]:
-        """Volumes of repetitions before this line's, in order, once none of their lines can follow: repetitions may be interleaved."""
+        """Volumes of repetitions before this line's, in order, once none of their lines can follow.
+
+        Repetitions may be interleaved.
+        """
         self.lines += 1
         self.newest[repetition] = self.lines
         self.streak = self.streak + 1 if repetition == self.repetition else 0
@@ -272,7 +308,8 @@ class Gatherer:
     def _over(self, repetition: int) -> bool:
         """Whether a repetition is over: its last line was flagged, or enough lines of later repetitions have come.
 
-        For interleaved repetitions only the flag counts; until an earlier one resumes, a segment looks like a whole repetition.
+        For interleaved repetitions only the flag counts; until an earlier one resumes, a segment looks like a whole
+        repetition.
         """
         if repetition in self.ended or self.back > STRAYS:
             return repetition in self.ended
@@ -287,7 +324,8 @@ class Gatherer:
         return self.lines - self.newest[repetition] > (SINCE_LACKING if lacking else SINCE) * size
 
     def _scan(self, volume: Volume, key: tuple[int, ...], notes: list[str]) -> Scan:
-        if self.partitions.single([one.grid.counts for one in (volume, *self.volumes.values())], self.seen.get("slice", ())):
+        counts = [one.grid.counts for one in (volume, *self.volumes.values())]
+        if self.partitions.single(counts, self.seen.get("slice", ())):
             self._flatten(volume)
         self._centre_lines(volume)
         noise, gain, remarks = self.noise.of(volume)
@@ -311,28 +349,49 @@ class Gatherer:
         """What the user should know about the lines of a volume, and about those of the scan that were left out."""
         remarks = []
         if volume.geometry.calibration == "interleaved" and calibration is None:
-            remarks.append("calibration is interleaved over the repetitions: the coil maps are made from the lines of this and earlier repetitions")
+            remarks.append(
+                "calibration is interleaved over the repetitions: "
+                "the coil maps are made from the lines of this and earlier repetitions"
+            )
         if volume.oversampling == 0 and any(self.calibrations.oversampling.values()):
             remarks.append(f"{AS_LONG}: it was assumed to be removed already")
-        elif volume.oversampling == 0 and not self.buffered and not volume.grid.lengths and self.readout.full_length > self.readout.cut_length and narrow(volume.grid.kspace, volume.grid.energy):
-            remarks.append("the lines are as short as without readout oversampling and the image is empty on both sides: if it looks too narrow, they do have oversampling, and a lower resolution than the header says")
+        elif volume.oversampling == 0 and self._seems_narrow(volume):
+            remarks.append(
+                "the lines are as short as without readout oversampling and the image is empty on both sides: "
+                "if it looks too narrow, they do have oversampling, and a lower resolution than the header says"
+            )
         if volume.oversampling and volume.grid.filled and not volume.certain:
             remarks.append(f"{AS_LONG}: they were assumed to have it, at a lower resolution")
         foreign = self.foreign + self.calibrations.foreign
         if foreign:
             remarks.append(of_lines(foreign, "{lines} of another encoding space {were} left out"))
         if foreign > self.lines:
-            remarks.append(f"CAUTION: only {self.lines} lines belong to the first encoding space, from which the image is made: does it belong to another one?")
+            remarks.append(
+                f"CAUTION: only {self.lines} lines belong to the first encoding space, from which the image is made: "
+                "does it belong to another one?"
+            )
         if self.channelless:
             remarks.append(of_lines(self.channelless, "{lines} without channels {were} left out"))
         if self.doubtful:
             remarks.append(of_lines(len(self.doubtful), "{lines} lay outside the encoded matrix and {were} left out"))
         if self.late:
-            remarks.append(of_lines(self.late, "{lines} of volumes that had already been reconstructed {were} left out"))
+            remarks.append(
+                of_lines(self.late, "{lines} of volumes that had already been reconstructed {were} left out")
+            )
         return remarks
 
+    def _seems_narrow(self, volume: Volume) -> bool:
+        """Whether lines that came without the oversampling that the header has give an image empty on both sides."""
+        oversampled = self.readout.full_length > self.readout.cut_length  # by the header
+        if self.buffered or volume.grid.lengths or not oversampled:
+            return False
+        return narrow(volume.grid.kspace, volume.grid.energy)
+
     def _centre_lines(self, volume: Volume) -> None:
-        """Move k = 0 to the strongest lines, for the whole scan, if they are far from the header's centre; the first volume with a clear result decides."""
+        """Move k = 0 to the strongest lines, for the whole scan, if they are far from the header's centre.
+
+        The first volume with a clear result decides.
+        """
         offset = None if self.centred else centre_offset(volume.grid.energy)
         if offset is None:
             return
@@ -344,14 +403,30 @@ class Gatherer:
             self.calibrations.move(self.geometry)
 
     def _centre_echoes(self, volume: Volume, contrast: int, calibration: Grid | None) -> list[str]:
-        """Centre the echo if the lines misstate its position, by the same shift for all volumes of a contrast; returns notes for the user."""
+        """Centre the echo if the lines misstate its position; returns notes for the user.
+
+        The shift is the same for all volumes of a contrast.
+        """
         offset = self.echoes[contrast] = volume.grid.centre_echo(self.echoes.get(contrast))
         if calibration is not None:
             calibration.centre_echo()
             if calibration.foreign or not volume.lacks(calibration):
                 calibration.centre_lines()
-        side = "beyond" if offset > 0 else "before"
-        notes = [f"the echo lies {abs(offset)} samples (without oversampling) {side} the centre sample that the lines state: its true place was used, and complex images keep the phase that it gives them"] if offset else []
+        notes = []
+        if offset:
+            side = "beyond" if offset > 0 else "before"
+            notes.append(
+                f"the echo lies {abs(offset)} samples (without oversampling) {side} the centre sample that the lines "
+                "state: its true place was used, and complex images keep the phase that it gives them"
+            )
         if calibration is not None and calibration.renumbered:
-            notes.append("the calibration lines seem to be numbered on their own, far from the image's centre of k-space: their strongest line was taken for it")
+            notes.append(
+                "the calibration lines seem to be numbered on their own, far from the image's centre of k-space: "
+                "their strongest line was taken for it"
+            )
         return notes
+
+
+def _steps(line: ismrmrd.Acquisition) -> tuple[int, int]:
+    """The encoding steps E1, E2 of a line."""
+    return line.idx.kspace_encode_step_1, line.idx.kspace_encode_step_2

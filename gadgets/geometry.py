@@ -1,4 +1,7 @@
-"""What the ISMRMRD header says about one encoding: matrix, field of view, limits, and what was assumed where it is silent."""
+"""What the ISMRMRD header says about one encoding: matrix, field of view and limits.
+
+Where it is silent, its geometry notes what was assumed.
+"""
 
 from __future__ import annotations
 
@@ -61,10 +64,14 @@ class Geometry:
         return step_2 + nz // 2 - cz, step_1 + ny // 2 - cy
 
     def beyond(self, steps: tuple[int, int]) -> tuple[bool, bool]:
-        """Along which of E1, E2 a line supports the alternative centre: its step is announced, but outside the matrix with the header's."""
+        """Along which of E1, E2 a line supports the alternative centre.
+
+        Its step is announced, but outside the matrix with the header's centre.
+        """
+        axes = zip(self.fitting, self.limits, steps, self.encoded_matrix[1:], self.centre)
         return tuple(
             fitting is not None and low <= step <= high and not 0 <= step + n // 2 - stated < n
-            for fitting, (low, high), step, n, stated in zip(self.fitting, self.limits, steps, self.encoded_matrix[1:], self.centre)
+            for fitting, (low, high), step, n, stated in axes
         )
 
     def refitted(self, axes: tuple[bool, bool]) -> Geometry:
@@ -78,8 +85,18 @@ class Geometry:
     def recentred(self, offset: tuple[int, int]) -> Geometry:
         """With k = 0 moved by `offset` lines (z, y)."""
         centre = tuple(stated + by for stated, by in zip(self.centre, offset[::-1]))
-        limits = tuple((max(low, at - n // 2), min(high, at + (n - 1) // 2)) for (low, high), at, n in zip(self.limits, centre, self.encoded_matrix[1:]))
-        notes = [f"the strongest lines lie {abs(by)} lines {'beyond' if by > 0 else 'before'} the header's centre {stated} of {name}: {at} assumed" for by, stated, name, at in zip(offset[::-1], self.centre, STEPS, centre) if by]
+        limits = tuple(
+            (max(low, at - n // 2), min(high, at + (n - 1) // 2))
+            for (low, high), at, n in zip(self.limits, centre, self.encoded_matrix[1:])
+        )
+        notes = []
+        for by, stated, name, at in zip(offset[::-1], self.centre, STEPS, centre):
+            if by:
+                side = "beyond" if by > 0 else "before"
+                notes.append(
+                    f"the strongest lines lie {abs(by)} lines {side} the header's centre {stated} of {name}: "
+                    f"{at} assumed"
+                )
         return replace(self, centre=centre, limits=limits, warnings=(*self.warnings, *notes))
 
     def plane(self, thick_mm: float) -> Geometry:
@@ -87,23 +104,38 @@ class Geometry:
         (x, y, _), (fov_x, fov_y, _) = self.encoded_matrix, self.encoded_fov_mm
         (recon_x, recon_y, _), (wide, high, _) = self.recon_matrix, self.recon_fov_mm
         return replace(
-            self, encoded_matrix=(x, y, 1), encoded_fov_mm=(fov_x, fov_y, thick_mm), recon_matrix=(recon_x, recon_y, 1), recon_fov_mm=(wide, high, thick_mm),
-            centre=(self.centre[0], 0), limits=(self.limits[0], (0, 0)), acceleration=(self.acceleration[0], 1), fitting=(self.fitting[0], None),
+            self,
+            encoded_matrix=(x, y, 1),
+            encoded_fov_mm=(fov_x, fov_y, thick_mm),
+            recon_matrix=(recon_x, recon_y, 1),
+            recon_fov_mm=(wide, high, thick_mm),
+            centre=(self.centre[0], 0),
+            limits=(self.limits[0], (0, 0)),
+            acceleration=(self.acceleration[0], 1),
+            fitting=(self.fitting[0], None),
             warnings=tuple(note for note in self.warnings if STEPS[1] not in note and OF_PARTITIONS not in note),
-        )  # fmt: skip
+        )
 
     def settled(self) -> Geometry:
-        """With the header's centre where still in doubt, and only the steps inside the matrix: partial Fourier scans often announce those of all of it."""
+        """With the header's centre where still in doubt, and only the steps inside the matrix.
+
+        Partial Fourier scans often announce those of all of it.
+        """
+        if self.fitting == (None, None):
+            return self
         limits, notes = list(self.limits), list(self.warnings)
         for axis in (axis for axis in (0, 1) if self.fitting[axis] is not None):
             (low, high), stated, n = limits[axis], self.centre[axis], self.encoded_matrix[1 + axis]
             limits[axis] = max(low, stated - n // 2), min(high, stated + (n - 1) // 2)
             notes.append(f"{self._doubt(axis)}: it was kept, as those did not come")
-        return replace(self, limits=tuple(limits), warnings=tuple(notes), fitting=(None, None)) if self.fitting != (None, None) else self
+        return replace(self, limits=tuple(limits), warnings=tuple(notes), fitting=(None, None))
 
     def _doubt(self, axis: int) -> str:
         (low, high), stated, n = self.limits[axis], self.centre[axis], self.encoded_matrix[1 + axis]
-        return f"the header's centre {stated} of {STEPS[axis]} would put {_lost(low, high, stated, n)} of the steps {low} to {high} outside of its matrix {n}"
+        return (
+            f"the header's centre {stated} of {STEPS[axis]} would put {_lost(low, high, stated, n)} "
+            f"of the steps {low} to {high} outside of its matrix {n}"
+        )
 
 
 def read_geometry(header: ismrmrd.xsd.ismrmrdHeader, number: int = 0) -> Geometry:
@@ -125,19 +157,24 @@ def read_geometry(header: ismrmrd.xsd.ismrmrdHeader, number: int = 0) -> Geometr
     recon_fov, odd = _slab(encoded, encoded_fov, recon, recon_fov) if number == 0 else (recon_fov, [])
     _check_image(encoded_fov, recon, recon_fov)
     limits, centre, fitting, told = zip(*(_limits(encoding, name, size) for name, size in zip(STEPS, encoded[1:])))
-    notes = (*told[0], *told[1], *odd, *_halved(encoded, encoded_fov, recon, recon_fov), *_tiny(recon, recon_fov), *_multiband(encoding))
+    doubts = (*_halved(encoded, encoded_fov, recon, recon_fov), *_tiny(recon, recon_fov), *_multiband(encoding))
+    notes = (*told[0], *told[1], *odd, *doubts)
     readout = max(1, min(encoded[0], round(encoded[0] * recon_fov[0] / encoded_fov[0])))
     acceleration, calibration = _parallel(encoding)
     return Geometry(
-        encoded, encoded_fov, recon, recon_fov, centre, limits, readout, notes, acceleration, calibration, fitting,
-    )  # fmt: skip
+        encoded, encoded_fov, recon, recon_fov, centre, limits, readout, notes, acceleration, calibration, fitting
+    )
 
 
 def announced(header: ismrmrd.xsd.ismrmrdHeader) -> dict[str, int]:
-    """How many averages, slices, contrasts, phases, repetitions and sets the header announces; unstated ones are left out."""
+    """How many averages, slices, contrasts, phases, repetitions and sets the header announces; only those it states."""
     limits = header.encoding[0].encodingLimits if header.encoding else None
-    found = {name: getattr(limits, name, None) for name in ("average", "slice", "contrast", "phase", "repetition", "set")}
-    return {name: limit.maximum - (limit.minimum or 0) + 1 for name, limit in found.items() if limit is not None and limit.maximum is not None}
+    found = {}
+    for name in ("average", "slice", "contrast", "phase", "repetition", "set"):
+        limit = getattr(limits, name, None)
+        if limit is not None and limit.maximum is not None:
+            found[name] = limit.maximum - (limit.minimum or 0) + 1
+    return found
 
 
 def noise_bandwidth(header: ismrmrd.xsd.ismrmrdHeader) -> float:
@@ -148,17 +185,22 @@ def noise_bandwidth(header: ismrmrd.xsd.ismrmrdHeader) -> float:
 
 
 def _limits(encoding, name: str, size: int) -> tuple[tuple[int, int], int, int | None, list[str]]:
-    """First and last step, the step of k = 0, an alternative that would fit better (or None), and notes on what was assumed."""
+    """First and last step, that of k = 0, an alternative that would fit better (or None), notes on what was assumed."""
     limit = getattr(encoding.encodingLimits, name, None) if encoding.encodingLimits else None
     if limit is None or limit.maximum is None:
-        return (0, size - 1), size // 2, None, [f"the header has no limits for {name}: centre {size // 2} assumed"] if size > 1 else []
+        note = f"the header has no limits for {name}: centre {size // 2} assumed"
+        return (0, size - 1), size // 2, None, [note] * (size > 1)
     low, high, centre = limit.minimum or 0, limit.maximum, limit.center
     if high < low or high == low < size - 1:
-        return (0, size - 1), size // 2, None, [f"the header's limits of {name} run from {low} to {high}: 0 to {size - 1} with centre {size // 2} assumed"] * (size > 1)
+        note = (
+            f"the header's limits of {name} run from {low} to {high}: 0 to {size - 1} with centre {size // 2} assumed"
+        )
+        return (0, size - 1), size // 2, None, [note] * (size > 1)
     notes = []
     if centre is None or not low <= centre <= high:
-        notes.append(f"the header's centre {centre} of {name} lies outside {low} to {high}: {(low + high + 1) // 2} assumed")
-        centre = (low + high + 1) // 2
+        middle = (low + high + 1) // 2
+        notes.append(f"the header's centre {centre} of {name} lies outside {low} to {high}: {middle} assumed")
+        centre = middle
     after = (size - 1) // 2
     lost = _lost(low, high, centre, size)
     if lost == 1 and high - low + 1 == size:  # the writer rounded (high - low) / 2 down
@@ -167,10 +209,16 @@ def _limits(encoding, name: str, size: int) -> tuple[tuple[int, int], int, int |
         fitting = min(max(centre, high - after), low + size // 2)
         if min(centre - low, high - centre) >= size / LEAST_SIDE:
             return (low, high), centre, fitting, notes
-        notes.append(f"the header's centre {centre} of {name} would put {lost} of the steps {low} to {high} outside of its matrix {size}: {fitting} assumed")
+        notes.append(
+            f"the header's centre {centre} of {name} would put {lost} of the steps {low} to {high} outside of its "
+            f"matrix {size}: {fitting} assumed"
+        )
         centre = fitting
     elif lost:
-        notes.append(f"the header's limits {low} to {high} of {name} with centre {centre} exceed its matrix {size}: lines outside the matrix are left out")
+        notes.append(
+            f"the header's limits {low} to {high} of {name} with centre {centre} exceed its matrix {size}: "
+            "lines outside the matrix are left out"
+        )
     return (max(low, centre - size // 2), min(high, centre + after)), centre, None, notes
 
 
@@ -180,36 +228,65 @@ def _lost(low: int, high: int, centre: int, size: int) -> int:
 
 
 def _slab(encoded, encoded_fov, recon, recon_fov) -> tuple[tuple[float, float, float], list[str]]:
-    """The field of view to reconstruct, and a note where the header's contradicts its partitions: some writers state the thickness of one."""
+    """The field of view to reconstruct, and a note where the header's contradicts its partitions.
+
+    Some writers state the thickness of one.
+    """
     (wide, high, deep), slab, count = recon_fov, encoded_fov[2], recon[2]
     if encoded[2] == 1 or deep >= SHOWN * slab and count > 1:
         return recon_fov, []
     encoded_as = f"{encoded[2]} {OF_PARTITIONS} {slab / encoded[2]:.3g} mm"
     if count == 1:
-        return recon_fov, [f"CAUTION: the header says that {encoded_as} were encoded, but wants a single one of {deep:.3g} mm: is the z of its reconSpace right?"]
+        note = (
+            f"CAUTION: the header says that {encoded_as} were encoded, but wants a single one of {deep:.3g} mm: "
+            "is the z of its reconSpace right?"
+        )
+        return recon_fov, [note]
     if deep / count <= FINER * slab / encoded[2] and SHOWN * slab <= deep * count <= 1.05 * slab:
-        return (wide, high, deep * count), [f"the header wants {count} {OF_PARTITIONS} {deep / count:.2g} mm where {encoded_as} were encoded: its field of view of {deep:.3g} mm was taken for the thickness of one"]
-    return recon_fov, [f"CAUTION: the header wants only the central {deep:.3g} mm of the {slab:.4g} mm that were encoded ({encoded_as}): is the z of its reconSpace right?"]
+        note = (
+            f"the header wants {count} {OF_PARTITIONS} {deep / count:.2g} mm where {encoded_as} were encoded: "
+            f"its field of view of {deep:.3g} mm was taken for the thickness of one"
+        )
+        return (wide, high, deep * count), [note]
+    note = (
+        f"CAUTION: the header wants only the central {deep:.3g} mm of the {slab:.4g} mm that were encoded "
+        f"({encoded_as}): is the z of its reconSpace right?"
+    )
+    return recon_fov, [note]
 
 
 def _halved(encoded, encoded_fov, recon, recon_fov) -> list[str]:
-    """A note if the header asks for half the readout resolution: more often, the encoded field of view was written without the oversampling."""
+    """A note if the header asks for half the readout resolution.
+
+    More often, the encoded field of view was written without the oversampling.
+    """
     if encoded[0] < HALVED * recon[0] or abs(encoded_fov[0] / recon_fov[0] - 1) > 0.01:
         return []
-    return [f"the header wants {recon[0]} voxels of {encoded[0]} along the readout over the same field of view of {recon_fov[0]:g} mm: if the image looks too narrow, the header's encoded field of view lacks the oversampling"]
+    note = (
+        f"the header wants {recon[0]} voxels of {encoded[0]} along the readout over the same field of view of "
+        f"{recon_fov[0]:g} mm: if the image looks too narrow, the header's encoded field of view lacks the oversampling"
+    )
+    return [note]
 
 
 def _tiny(recon, recon_fov) -> list[str]:
     """A note on voxels that no scanner can have."""
     size = min(mm / n for mm, n in zip(recon_fov, recon))
-    return [f"the header's voxels are of {size:.2g} mm: was its field of view written in metres? Its unit is mm"] if size < SMALLEST_MM else []
+    if size >= SMALLEST_MM:
+        return []
+    return [f"the header's voxels are of {size:.2g} mm: was its field of view written in metres? Its unit is mm"]
 
 
 def _multiband(encoding) -> list[str]:
     """A note on slices that were excited together."""
     factor = getattr(getattr(encoding.parallelImaging, "multiband", None), "multiband_factor", None)
-    several = isinstance(factor, int) and factor > 1
-    return [f"CAUTION: the header says that {factor} slices were excited at once (multiband): they lie over each other, as this server does not separate them"] if several else []
+    if not isinstance(factor, int) or factor <= 1:
+        return []
+    note = (
+        f"CAUTION: the header says that {factor} slices were excited at once (multiband): "
+        "they lie over each other, as this server does not separate them"
+    )
+    return [note]
 
 
 def _parallel(encoding) -> tuple[tuple[int, int], str]:
@@ -225,7 +302,10 @@ def _parallel(encoding) -> tuple[tuple[int, int], str]:
 def _matrix(space) -> tuple[int, int, int]:
     m = space.matrixSize
     if not 1 <= min(m.x, m.y, m.z) <= max(m.x, m.y, m.z) <= MAX_MATRIX:
-        raise ScanError(f"expected a matrix of at least 1 and at most {MAX_MATRIX} in each direction, the header says {m.x} x {m.y} x {m.z}")
+        raise ScanError(
+            f"expected a matrix of at least 1 and at most {MAX_MATRIX} in each direction, "
+            f"the header says {m.x} x {m.y} x {m.z}"
+        )
     return (m.x, m.y, m.z)
 
 
@@ -240,7 +320,13 @@ def _check_image(encoded_fov_mm, recon_matrix, recon_fov_mm) -> None:
     """ScanError for implausible image sizes, which would use up all memory before anyone sees why."""
     if 8 * math.prod(recon_matrix) > MAX_IMAGE_BYTES:
         x, y, z = recon_matrix
-        raise ScanError(f"the header asks for an image of {x} x {y} x {z} voxels; the limit is {MAX_IMAGE_BYTES >> 30} GiB of complex numbers")
+        raise ScanError(
+            f"the header asks for an image of {x} x {y} x {z} voxels; "
+            f"the limit is {MAX_IMAGE_BYTES >> 30} GiB of complex numbers"
+        )
     for axis, encoded, recon in zip("xyz", encoded_fov_mm, recon_fov_mm):
         if not 0.01 <= recon / encoded <= 10:
-            raise ScanError(f"the header's field of view along {axis} is {encoded:g} mm as encoded and {recon:g} mm as reconstructed, which cannot both be")
+            raise ScanError(
+                f"the header's field of view along {axis} is {encoded:g} mm as encoded and {recon:g} mm as "
+                "reconstructed, which cannot both be"
+            )
