@@ -26,7 +26,8 @@ def resolve(host: str, port: int) -> list[tuple[int, tuple]]:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:  # UnicodeError: no host name at all
         raise AddressError(f"the host {host!r} has no address: {getattr(error, 'strerror', None) or error}") from None
-    return sorted(dict.fromkeys((family, where) for family, _, _, _, where in found), key=lambda entry: entry[0] != socket.AF_INET)
+    addresses = dict.fromkeys((family, where) for family, _, _, _, where in found)  # each once
+    return sorted(addresses, key=lambda entry: entry[0] != socket.AF_INET)
 
 
 class Listening(socketserver.TCPServer):
@@ -65,8 +66,9 @@ class Listening(socketserver.TCPServer):
 
     def _also_on(self, family: int, host: str) -> None:
         """Also accept on another address of the host; if that fails (no IPv6), the first one still serves."""
+        where = (host, self.server_address[1])
         try:
-            listener = socket.create_server((host, self.server_address[1]), family=family, backlog=self.request_queue_size)
+            listener = socket.create_server(where, family=family, backlog=self.request_queue_size)
         except OSError as error:
             log.warning("not served on %s: %s", host, error)
             return
@@ -92,7 +94,7 @@ class Listening(socketserver.TCPServer):
             self.shutdown_request(connection)
 
     def get_request(self) -> tuple[socket.socket, object]:
-        """The next connection; a transient error (no free file descriptor) is logged, and raised only after a short pause."""
+        """The next connection; a transient error (no free file descriptor) is logged, and raised only after a pause."""
         try:
             return super().get_request()
         except OSError as error:

@@ -19,9 +19,10 @@ FEWEST = 0.02  # of all lines: R = 16, aborted after a third
 
 
 def to_compute(coils: int, shape: tuple[int, ...], virtual: int) -> int:
-    """Bytes needed to reconstruct a volume on a CPU, besides its k-space: three arrays over the virtual coils and a few single images.
+    """Bytes needed to reconstruct a volume on a CPU, besides its k-space.
 
-    Added are 8 MiB per coil for the calibration of all coils, and 128 MiB for a denoiser's batch of slices.
+    These are three arrays over the virtual coils and a few single images. Added are 8 MiB per coil for the calibration
+    of all coils, and 128 MiB for a denoiser's batch of slices.
     """
     return 8 * WORK_ARRAYS * (min(coils, virtual) + 3) * math.prod(shape) + (coils << 23) + (128 << 20)
 
@@ -33,10 +34,16 @@ def has_room(nbytes: float) -> bool:
 
 
 def check_memory(nbytes: int, what: str) -> None:
-    """ScanError if the machine, or this container's or service's limit, lacks the memory: the kernel would kill this process with all its scans."""
+    """ScanError if the machine, or this container's or service's limit, lacks the memory.
+
+    The kernel would kill this process with all its scans.
+    """
     free = free_memory()
     if free is not None and nbytes > free:
-        raise ScanError(f"{what} {nbytes / 2**30:.2g} GiB, and {free / 2**30:.2g} GiB of this machine's memory are free now: send it again later")
+        raise ScanError(
+            f"{what} {nbytes / 2**30:.2g} GiB, and {free / 2**30:.2g} GiB of this machine's memory are free now: "
+            "send it again later"
+        )
 
 
 class Budget:
@@ -46,7 +53,8 @@ class Budget:
         virtual: number of virtual coils if the reconstruction uses host memory, on a CPU; 0 on a GPU.
 
     Raises:
-        ScanError: at once, from the header alone; by `check`, if the lines turn out to need more than the header announced.
+        ScanError: at once, from the header alone; by `check`, if the lines turn out to need more than the header
+            announced.
     """
 
     def __init__(self, header, max_gib: float, virtual: int = 0):
@@ -57,7 +65,8 @@ class Budget:
         self.check(coils, self.volumes)
         self._check_image()
         work = to_compute(coils, self.geometry.shape, virtual) if virtual else 0
-        check_memory(self.nbytes(coils) * self.volumes + work, "the scan's k-space and image need" if work else "the scan's k-space needs")
+        what = "the scan's k-space and image need" if work else "the scan's k-space needs"
+        check_memory(self.nbytes(coils) * self.volumes + work, what)
 
     def _check_image(self) -> None:
         x, y, z = self.geometry.recon_matrix
@@ -73,7 +82,8 @@ class Budget:
             gib = self.nbytes(coils) * volumes / 2**30
             z, y, x = self.geometry.shape
             raise ScanError(
-                f"the scan's k-space needs {gib:.2g} GiB ({volumes} volume{'s at once' * (volumes > 1)} of {coils} coils, matrix {x} x {y} x {z}) "
+                f"the scan's k-space needs {gib:.2g} GiB "
+                f"({volumes} volume{'s at once' * (volumes > 1)} of {coils} coils, matrix {x} x {y} x {z}) "
                 f"and this server takes {self.max_bytes / 2**30:.2g} GiB: start it with a larger --max-gib"
             )
 
@@ -83,13 +93,16 @@ class Budget:
 
 
 def _announced_volumes(header, in_one: bool) -> int:
-    """How many volumes are gathered at once, by the header's limits; `in_one` if the slices fill one of them together."""
+    """Number of volumes gathered at once, by the header's limits; `in_one` if the slices fill one of them together."""
     found = announced(header)
     return math.prod(max(1, found.get(name, 1)) for name in ("slice", "contrast", "set", "phase")[in_one:])
 
 
 def free_memory(root: Path = Path("/")) -> int | None:
-    """Bytes of memory available without swapping, within the limits of the machine and of this container or service; None if unknown (not Linux)."""
+    """Bytes of memory available without swapping; None if unknown (not Linux).
+
+    Within the limits of the machine and of this container or service.
+    """
     try:
         found = re.search(r"MemAvailable:\s*(\d+) kB", (root / "proc/meminfo").read_text())
     except OSError:
@@ -98,19 +111,31 @@ def free_memory(root: Path = Path("/")) -> int | None:
 
 
 def _left_to_groups(root: Path) -> Iterator[int]:
-    """Memory left by the control groups of this process (a container's or service's limit); cache that can be dropped counts as free."""
-    own = re.findall(r"^(?:0:|\d+:memory):/*(.*)$", (root / "proc/self/cgroup").read_text(), re.MULTILINE) if (root / "proc/self/cgroup").exists() else []
-    groups = {Path(), *(group for path in own for group in (Path(path), *Path(path).parents))}  # each is within its parents; inside a container, its own is the mount's root
-    for place, limit, used, cache in (("", "memory.max", "memory.current", "inactive_file"), ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")):
+    """Memory left by the control groups of this process (a container's or service's limit).
+
+    Cache that can be dropped counts as free.
+    """
+    listed = root / "proc/self/cgroup"
+    own = re.findall(r"^(?:0:|\d+:memory):/*(.*)$", listed.read_text(), re.MULTILINE) if listed.exists() else []
+    # each is within its parents; inside a container, its own is the mount's root
+    groups = {Path(), *(group for path in own for group in (Path(path), *Path(path).parents))}
+    for place, limit, used, cache in (
+        ("", "memory.max", "memory.current", "inactive_file"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
         for group in groups:
             folder = root / "sys/fs/cgroup" / place / group
             with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
                 droppable = re.search(rf"^{cache} (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
-                yield max(0, int((folder / limit).read_text()) - int((folder / used).read_text()) + int(droppable[1] if droppable else 0))
+                most, now = int((folder / limit).read_text()), int((folder / used).read_text())
+                yield max(0, most - now + int(droppable[1] if droppable else 0))
 
 
 def worth_an_image(scan: Scan) -> bool:
-    """Whether an aborted scan has enough lines for an image: some in each quadrant of the k-space centre, and not too few in all."""
+    """Whether an aborted scan has enough lines for an image.
+
+    That is, some in each quadrant of the k-space centre, and not too few in all.
+    """
     there = scan.counts > 0
     if scan.calibration is not None:
         there = there | (scan.calibration[1] > 0)

@@ -67,7 +67,9 @@ def config_folders() -> list[Path]:
 
 
 def _root(xml: bytes | str) -> ElementTree.Element | None:
-    """The document's root, None if it has no element: Gadgetron sends a bare declaration. Of a str, the encoding that it declares is not asked.
+    """The document's root, None if it has no element: Gadgetron sends a bare declaration.
+
+    Of a str, the encoding that it declares is not asked.
 
     Raises:
         OptionsError: for XML that does not parse.
@@ -75,7 +77,8 @@ def _root(xml: bytes | str) -> ElementTree.Element | None:
     text = xml.strip("\0 \r\n\t") if isinstance(xml, str) else xml.strip(b"\0 \r\n\t")
     try:
         return ElementTree.fromstring(text)
-    except (ElementTree.ParseError, LookupError, ValueError) as error:  # the latter two for encodings that the parser does not know
+    except (ElementTree.ParseError, LookupError, ValueError) as error:
+        # LookupError and ValueError: for encodings that the parser does not know
         plain = text if isinstance(text, str) else text.decode("latin-1")
         if "<" not in plain.split("?>")[-1]:
             return None
@@ -87,7 +90,9 @@ def _our_node(root: ElementTree.Element) -> ElementTree.Element:
     ours = [n for n in nodes if (e := n.find("execute")) is not None and e.get("name", "").split(".")[0] in OURS]
     node = next(iter(ours or [n for n in nodes if n.find("connect") is not None]), None)
     if node is None:
-        raise OptionsError('the chain has no external node for this plugin (<execute name="gadgets" .../> or <connect .../>)')
+        raise OptionsError(
+            'the chain has no external node for this plugin (<execute name="gadgets" .../> or <connect .../>)'
+        )
     configuration = node.find("configuration")
     return configuration if configuration is not None else ElementTree.Element("configuration")
 

@@ -26,7 +26,10 @@ INTERRUPTED = 130  # the exit code that shells expect
 
 
 def command() -> None:
-    """The `slicediff` program: `main`, then an exit that a solver thread abandoned at a deadline, or by Ctrl-C, cannot crash or block."""
+    """The `slicediff` program: `main`, then an exit that an abandoned solver thread cannot crash or block.
+
+    Such a thread is left behind at a deadline, or by Ctrl-C.
+    """
     if sys.stdout is not None:  # it is None where it was closed
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a name in another encoding must end nothing
     try:
@@ -42,7 +45,8 @@ def command() -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; returns its exit code, or 1 after an exception, with one sentence on stderr."""
     arguments = build_parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO if arguments.verbose else logging.CRITICAL, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    level = logging.INFO if arguments.verbose else logging.CRITICAL
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
         return arguments.run(arguments) or 0
     except Exception as error:  # the boundary: one sentence; the traceback only with --verbose
@@ -84,13 +88,16 @@ class Version(argparse.Action):
 
 def build_parser() -> argparse.ArgumentParser:
     """The command-line parser."""
-    parser = Parser(prog="slicediff", description="3D MRI reconstruction with a 2D diffusion prior, for Gadgetron, MRD streams and files.")
+    description = "3D MRI reconstruction with a 2D diffusion prior, for Gadgetron, MRD streams and files."
+    parser = Parser(prog="slicediff", description=description)
     parser.add_argument("--version", action=Version, help="show the version and exit")
     parser.add_argument("-v", "--verbose", action="store_true", help="log what happens, with tracebacks")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command, what in COMMANDS.items():
         command.add(commands.add_parser(command.__name__.split(".")[-1], help=what))
-    bench.add(commands.add_parser("bench", help="methods side by side (in a checkout)", add_help=False, prefix_chars="\0"))
+    bench.add(
+        commands.add_parser("bench", help="methods side by side (in a checkout)", add_help=False, prefix_chars="\0")
+    )
     return parser
 
 

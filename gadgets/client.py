@@ -75,7 +75,8 @@ def send_scan(
         finally:
             sender.stop.set()
         sender.join(10)
-        reason = sender.fault or failure or gone or sender.failure  # ours first: the server's complaint about a scan that we broke off says nothing new
+        # ours first: the server's complaint about a scan that we broke off says nothing new
+        reason = sender.fault or failure or gone or sender.failure
         if reason:
             raise SendError(f"{reason} ({of_images(came.total(), '{images} {were} received')})")
         _check(came, sender.volumes, expect)
@@ -115,18 +116,24 @@ def _check(came: Counter, volumes: int, expect: int | None) -> None:
         raise SendError(f"expected {of_images(expect, '{images}')}, {came.total()} came")
     short = [series for series, count in sorted(came.items()) if count < volumes]
     if expect is None and short:
-        raise SendError(f"the scan has {volumes} volumes, but series {short[0]} has only {of_images(came[short[0]], '{images}')}")
+        images = of_images(came[short[0]], "{images}")
+        raise SendError(f"the scan has {volumes} volumes, but series {short[0]} has only {images}")
 
 
 def _is_of_an_image(line: ismrmrd.Acquisition) -> bool:
-    """Whether a line belongs to an image volume; lines of another encoding (prescans, external calibration) have their own counters."""
+    """Whether a line belongs to an image volume.
+
+    Lines of another encoding (prescans, external calibration) have their own counters.
+    """
     return not (line.flags & (NOISE_BIT | SKIP_BITS) or is_calibration_only(line.flags) or line.encoding_space_ref)
 
 
 class _Sender(threading.Thread):
     """Sends while the images are being read, so that neither side waits for the other."""
 
-    def __init__(self, scan: ScanFile, wire: w.Wire, config: str | bytes, on_sent: Callable[[int], None], realtime: bool):
+    def __init__(
+        self, scan: ScanFile, wire: w.Wire, config: str | bytes, on_sent: Callable[[int], None], realtime: bool
+    ):
         super().__init__(daemon=True)
         self.scan, self.wire, self.config, self.on_sent = scan, wire, config, on_sent
         self.failure = self.fault = ""  # the server's, the scan's
@@ -183,7 +190,10 @@ class _Sender(threading.Thread):
 
 
 class _Pace:
-    """When a line is due, by its time stamp; lines without one, or out of order, are due at once; leaps beyond LEAP_S are skipped."""
+    """When a line is due, by its time stamp; leaps beyond LEAP_S are skipped.
+
+    Lines without a time stamp, or out of order, are due at once.
+    """
 
     def __init__(self):
         self.first = self.last = 0

@@ -51,7 +51,14 @@ class Host:
         yield
 
 
-def run_scan(wire: Wire, header_xml: bytes, sources: list[Mapping[str, Any]], host: Host, notify: Callable[[str], None], first: tuple | None = None) -> int:
+def run_scan(
+    wire: Wire,
+    header_xml: bytes,
+    sources: list[Mapping[str, Any]],
+    host: Host,
+    notify: Callable[[str], None],
+    first: tuple | None = None,
+) -> int:
     """Reconstruct the scan read from `wire` and send the images; returns their number.
 
     A stream that breaks off is reconstructed from what arrived, if that is enough for an image; the error is raised
@@ -110,7 +117,8 @@ class Intake:
                 elif kind == ERROR:
                     self.cut = f"the peer told of an error: {one_line(item).rstrip('. ')}"
                     return
-                elif kind == HEADER and (begun or item.encode() != self.header_xml):  # the same one sent twice before the first line does no harm
+                elif kind == HEADER and (begun or item.encode() != self.header_xml):
+                    # another one, or a late one: the same one sent twice before the first line does no harm
                     self.cut = "a second header came before the scan was closed: what followed it was left out"
                     return
                 elif kind == TEXT:
@@ -138,19 +146,26 @@ class Intake:
         try:
             for scan in scans:
                 if self.late:
-                    scan.warnings.append(f"options came after the first line and were not used: {', '.join(sorted(self.late))}")
+                    late = ", ".join(sorted(self.late))
+                    scan.warnings.append(f"options came after the first line and were not used: {late}")
                 if self.cut and not worth_an_image(scan):
                     poor += 1
                     continue
                 if self.cut:
-                    scan.warnings.append(f"the scan broke off and was reconstructed from the {int(scan.counts.sum())} lines that came ({self.cut})")
+                    lines = int(scan.counts.sum())
+                    scan.warnings.append(
+                        f"the scan broke off and was reconstructed from the {lines} lines that came ({self.cut})"
+                    )
                 yield scan
         except ScanError as error:
             if self.images:
                 error = ScanError(f"{error}; {self.images} images came, but raw data are needed")
             raise WireError(f"{self.cut}; {error}") if self.cut else error from None
         if poor:
-            raise WireError(f"{self.cut}; the k-space centre had not come by then, so there is no image of {poor} volume{'s' * (poor > 1)}")
+            raise WireError(
+                f"{self.cut}; the k-space centre had not come by then, "
+                f"so there is no image of {poor} volume{'s' * (poor > 1)}"
+            )
 
     def turn(self, tell: Callable[[str], None]) -> Callable:
         """The context for computing one volume, as `reconstruct` expects it."""
@@ -180,7 +195,8 @@ class Progress:
         elif stage == "gathered":
             text = "k-space gathered, {} coils, matrix {} x {} x {} (z y x)".format(*facts["shape"])
         elif stage == "measured":
-            text = "; ".join([f"{facts['coils']} virtual coils", "calibration {} x {}".format(*facts["acs"]), *facts["warnings"]])
+            calibration = "calibration {} x {}".format(*facts["acs"])
+            text = "; ".join([f"{facts['coils']} virtual coils", calibration, *facts["warnings"]])
         else:
             text = f"{stage} ready"
         self.say(text)

@@ -19,7 +19,9 @@ LOOK_S = 0.05  # at what the peer has not taken yet
 
 
 def await_delivery(sock: socket.socket, silence_s: float) -> None:
-    """Send no more, and wait until the peer's machine has everything that was sent; what still comes from there is read and dropped.
+    """Send no more, and wait until the peer's machine has everything that was sent.
+
+    What still comes from there is read and dropped.
 
     Raises:
         PeerGone: if the connection broke before, or nothing was taken for `silence_s`.
@@ -48,7 +50,10 @@ def await_delivery(sock: socket.socket, silence_s: float) -> None:
 
 
 def linger(sock: socket.socket, longest_s: float) -> None:
-    """Wait, but not forever, for the peer to close first: closing with its bytes unread would destroy our last message."""
+    """Wait, but not forever, for the peer to close first.
+
+    Closing with its bytes unread would destroy our last message.
+    """
     end = time.monotonic() + longest_s
     try:
         sock.shutdown(socket.SHUT_WR)

@@ -25,7 +25,10 @@ def slice_diffusion(connection) -> None:
 
 
 def answer_gadgetron(wire: Wire, config_xml: bytes, header_xml: bytes) -> None:
-    """Run one scan for Gadgetron: send images and, if anything fails, one ERROR after draining the input. Does not send CLOSE."""
+    """Run one scan for Gadgetron: send images and, if anything fails, one ERROR after draining the input.
+
+    Does not send CLOSE.
+    """
     try:
         from .chain import properties_of
         from .conversation import Host, run_scan  # imports torch: where that fails, Gadgetron is told, too
