@@ -27,12 +27,15 @@ from .server import Server
 from .simulation.scan import simulate
 
 EXAMPLE = Path(__file__).parent / "example" / "head_2mm.nii.gz"
-KEYS = {method: {"cg": "cg_sense", "zero-filled": "zero_filled"}.get(method, method) for method in METHODS}  # of the results
+# names in the results
+KEYS = {method: {"cg": "cg_sense", "zero-filled": "zero_filled"}.get(method, method) for method in METHODS}
 TITLES = {KEYS[name]: method.title for name, method in METHODS.items()}
 
 
 def run_demo(out: Path, say: Callable[[str], None], settings: dict) -> dict:
-    """Run the demo into folder `out`; returns {"psnr": {...}, "png": path, "seconds": s}, the PSNR of zero filling, of the preview (if the method has one) and of the method.
+    """Run the demo into folder `out`; returns {"psnr": {...}, "png": path, "seconds": s}.
+
+    The PSNR is that of zero filling, of the preview (if the method has one) and of the method.
 
     Args:
         say: shows a line of progress.

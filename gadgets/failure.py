@@ -37,12 +37,15 @@ def sentence(error: BaseException) -> str:
 
 
 def one_line(text: str) -> str:
-    """The text in one line, without control characters, which a peer could send to change what a console or a log shows."""
+    """The text in one line, without control characters: a peer's could change what a console or a log shows."""
     return "".join(c for c in " ".join(text.split()) if c.isprintable())
 
 
 def of_lines(count: int, text: str, kind: str = "") -> str:
-    """`text` with {lines}, {were} and {have} filled in for `count` lines of a `kind`: "1 line", "was", "has"; "3 calibration lines", "were", "have"."""
+    """`text` with {lines}, {were} and {have} filled in for `count` lines of a `kind`.
+
+    These are "1 line", "was", "has", or "3 calibration lines", "were", "have".
+    """
     return _of("lines", count, text, f"{kind}line")
 
 
@@ -52,7 +55,9 @@ def of_images(count: int, text: str) -> str:
 
 
 def _of(name: str, count: int, text: str, one: str) -> str:
-    return text.format(**{name: f"{count} {one}" + "s" * (count != 1)}, were="was" if count == 1 else "were", have="has" if count == 1 else "have")
+    counted = f"{count} {one}" + "s" * (count != 1)
+    were, have = ("was", "has") if count == 1 else ("were", "have")
+    return text.format(**{name: counted}, were=were, have=have)
 
 
 def log_failure(what: str, error: BaseException, level: int = logging.ERROR) -> None:
@@ -75,7 +80,7 @@ def free_gpu_memory() -> None:
 
 @contextlib.contextmanager
 def noted(failures: Failures, volume: str) -> Iterator[None]:
-    """Note an exception, and the volume it concerns, in `failures`, so that it does not affect the scan's other volumes."""
+    """Note an exception and its volume in `failures`, so that it does not affect the scan's other volumes."""
     try:
         yield
     except Exception as error:  # the boundary of one volume; reported once the others are sent
@@ -88,7 +93,8 @@ def noted(failures: Failures, volume: str) -> Iterator[None]:
 def raise_if_any(failures: Failures, volumes: int) -> None:
     """Raise one ReconError for all noted failures; it names the volumes unless the scan had only one."""
     if failures:
-        raise ReconError("; ".join(f"{_some(names)}: {text}" if volumes > 1 else text for text, names in failures.items()))
+        told = (f"{_some(names)}: {text}" if volumes > 1 else text for text, names in failures.items())
+        raise ReconError("; ".join(told))
 
 
 def _some(names: list[str]) -> str:

@@ -38,9 +38,17 @@ def draw_orthogonal(volume: np.ndarray, affine: np.ndarray, path: str | Path) ->
 
 
 def draw_comparison(
-    volumes: dict[str, np.ndarray], affine: np.ndarray, path: str | Path, captions: dict[str, str], reference: str, errors: int = 1
+    volumes: dict[str, np.ndarray],
+    affine: np.ndarray,
+    path: str | Path,
+    captions: dict[str, str],
+    reference: str,
+    errors: int = 1,
 ) -> None:
-    """Volumes [z y x] side by side in three orientations with captions, and their errors against `reference` in the first `errors` of these, as PNG."""
+    """Volumes [z y x] side by side in three orientations with captions, as PNG.
+
+    With their errors against `reference` in the first `errors` of these orientations.
+    """
     panels = comparison_panels(list(volumes.values()), affine, volumes[reference], errors)
     rows = sum(colours == "magma" for *_, colours, _ in panels[0])
     note = f"last {'row' if rows == 1 else f'{rows} rows'}: absolute error, brightened 5 times"
@@ -60,8 +68,13 @@ def draw_denoising(images: np.ndarray, title: str, path: str | Path) -> None:
     figure.savefig(path, dpi=100, facecolor="black")
 
 
-def comparison_panels(volumes: list[np.ndarray], affine: np.ndarray, reference: np.ndarray, errors: int) -> list[list[Panel]]:
-    """A column per volume [z y x]: its planes, and below them the absolute error against `reference` in the first `errors` planes, brightened 5 times."""
+def comparison_panels(
+    volumes: list[np.ndarray], affine: np.ndarray, reference: np.ndarray, errors: int
+) -> list[list[Panel]]:
+    """A column per volume [z y x]: its planes, and below them the absolute error against `reference`.
+
+    The errors shown are those of the first `errors` planes, brightened 5 times.
+    """
     turned = [anatomical(v, affine) for v in volumes]
     truth, top = anatomical(reference, affine)[0], _top(turned[-1][0])
     shown = [[(p, a, "gray", top) for p, a in planes(v, mm)] for v, mm in turned]
@@ -83,7 +96,9 @@ def _draw(panels: list[list[Panel]], titles: list[str], path: str | Path, note: 
     for column, (title, panel) in enumerate(zip(titles, panels)):
         axes[0, column].set_title(title, color="white", fontsize=11)
         for row, (plane, aspect, colours, vmax) in enumerate(panel):
-            axes[row, column].imshow(plane, cmap=colours, vmin=0, vmax=vmax, origin="lower", aspect=aspect, interpolation="nearest")
+            axes[row, column].imshow(
+                plane, cmap=colours, vmin=0, vmax=vmax, origin="lower", aspect=aspect, interpolation="nearest"
+            )
             axes[row, column].axis("off")
     figure.text(0.005, 0.005, note, color="white", fontsize=8)
     figure.subplots_adjust(0.01, 0.03, 0.99, 1 - 0.55 / figure.get_figheight(), 0.02, 0.02)

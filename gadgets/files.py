@@ -18,16 +18,24 @@ class FileError(Exception):
 
 
 def open_hdf5(path: str | Path) -> h5py.File:
-    """Open for reading; FileError if it is not an HDF5 file, is truncated or may not be read, or another program is writing to it."""
+    """Open for reading.
+
+    Raises:
+        FileError: if it is not an HDF5 file, is truncated or may not be read, or another program is writing to it.
+    """
     try:
         return h5py.File(path, "r")
     except BlockingIOError:
-        raise FileError(f"{path} is in use by another program, which writes to it: wait until it has closed it") from None
+        raise FileError(
+            f"{path} is in use by another program, which writes to it: wait until it has closed it"
+        ) from None
     except PermissionError:
         raise FileError(f"{path} cannot be read: permission denied") from None
     except OSError as error:
         if cut := re.search(r"truncated file: eof = (\d+),.* stored_eof = (\d+)", str(error)):
-            raise FileError(f"{path} is truncated ({cut[1]} of {cut[2]} bytes): its end was not copied or never written") from None
+            raise FileError(
+                f"{path} is truncated ({cut[1]} of {cut[2]} bytes): its end was not copied or never written"
+            ) from None
         raise FileError(f"{path} is not an HDF5 file: {error}") from None
 
 
@@ -84,7 +92,7 @@ def check_place(path: Path) -> None:
 
 
 def check_replaceable(path: Path) -> None:
-    """FileError if no HDF5 file can be written to `path`, or what is there is no HDF5 file, or another program has it open."""
+    """FileError if no HDF5 file can be written to `path`, or what is there is none, or another program has it open."""
     check_place(path)
     if not path.exists() or path.is_file() and not path.stat().st_size:
         return
@@ -93,6 +101,8 @@ def check_replaceable(path: Path) -> None:
     try:
         h5py.File(path, "r+").close()  # opened with "w", it would be emptied before HDF5 looks whether it is in use
     except BlockingIOError:
-        raise FileError(f"{path} is in use by another program: wait until it has closed it, or write to another file") from None
+        raise FileError(
+            f"{path} is in use by another program: wait until it has closed it, or write to another file"
+        ) from None
     except OSError:  # damaged: no loss
         pass
