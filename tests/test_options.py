@@ -34,15 +34,19 @@ def test_shipped_presets_are_valid(name):
     assert isinstance(make_options({"preset": name}), Options)
 
 
-@pytest.mark.parametrize("source,message", [
-    ({"sweep": 3}, "unknown option 'sweep'; known are .*sweeps"),
-    ({"sweeps": "many"}, "option 'sweeps'.*integer.*'many'"),
-    ({"sweeps": 0}, "greater than or equal to 1"), ({"sigma_min": 1e-12}, "greater than or equal to 0.0001"),
-    ({"method": "magic"}, "'cg' or 'zero-filled'.*'magic'"),
-    ({"orientation": ""}, "orientation.*got ''$"),
-    ({"sigma_min": 0.5}, "sigma_min 0.5 must not exceed sigma_max"),
-    ({"preset": "nonesuch"}, "no preset 'nonesuch': shipped are"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "source,message",
+    [
+        ({"sweep": 3}, "unknown option 'sweep'; known are .*sweeps"),
+        ({"sweeps": "many"}, "option 'sweeps'.*integer.*'many'"),
+        ({"sweeps": 0}, "greater than or equal to 1"),
+        ({"sigma_min": 1e-12}, "greater than or equal to 0.0001"),
+        ({"method": "magic"}, "'cg' or 'zero-filled'.*'magic'"),
+        ({"orientation": ""}, "orientation.*got ''$"),
+        ({"sigma_min": 0.5}, "sigma_min 0.5 must not exceed sigma_max"),
+        ({"preset": "nonesuch"}, "no preset 'nonesuch': shipped are"),
+    ],
+)
 def test_wrong_options_are_refused_in_a_sentence(source, message):
     with pytest.raises(OptionsError, match=message) as caught:
         make_options(source)

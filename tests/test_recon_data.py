@@ -50,12 +50,15 @@ def test_layout_of_a_buffer(full):
     np.testing.assert_array_equal(bit.data.data[0, 0, 0, :, 5, 6], lines[5 * 13 + 6].data)
 
 
-@pytest.mark.parametrize("options", [
-    SimulateOptions(coils=2, pattern="full", noise_lines=0),
-    SimulateOptions(coils=2, pattern="full", noise_lines=0, oversampling=1),
-    SimulateOptions(coils=2, pattern="full", noise_lines=0, partial_fourier=(0.7, 0.6)),
-    SimulateOptions(coils=2, acceleration=2, acs=4, noise_lines=0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        SimulateOptions(coils=2, pattern="full", noise_lines=0),
+        SimulateOptions(coils=2, pattern="full", noise_lines=0, oversampling=1),
+        SimulateOptions(coils=2, pattern="full", noise_lines=0, partial_fourier=(0.7, 0.6)),
+        SimulateOptions(coils=2, acceleration=2, acs=4, noise_lines=0),
+    ],
+)
 def test_buffers_give_what_lines_give(tmp_path, options):
     header, lines, _ = load_small_scan(tmp_path, options)
     expected, found = gathered(header, lines), buffered(header, lines)
@@ -155,12 +158,15 @@ def test_a_buffer_that_contradicts_itself_cannot_be_recorded_and_harms_nobody(fu
     assert any(note.startswith("reference lines were left out") for note in gathered(header, [message]).warnings)
 
 
-@pytest.mark.parametrize("payload,message", [
-    (struct.pack("<Q", 1 << 40), "encoding spaces was announced"),
-    (struct.pack("<QQ", 1, 900), "of 900 dimensions was announced"),
-    (struct.pack("<QQ7Q", 1, 7, *(1 << 20,) * 7), "bytes was announced"),
-    (struct.pack("<QQ8Q", 1, 8, *(1,) * 8) + bytes(8 + 2 + 8 + 56 + 1), "at most 7 dimensions"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "payload,message",
+    [
+        (struct.pack("<Q", 1 << 40), "encoding spaces was announced"),
+        (struct.pack("<QQ", 1, 900), "of 900 dimensions was announced"),
+        (struct.pack("<QQ7Q", 1, 7, *(1 << 20,) * 7), "bytes was announced"),
+        (struct.pack("<QQ8Q", 1, 8, *(1,) * 8) + bytes(8 + 2 + 8 + 56 + 1), "at most 7 dimensions"),
+    ],
+)
 def test_nonsense_is_refused(payload, message):
     with pytest.raises(ReconDataError, match=message):
         parsed(payload)
