@@ -309,7 +309,10 @@ def test_a_probe_that_goes_away_is_no_event(caplog, capfd):
 
 @pytest.mark.parametrize("adapt, loaded", [(20, True), (0, False)])
 def test_a_warm_server_has_loaded_what_learning_needs(adapt, loaded):
-    """A process's first optimiser takes torch seconds; no patient shall wait for them, nor anybody who learns nothing."""
+    """A process's first optimiser takes torch seconds.
+
+    No patient shall wait for them, and nobody who does not learn.
+    """
     code = f"""if True:
         import sys
         from gadgets.options import make_options
