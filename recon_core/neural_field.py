@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from .interpolation import interpolate
 from .representation import PUBLISHED, Representation, Shape
 
-FINEST, FACTOR, LEVELS = 1.5, 2.0, 4  # voxels of the finest mesh per point of the finest grid, ratio of spacing between grids, number of grids
+# voxels of the finest mesh per point of the finest grid, ratio of spacing between grids, number of grids
+FINEST, FACTOR, LEVELS = 1.5, 2.0, 4
 FEATURES, WIDTH = 8, 64
 RATE = 1e-2  # Adam learning rate
 
@@ -27,7 +28,9 @@ class NeuralField(Representation):
         random = torch.Generator().manual_seed(seed)
         steps = [FINEST * FACTOR**level for level in range(LEVELS)]
         grids = [[max(1, round(n / step)) for n in finest] for step in steps]
-        self.grids = nn.ParameterList(nn.Parameter(0.1 * torch.randn(*grid, FEATURES, generator=random)) for grid in grids)
+        self.grids = nn.ParameterList(
+            nn.Parameter(0.1 * torch.randn(*grid, FEATURES, generator=random)) for grid in grids
+        )
         sizes = [FEATURES * LEVELS, WIDTH, WIDTH, 2]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:]))
         for layer in self.layers:

@@ -1,4 +1,4 @@
-"""Diffusion in function space: a network that is told the voxel size, and noise that is the same field whatever the voxels.
+"""Diffusion in function space: a network that is told the voxel size, and noise that is one field whatever the voxels.
 
 After infinity-Diff (Bond-Taylor and Willcocks, arXiv 2303.18242). The image is a function that any mesh can sample.
 Layers are integrals with kernels defined in millimetres and resampled for each voxel size, a U-Net in the middle always
@@ -24,7 +24,10 @@ Voxel = tuple[float, float]
 
 
 class Integral(nn.Module):
-    """Residual layer: each feature is integrated with a kernel of `taps` x `taps` values TAP_MM apart, followed by a pointwise function of all features."""
+    """Residual layer: an integral of each feature, then a pointwise function of all features.
+
+    The kernel of the integral has `taps` x `taps` values TAP_MM apart.
+    """
 
     def __init__(self, channels: int, taps: int, embedding: int):
         super().__init__()
@@ -66,7 +69,10 @@ class NeuralOperator(nn.Module):
         nn.init.zeros_(self.project.bias)
 
     def forward(self, x: Tensor, noise_level: Tensor, voxel_mm: Voxel = (TAP_MM, TAP_MM)) -> Tensor:
-        """Map x [slices io h w], of any h and w and voxels of `voxel_mm` (h, w), and noise_level [slices] to [slices io h w]."""
+        """Map x [slices io h w], on voxels of `voxel_mm` (h, w), and noise_level [slices] to [slices io h w].
+
+        The slices may have any h and w.
+        """
         emb, h = self.embed(noise_level), self.lift(x)
         for layer in self.before:
             h = layer(h, emb, voxel_mm)
@@ -81,7 +87,8 @@ class NeuralOperator(nn.Module):
 def sampled_kernel(kernel: Tensor, voxel_mm: Voxel) -> Tensor:
     """Kernels [channels taps taps], values TAP_MM apart, as weights [channels h w] for voxels of `voxel_mm` (h, w).
 
-    The sum of the weights, the kernel's integral, does not depend on the voxels; on voxels of TAP_MM the weights are the values.
+    The sum of the weights, the kernel's integral, does not depend on the voxels; on voxels of TAP_MM the weights are
+    the values.
     """
     high, wide = (_sampling(kernel.shape[-1], mm).to(kernel) for mm in voxel_mm)
     with torch.autocast(kernel.device.type, enabled=False):
@@ -89,7 +96,10 @@ def sampled_kernel(kernel: Tensor, voxel_mm: Voxel) -> Tensor:
 
 
 def _sampling(taps: int, voxel_mm: float) -> Tensor:
-    """Share of each value that each voxel takes [size taps]: a triangle as wide as the coarser of the two; columns sum to one."""
+    """Share of each value that each voxel takes [size taps]: a triangle as wide as the coarser of the two.
+
+    Columns sum to one.
+    """
     width, reach = max(TAP_MM, voxel_mm), (taps // 2) * TAP_MM
     side = math.ceil((reach + width) / voxel_mm - 1e-6) - 1
     there = (torch.arange(2 * side + 1) - side) * voxel_mm
@@ -105,7 +115,8 @@ def smooth_noise(white: Tensor, voxel_mm: Voxel) -> Tensor:
     the variance at each point is 1.
     """
     passed = torch.ones(())
-    power = math.erf(math.pi * NOISE_MM / TAP_MM) / (2 * math.pi**0.5 * NOISE_MM)  # of the Gaussian below, integrated over the band of voxels of TAP_MM
+    # of the Gaussian below, integrated over the band of voxels of TAP_MM
+    power = math.erf(math.pi * NOISE_MM / TAP_MM) / (2 * math.pi**0.5 * NOISE_MM)
     for n, mm in zip(white.shape[-2:], voxel_mm):
         line = torch.exp(-2 * (math.pi * NOISE_MM * torch.fft.fftfreq(n, mm)).square())
         passed = passed[..., None] * line / (power * mm) ** 0.5

@@ -14,16 +14,18 @@ from torch import Tensor
 FEW_LINES = 16  # up to this many, the median is a poor estimate
 ENOUGH_LINES = 1024  # for a median; using all lines of a large scan takes seconds
 DEAD = 1e-3  # noise of a coil over that of the median coil below which it is not connected
-LOUD = 2.0  # estimated noise of a coil over that of the median coil above which it is scaled down; also noise lines over the scan's own
+# estimated noise of a coil over the median coil's above which it is scaled down; also noise lines over the scan's own
+LOUD = 2.0
 
 
 class Whitening(NamedTuple):
-    """How coils become virtual coils of even noise: `matrix` [virtual coils coils], and the noise `sigma` of a single line after it.
+    """How coils become virtual coils of even noise.
 
-    `known`: noise lines gave `sigma`; otherwise the scan's outer lines did, which also contain fine detail. `shown` is the
-    upper bound that those outer lines give, 0 if they were not used; `warnings` are sentences for the operator; `weights`
-    [coils] are the factors in `matrix` if noise lines did not give it, 1 for a coil that was left out. `loudest` is the noise
-    of the loudest coil over `sigma`: an estimate does not make them all alike.
+    `matrix` [virtual coils coils] makes them, and `sigma` is the noise of a single line after it. `known`: noise lines
+    gave `sigma`; otherwise the scan's outer lines did, which also contain fine detail. `shown` is the upper bound that
+    those outer lines give, 0 if they were not used; `warnings` are sentences for the operator; `weights` [coils] are
+    the factors in `matrix` if noise lines did not give it, 1 for a coil that was left out. `loudest` is the noise of
+    the loudest coil over `sigma`: an estimate does not make them all alike.
     """
 
     matrix: Tensor
@@ -35,12 +37,22 @@ class Whitening(NamedTuple):
     loudest: float = 1.0
 
 
-def whiten(kspace: Tensor, mask: Tensor, factor: Tensor, averages: float, noise: Tensor | None = None, louder: float = 1.0, gain: float = 1.0, weights: Tensor | None = None) -> Whitening:
+def whiten(
+    kspace: Tensor,
+    mask: Tensor,
+    factor: Tensor,
+    averages: float,
+    noise: Tensor | None = None,
+    louder: float = 1.0,
+    gain: float = 1.0,
+    weights: Tensor | None = None,
+) -> Whitening:
     """Prewhitening by the noise lines, or as well as the scan itself allows.
 
     With noise lines sigma is 1, or `louder`, times `gain`. An estimate only evens out the coils and keeps the units of
-    the data: otherwise its error would appear as brightness that changes from one volume of a scan to the next. Noise lines
-    louder than the scan itself (another receiver gain or bandwidth) give the noise correlation between coils, but not its level.
+    the data: otherwise its error would appear as brightness that changes from one volume of a scan to the next. Noise
+    lines louder than the scan itself (another receiver gain or bandwidth) give the noise correlation between coils,
+    but not its level.
 
     Args:
         kspace: [coils z y x] sums over averages, x in image space.
@@ -50,8 +62,8 @@ def whiten(kspace: Tensor, mask: Tensor, factor: Tensor, averages: float, noise:
         noise: [coils samples] noise samples, if there are noise lines.
         louder: noise of the scan over that of its noise lines.
         gain: factor on data prewhitened by noise lines, so that volumes of different dwell times can be compared.
-        weights: [coils] those of another volume of the scan, used without noise lines: own ones, which fine detail in the
-            outer lines affects as well, would shade the images of contrasts differently.
+        weights: [coils] those of another volume of the scan, used without noise lines: own ones, which fine detail in
+            the outer lines affects as well, would shade the images of contrasts differently.
     """
     reason = "no noise lines"
     if noise is not None:
@@ -62,10 +74,13 @@ def whiten(kspace: Tensor, mask: Tensor, factor: Tensor, averages: float, noise:
         else:
             found = _by_noise_lines(matrix, kspace, mask, factor, averages, louder)
             return found._replace(matrix=gain * found.matrix, sigma=gain * found.sigma, shown=gain * found.shown)
-    return _by_itself(kspace, mask, factor, averages, f"{reason}: the noise level was estimated from the scan itself", weights)
+    why = f"{reason}: the noise level was estimated from the scan itself"
+    return _by_itself(kspace, mask, factor, averages, why, weights)
 
 
-def _by_itself(kspace: Tensor, mask: Tensor, factor: Tensor, averages: float, why: str, given: Tensor | None) -> Whitening:
+def _by_itself(
+    kspace: Tensor, mask: Tensor, factor: Tensor, averages: float, why: str, given: Tensor | None
+) -> Whitening:
     tiny = torch.finfo(torch.float32).tiny
     sigma = estimate_sigma(kspace, mask, factor)
     live = sigma > 0
@@ -77,28 +92,43 @@ def _by_itself(kspace: Tensor, mask: Tensor, factor: Tensor, averages: float, wh
     if not float(sigma.max()) > 0:
         floor = 1e-4 * float((kspace.abs().square().mean(dim=(0, 3)) * factor.square()).mean().sqrt())
         sigma = sigma + max(floor, tiny)
-    weight = (LOUD * sigma[sigma > 0].median() / sigma.clamp_min(tiny)).clamp_max(1) if given is None else given.to(sigma.device)[live]
+    if given is None:
+        weight = (LOUD * sigma[sigma > 0].median() / sigma.clamp_min(tiny)).clamp_max(1)
+    else:
+        weight = given.to(sigma.device)[live]
     left = (weight * sigma).double()  # the square of the least noise is none in single precision
     level = float(left.square().mean().sqrt())
     weights = torch.ones(len(kspace), device=sigma.device).masked_scatter(live, weight)
-    return Whitening(weights.diag()[live].to(kspace.dtype), level * averages**0.5, False, level * averages**0.5, warnings, weights, float(left.max()) / level)
+    matrix, of_a_line = weights.diag()[live].to(kspace.dtype), level * averages**0.5
+    return Whitening(matrix, of_a_line, False, of_a_line, warnings, weights, loudest=float(left.max()) / level)
 
 
 def left_out(dead: Tensor, why: str) -> str:
-    """Sentence saying which coils (true in `dead` [coils]) are left out, and `why`, where {have} becomes "has" or "have"."""
+    """Sentence saying which coils (true in `dead` [coils]) are left out, and `why`; {have} becomes "has" or "have"."""
     numbers = [str(coil) for coil in dead.nonzero()[:, 0].tolist()]
-    return f"coil{'s' * (len(numbers) > 1)} {', '.join(numbers)} (counted from 0) {why.format(have='has' if len(numbers) == 1 else 'have')}: dead, left out"
+    coils = f"coil{'s' * (len(numbers) > 1)} {', '.join(numbers)} (counted from 0)"
+    why = why.format(have="has" if len(numbers) == 1 else "have")
+    return f"{coils} {why}: dead, left out"
 
 
-def _by_noise_lines(matrix: Tensor, kspace: Tensor, mask: Tensor, factor: Tensor, averages: float, louder: float) -> Whitening:
+def _by_noise_lines(
+    matrix: Tensor, kspace: Tensor, mask: Tensor, factor: Tensor, averages: float, louder: float
+) -> Whitening:
     dead = ~matrix.any(dim=0)
     warnings = [left_out(dead, "{have} no noise")] if bool(dead.any()) else []
     level = float(estimate_sigma(kspace, mask, factor, matrix).median()) * averages**0.5
     if louder > 1:
-        warnings.append(f"the scan is {louder:.2g} times as noisy as its noise lines (another receiver gain or bandwidth, or motion?): the noise level of the scan itself was used")
+        warnings.append(
+            f"the scan is {louder:.2g} times as noisy as its noise lines "
+            "(another receiver gain or bandwidth, or motion?): the noise level of the scan itself was used"
+        )
     if not 0 < level < 1 / LOUD:
         return Whitening(matrix, louder, True, level, warnings)
-    return Whitening(matrix, level, False, level, [*warnings, f"the noise lines are {1 / level:.2g} times louder than the scan: the noise level was estimated from the scan itself"])
+    warnings.append(
+        f"the noise lines are {1 / level:.2g} times louder than the scan: "
+        "the noise level was estimated from the scan itself"
+    )
+    return Whitening(matrix, level, False, level, warnings)
 
 
 def whitening_matrix(noise: Tensor) -> Tensor:
@@ -124,7 +154,9 @@ def whitening_matrix(noise: Tensor) -> Tensor:
     covariance = covariance[live][:, live]
     factor, failed = torch.linalg.cholesky_ex(covariance)
     if int(failed) or not bool(live.any()) or not bool(torch.isfinite(torch.view_as_real(factor)).all()):
-        raise ValueError("the noise lines have no invertible covariance: are they zero or NaN, or do coils repeat each other?")
+        raise ValueError(
+            "the noise lines have no invertible covariance: are they zero or NaN, or do coils repeat each other?"
+        )
     eye = torch.eye(coils, dtype=covariance.dtype, device=covariance.device)[live]
     return torch.linalg.solve_triangular(factor, eye, upper=False).to(torch.complex64)
 
@@ -132,8 +164,8 @@ def whitening_matrix(noise: Tensor) -> Tensor:
 def estimate_sigma(kspace: Tensor, mask: Tensor, factor: Tensor | None = None, mixing: Tensor | None = None) -> Tensor:
     """Noise level per coil [coils], estimated from the scan itself.
 
-    From the median magnitude (of few lines, the mean) of the samples far from the k-space centre. It is too high where fine
-    detail still stands out there, which costs little; too low a level would leave noise in the image,
+    From the median magnitude (of few lines, the mean) of the samples far from the k-space centre. It is too high where
+    fine detail still stands out there, which costs little; too low a level would leave noise in the image,
     and air at the ends of the readout gives too low a level where the receiver noise is not white.
 
     Args:
@@ -153,6 +185,9 @@ def estimate_sigma(kspace: Tensor, mask: Tensor, factor: Tensor | None = None, m
     magnitude = lines.abs()
     if factor is not None:
         magnitude = magnitude * factor[z, y][:, None]
-    few = magnitude.shape[1] <= FEW_LINES
-    middle = magnitude.mean(dim=1) / (math.pi / 2) ** 0.5 if few else magnitude.median(dim=1).values / (2 * math.log(2)) ** 0.5  # of the Rayleigh distribution
+    # mean or median, each over that of a Rayleigh distribution whose sigma is 1
+    if magnitude.shape[1] <= FEW_LINES:
+        middle = magnitude.mean(dim=1) / (math.pi / 2) ** 0.5
+    else:
+        middle = magnitude.median(dim=1).values / (2 * math.log(2)) ** 0.5
     return torch.quantile(middle, 0.5, dim=1)

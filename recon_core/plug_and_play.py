@@ -19,7 +19,7 @@ from .state import State
 class PlugAndPlayConfig:
     """sigma is in tissue brightness, the best of five (0.03 to 0.12) on three held-out heads.
 
-    Against the data the denoised volume has the weight (n / sigma)^2, n the noise of the data, as in the Gaussian model.
+    The denoised volume has the weight (n / sigma)^2 against the data, with n their noise, as in the Gaussian model.
     """
 
     iterations: int = 16
@@ -28,7 +28,11 @@ class PlugAndPlayConfig:
 
 
 def reconstruct_plug_and_play(
-    measurement: Measurement, prior: Denoiser, start: Tensor, config: PlugAndPlayConfig = PlugAndPlayConfig(), seed: int = 0
+    measurement: Measurement,
+    prior: Denoiser,
+    start: Tensor,
+    config: PlugAndPlayConfig = PlugAndPlayConfig(),
+    seed: int = 0,
 ) -> Iterator[State]:
     """Yield a State after every iteration; nothing is random.
 

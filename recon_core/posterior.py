@@ -25,10 +25,11 @@ from .wavelet import soft_threshold
 
 @dataclass(frozen=True)
 class PosteriorConfig:
-    """sigma is in tissue brightness, per real and imaginary part; `pull` weights the denoised volume against the data (||A|| <= 1).
+    """sigma is in tissue brightness, per real and imaginary part.
 
-    Of the pulls 0.3, 1, 3 and 10, 3 was best for each of the three methods on a held-out head. DDS denoises one slice per
-    readout position, an independent 2D problem with data of its own. The image is one sample, not the mean of many.
+    `pull` weights the denoised volume against the data (||A|| <= 1). Of the pulls 0.3, 1, 3 and 10, 3 was best for each
+    of the three methods on a held-out head. DDS denoises one slice per readout position, an independent 2D problem with
+    data of its own. The image is one sample, not the mean of many.
     """
 
     steps: int = 80
@@ -64,7 +65,11 @@ def reconstruct_posterior(
         clean = x.clone()
         evaluations += denoise_slices(clean, prior, sigma, axes[step % len(axes)])
         error = (x - clean) / sigma
-        clean = variation.solve(target, clean) if config.tv else measurement.operator.solve(target + config.pull * clean, config.pull, clean, config.cg_iterations)
+        if config.tv:
+            clean = variation.solve(target, clean)
+        else:
+            side = target + config.pull * clean
+            clean = measurement.operator.solve(side, config.pull, clean, config.cg_iterations)
         fresh = config.eta * following * (1 - (following / sigma) ** 2) ** 0.5
         x = clean + (following**2 - fresh**2) ** 0.5 * error + fresh * complex_noise(x, random)
         yield State(step + 1, config.steps, sigma, clean * scale, evaluations)
@@ -78,7 +83,10 @@ class Variation:
         self.v = self.u = 0.0
 
     def solve(self, target: Tensor, clean: Tensor) -> Tensor:
-        """One further ADMM iteration on argmin ||Ax - y||^2 / 2 + pull ||x - clean||^2 / 2 + tv ||D x||_1; target is A^H y."""
+        """One further ADMM iteration on argmin ||Ax - y||^2 / 2 + pull ||x - clean||^2 / 2 + tv ||D x||_1.
+
+        `target` is A^H y.
+        """
         pull, penalty = self.config.pull, self.config.tv_penalty
 
         def normal(x: Tensor) -> Tensor:

@@ -57,7 +57,10 @@ class Prior(nn.Module):
         return isinstance(self.net, NeuralOperator)
 
     def unit_noise(self, white: Tensor, voxel_mm: Voxel = TRAINED_MM) -> Tensor:
-        """The noise that it removes, from white noise [... h w] on voxels of `voxel_mm` (h, w): unchanged unless in function space."""
+        """The noise that it removes, from white noise [... h w] on voxels of `voxel_mm` (h, w).
+
+        Unchanged unless in function space.
+        """
         return smooth_noise(white, voxel_mm) if self.in_function_space else white
 
     def forward(self, x: Tensor, sigma: Tensor | float, voxel_mm: Voxel = TRAINED_MM) -> Tensor:
@@ -67,12 +70,15 @@ class Prior(nn.Module):
             voxel_mm: voxel size along h and w; used in function space only.
 
         Raises:
-            ValueError: if x is not finite. Not checked in training, where it would stall a GPU at every step and the loss
-                shows it anyway.
+            ValueError: if x is not finite. Not checked in training, where it would stall a GPU at every step and the
+                loss shows it anyway.
         """
         if not self.training and not torch.compiler.is_compiling() and not bool(torch.isfinite(x).all()):
             raise ValueError("the slices given to the prior hold NaN or infinity")
-        sigma = sigma.to(x.device, torch.float32).expand(x.shape[0]) if torch.is_tensor(sigma) else torch.full(x.shape[:1], sigma, dtype=torch.float32, device=x.device)
+        if torch.is_tensor(sigma):
+            sigma = sigma.to(x.device, torch.float32).expand(x.shape[0])
+        else:
+            sigma = torch.full(x.shape[:1], sigma, dtype=torch.float32, device=x.device)
         s = sigma[:, None, None, None]
         total = torch.sqrt(s**2 + self.sigma_data**2)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.in_bf16):
@@ -81,7 +87,7 @@ class Prior(nn.Module):
 
 
 def move_weights(network: nn.Module, towards: nn.Module, share: float) -> None:
-    """Move the weights of `network`, in place, `share` of the way towards those of another network of the same architecture."""
+    """Move the weights of `network`, in place, `share` of the way to those of `towards`, of the same architecture."""
     with torch.no_grad():
         torch._foreach_lerp_(list(network.parameters()), list(towards.parameters()), share)
 
@@ -108,20 +114,26 @@ def save_prior(prior: Prior, path: str | Path, card: dict) -> None:
         "parameters": sum(t.numel() for t in tensors.values()),
         "sha256": hashlib.sha256(weights).hexdigest(),
     }
-    with replaced(path) as new, replaced(path.with_suffix(".json")) as new_card:  # both are complete before either replaces the old file
+    # both are complete before either replaces the old file
+    with replaced(path) as new, replaced(path.with_suffix(".json")) as new_card:
         new.write_bytes(weights)
         new_card.write_text(json.dumps(card, indent=2) + "\n")
 
 
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to it when written: a reader finds a complete file at any time, even after a kill."""
+    """A temporary path beside `path`, renamed to it when written.
+
+    A reader finds a complete file at any time, even after a kill.
+    """
     partial = path.with_name(path.name + ".partial")
     yield partial
     os.replace(partial, path)
 
 
-def load_prior(name_or_path: str | Path = "small", device: str | torch.device = "cpu", half: bool | None = None) -> Prior:
+def load_prior(
+    name_or_path: str | Path = "small", device: str | torch.device = "cpu", half: bool | None = None
+) -> Prior:
     """Load a prior by name (see prior_folders), or by the path of its .safetensors file.
 
     Args:
@@ -135,7 +147,9 @@ def load_prior(name_or_path: str | Path = "small", device: str | torch.device = 
     data = path.read_bytes()
     digest = hashlib.sha256(data).hexdigest()
     if digest != card.get("sha256"):
-        raise PriorError(f"{path} does not match the sha256 in its model card (truncated or changed?); install it again")
+        raise PriorError(
+            f"{path} does not match the sha256 in its model card (truncated or changed?); install it again"
+        )
     prior = Prior(card["architecture"], card["sigma_data"], card)
     try:
         prior.load_state_dict({name: t.float() for name, t in load(data).items()})
@@ -160,7 +174,9 @@ def find_weights(name_or_path: str | Path) -> Path:
     path = next((p for p in named if p.is_file()), Path(name_or_path))
     if path.suffix != ".safetensors" or not path.is_file():  # a name alone never means a file of the working directory
         names = ", ".join(dict.fromkeys(p.stem for p in _all_weights())) or "none"
-        raise PriorError(f"no prior {str(name_or_path)!r}: neither a known name (known: {names}) nor a .safetensors file")
+        raise PriorError(
+            f"no prior {str(name_or_path)!r}: neither a known name (known: {names}) nor a .safetensors file"
+        )
     return path
 
 
@@ -185,7 +201,10 @@ def read_card(weights: Path) -> dict:
 
 
 def list_priors() -> list[dict]:
-    """Cards of all priors known by name, with that name; the first folder that has a name wins. Without a usable card, `error` says why."""
+    """Cards of all priors known by name, with that name; the first folder that has a name wins.
+
+    Without a usable card, `error` says why.
+    """
     first = {path.stem: path for path in reversed(_all_weights())}
     return [{"name": name, **_card_or_error(first[name])} for name in sorted(first)]
 

@@ -4,8 +4,8 @@ Zero-shot self-supervision (Yaman et al., arXiv 2102.07737): some of the measure
 reconstructed, and at every sweep the copy learns to predict the left-out lines from the input that the sweep gives
 it (sweep by sweep as in rehearsal.py, never backpropagating through the solver). Each line is weighted by the number of
 unmeasured lines around it that it represents (Millard and Chiew, arXiv 2205.10278), because the centre is densely
-sampled and most of what must be predicted lies elsewhere. Rounds alternate between the scan's own voxel grid and a finer
-one (mesh.py). Held-out lines, which are never learned from, decide whether the copy improved, and on which grid.
+sampled and most of what must be predicted lies elsewhere. Rounds alternate between the scan's own voxel grid and a
+finer one (mesh.py). Held-out lines, which are never learned from, decide whether the copy improved, and on which grid.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ PIXELS = 1 << 16  # per sweep of a round: a few seconds on two CPU cores
 
 
 class Pupil:
-    """A copy of the prior, or of what another volume of the scan has made of it, that learns from a volume; `best` and `best_meshes` do best on its held-out lines, and start as the prior and the scan's own grid."""
+    """A copy of the prior, or of what another volume of the scan has made of it, that learns from a volume.
+
+    `best` and `best_meshes` do best on its held-out lines, and start as the prior and the scan's own grid.
+    """
 
     def __init__(self, measurement: Measurement, prior: nn.Module, start: Tensor, config: VariationalConfig, seed: int):
         self.measurement, self.start, self.config, self.prior = measurement, start, config, prior
@@ -54,7 +57,7 @@ class Pupil:
 
     @cached_property
     def optimiser(self) -> torch.optim.Adam:
-        """Created on first use: the first one in a process takes torch seconds, and the first image should not wait for it."""
+        """Created on first use: the first one in a process takes torch seconds, and the first image should not wait."""
         return torch.optim.Adam(self.network.parameters(), lr=RATE, betas=(0.9, 0.99))
 
     @cached_property
@@ -85,14 +88,15 @@ class Pupil:
         return spent
 
     def learn(self) -> None:
-        """One reconstruction without some of the lines, on the grid whose turn it is, with a learning step at each sweep."""
+        """One reconstruction without some of the lines, on the grid whose turn it is; each sweep is a learning step."""
         mesh, there = self.meshes[self.rounds % len(self.meshes)], self._window()
         left_out = self._some(self.others, LEFT_OUT)
         part, answer = (mesh.part(_on(mesh, lines), there) for lines in (self.others & ~left_out, left_out))
         start, given = cg_sense(part), []
         scale, box = part.in_tissue_units(start)[0], object_box(part.operator.support)
         seed = int(torch.randint(1 << 31, (), generator=self.random))
-        for state in reconstruct_variational(part, self.network, start, self.config, seed, denoise=partial(_keeping_graph, given)):
+        denoise = partial(_keeping_graph, given)
+        for state in reconstruct_variational(part, self.network, start, self.config, seed, denoise):
             whole = torch.zeros_like(state.volume)
             with torch.enable_grad():
                 whole[box] = given.pop()
@@ -115,7 +119,10 @@ class Pupil:
         self.optimiser.state.clear()
 
     def judge(self) -> None:
-        """Keep what was learned if it predicts the held-out lines better than the best so far, on one grid or as the mean of both."""
+        """Keep what was learned if it predicts the held-out lines better than the best so far.
+
+        It may do so on one grid or as the mean of both.
+        """
         for prior in (self.best, self.average) if self.score is None else (self.average,):
             for meshes, score in self._judged(prior):
                 if self.score is None or score < self.score:
@@ -123,7 +130,10 @@ class Pupil:
                     self.best = copy.deepcopy(prior) if prior is self.average else prior
 
     def _judged(self, prior: nn.Module) -> list[tuple[tuple[Measurement, ...], float]]:
-        """Choices of grids, each with the share of the held-out lines that the mean of `prior`'s images on them, made from the other lines, leaves unexplained."""
+        """Choices of grids, each with the share of the held-out lines that it leaves unexplained.
+
+        What should explain them is the mean of `prior`'s images on these grids, made from the other lines.
+        """
         there, volumes = self._window(middle=True), []
         answer = self.measurement.part(self.judging, there)
         for mesh in self.meshes:
@@ -133,7 +143,8 @@ class Pupil:
             volumes.append(kspace_crop(state.volume, answer.operator.shape))
             self.spent += state.network_evaluations
         score = lambda volume: float(unexplained(answer.operator, volume, answer.lines, self.importance))  # noqa: E731
-        return [((mesh,), score(volume)) for mesh, volume in zip(self.meshes, volumes)] + [(self.meshes, score(sum(volumes) / len(volumes)))]
+        single = [((mesh,), score(volume)) for mesh, volume in zip(self.meshes, volumes)]
+        return [*single, (self.meshes, score(sum(volumes) / len(volumes)))]
 
     def _some(self, lines: Tensor, share: float) -> Tensor:
         """A random `share` of `lines` [z y], none from the calibration square."""
@@ -141,7 +152,10 @@ class Pupil:
         return (chosen & ~centre_block(lines.shape, self.measurement.acs)).to(lines.device)
 
     def _window(self, middle: bool = False) -> slice:
-        """Readout positions to use as a scan of their own: all, or as many as a round can afford, drawn where there is signal or in the `middle`."""
+        """Readout positions to use as a scan of their own: all, or as many as a round can afford.
+
+        They are drawn where there is signal, or lie in the `middle`.
+        """
         z, y, x = self.measurement.operator.shape
         least = 1 if min(z, y) >= MIN_SIDE else 2 * MIN_SIDE
         width = min(x, max(least, PIXELS // (z * y)))
@@ -152,30 +166,39 @@ class Pupil:
         return slice(first, first + width)
 
 
-def _keeping_graph(given: list[Tensor], volume: Tensor, prior: Denoiser, sigma: float, axis: int, chosen: Tensor, pose: Pose) -> int:
-    """Like denoise_in_pose, in one batch; appends the denoised volume, differentiable in the prior's weights, to `given`."""
+def _keeping_graph(
+    given: list[Tensor], volume: Tensor, prior: Denoiser, sigma: float, axis: int, chosen: Tensor, pose: Pose
+) -> int:
+    """Like denoise_in_pose, in one batch; appends the denoised volume to `given`, differentiable in the weights."""
     with torch.enable_grad():
         planes = volume.movedim(axis, 0)
-        denoised = planes.index_copy(0, chosen, apply_prior(planes[chosen], pose.seen_by(prior), sigma)).movedim(0, axis)
+        denoised = apply_prior(planes[chosen], pose.seen_by(prior), sigma)
+        denoised = planes.index_copy(0, chosen, denoised).movedim(0, axis)
     volume.copy_(denoised.detach())
     given.append(denoised)
     return len(chosen)
 
 
 def importance(taken: Tensor, acs: tuple[int, int]) -> Tensor:
-    """Number of unmeasured lines that each line of `taken` [z y] represents [z y]: (1 - p) / p, with p the share measured around it.
+    """Number of unmeasured lines that each line of `taken` [z y] represents, [z y].
 
-    The calibration square, of size `acs` (z, y), does not count towards that share.
+    It is (1 - p) / p, with p the share measured around the line. The calibration square, of size `acs` (z, y), does not
+    count towards that share.
     """
     counted = (~centre_block(taken.shape, acs)).float()
-    near_z, near_y = (torch.exp(-((torch.arange(n) - torch.arange(n)[:, None]) / NEIGHBOURS).square() / 2) for n in taken.shape)
+    apart = (torch.arange(n) - torch.arange(n)[:, None] for n in taken.shape)
+    near_z, near_y = (torch.exp(-(lines / NEIGHBOURS).square() / 2) for lines in apart)
     share = (near_z @ (taken.cpu() * counted) @ near_y) / (near_z @ counted @ near_y).clamp_min(1e-6)
-    share = share.clamp(0.02, 0.98)  # an isolated line should not count for hundreds, nor one among measured lines for nothing
+    # an isolated line should not count for hundreds, nor one among measured lines for nothing
+    share = share.clamp(0.02, 0.98)
     return (taken.cpu() * (1 - share) / share).to(taken.device)
 
 
 def unexplained(operator: Sense, volume: Tensor, lines: Tensor, weights: Tensor) -> Tensor:
-    """||A x - y||^2 / ||y||^2 for `volume` x [z y x] and `lines` y [coils z y x], both weighted by `weights` [z y]; differentiable in x."""
+    """||A x - y||^2 / ||y||^2 for `volume` x [z y x] and `lines` y [coils z y x], differentiable in x.
+
+    Both norms are weighted by `weights` [z y].
+    """
     energy = lambda what: (what.abs().square() * weights[..., None].to(what.device)).sum()  # noqa: E731
     return energy(operator.forward(volume) - lines) / energy(lines)
 

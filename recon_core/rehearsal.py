@@ -62,13 +62,15 @@ class Rehearsal:
     def __init__(self, pool: SlicePool, pixels: int, side: int = 64, seed: int = 0):
         self.pool, self.pixels, self.side, self.seed = pool, pixels, side, seed
 
-    def lessons(self, prior: Callable, first: int = 0, device: torch.device | str = "cpu", workers: int = 0) -> Iterator[Lesson]:
-        """A lesson from every sweep of each scan from number `first` on, without end; `prior` may change between lessons.
+    def lessons(
+        self, prior: Callable, first: int = 0, device: torch.device | str = "cpu", workers: int = 0
+    ) -> Iterator[Lesson]:
+        """A lesson from every sweep of each scan from number `first` on, without end.
 
         Args:
-            prior: the learner, on `device`.
-            workers: processes that simulate scans ahead, coil maps included; 0 to do so on demand. Each uses one thread,
-                which is all that can make the scans differ.
+            prior: the learner, on `device`; it may change between lessons.
+            workers: processes that simulate scans ahead, coil maps included; 0 to do so on demand. Each uses one
+                thread, which is all that can make the scans differ.
         """
         for number, (measurement, truth) in enumerate(self._scans(first, workers), start=first):
             rng = np.random.default_rng([self.seed, 6, number])
@@ -77,17 +79,22 @@ class Rehearsal:
             truth, box = truth / intensity_scale(start, measurement.voxel_mm), object_box(measurement.operator.support)
             solver = of_few_shapes(prior) if measurement.operator.device.type == "cuda" else prior
             states: list = []
-            for _ in reconstruct_variational(measurement, solver, start, self.config, int(rng.integers(1 << 31)), denoise=partial(_noted, states, truth[box])):
+            seed, denoise = int(rng.integers(1 << 31)), partial(_noted, states, truth[box])
+            for _ in reconstruct_variational(measurement, solver, start, self.config, seed, denoise):
                 both, sigma, pose = states.pop()
                 given, right = _parts(both, self.side, self.pixels, rng)
                 yield Lesson(_channels(given), _channels(right), sigma, pose)
 
     def _scans(self, first: int, workers: int) -> Iterator[tuple[Measurement, Tensor]]:
         numbers = itertools.count(first)
-        return made_elsewhere(_Scans(self), workers, sampler=numbers, prefetch_factor=2) if workers else map(self.scan, numbers)
+        if not workers:
+            return map(self.scan, numbers)
+        return made_elsewhere(_Scans(self), workers, sampler=numbers, prefetch_factor=2)
 
     def scan(self, number: int) -> tuple[Measurement, Tensor]:
-        """A scan and the true volume [z y x] as combined with its coil maps; redrawn if too narrow, mostly air or without room for lines.
+        """A scan and the true volume [z y x] as combined with its coil maps.
+
+        Redrawn if too narrow, mostly air or without room for lines.
 
         Raises:
             ValueError: if no volume that can be scanned is found.
@@ -99,7 +106,10 @@ class Rehearsal:
             mask = None if tile is None else _mask(tile.shape[:2], rng)
             if mask is not None:
                 return _measured(tile, voxel_mm, mask, rng)
-        raise ValueError(f"no scan could be made of {DRAWS} draws from the training volumes: own_states needs objects of {SMALLEST} voxels and more, along two sides at least")
+        raise ValueError(
+            f"no scan could be made of {DRAWS} draws from the training volumes: "
+            f"own_states needs objects of {SMALLEST} voxels and more, along two sides at least"
+        )
 
 
 class _Scans(Dataset):
@@ -112,8 +122,13 @@ class _Scans(Dataset):
         return self.rehearsal.scan(number)
 
 
-def _noted(states: list, truth: Tensor, volume: Tensor, prior: Callable, sigma: float, axis: int, chosen: Tensor, pose: Pose) -> int:
-    """denoise_in_pose, but first append the prior's input and the truth, slices [2 slices h w], with sigma and pose, to `states`."""
+def _noted(
+    states: list, truth: Tensor, volume: Tensor, prior: Callable, sigma: float, axis: int, chosen: Tensor, pose: Pose
+) -> int:
+    """denoise_in_pose, but first append (slices, sigma, pose) to `states`.
+
+    The slices [2 slices h w] are the prior's input and the truth.
+    """
     states.append((torch.stack([v.movedim(axis, 0) for v in (volume, truth)]), sigma, pose))
     return denoise_in_pose(volume, prior, sigma, axis, chosen, pose)
 
@@ -125,12 +140,16 @@ def lesson_loss(prior: Callable[[Tensor, Tensor], Tensor], lesson: Lesson) -> Te
 
 
 def of_few_shapes(prior: Callable[[Tensor, float], Tensor]) -> Callable[[Tensor, float], Tensor]:
-    """`prior` with the sides and number of slices padded to multiples of 32: cuDNN plans every new shape, which takes longer than denoising."""
+    """`prior` with the sides and number of slices padded to multiples of 32.
+
+    cuDNN plans every new shape, which takes longer than denoising.
+    """
 
     def denoise(slices: Tensor, sigma: float) -> Tensor:
         count, _, height, width = slices.shape
         padded = F.pad(slices, (0, -width % 32, 0, -height % 32), mode="replicate")
-        padded = torch.cat([padded, padded[:1].expand(-count % 32, -1, -1, -1)]).contiguous(memory_format=torch.channels_last)
+        padded = torch.cat([padded, padded[:1].expand(-count % 32, -1, -1, -1)])
+        padded = padded.contiguous(memory_format=torch.channels_last)
         return prior(padded, sigma)[:count, :, :height, :width]
 
     return denoise
@@ -146,7 +165,8 @@ def _parts(slices: Tensor, side: int, pixels: int, rng: np.random.Generator) -> 
     parts = max(1, pixels // (height * width))
     number = rng.permutation(count)[:parts] if parts <= count else rng.integers(count, size=parts)
     top, left = (rng.integers(n - part + 1, size=parts) for n, part in zip(sides, (height, width)))
-    where = (number[:, None, None], top[:, None, None] + np.arange(height)[:, None], left[:, None, None] + np.arange(width))
+    rows, columns = top[:, None, None] + np.arange(height)[:, None], left[:, None, None] + np.arange(width)
+    where = (number[:, None, None], rows, columns)
     return slices[(..., *(torch.from_numpy(w).to(slices.device) for w in where))]
 
 
@@ -155,7 +175,10 @@ def _channels(planes: Tensor) -> Tensor:
 
 
 def _tile(volume: Tensor, voxels: tuple[int, int], rng: np.random.Generator) -> Tensor | None:
-    """Part of a volume to scan, with phase: a block, a few planes across the readout, or a few slices; None if too narrow or mostly air."""
+    """Part of a volume to scan, with phase; None if too narrow or mostly air.
+
+    It is a block, a few planes across the readout, or a few slices.
+    """
     kind = rng.choice(["volume", "planes", "slices"], p=[0.55, 0.28, 0.17])
     z, y = (min(n, int(rng.integers(64, 110))) for n in volume.shape[:2])
     x = int(rng.uniform(*voxels) / (z * y))
@@ -174,15 +197,19 @@ def _tile(volume: Tensor, voxels: tuple[int, int], rng: np.random.Generator) -> 
 
 
 def _mask(shape: tuple[int, int], rng: np.random.Generator) -> Tensor | None:
-    """Sampled lines [z y] at an acceleration of 1.5 to 12; with few slices only y is undersampled. None if the calibration lines leave no room."""
+    """Sampled lines [z y] at an acceleration of 1.5 to 12; with few slices only y is undersampled.
+
+    None if the calibration lines leave no room.
+    """
     if shape[0] < MIN_SIDE:
         lines, acs = np.arange(shape[1]), 16
         share = max(0.0, shape[1] / float(rng.choice([1.5, 2, 3, 4])) - acs) / shape[1]
         taken = (rng.random(shape[1]) < share) | (abs(lines - shape[1] // 2 + 0.5) < acs / 2)
         return torch.from_numpy(taken)[None].repeat(shape[0], 1)
     pattern, acs = str(rng.choice(["poisson", "regular"], p=[0.75, 0.25])), int(rng.choice([10, 12, 16, 20, 24]))
+    acceleration, seed = float(rng.choice([2, 3, 4, 6, 8, 10, 12])), int(rng.integers(1 << 20))
     try:
-        return torch.from_numpy(sampling_mask(shape, float(rng.choice([2, 3, 4, 6, 8, 10, 12])), pattern, acs, int(rng.integers(1 << 20))))
+        return torch.from_numpy(sampling_mask(shape, acceleration, pattern, acs, seed))
     except ValueError:
         return None
 
@@ -196,11 +223,18 @@ def _coils(coils: int, shape: tuple[int, int, int], rng: np.random.Generator) ->
 
 
 def _measured(volume: Tensor, voxel_mm: float, mask: Tensor, rng: np.random.Generator) -> tuple[Measurement, Tensor]:
-    """Scan of a volume [z y x] with 1 to 12 coils at an SNR of 8 to 60, with or without noise lines, and the volume as the coil maps combine it."""
-    coils, snr, random = int(rng.choice([1, 2, 4, 6, 8, 12])), math.exp(rng.uniform(math.log(8), math.log(60))), torch.Generator().manual_seed(int(rng.integers(1 << 31)))
+    """Scan of a volume [z y x], and the volume as the coil maps combine it.
+
+    It has 1 to 12 coils and an SNR of 8 to 60, with or without noise lines.
+    """
+    coils, snr = int(rng.choice([1, 2, 4, 6, 8, 12])), math.exp(rng.uniform(math.log(8), math.log(60)))
+    random = torch.Generator().manual_seed(int(rng.integers(1 << 31)))
     images = volume * _coils(coils, tuple(volume.shape), rng)
-    noise = lambda *shape: level * torch.view_as_complex(torch.randn((coils, *shape, 2), generator=random))  # noqa: E731
     level = intensity_scale(images.abs().square().sum(0).sqrt(), (voxel_mm,) * 3) / snr
+
+    def noise(*shape: int) -> Tensor:
+        return level * torch.view_as_complex(torch.randn((coils, *shape, 2), generator=random))
+
     kspace = (fft(images, (1, 2)) + noise(*volume.shape)) * mask[..., None]
     measurement = measure(kspace, mask.float(), (voxel_mm,) * 3, noise(4096) if rng.random() < 0.65 else None)
     mixed = torch.einsum("vc,czyx->vzyx", measurement.mixing, images)

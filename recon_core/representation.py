@@ -20,29 +20,37 @@ PUBLISHED = 1.2  # Adam learning rate for voxel brightness, in tissue units
 class Representation(nn.Module):
     """`forward(shape)` is the complex volume [z y x] on a mesh of `shape` over the field of view, differentiable.
 
-    Every class is made from (start, finest, seed): the image to begin with [z y x], in tissue brightness, the shape of the
-    finest mesh that it will be asked for, and the seed of its random initial values. A class that cannot be initialised to
-    that image directly is fitted to it in `fit_steps`, with cosine decay of the step length if it `fit_settles`.
+    Every class is made from (start, finest, seed): the image to begin with [z y x], in tissue brightness, the shape of
+    the finest mesh that it will be asked for, and the seed of its random initial values. A class that cannot be
+    initialised to that image directly is fitted to it in `fit_steps`, with cosine decay of the step length if it
+    `fit_settles`.
     """
 
     fit_steps = 0
     fit_settles = False
 
     def groups(self, rate: float) -> list[dict]:
-        """Parameters and learning rates for Adam; `rate` is that of voxel brightness, PUBLISHED in the published setting."""
+        """Parameters and learning rates for Adam.
+
+        `rate` is that of voxel brightness, PUBLISHED in the published setting.
+        """
         return [{"params": list(self.parameters()), "lr": rate}]
 
     def fit(self, start: Tensor, rate: float) -> None:
         """Take `fit_steps` steps of Adam on the least-squares distance to `start` [z y x]."""
         if not self.fit_steps:
             return
+
+        def length(step: int) -> float:
+            return 0.5 + 0.5 * math.cos(math.pi * step / self.fit_steps) if self.fit_settles else 1.0
+
         optimiser = torch.optim.Adam(self.groups(rate), betas=(0.9, 0.99))
-        length = lambda step: 0.5 + 0.5 * math.cos(math.pi * step / self.fit_steps) if self.fit_settles else 1.0  # noqa: E731
         decay = torch.optim.lr_scheduler.LambdaLR(optimiser, length)
         with torch.enable_grad():
             for _ in range(self.fit_steps):
                 optimiser.zero_grad()
-                torch.view_as_real(self(tuple(start.shape)) - start).square().sum().mul(0.5).backward()  # the gradient of abs() is NaN at subnormal numbers
+                error = torch.view_as_real(self(tuple(start.shape)) - start)  # abs() has NaN gradients at subnormals
+                error.square().sum().mul(0.5).backward()
                 optimiser.step()
                 decay.step()
 

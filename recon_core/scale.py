@@ -14,7 +14,8 @@ SCALE_MM = 8.0
 def evenly(values, most: int):
     """At most `most` of the values of a tensor or array of any shape, evenly spaced: for a percentile of all of them.
 
-    The step shares no factor with the shape, so it never aligns with the rows: one side of the volume would then stand for all of it.
+    The step shares no factor with the shape, so it never aligns with the rows: one side of the volume would then stand
+    for all of it.
     """
     step = -(-math.prod(values.shape) // most)
     while math.gcd(step, math.prod(values.shape)) > 1:
@@ -39,5 +40,7 @@ def intensity_scale(volume: Tensor, voxel_mm: tuple[float, float, float]) -> flo
     magnitude = kspace_crop(volume, matrix).abs().double()
     scale = float((magnitude**3).sum() / (magnitude**2).sum())
     if not 0 < scale < float("inf"):
-        raise ValueError(f"the image has no finite signal to scale by (found {scale}): is the k-space, or its centre, empty or NaN?")
+        raise ValueError(
+            f"the image has no finite signal to scale by (found {scale}): is the k-space, or its centre, empty or NaN?"
+        )
     return scale

@@ -5,8 +5,8 @@ into one 2D problem per readout position. Internally everything is in the "frame
 and k-space centres rolled to index 0, so that no loop contains a shift or a readout FFT.
 
 Where an object reaches beyond the field of view, two of its parts lie over each other, and no single set of coil maps
-describes both. There the operator takes a second set ("soft" SENSE: Uecker et al., MRM 2014). The second parts are further
-readout positions of the volume, behind those of the scan, so that all methods treat them as anatomy like any other.
+describes both. There the operator takes a second set ("soft" SENSE: Uecker et al., MRM 2014). The second parts are
+further readout positions of the volume, behind those of the scan, so that all methods treat them like other anatomy.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class Sense:
     def __init__(self, coil_maps: Tensor, mask: Tensor, device: str | torch.device | None = None):
         if coil_maps.ndim != 4 or mask.shape != coil_maps.shape[1:3]:
             raise ValueError(
-                f"expected coil maps [coils z y x] and a mask [z y], got {tuple(coil_maps.shape)} and {tuple(mask.shape)}"
+                "expected coil maps [coils z y x] and a mask [z y], "
+                f"got {tuple(coil_maps.shape)} and {tuple(mask.shape)}"
             )
         if not bool(mask.any()):
             raise ValueError("the sampling mask is empty: no line of k-space was acquired")
@@ -101,7 +102,8 @@ class Sense:
         """The same coil maps, not copied, and a second set for the readout positions from `first` on.
 
         Args:
-            maps: [positions coils z y] in the internal frame, orthogonal to the first set in each voxel, with a norm of at most 1.
+            maps: [positions coils z y] in the internal frame, orthogonal to the first set in each voxel, with a norm of
+                at most 1.
         """
         other = copy.copy(self)
         other.second, other.shared = maps, slice(first, first + len(maps))
@@ -130,13 +132,17 @@ class Sense:
         return torch.fft.fftshift(torch.cat([first, second]), (1, 2)).permute(1, 2, 0).contiguous()
 
     def overlaid(self, volume: Tensor) -> Tensor:
-        """The image of a volume: parts that lie over each other as their root sum of squares, with the phase of the first."""
+        """The image of a volume: parts that lie over each other as their root sum of squares.
+
+        It has the phase of the first part, of the second where the first is zero.
+        """
         if not len(self.second):
             return volume
         image, second = volume[..., : len(self.maps)].clone(), volume[..., len(self.maps) :]
-        second = second * torch.fft.fftshift(torch.linalg.vector_norm(self.second, dim=1), (1, 2)).permute(1, 2, 0).to(volume.device)
-        first = image[..., self.shared]
-        image[..., self.shared] = torch.hypot(first.abs(), second.abs()) * torch.where(first == 0, torch.sgn(second), torch.sgn(first))
+        norm = torch.fft.fftshift(torch.linalg.vector_norm(self.second, dim=1), (1, 2)).permute(1, 2, 0)
+        first, second = image[..., self.shared], second * norm.to(volume.device)
+        phase = torch.where(first == 0, torch.sgn(second), torch.sgn(first))
+        image[..., self.shared] = torch.hypot(first.abs(), second.abs()) * phase
         return image
 
     def combined(self, coil_images: Iterable[Tensor]) -> Tensor:
@@ -171,7 +177,8 @@ class Sense:
     def normal_frame(self, frame: Tensor) -> Tensor:
         """The same in the internal frame [x sets z y]; this is the inner loop of every method."""
         out = torch.zeros_like(frame) if len(self.second) else torch.empty_like(frame)
-        squared = self.weights.square() / self.weights.numel()  # includes the scaling of both transforms, which saves a pass over all coils
+        # with the scaling of both transforms, which saves a pass over all coils
+        squared = self.weights.square() / self.weights.numel()
         for part in self._parts():
             block = torch.fft.fft2(self._coil_images(frame, part)).mul_(squared)
             self._combine(torch.fft.ifft2(block, norm="forward"), part, out)

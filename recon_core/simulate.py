@@ -34,9 +34,13 @@ def phantom(shape: tuple[int, int, int] = (64, 80, 64)) -> Tensor:
 
 
 def random_phantom(rng: np.random.Generator, shape: tuple[int, int, int] = (128, 144, 120)) -> Tensor:
-    """Random object [z y x] in the style of physical phantoms: a filled body with uniform inserts, rows of rods and empty chambers."""
+    """Random object [z y x] in the style of physical phantoms.
+
+    A filled body with uniform inserts, rows of rods and empty chambers.
+    """
     z, y, x = torch.meshgrid(*(torch.arange(n) - n / 2 for n in shape), indexing="ij")
-    blunt = rng.uniform(1.0, 3.0) / 2  # distance outside the edge, in voxels, at which an eighth of the brightness is left
+    # distance outside the edge, in voxels, at which an eighth of the brightness is left
+    blunt = rng.uniform(1.0, 3.0) / 2
     out = torch.zeros(shape)
 
     def part(centre, half: np.ndarray, kind: str, value: float) -> None:
@@ -55,9 +59,11 @@ def random_phantom(rng: np.random.Generator, shape: tuple[int, int, int] = (128,
     part((0, 0, 0), body, str(rng.choice(["rod", "ellipsoid", "box"])), 1.0)
     for _ in range(int(rng.integers(3, 14))):
         half = np.exp(rng.uniform(math.log(2), math.log(0.4 * body.min()), 3 if rng.random() < 0.7 else 1)) * np.ones(3)
-        part(rng.uniform(-0.7, 0.7, 3) * body, half, str(rng.choice(["rod", "ellipsoid", "box"])), float(rng.uniform(0, 1.6)))
+        centre, kind = rng.uniform(-0.7, 0.7, 3) * body, str(rng.choice(["rod", "ellipsoid", "box"]))
+        part(centre, half, kind, float(rng.uniform(0, 1.6)))
     for _ in range(int(rng.integers(0, 3))):
-        radius, corner, value = float(rng.uniform(1, 5)), rng.uniform(-0.6, 0.3, 3) * body, float(rng.choice([0.0, 1.8]))
+        radius, corner = float(rng.uniform(1, 5)), rng.uniform(-0.6, 0.3, 3) * body
+        value = float(rng.choice([0.0, 1.8]))
         for row, column in np.ndindex(*rng.integers(2, 7, 2)):
             place = corner + (0, 4 * radius * row, 4 * radius * column)
             part(np.clip(place, -0.8 * body, 0.8 * body), np.array([0.3 * body[0], radius, radius]), "rod", value)
@@ -84,8 +90,8 @@ def loop_sensitivities(coils: int, shape: tuple[int, int, int], rng: np.random.G
     """Receive fields [coils z y x] of loops at random places around the object.
 
     At its centre their root sum of squares is of order 1: on average 0.6 for 2 coils, 1.6 for 12. By reciprocity a loop
-    receives Bx - i By of the field it would make, x and y perpendicular to B0, here the first axis (Hoult, Concepts Magn.
-    Reson. 2000).
+    receives Bx - i By of the field it would make, x and y perpendicular to B0, here the first axis (Hoult, Concepts
+    Magn. Reson. 2000).
     """
     grid = torch.stack(torch.meshgrid(*((torch.arange(n) - n // 2) / (n / 2) for n in shape), indexing="ij"))
     fields = torch.empty((coils, *shape), dtype=torch.complex64)
@@ -100,9 +106,10 @@ def loop_sensitivities(coils: int, shape: tuple[int, int, int], rng: np.random.G
 
 
 def loop_field(grid: Tensor, centre: np.ndarray, moment: np.ndarray, radius: float) -> Tensor:
-    """Magnetic field [3 ...] of a current loop at the positions grid [3 ...]; moment is pi R^2 times the current, mu0 / 4 pi is left out.
+    """Magnetic field [3 ...] of a current loop at the positions grid [3 ...].
 
-    (3 (m.r) r + m (2 R^2 - r^2)) / (r^2 + R^2)^(5/2): exact on the loop's axis, a dipole's field far away (Jackson, section 5.5, without terms odd in r).
+    moment is pi R^2 times the current, mu0 / 4 pi is left out. (3 (m.r) r + m (2 R^2 - r^2)) / (r^2 + R^2)^(5/2): exact
+    on the loop's axis, a dipole's field far away (Jackson, section 5.5, without terms odd in r).
     """
     column = lambda v: torch.as_tensor(v, dtype=torch.float32).reshape(3, *[1] * (grid.ndim - 1))  # noqa: E731
     away, m = grid - column(centre), column(moment)
@@ -118,7 +125,8 @@ def smooth_phase(shape: tuple[int, int, int], seed: int = 0) -> Tensor:
     out = torch.zeros(shape)
     for _ in range(6):
         kz, ky, kx = rng.uniform(-1.2, 1.2, 3)
-        out += float(rng.uniform(0.2, 0.6)) * torch.cos(2 * math.pi * (kz * z + ky * y + kx * x) + float(rng.uniform(0, 6.28)))
+        amplitude, offset = float(rng.uniform(0.2, 0.6)), float(rng.uniform(0, 6.28))
+        out += amplitude * torch.cos(2 * math.pi * (kz * z + ky * y + kx * x) + offset)
     return out
 
 
@@ -128,7 +136,8 @@ def sampling_mask(
     """Boolean phase-encode mask [z y] with about z*y/acceleration lines, calibration square included.
 
     Raises:
-        ValueError: for an unknown pattern, or if the calibration lines alone take over 90 % of the lines at this acceleration.
+        ValueError: for an unknown pattern, or if the calibration lines alone take over 90 % of the lines at this
+            acceleration.
     """
     if pattern == "full" or acceleration <= 1:
         return np.ones(shape, bool)
@@ -159,7 +168,8 @@ def _regular(shape: tuple[int, int], acceleration: float) -> np.ndarray:
 def _poisson(shape: tuple[int, int], wanted: float, centre: np.ndarray, seed: int) -> np.ndarray:
     """Variable-density Poisson-disc sampling inside the k-space ellipse; the disc size is found by bisection."""
     acceleration = shape[0] * shape[1] / wanted
-    widest = 2.0 * (acceleration if min(shape) == 1 else math.sqrt(acceleration))  # in a single row the acceleration comes from one axis alone
+    # in a single row the acceleration comes from one axis alone
+    widest = 2.0 * (acceleration if min(shape) == 1 else math.sqrt(acceleration))
     low, high, mask = 0.1, widest, centre
     for _ in range(10):
         middle = (low + high) / 2

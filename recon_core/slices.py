@@ -30,7 +30,9 @@ def object_box(inside: Tensor) -> tuple[slice, slice, slice]:
     return tuple(box)
 
 
-def denoise_slices(volume: Tensor, prior: Denoiser, sigma: float, axis: int, chosen: Sequence[int] | Tensor | None = None) -> int:
+def denoise_slices(
+    volume: Tensor, prior: Denoiser, sigma: float, axis: int, chosen: Sequence[int] | Tensor | None = None
+) -> int:
     """Denoise the `chosen` slices (all by default) of `volume` [z y x] across `axis` in place; returns how many.
 
     A batch that does not fit in GPU memory is halved, down to one slice.

@@ -35,7 +35,8 @@ class Team:
         cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
         if cuda and not torch.cuda.is_available():
             raise ValueError("device cuda was asked for, but torch finds no CUDA device; use device auto or cpu")
-        size, rank, local = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+        defaults = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0}
+        size, rank, local = (int(os.environ.get(name, default)) for name, default in defaults.items())
         where = torch.device("cuda", local) if cuda else torch.device("cpu")
         if size == 1:
             yield cls(where)
@@ -62,7 +63,8 @@ class Team:
         """The model, with its gradients averaged over the team."""
         if self.size == 1:
             return model
-        return nn.parallel.DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=ids)
 
     def gather(self, values: Tensor) -> Tensor:
         """The values [n] of all ranks, in the order of the batch that `share` split."""

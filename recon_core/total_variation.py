@@ -30,7 +30,11 @@ class TotalVariationConfig:
 
 
 def reconstruct_total_variation(
-    measurement: Measurement, prior: Denoiser | None, start: Tensor, config: TotalVariationConfig = TotalVariationConfig(), seed: int = 0
+    measurement: Measurement,
+    prior: Denoiser | None,
+    start: Tensor,
+    config: TotalVariationConfig = TotalVariationConfig(),
+    seed: int = 0,
 ) -> Iterator[State]:
     """Yield a State after every iteration; nothing is random.
 

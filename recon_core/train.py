@@ -25,14 +25,25 @@ from torch import Tensor
 
 from .batches import Batches
 from .curve import Curve
-from .prior import TRAINED_MM, Prior, find_weights, half_is_faster, load_prior, move_weights, read_card, replaced, save_prior
+from .prior import (
+    TRAINED_MM,
+    Prior,
+    find_weights,
+    half_is_faster,
+    load_prior,
+    move_weights,
+    read_card,
+    replaced,
+    save_prior,
+)
 from .rehearsal import Lesson, Rehearsal, lesson_loss
 from .team import Team
 from .train_options import TrainOptions
 from .validation import Validation
 from .volumes import SlicePool, Volume
 
-MAY_CHANGE = {"steps", "save_every_s", "validate_every", "device", "start_share", "workers", "scan_workers"}  # options that may differ when a run is resumed
+# options that may differ when a run is resumed
+MAY_CHANGE = {"steps", "save_every_s", "validate_every", "device", "start_share", "workers", "scan_workers"}
 
 
 def train(
@@ -63,7 +74,10 @@ def train(
 
 
 def check_out(out: Path) -> None:
-    """Raise ValueError if the folder of `out` is missing or its suffix is not .safetensors: it would then share checkpoint and curve with the file that has it."""
+    """Raise ValueError if the folder of `out` is missing or its suffix is not .safetensors.
+
+    With another suffix it would share checkpoint and curve with the file that has this one.
+    """
     if out.suffix != ".safetensors":
         raise ValueError(f"weights are written to a file that ends in .safetensors, got {out}")
     if not out.parent.is_dir():
@@ -83,7 +97,9 @@ class Run:
         self.volumes, self.out, self.options = volumes, out, options
         self.prior = first_prior(options, device)
         self.average, self.origin = (copy.deepcopy(self.prior).requires_grad_(False) for _ in range(2))
-        self.optimiser = torch.optim.AdamW(self.prior.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+        self.optimiser = torch.optim.AdamW(
+            self.prior.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4
+        )
         self.checkpoint, self.made_of = out.with_suffix(".checkpoint"), made_of(volumes, options)
         self.start, self.means = _resume(self.checkpoint, self.made_of, self.prior, self.average, self.optimiser)
 
@@ -92,7 +108,7 @@ class Run:
         return mixture(self.average, self.origin, self.options.start_share if self.options.start_from else 0.0)
 
     def improve(self, loss: Tensor, step: int) -> None:
-        """One optimiser step on `loss` and an update of the running mean of the weights, whose window is short at first."""
+        """One optimiser step on `loss` and an update of the weights' running mean, whose window is short at first."""
         for group in self.optimiser.param_groups:
             group["lr"] = self.options.learning_rate * schedule(step, self.options.steps)
         self.optimiser.zero_grad(set_to_none=True)
@@ -103,9 +119,16 @@ class Run:
 
     def save(self, steps: int, means: dict[str, float]) -> None:
         """Write checkpoint, weights and card after `steps` steps."""
-        networks = {"prior": self.prior.state_dict(), "average": self.average.state_dict(), "optimiser": self.optimiser.state_dict()}
+        state = {
+            "step": steps,
+            "made_of": self.made_of,
+            "prior": self.prior.state_dict(),
+            "average": self.average.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "means": dict(means),
+        }
         with replaced(self.checkpoint) as new:
-            torch.save({"step": steps, "made_of": self.made_of, **networks, "means": dict(means)}, new)
+            torch.save(state, new)
         self.write(steps)
 
     def write(self, steps: int) -> None:
@@ -127,14 +150,18 @@ def _train(team: Team, threads: ExitStack, volumes, out: Path, options: TrainOpt
     workers = default_workers(team) if options.workers is None else options.workers
     lessons = rehearse(pool, run.prior, run.start, options, team) if options.own_states else None
     steps = range(run.start, options.steps)
-    settled_every = Rehearsal.config.sweeps if team.device.type == "cuda" else 1  # reading losses back at every step would stall a GPU
+    # reading losses back at every step would stall a GPU
+    settled_every = Rehearsal.config.sweeps if team.device.type == "cuda" else 1
     began = saved = time.monotonic()
     for step, batch in zip(steps, threads.enter_context(batches.ahead(steps, workers, team.device)), strict=True):
-        loss = denoising_loss(shared, *(team.share(t) for t in (batch.clean, batch.sigma, run.prior.unit_noise(batch.noise))), run.prior.sigma_data)
-        lesson = lesson_loss(shared, next(lessons)).mean() if lessons else torch.zeros((), device=team.device)  # every process works through the same scans
+        shares = (team.share(t) for t in (batch.clean, batch.sigma, run.prior.unit_noise(batch.noise)))
+        loss = denoising_loss(shared, *shares, run.prior.sigma_data)
+        # every process works through the same scans
+        lesson = lesson_loss(shared, next(lessons)).mean() if lessons else torch.zeros((), device=team.device)
         total = loss.mean() + options.own_states * lesson
         run.improve(total, step)
-        curve.add(step, team.gather(total.detach()[None]), team.gather(loss.detach()), lesson.detach() if lessons else None, batch)
+        learned = lesson.detach() if lessons else None
+        curve.add(step, team.gather(total.detach()[None]), team.gather(loss.detach()), learned, batch)
         done, last = step + 1, step + 1 == options.steps
         settled = done % settled_every == 0 or last
         if settled:
@@ -152,12 +179,17 @@ def _train(team: Team, threads: ExitStack, volumes, out: Path, options: TrainOpt
             run.save(done, curve.values)
             saved = time.monotonic()
     if run.start >= options.steps and team.leads:  # already complete: written again, perhaps with another start_share
-        log(f"nothing is left to train: {run.checkpoint} has {run.start} of {options.steps} steps; {out} is written again")
+        log(
+            f"nothing is left to train: {run.checkpoint} has {run.start} of {options.steps} steps; "
+            f"{out} is written again"
+        )
         run.write(run.start)
     return run.outcome()
 
 
-def _validate(held_out: Validation, prior: Prior, step: int, log: Callable[[str], None], show: Callable[[int, Tensor], None]) -> dict[str, float]:
+def _validate(
+    held_out: Validation, prior: Prior, step: int, log: Callable[[str], None], show: Callable[[int, Tensor], None]
+) -> dict[str, float]:
     """Measure on the held-out volumes, log the result and show images."""
     measured = held_out.measure(prior)
     log(f"step {step}  held out: " + ", ".join(f"{name} {value:.2f} dB" for name, value in measured.items()))
@@ -166,7 +198,10 @@ def _validate(held_out: Validation, prior: Prior, step: int, log: Callable[[str]
 
 
 def rehearse(pool: SlicePool, prior: Prior, start: int, options: TrainOptions, team: Team) -> Iterator[Lesson]:
-    """Lessons from the solver's own states, each with about as many pixels as a batch; a resumed run continues with the first scan not yet begun."""
+    """Lessons from the solver's own states, each with about as many pixels as a batch.
+
+    A resumed run continues with the first scan not yet begun.
+    """
     workers = default_workers(team, 10) if options.scan_workers is None else options.scan_workers
     rehearsal = Rehearsal(copy.copy(pool), options.batch * options.crop**2, options.crop, options.seed)
     return rehearsal.lessons(prior, -(-start // Rehearsal.config.sweeps), team.device, workers)
@@ -180,17 +215,24 @@ def mixture(average: Prior, origin: Prior, share: float) -> Prior:
 
 
 def first_prior(options: TrainOptions, device: torch.device | str = "cpu") -> Prior:
-    """The network a new run begins with, on its device and in the requested precision: untrained, or loaded from `start_from`.
+    """The network a new run begins with, untrained or from `start_from`, on its device and in the requested precision.
 
     Raises:
         PriorError: if those weights cannot be loaded.
-        ValueError: if their architecture differs, or the options ask a prior in function space for something it cannot learn.
+        ValueError: if their architecture differs, or the options ask a prior in function space for something it cannot
+            learn.
     """
     prior = Prior(options.architecture) if options.start_from is None else load_prior(options.start_from, half=False)
     if prior.architecture != options.architecture:
-        raise ValueError(f"{options.start_from} is of architecture {prior.architecture!r}, asked for {options.architecture!r}; name one of them")
+        raise ValueError(
+            f"{options.start_from} is of architecture {prior.architecture!r}, "
+            f"asked for {options.architecture!r}; name one of them"
+        )
     if prior.in_function_space and (options.voxel_mm != TRAINED_MM or options.own_states):
-        raise ValueError(f"a prior in function space learns smooth noise on voxels of {TRAINED_MM[0]:g} mm; give voxel_mm: {list(TRAINED_MM)} and own_states: 0")
+        raise ValueError(
+            f"a prior in function space learns smooth noise on voxels of {TRAINED_MM[0]:g} mm; "
+            f"give voxel_mm: {list(TRAINED_MM)} and own_states: 0"
+        )
     prior.in_bf16 = half_is_faster(device) if options.precision == "auto" else options.precision == "bf16"
     return prior.train().requires_grad_(True).to(device, memory_format=torch.channels_last)
 
@@ -203,7 +245,10 @@ def default_workers(team: Team, most: int = 4) -> int:
 
 @contextmanager
 def fastest_convolutions(shapes_recur: bool) -> Iterator[None]:
-    """Let cuDNN time its algorithms once per shape, if shapes recur; its choice, and so the rounding, may differ between runs."""
+    """Let cuDNN time its algorithms once per shape, if shapes recur.
+
+    Its choice, and so the rounding, may differ between runs.
+    """
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, shapes_recur
     try:
         yield
@@ -223,7 +268,9 @@ def one_cpu_each(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def denoising_loss(prior: Callable[[Tensor, Tensor], Tensor], clean: Tensor, sigma: Tensor, noise: Tensor, sigma_data: float) -> Tensor:
+def denoising_loss(
+    prior: Callable[[Tensor, Tensor], Tensor], clean: Tensor, sigma: Tensor, noise: Tensor, sigma_data: float
+) -> Tensor:
     """Weighted squared error of each slice [slices]; weight as in arXiv 2206.00364, table 1."""
     noisy = (clean + sigma[:, None, None, None] * noise).contiguous(memory_format=torch.channels_last)
     error = (prior(noisy, sigma) - clean).square().mean(dim=(1, 2, 3))
@@ -237,7 +284,8 @@ def schedule(step: int, steps: int) -> float:
 
 def model_card(volumes: Sequence[Volume], options: TrainOptions, steps: int) -> dict:
     """What a user should know about these weights; save_prior adds hash and size."""
-    training = {**options.model_dump(exclude={"device", "workers", "scan_workers"}), "steps_done": steps, "volumes": sorted(v.name for v in volumes)}
+    training = options.model_dump(exclude={"device", "workers", "scan_workers"})
+    training |= {"steps_done": steps, "volumes": sorted(v.name for v in volumes)}
     if options.start_from:
         training["start_from"] = Path(options.start_from).name
         training["earlier"] = read_card(find_weights(options.start_from))["training"]
@@ -262,7 +310,10 @@ def _differences(was: dict, now: dict) -> str:
     before, after = (Counter(run.get("volumes", now["volumes"])) for run in (was, now))
     changes = (("volumes left out", before - after), ("volumes added", after - before))
     out = [f"{what}: {_few(list(names.elements()))}" for what, names in changes if names]
-    return "; ".join([*out, *(f"{name} was {was[name]}, is {new}" for name, new in now.items() if name != "volumes" and was.get(name, new) != new)])
+    for name, new in now.items():
+        if name != "volumes" and was.get(name, new) != new:
+            out.append(f"{name} was {was[name]}, is {new}")
+    return "; ".join(out)
 
 
 def _few(names: list[str], most: int = 3) -> str:

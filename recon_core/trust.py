@@ -1,4 +1,7 @@
-"""Whether a volume can be trusted: does it explain the measured data as well as the classical image, and do data and noise agree?"""
+"""Whether a volume can be trusted.
+
+Does it explain the measured data as well as the classical image, and do data and noise agree?
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,9 @@ class Trust(Enum):
 
 
 UNEXPLAINED = 4.0  # times the noise, left by the classical image, above which something is wrong with the data
-INEXACT = 0.01  # of the data, and less is what coil maps never explain: a scan without noise, as simulated ones may be, is not one with spikes
+# of the data, and less is what coil maps never explain: a scan without noise, as simulated ones may be,
+# is not one with spikes
+INEXACT = 0.01
 BARS = {  # multiples of the classical image's misfit and of the noise; both must be exceeded
     Trust.FAILED: (2.0, 2.0),
     Trust.DOUBTFUL: (1.15, 1.1),
@@ -27,10 +32,11 @@ BARS = {  # multiples of the classical image's misfit and of the noise; both mus
 
 
 def judge(measurement: Measurement, preview: Tensor, volume: Tensor) -> tuple[Trust, str]:
-    """Trust in `volume` [z y x] compared with `preview` [z y x], and what is wrong with it, to follow "this image"; "" if sound.
+    """Trust in `volume` [z y x] compared with `preview` [z y x], and what is wrong with it: "" if sound.
 
-    Misfit is the residual's root mean square over the noise: 1 for an image that explains the data down to the noise.
-    A prior that invents what was not measured leaves more of the data unexplained than the classical image does.
+    What is wrong is worded to follow "this image". Misfit is the residual's root mean square over the noise: 1 for an
+    image that explains the data down to the noise. A prior that invents what was not measured leaves more of the data
+    unexplained than the classical image does.
     """
     if not finite(volume):
         return Trust.FAILED, "holds NaN or infinity"
@@ -38,7 +44,11 @@ def judge(measurement: Measurement, preview: Tensor, volume: Tensor) -> tuple[Tr
     noise = measurement.noise_level(preview) / measurement.sigma
     for trust, (worse, unexplained) in BARS.items():
         if found > max(worse * classical, unexplained * noise):
-            return trust, f"explains the data worse than CG-SENSE does (residual {found:.2f} against {classical:.2f} times the noise)"
+            why = (
+                "explains the data worse than CG-SENSE does "
+                f"(residual {found:.2f} against {classical:.2f} times the noise)"
+            )
+            return trust, why
     return Trust.SOUND, ""
 
 
@@ -48,8 +58,14 @@ def finite(volume: Tensor) -> bool:
 
 
 def doubts(measurement: Measurement, preview: Tensor) -> list[str]:
-    """What is wrong with the data themselves, judged by the classical image `preview` [z y x]: it affects both images."""
+    """What is wrong with the data themselves, judged by the classical image `preview` [z y x].
+
+    It affects both images.
+    """
     left = measurement.misfit(preview)
     if left <= UNEXPLAINED or measurement.residual(preview) <= INEXACT**2 * measurement.energy:
         return []
-    return [f"CAUTION: CG-SENSE leaves {left:.2g} times the noise of the data unexplained: spikes, motion, or lines of another scan?"]
+    return [
+        f"CAUTION: CG-SENSE leaves {left:.2g} times the noise of the data unexplained: "
+        "spikes, motion, or lines of another scan?"
+    ]

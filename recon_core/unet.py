@@ -22,7 +22,9 @@ class NoiseLevel(nn.Sequential):
 
     def forward(self, noise_level: Tensor) -> Tensor:
         with torch.autocast(noise_level.device.type, enabled=False):
-            freqs = torch.exp(torch.linspace(math.log(0.5), math.log(50.0), self.features // 2, device=noise_level.device))
+            freqs = torch.exp(
+                torch.linspace(math.log(0.5), math.log(50.0), self.features // 2, device=noise_level.device)
+            )
             phase = noise_level[:, None].float() * freqs
             return super().forward(torch.cat([phase.cos(), phase.sin()], dim=1))
 
@@ -106,7 +108,10 @@ class UNet(nn.Module):
 
 
 def round_weights(network: nn.Module) -> None:
-    """Store in bf16 the weights that autocast rounds to it anyway, and without gradients would round again for every batch."""
+    """Store in bf16 the weights that autocast rounds to it anyway.
+
+    Without gradients it would round them again for every batch.
+    """
     for name, layer in network.named_modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) or name.endswith("film"):
             layer.to(torch.bfloat16)

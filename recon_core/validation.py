@@ -22,7 +22,8 @@ class Validation:
         self.slices: dict[float, Tensor] = {}
         for mm in self.VOXEL_MM:
             slices, drawn_mm = SlicePool(volumes, (mm, mm), crop=96, size=6, seed=seed).batch(0, 12)
-            fine = drawn_mm < 1.2 * mm  # within what whole matrix sizes allow; coarser volumes keep their voxel size and say nothing about this one
+            # within what whole matrix sizes allow; coarser volumes keep their voxel size and say nothing about this one
+            fine = drawn_mm < 1.2 * mm
             if bool(fine.any()):
                 self.slices[mm] = slices[fine]
         self.slices = self.slices or {round(float(drawn_mm.max()), 1): slices}
@@ -38,11 +39,15 @@ class Validation:
 
     def images(self, prior: Prior) -> Tensor:
         """Magnitudes [noisy|denoised|clean slices h w] of two slices per voxel size at the larger noise level."""
-        rows = [(*self._denoise(prior, slices[:2], self.SIGMAS[-1], mm), slices[:2]) for mm, slices in self.slices.items()]
+        rows = []
+        for mm, slices in self.slices.items():
+            clean = slices[:2]
+            rows.append((*self._denoise(prior, clean, self.SIGMAS[-1], mm), clean))
         return torch.stack([torch.cat(column).norm(dim=1) for column in zip(*rows)])
 
     @staticmethod
     def _denoise(prior: Prior, clean: Tensor, sigma: float, mm: float) -> tuple[Tensor, Tensor]:
-        noisy = clean + sigma * prior.unit_noise(torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)), (mm, mm))
+        white = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+        noisy = clean + sigma * prior.unit_noise(white, (mm, mm))
         with torch.no_grad():
             return noisy, prior(noisy.to(next(prior.parameters()).device), sigma, (mm, mm)).float().cpu()

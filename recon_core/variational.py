@@ -4,8 +4,9 @@ Minimises ||A x - y||^2 / (2 sigma^2) + a prior on all slices that is known only
 follows the gradient of a diffusion objective on slices with random noise added (faithful.py); here the problem is
 split, as in annealed plug-and-play (Zhang et al., arXiv 2008.13751), and no noise is added: each sweep denoises slices
 of one random orientation at an annealed noise level and in a random pose, with momentum from the previous sweep, then
-minimises the data term plus a pull towards the result (a few conjugate-gradient steps on independent 2D problems). The denoiser is never
-differentiated ("stabilised Jacobian"). Part of what it removed is added back before the next one: ADMM's dual variable, damped.
+minimises the data term plus a pull towards the result (a few conjugate-gradient steps on independent 2D problems). The
+denoiser is never differentiated ("stabilised Jacobian"). Part of what it removed is added back before the next one:
+ADMM's dual variable, damped.
 """
 
 from __future__ import annotations
@@ -30,14 +31,19 @@ class VariationalConfig:
     rho = prior_weight * sqrt(1 / R) * (n / sigma)^2: the Gaussian model's balance of data noise and prior noise,
     times a factor found by experiment (tests/benchmarks/robustness.py), the same for every protocol; the more
     of k-space is sampled (R = 1: all), the stronger a prior the image tolerates. Data noisier than `noisy` (SNR below
-    16) tolerate a proportionally stronger one, if noise lines give the level: an estimate may be twice too high, above all with one coil.
-    sigma falls to `sigma_min` or n / 2, whichever is higher, and stays there for a share `held` of the sweeps, so that slices of all orientations
-    have their turn at the end: 24 sweeps are then at most 0.1 dB better than 12 at R = 4, 0.4 dB at R = 8 and 0.5 dB
-    at R = 12 (results/bench_fine.csv). `dual` is the share added back: 0 is half-quadratic splitting, whose pull
-    x - D(x) falls short of the prior's gradient; 1 is ADMM, which trusts the denoiser to be exactly the prior's own. Where
-    slices of only one orientation are usable, `dual` and `held` are 0: both made measured single planes and thin slabs worse.
-    There 1 / R counts as at least `alone`: planes and thin slabs of held-out heads need no weaker prior above R = 3
-    (0.04 to 0.85 dB at R = 4 and 8, -0.07 to 0.22 dB for slabs at 4 mm; results/bench_planes_alone0.csv).
+    16) tolerate a proportionally stronger one, if noise lines give the level: an estimate may be twice too high, above
+    all with one coil.
+
+    sigma falls to `sigma_min` or n / 2, whichever is higher, and stays there for a share `held` of the sweeps, so that
+    slices of all orientations have their turn at the end: 24 sweeps are then at most 0.1 dB better than 12 at R = 4,
+    0.4 dB at R = 8 and 0.5 dB at R = 12 (results/bench_fine.csv). `dual` is the share added back: 0 is half-quadratic
+    splitting, whose pull x - D(x) falls short of the prior's gradient; 1 is ADMM, which trusts the denoiser to be
+    exactly the prior's own.
+
+    Where slices of only one orientation are usable, `dual` and `held` are 0: both made measured single planes and thin
+    slabs worse. There 1 / R counts as at least `alone`: planes and thin slabs of held-out heads need no weaker prior
+    above R = 3 (0.04 to 0.85 dB at R = 4 and 8, -0.07 to 0.22 dB for slabs at 4 mm; results/bench_planes_alone0.csv).
+
     `adapt`, the rounds of learning from the scan itself, and `learned`, the prior that another of its volumes has
     taught, with which learning begins, are used in adaptation.py, not here.
     """
@@ -87,11 +93,13 @@ def reconstruct_variational(
     alone = len(usable) == 1
     weight = prior_weight(measurement, noise, config, config.alone if alone else 0.0)
     share, held = (0.0, 0.0) if alone else (config.dual, config.held)
-    previous, denoised, returned, last_sigma, axes, evaluations = x, x.clone(), torch.zeros_like(x), config.sigma_max, [], 0
+    previous, denoised, returned = x, x.clone(), torch.zeros_like(x)
+    last_sigma, axes, evaluations = config.sigma_max, [], 0
     for sweep, sigma in enumerate(annealed(config, noise, held), start=1):
         axes = axes or [a for a in torch.randperm(3, generator=random).tolist() if a in usable]
         rho = weight * (noise / sigma) ** 2
-        noisy = x + config.momentum * (x - previous) + returned * (sigma / last_sigma) ** 2  # keeps rho * returned constant
+        returned = returned * (sigma / last_sigma) ** 2  # keeps rho * returned constant
+        noisy = x + config.momentum * (x - previous) + returned
         axis = axes.pop()
         chosen = some_slices(denoised[box].shape[axis], config.slice_fraction, random).to(x.device)
         across(denoised, axis)[chosen] = across(noisy, axis)[chosen]  # slices not drawn keep their last result
@@ -114,7 +122,10 @@ def prior_weight(measurement: Measurement, noise: float, config: VariationalConf
 
 
 def annealed(config: VariationalConfig, noise: float, held: float) -> list[float]:
-    """Noise level of each sweep: falls geometrically, not below `sigma_min` or half the noise of the data, and stays there for the last share `held` of them."""
+    """Noise level of each sweep: falls geometrically, not below `sigma_min` or half the noise of the data.
+
+    It stays there for the last share `held` of the sweeps.
+    """
     steps = max(1, config.sweeps - 1 - int(held * config.sweeps))
     lowest = min(config.sigma_max, max(config.sigma_min, noise / 2))
     return [config.sigma_max * (lowest / config.sigma_max) ** min(1, i / steps) for i in range(config.sweeps)]

@@ -65,14 +65,20 @@ def read_volume(path: str | Path) -> tuple[np.ndarray, tuple[float, float, float
         raise ValueError(_not_one_volume(shape))
     mm = [_unit_mm(image) * float(v) for v in image.header.get_zooms()[:3]]
     if not all(VOXEL_MM[0] <= v <= VOXEL_MM[1] for v in mm):
-        raise ValueError(f"its voxels have {' x '.join(f'{v:g}' for v in mm)} mm, expected {VOXEL_MM[0]:g} to {VOXEL_MM[1]:g} mm: correct pixdim or xyzt_units in its header")
+        size = " x ".join(f"{v:g}" for v in mm)
+        raise ValueError(
+            f"its voxels have {size} mm, expected {VOXEL_MM[0]:g} to {VOXEL_MM[1]:g} mm: "
+            "correct pixdim or xyzt_units in its header"
+        )
     return np.asarray(image.dataobj).reshape(shape[:3]).T, (mm[2], mm[1], mm[0])
 
 
 def emptiness(data: np.ndarray) -> str | None:
     """Why there is nothing to see in a volume: what it holds instead of an object; None if it holds one."""
+    if data.dtype.names:
+        return f"voxels of {', '.join(data.dtype.names)} instead of one number each"
     if data.dtype.kind not in "biufc":
-        return f"voxels of {', '.join(data.dtype.names)} instead of one number each" if data.dtype.names else f"{data.dtype.name} instead of numbers"
+        return f"{data.dtype.name} instead of numbers"
     if not np.isfinite(data).all():
         return "NaN or infinity"
     return None if data.any() else "nothing but zeros"
@@ -86,11 +92,14 @@ def read_affine(path: str | Path) -> np.ndarray:
 
 def _unit_mm(image) -> float:
     """The unit of length of a NIfTI, in mm."""
-    return UNIT_MM.get(int(image.header["xyzt_units"]) % 8, 1.0) if isinstance(image.header, nibabel.Nifti1Header) else 1.0
+    if not isinstance(image.header, nibabel.Nifti1Header):
+        return 1.0
+    return UNIT_MM.get(int(image.header["xyzt_units"]) % 8, 1.0)
 
 
 def _not_one_volume(shape: tuple[int, ...]) -> str:
-    return f"it has the shape {tuple(shape)}, expected three dimensions" + ": choose one volume and store it in a file of its own" * (len(shape) > 3)
+    advice = ": choose one volume and store it in a file of its own" if len(shape) > 3 else ""
+    return f"it has the shape {tuple(shape)}, expected three dimensions{advice}"
 
 
 def to_voxel_mm(volume: Tensor, voxel_mm: Sequence[float], target_mm: Sequence[float], taper: float = 0.0):
@@ -143,7 +152,16 @@ class SlicePool:
     """
 
     def __init__(
-        self, volumes: Sequence[Volume], voxel_mm=(0.5, 4.0), crop=64, size=24, refresh=12, seed=0, vary_sharpness=True, vary_contrast=True, phantoms=0.0
+        self,
+        volumes: Sequence[Volume],
+        voxel_mm=(0.5, 4.0),
+        crop=64,
+        size=24,
+        refresh=12,
+        seed=0,
+        vary_sharpness=True,
+        vary_contrast=True,
+        phantoms=0.0,
     ):
         if not volumes:
             raise ValueError("expected at least one training volume, got none")
@@ -155,7 +173,10 @@ class SlicePool:
         self.next_volume: Callable[[int], tuple[Tensor, float]] | None = None  # set while threads draw volumes ahead
 
     def batch(self, step: int, slices: int) -> tuple[Tensor, Tensor]:
-        """Clean float32 slices [slices 2 crop crop] for this step, and the voxel size of each in mm (that of its volume's finest axis)."""
+        """Clean float32 slices [slices 2 crop crop] for this step, and the voxel size of each in mm.
+
+        That size is the one of its volume's finest axis.
+        """
         rng = np.random.default_rng([self.seed, 1, step])
         newest = step // self.refresh + self.size - 1
         for index in range(newest - self.size + 1, newest + 1):
@@ -172,11 +193,12 @@ class SlicePool:
 
     @contextmanager
     def ahead(self, make: Callable[[int], Any], steps: range, workers: int) -> Iterator[Iterator]:
-        """make(step) for all steps in order, computed ahead of the consumer and bit-identical to doing so without threads.
+        """make(step) for all steps in order, computed ahead of the consumer.
 
-        `make` takes its batch from this pool. It runs in one thread, up to ROOM steps ahead; `workers` other threads
-        take turns drawing the volumes it will need, each up to two ahead. An exception in any of them is raised in
-        place of the step that needed its result. All threads have ended when the context exits.
+        The results are bit-identical to those without threads. `make` takes its batch from this pool. It runs in one
+        thread, up to ROOM steps ahead; `workers` other threads take turns drawing the volumes it will need, each up to
+        two ahead. An exception in any of them is raised in place of the step that needed its result. All threads have
+        ended when the context exits.
 
         Args:
             workers: threads that draw volumes; with 0 everything is computed on demand.
@@ -193,14 +215,18 @@ class SlicePool:
         finally:
             for thread in (made, *drawn):
                 thread.closed.set()
-            for thread in (*drawn, made):  # the batch thread may be waiting for a volume; closing that source releases it
+            # the batch thread may be waiting for a volume; closing that source releases it
+            for thread in (*drawn, made):
                 thread.close()
             self.pool, self.next_volume = {}, None
 
     def draw_volume(self, index: int, stream: int = 2) -> tuple[Tensor, float]:
         """Volume [z y x] number `index` of a random stream, and its finest voxel size in mm."""
         rng = np.random.default_rng([self.seed, stream, index])
-        volume, voxel_mm = self._phantom(rng) if rng.random() < self.phantoms else self._source(int(rng.integers(len(self.volumes))))
+        if rng.random() < self.phantoms:
+            volume, voxel_mm = self._phantom(rng)
+        else:
+            volume, voxel_mm = self._source(int(rng.integers(len(self.volumes))))
         if self.vary_contrast:
             volume = _vary_contrast(volume, rng)
         low, high = self.voxel_mm
@@ -229,15 +255,15 @@ class SlicePool:
 
 
 def _zero_fill(volume: Tensor, rng) -> Tensor:
-    """Interpolate along random axes by zero-filling k-space, as protocols do: small pixels do not always mean fine detail."""
+    """Interpolate along random axes by zero-filling k-space, as protocols do: small pixels may not mean fine detail."""
     sizes = [round(n * rng.uniform(1, 1.7)) if rng.random() < 0.6 else n for n in volume.shape]
     return _like(volume, kspace_crop(volume, sizes)) if math.prod(sizes) <= MAX_VOXELS else volume
 
 
 def _add_susceptibility_phase(volume: Tensor, voxel_mm: Sequence[float], rng) -> Tensor:
-    """Add the phase of gradient echoes from the field distortion at air-tissue interfaces: magnitude [z y x] to complex.
+    """Add the phase of gradient echoes from the field distortion at air-tissue interfaces.
 
-    Echo times of 0.3 to 10 ms at 3 T: 9.4 ppm of 128 MHz is 7.6 rad per ms.
+    Magnitude [z y x] to complex. Echo times of 0.3 to 10 ms at 3 T: 9.4 ppm of 128 MHz is 7.6 rad per ms.
     """
     tilt = rng.uniform(-0.4, 0.4, 3) + (1, 0, 0)
     field = dipole_field((volume > 0.1).float(), voxel_mm, tilt)
@@ -245,9 +271,10 @@ def _add_susceptibility_phase(volume: Tensor, voxel_mm: Sequence[float], rng) ->
 
 
 def dipole_field(susceptibility: Tensor, voxel_mm: Sequence[float], direction: Sequence[float]) -> Tensor:
-    """Relative change of B0 [z y x] caused by a susceptibility map [z y x], without its mean: chi * (1/3 - (k.b)^2 / k^2).
+    """Relative change of B0 [z y x] caused by a susceptibility map [z y x], without its mean.
 
-    Salomir et al., Concepts Magn. Reson. B 2003. `direction` is that of B0 along z, y, x; the map is treated as periodic.
+    chi * (1/3 - (k.b)^2 / k^2): Salomir et al., Concepts Magn. Reson. B 2003. `direction` is that of B0 along z, y, x;
+    the map is treated as periodic.
     """
     k = torch.meshgrid(*(torch.fft.fftfreq(n, mm) for n, mm in zip(susceptibility.shape, voxel_mm)), indexing="ij")
     b = torch.as_tensor(np.asarray(direction) / np.linalg.norm(direction), dtype=torch.float32)
@@ -259,7 +286,10 @@ def dipole_field(susceptibility: Tensor, voxel_mm: Sequence[float], direction: S
 
 
 def _vary_contrast(volume: Tensor, rng) -> Tensor:
-    """Contrasts that the corpus lacks: half the volumes get a new intensity curve, a quarter of all a power law, as fat may be many times brighter than brain."""
+    """Contrasts that the corpus lacks.
+
+    Half the volumes get a new intensity curve, a quarter of all a power law: fat may be many times brighter than brain.
+    """
     volume = _remap_contrast(volume, rng) if rng.random() < 0.5 else volume
     return _to_power(volume, math.exp(rng.uniform(math.log(0.7), math.log(2.5)))) if rng.random() < 0.25 else volume
 
@@ -304,8 +334,14 @@ def _add_phase_and_shading(crops: Tensor, rng) -> Tensor:
     """Add smooth random phase at several scales and mild receive shading: [n h w] to [n 2 h w]."""
     n, size = crops.shape[0], crops.shape[-1]
     grid = torch.linspace(-1, 1, size)
-    normal = lambda *shape: torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))  # noqa: E731
-    smooth = lambda cells: F.interpolate(normal(n, 1, cells + 1, cells + 1), (size, size), mode="bicubic", align_corners=True)[:, 0]  # noqa: E731
+
+    def normal(*shape: int) -> Tensor:
+        return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+
+    def smooth(cells: int) -> Tensor:
+        coarse = normal(n, 1, cells + 1, cells + 1)
+        return F.interpolate(coarse, (size, size), mode="bicubic", align_corners=True)[:, 0]
+
     phase = normal(n, 1, 1) * 3 + normal(n, 1, 1) * grid[:, None] + normal(n, 1, 1) * grid
     for cells, amount in ((3, 1.0), (6, 0.4), (12, 0.15)):
         amplitude = torch.from_numpy(rng.uniform(0, amount, (n, 1, 1))).float()

@@ -36,7 +36,11 @@ class WaveletConfig:
 
 
 def reconstruct_wavelet(
-    measurement: Measurement, prior: Denoiser | None, start: Tensor, config: WaveletConfig = WaveletConfig(), seed: int = 0
+    measurement: Measurement,
+    prior: Denoiser | None,
+    start: Tensor,
+    config: WaveletConfig = WaveletConfig(),
+    seed: int = 0,
 ) -> Iterator[State]:
     """Yield a State after every iteration.
 

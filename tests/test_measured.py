@@ -23,10 +23,16 @@ def images(tmp_path, kspace, mask, voxel_mm):
     out = {}
     write_scan(tmp_path / "scan.h5", kspace, mask, voxel_mm)
     write_scan(tmp_path / "whole.h5", kspace, np.ones_like(mask), voxel_mm)
-    runs = (("reference", "whole", "cg"), ("zero-filled", "scan", "zero-filled"), ("cg", "scan", "cg"), ("diffusion", "scan", "diffusion"))
+    runs = (
+        ("reference", "whole", "cg"),
+        ("zero-filled", "scan", "zero-filled"),
+        ("cg", "scan", "cg"),
+        ("diffusion", "scan", "diffusion"),
+    )
+    options = "--output float32 --device cpu --adapt 4".split()
     for name, scan, method in runs:
         path = tmp_path / f"{name}.h5"
-        assert main(["recon", str(tmp_path / f"{scan}.h5"), str(path), "--method", method, "--output", "float32", "--device", "cpu", "--adapt", "4"]) == 0
+        assert main(["recon", str(tmp_path / f"{scan}.h5"), str(path), "--method", method, *options]) == 0
         out[name] = torch.from_numpy(np.array(read_images(path)[-1].data[0]))
     return out
 
@@ -54,11 +60,12 @@ def test_measured_slices_of_one_coil_at_low_field(tmp_path):
 
 
 def test_lines_left_out_are_predicted_best_by_slice_diffusion():
-    """Their noise is in no method's data: the fairest comparison that a measured scan without a clean reference allows."""
+    """Their noise is in no method's data: the fairest comparison a measured scan without clean reference allows."""
     whole = ifft(torch.from_numpy(np.load(DATA / "brain_13ch_plane.npy"))[..., None], (3,))
     mask = torch.from_numpy(sampling_mask(tuple(whole.shape[1:3]), 4, "poisson", 24))
     measurement = measure(whole * mask[..., None], mask.float(), (1.75, 1.75, 1.75))
-    prior, start, left_out = load_prior("small"), cg_sense(measurement), torch.tensordot(measurement.mixing, whole, dims=1)[:, ~mask]
+    prior, start = load_prior("small"), cg_sense(measurement)
+    left_out = torch.tensordot(measurement.mixing, whole, dims=1)[:, ~mask]
     errors = {}
     for name in ("cg", "wavelet", "tv", "diffusion", "adapted"):
         method = METHODS["diffusion" if name == "adapted" else name]

@@ -10,7 +10,14 @@ from test_variational import VOXEL, last, problem
 from gadgets.options import make_options
 from gadgets.solve import prior_of
 from recon_core.cg_sense import cg_sense
-from recon_core.faithful import FaithfulConfig, diffusion_levels, noise_levels, random_slabs, reconstruct_faithful, slice_gradient
+from recon_core.faithful import (
+    FaithfulConfig,
+    diffusion_levels,
+    noise_levels,
+    random_slabs,
+    reconstruct_faithful,
+    slice_gradient,
+)
 from recon_core.fft import fft, ifft
 from recon_core.gaussians import Gaussians
 from recon_core.measure import measure
@@ -39,7 +46,7 @@ def gaussian(slices, sigma):
 
 @pytest.fixture(scope="module")
 def wrapped():
-    """The same object in two thirds of that field of view along y, with two sets of coil maps, and its image [z y x]."""
+    """The same object in 2/3 of that field of view along y, with two sets of coil maps, and its image [z y x]."""
     kspace, _, noise, _ = problem(shape=(32, 36, 30), acceleration=1.0, snr=15.0)
     images = ifft(kspace, (1, 2))
     images = images.new_zeros(4, 32, 24, 30).index_add_(2, (torch.arange(36) - 18 + 12) % 24, images)
@@ -66,17 +73,19 @@ def test_every_method_yields_finite_states_and_counts(name, given, request, prio
 
 def test_total_variation_divergence_is_minus_the_adjoint_of_the_gradient():
     volume, field = random_complex(5, 6, 7), random_complex(3, 5, 6, 7, seed=1)
-    left, right = torch.vdot(gradient(volume).flatten(), field.flatten()), torch.vdot(volume.flatten(), divergence(field).flatten())
+    left = torch.vdot(gradient(volume).flatten(), field.flatten())
+    right = torch.vdot(volume.flatten(), divergence(field).flatten())
     torch.testing.assert_close(left, -right)
 
 
 def test_total_variation_denoises_a_step_by_the_known_shift():
-    """Fully sampled, one coil: a step of two plateaus of m voxels each keeps its edge and moves by threshold / m per plateau."""
+    """Fully sampled, one coil: two plateaus of m voxels each keep their edge; each moves by threshold / m."""
     volume = torch.ones(1, 1, 16, dtype=torch.complex64)
     volume[..., 8:] = 3
     operator = Sense(torch.ones(1, 1, 1, 16, dtype=torch.complex64), torch.ones(1, 1))
     measurement = Measurement(operator, volume, 1.0, 1, 0.4, VOXEL, (1, 1))
-    state = last(reconstruct_total_variation(measurement, None, volume, TotalVariationConfig(iterations=3000, strength=1.0)))
+    config = TotalVariationConfig(iterations=3000, strength=1.0)
+    state = last(reconstruct_total_variation(measurement, None, volume, config))
     expected = torch.where(volume.real == 1, 1 + 0.4 / 8, 3 - 0.4 / 8)
     torch.testing.assert_close(state.volume.real, expected, rtol=1e-3, atol=1e-3)
 
@@ -96,7 +105,8 @@ def test_plug_and_play_with_a_gaussian_denoiser_reaches_its_closed_form_optimum(
     operator = Sense(torch.ones(1, *shape, dtype=torch.complex64), mask)
     zero_filled = operator.adjoint(operator.forward(random_complex(*shape) + 3))
     measurement = Measurement(operator, zero_filled, 1.0, 1, 1.0, VOXEL, (5, 5))
-    state = last(reconstruct_plug_and_play(measurement, gaussian, zero_filled, PlugAndPlayConfig(iterations=10, sigma=0.4, cg_iterations=20)))
+    config = PlugAndPlayConfig(iterations=10, sigma=0.4, cg_iterations=20)
+    state = last(reconstruct_plug_and_play(measurement, gaussian, zero_filled, config))
     _, noise, _, _ = measurement.in_tissue_units(zero_filled)
     expected = operator.solve(zero_filled, (noise / 0.5) ** 2, iterations=60)
     assert (state.volume - expected).norm() / expected.norm() < 1e-4
@@ -117,26 +127,31 @@ def test_faithful_prior_gradient_is_the_denoising_residual_with_a_weight_of_each
     """
     planes, sigma = random_complex(3, 8, 9), noise_levels(FaithfulConfig())[[49, 199, 398]]
     assert sigma.tolist() == pytest.approx([0.6 * 0.176, 0.6 * 0.72, 0.6 * 2.03], rel=0.01)
-    pull, objective = slice_gradient(planes, lambda x, s: 0 * x, lambda white: white, sigma, torch.Generator().manual_seed(0))
+    random = torch.Generator().manual_seed(0)
+    pull, objective = slice_gradient(planes, lambda x, s: 0 * x, lambda white: white, sigma, random)
     torch.testing.assert_close(pull, planes * torch.tensor([0.985, 0.810, 0.442])[:, None, None], rtol=2e-3, atol=0)
     assert objective == pytest.approx(float((0.5 * planes.abs().square().sum((1, 2)) / sigma).sum()))
 
 
 @pytest.mark.parametrize("finer", [False, True])
 def test_faithful_balances_the_data_and_all_slices(finer):
-    """With D = 0 at almost no noise, weight 1 and all of k-space, x meets half of the data: on the scan's voxels and on finer ones."""
+    """With D = 0 at almost no noise, weight 1 and all of k-space, x meets half of the data.
+
+    On the scan's voxels and on finer ones.
+    """
     shape = (8, 9, 10)
     volume = 2 + 0.1 * random_complex(*shape)
     operator = Sense(torch.ones(1, *shape, dtype=torch.complex64), torch.ones(shape[:2]))
     measurement = Measurement(operator, volume, float(volume.abs().square().sum()), volume.numel(), 1e-3, VOXEL, (8, 8))
-    config = FaithfulConfig(iterations=250, learning_rate=0.1, last_time=1, weight=1.0, prior_voxel_mm=1.0 if finer else 0.0)
+    prior_voxel_mm = 1.0 if finer else 0.0
+    config = FaithfulConfig(iterations=250, learning_rate=0.1, last_time=1, weight=1.0, prior_voxel_mm=prior_voxel_mm)
     states = list(reconstruct_faithful(measurement, lambda x, s: 0 * x, volume, config))
     mean = float(states[-1].volume.mean().real)
     assert mean == pytest.approx(1.0, rel=0.1)
 
 
 def test_faithful_begins_with_the_published_step():
-    """Adam's first step is the rate itself: 2 in units of the volume's root mean square, which is RMS of tissue brightness."""
+    """Adam's first step is the rate itself: 2 in units of the volume's root mean square, RMS of tissue brightness."""
     shape = (8, 9, 10)
     volume = 2 + 0.1 * random_complex(*shape)
     operator = Sense(torch.ones(1, *shape, dtype=torch.complex64), torch.ones(shape[:2]))
@@ -178,8 +193,10 @@ def test_data_step_with_variation_across_slices_solves_its_problem():
         x = variation.solve(target, clean)
 
     def objective(x):
-        data = 0.5 * torch.vdot(x.flatten(), measurement.operator.normal(x).flatten()).real - torch.vdot(target.flatten(), x.flatten()).real
-        return float(data + 0.5 * config.pull * (x - clean).abs().square().sum() + config.tv * torch.diff(x, dim=0).abs().sum())
+        quadratic = 0.5 * torch.vdot(x.flatten(), measurement.operator.normal(x).flatten()).real
+        data = quadratic - torch.vdot(target.flatten(), x.flatten()).real
+        pull = 0.5 * config.pull * (x - clean).abs().square().sum()
+        return float(data + pull + config.tv * torch.diff(x, dim=0).abs().sum())
 
     least = objective(x)
     for seed in range(5):
@@ -204,7 +221,8 @@ def test_variation_across_slices_moves_a_step_by_the_known_shift():
 def test_variation_across_one_slice_is_none():
     operator = Sense(torch.ones(1, 1, 6, 5, dtype=torch.complex64), torch.ones(1, 6))
     volume = random_complex(1, 6, 5)
-    x = Variation(Measurement(operator, volume, 1.0, 1, 0.1, VOXEL, (1, 1)), PosteriorConfig(tv=0.4, pull=1.0, axis=0)).solve(volume, volume)
+    measurement = Measurement(operator, volume, 1.0, 1, 0.1, VOXEL, (1, 1))
+    x = Variation(measurement, PosteriorConfig(tv=0.4, pull=1.0, axis=0)).solve(volume, volume)
     torch.testing.assert_close(x, volume)
 
 
@@ -212,16 +230,22 @@ def test_variation_across_one_slice_is_none():
 def test_a_plane_is_sampled_as_the_slice_it_is(name, scan):
     """Across z a plane has no slices but lines of one voxel."""
     kspace, mask, noise, _ = problem(shape=(32, 36, 1), snr=15.0)
-    measurement, seen = measure(kspace, mask, VOXEL, noise), set()
-    next(METHODS[name].run(measurement, lambda slices, sigma: seen.add(tuple(slices.shape[2:])) or slices, cg_sense(measurement), METHODS[name].config, 0))
+    measurement, method, seen = measure(kspace, mask, VOXEL, noise), METHODS[name], set()
+
+    def prior(slices, sigma):
+        seen.add(tuple(slices.shape[2:]))
+        return slices
+
+    next(method.run(measurement, prior, cg_sense(measurement), method.config, 0))
     assert seen and all(min(shape) >= 32 for shape in seen)
 
 
 def test_the_rate_of_a_neural_field_may_be_set(scan, prior, monkeypatch):
     monkeypatch.setattr(NeuralField, "fit_steps", 4)
     measurement, _ = scan
-    config = replace(METHODS["field"].config, iterations=1)
-    first, second = (last(METHODS["field"].run(measurement, prior, cg_sense(measurement), replace(config, learning_rate=rate), 0)).volume for rate in (2.0, 0.5))
+    method, start = METHODS["field"], cg_sense(measurement)
+    configs = [replace(method.config, iterations=1, learning_rate=rate) for rate in (2.0, 0.5)]
+    first, second = (last(method.run(measurement, prior, start, config, 0)).volume for config in configs)
     assert float((first - second).norm() / first.norm()) > 1e-3
 
 
@@ -236,7 +260,13 @@ def test_compared_methods_with_the_shipped_prior_beat_cg_sense(name, fewer, scan
 def test_each_method_has_the_prior_that_suits_it():
     """Samplers need one of white noise alone; a prior that is named is taken for all."""
     names = {method: prior_of(make_options({"method": method, "device": "cpu"})) for method in METHODS}
-    assert names == {"diffusion": "small", "pnp": "small", **dict.fromkeys(("faithful", "interpolated", "field", "gaussians", "dds", "tpdm", "mbir"), "small-white"), "operator": "operator", **dict.fromkeys(("wavelet", "tv", "cg", "zero-filled"), "")}
+    samplers = ("faithful", "interpolated", "field", "gaussians", "dds", "tpdm", "mbir")
+    assert names == {
+        **dict.fromkeys(("diffusion", "pnp"), "small"),
+        **dict.fromkeys(samplers, "small-white"),
+        "operator": "operator",
+        **dict.fromkeys(("wavelet", "tv", "cg", "zero-filled"), ""),
+    }
     assert {name for name in names.values() if name} <= {card["name"] for card in list_priors()}
     assert prior_of(make_options({"method": "dds", "prior": "/mine.safetensors"})) == "/mine.safetensors"
 

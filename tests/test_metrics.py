@@ -8,7 +8,10 @@ from recon_core.metrics import object_mask, psnr, ssim
 
 
 def test_psnr_of_a_known_error():
-    """An error of 0.1 at right angles to the reference, whose peak is 2: 20 log10(2 / 0.1) dB; no factor and no phase counts."""
+    """An error of 0.1 at right angles to the reference, whose peak is 2: 20 log10(2 / 0.1) dB.
+
+    No factor and no phase counts.
+    """
     reference = torch.tensor([2.0, 2.0, 1.0, 1.0]).reshape(1, 2, 2)
     error = 0.1 * torch.tensor([1.0, -1.0, 1.0, -1.0]).reshape(1, 2, 2)
     for image in (reference + error, 7 * (reference + error), 1j * (reference + error)):
@@ -30,7 +33,10 @@ def test_the_object_is_what_is_brighter_than_a_share_of_the_bright():
 
 @pytest.mark.parametrize("shape", [(12, 14, 11), (20, 30), (4, 12, 12), (9, 16)])
 def test_ssim_is_made_of_the_moments_under_its_window(shape):
-    """Of a pixel in the middle as the formula gives it, summed pixel by pixel; of equal images, and of even ones, in closed form."""
+    """Of a pixel in the middle as the formula gives it, summed pixel by pixel.
+
+    Of equal images, and of even ones, in closed form.
+    """
     random = torch.Generator().manual_seed(0)
     x = torch.rand(shape, generator=random)
     y = x + 0.3 * torch.rand(shape, generator=random)
@@ -47,14 +53,18 @@ def test_ssim_is_made_of_the_moments_under_its_window(shape):
     m = {power: value / total["1"] for power, value in total.items()}
     more = 3 ** len(shape) / (3 ** len(shape) - 1) if narrow else 1
     u, v = 0.02**2, 0.06**2  # of a peak of 2
-    expected = (2 * m["x"] * m["y"] + u) * (2 * more * (m["xy"] - m["x"] * m["y"]) + v) / ((m["x"] ** 2 + m["y"] ** 2 + u) * (more * (m["xx"] - m["x"] ** 2 + m["yy"] - m["y"] ** 2) + v))
+    brightness = (2 * m["x"] * m["y"] + u) / (m["x"] ** 2 + m["y"] ** 2 + u)
+    covariance, variances = m["xy"] - m["x"] * m["y"], m["xx"] - m["x"] ** 2 + m["yy"] - m["y"] ** 2
+    expected = brightness * (2 * more * covariance + v) / (more * variances + v)
     assert float(ssim(x, y, 2.0)[tuple(n // 2 for n in shape)]) == pytest.approx(expected, abs=1e-9)
     torch.testing.assert_close(ssim(x, x, 2.0), torch.ones(shape, dtype=torch.double))
-    torch.testing.assert_close(ssim(torch.ones(shape), torch.full(shape, 0.5), 2.0), torch.full(shape, (1 + u) / (1.25 + u), dtype=torch.double))
+    even = torch.full(shape, (1 + u) / (1.25 + u), dtype=torch.double)
+    torch.testing.assert_close(ssim(torch.ones(shape), torch.full(shape, 0.5), 2.0), even)
 
 
 def test_ssim_of_a_plane_has_the_narrow_window_of_a_slab():
     """A pixel of a plane [1 y x] is that of a strip of 9 rows about it."""
     x, y = torch.rand(2, 20, 30, generator=torch.Generator().manual_seed(0))
     strip = slice(6, 15)
-    assert ssim(x[None], y[None], 1.0)[0, 10, 15] == pytest.approx(float(ssim(x[strip], y[strip], 1.0)[4, 15]), abs=1e-12)
+    expected = float(ssim(x[strip], y[strip], 1.0)[4, 15])
+    assert ssim(x[None], y[None], 1.0)[0, 10, 15] == pytest.approx(expected, abs=1e-12)

@@ -98,7 +98,10 @@ def test_what_comes_in_the_middle_of_a_scan(full):
     line = (ACQUISITION, lines[0])
     asked = intake((HEADER, "once"), line, (QUERY, (7, "who?")), (TEXT, "hello"), line)
     assert len(list(asked)) == 2 and sent == [(7, "answer to who?")] and asked.cut == ""
-    for message, said in (((ERROR, "no \x1b[31mmore\r\n gradients\0."), "the peer told of an error: no [31mmore gradients"), ((HEADER, "next"), "a second header came before the scan was closed")):
+    for message, said in (
+        ((ERROR, "no \x1b[31mmore\r\n gradients\0."), "the peer told of an error: no [31mmore gradients"),
+        ((HEADER, "next"), "a second header came before the scan was closed"),
+    ):
         broken = intake(line, line, message, line)
         assert len(list(broken)) == 2 and broken.cut.startswith(said)
     another = intake((HEADER, "another"), line)
@@ -109,7 +112,12 @@ def test_answers_do_not_cut_into_what_is_being_sent():
     """Two threads, one connection: messages come out whole."""
     ours, theirs = socket.socketpair()
     with ours, theirs, Wire(ours) as wire, Wire(theirs, timeout_s=20) as peer:
-        threads = [threading.Thread(target=lambda text=text: [wire.send_text(text * 300_000) for _ in range(10)]) for text in "ab"]
+
+        def send(text):
+            for _ in range(10):
+                wire.send_text(text * 300_000)
+
+        threads = [threading.Thread(target=send, args=(text,)) for text in "ab"]
         for thread in threads:
             thread.start()
         texts = [text for _, (_, text) in zip(range(20), peer.messages())]
@@ -136,7 +144,9 @@ def test_gadgetron_without_a_configuration_element(server, scan_path, expected):
 def test_gadgetrons_execute_gets_the_same_images(scan_path, tmp_path, prior, expected, monkeypatch):
     save_prior(prior, tmp_path / "gauss.safetensors", {})
     monkeypatch.setenv("SLICEDIFF_PRIORS", str(tmp_path))
-    properties = '<property name="sweeps" value="2"/><property name="device" value="cpu"/><property name="prior" value="gauss"/>'
+    properties = (
+        '<property name="sweeps" value="2"/><property name="device" value="cpu"/><property name="prior" value="gauss"/>'
+    )
     peer, code = run_execute(scan_path, properties)
     assert (code, peer.errors, peer.closed) == (0, [], True)
     assert [i.data.shape for i in peer.images] == [i.data.shape for i in expected]
@@ -148,7 +158,8 @@ def test_file_command_server_external_gadget_and_fire_give_the_same_images(scan_
     save_prior(prior, tmp_path / "gauss.safetensors", {})
     monkeypatch.setenv("SLICEDIFF_PRIORS", str(tmp_path))
     options = {"sweeps": 2, "device": "cpu", "prior": "gauss"}
-    assert main(["recon", str(scan_path), str(tmp_path / "images.h5"), *(word for name, value in options.items() for word in (f"--{name}", str(value)))]) == 0
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    assert main(["recon", str(scan_path), str(tmp_path / "images.h5"), *words]) == 0
     of_file = read_images(tmp_path / "images.h5")
     properties = "".join(f'<property name="{name}" value="{value}"/>' for name, value in options.items())
     assert same_images(run_execute(scan_path, properties)[0].images, of_file)
@@ -186,7 +197,11 @@ def test_unknown_configuration_is_refused_by_name(server, scan_path, expected):
 def test_a_name_may_come_as_text(server, scan_path):
     """Some hosts send the name of a configuration where others send its XML."""
     for name, count in (("fast", 2), ("slicediff_connect.xml\0", 2), ("nonesuch", 0)):
-        with ScanFile(scan_path) as scan, socket.create_connection(server.server_address[:2]) as sock, Wire(sock, 60) as wire:
+        with (
+            ScanFile(scan_path) as scan,
+            socket.create_connection(server.server_address[:2]) as sock,
+            Wire(sock, 60) as wire,
+        ):
             wire.send_config(name)
             wire.send_header(scan.header_xml)
             for line in scan.acquisitions():
@@ -197,14 +212,20 @@ def test_a_name_may_come_as_text(server, scan_path):
 
 
 def test_a_hosts_own_parameters_are_left_aside_and_named(server, scan_path):
-    images, texts = client(server, scan_path, text='{"parameters": {"method": "cg", "sweps": 3, "config": "x", "\\ud83d": 1}}')
-    assert len(images) == 1 and texts[0] == r"parameters that are not options of this plugin were ignored: config, sweps, \ud83d"
+    parameters = '{"parameters": {"method": "cg", "sweps": 3, "config": "x", "\\ud83d": 1}}'
+    images, texts = client(server, scan_path, text=parameters)
+    assert len(images) == 1
+    assert texts[0] == r"parameters that are not options of this plugin were ignored: config, sweps, \ud83d"
 
 
 @pytest.mark.parametrize("before", ["text", "query", "header"])
 def test_options_in_text_count_until_the_first_line(server, scan_path, before):
     """Whatever comes before them; what comes later is told in the image's comment."""
-    with ScanFile(scan_path) as scan, socket.create_connection(server.server_address[:2]) as sock, Wire(sock, 60) as wire:
+    with (
+        ScanFile(scan_path) as scan,
+        socket.create_connection(server.server_address[:2]) as sock,
+        Wire(sock, 60) as wire,
+    ):
         wire.send_config_file("default")
         if before == "text":
             wire.send_text('{"parameters": {"method": "cg"}}')
@@ -213,7 +234,10 @@ def test_options_in_text_count_until_the_first_line(server, scan_path, before):
             wire.send_query("gadgetron::info", 9)
         if before == "header":
             wire.send_header(scan.header_xml)
-        wire.send_text('{"parameters": {"output": "float32"}}' if before == "text" else '{"parameters": {"method": "cg", "output": "float32"}}')
+        if before == "text":
+            wire.send_text('{"parameters": {"output": "float32"}}')
+        else:
+            wire.send_text('{"parameters": {"method": "cg", "output": "float32"}}')
         for number, line in enumerate(scan.acquisitions()):
             wire.send_item(line)
             if number == 5:
@@ -229,19 +253,28 @@ def test_options_in_text_count_until_the_first_line(server, scan_path, before):
 
 
 def test_images_instead_of_raw_data_are_told(server, scan_path, expected):
-    with ScanFile(scan_path) as scan, socket.create_connection(server.server_address[:2]) as sock, Wire(sock, 60) as wire:
+    with (
+        ScanFile(scan_path) as scan,
+        socket.create_connection(server.server_address[:2]) as sock,
+        Wire(sock, 60) as wire,
+    ):
         wire.send_config_file("default")
         wire.send_header(scan.header_xml)
         for image in expected:
             wire.send_item(image)
         wire.close()
         ((_, text),) = wire.messages()
-    assert text.startswith("ERROR: the scan holds no imaging line") and text.endswith("2 images came, but raw data are needed")
+    assert text.startswith("ERROR: the scan holds no imaging line")
+    assert text.endswith("2 images came, but raw data are needed")
 
 
 def test_a_client_is_told_at_once_what_is_refused(server, scan_path):
     """Not after the scan, which a client may take minutes to send."""
-    with ScanFile(scan_path) as scan, socket.create_connection(server.server_address[:2]) as sock, Wire(sock, 10) as wire:
+    with (
+        ScanFile(scan_path) as scan,
+        socket.create_connection(server.server_address[:2]) as sock,
+        Wire(sock, 10) as wire,
+    ):
         wire.send_config_file("nonesuch")
         wire.send_header(scan.header_xml)
         messages = wire.messages()
@@ -289,11 +322,15 @@ def test_what_cannot_be_imported_is_told_to_gadgetron(monkeypatch):
         answer_gadgetron(wire, b"<configuration/>", b"")
         wire.close()
         ((kind, text),) = gadgetron.messages()
-    assert kind == ERROR and text.startswith("slice diffusion: internal error, ModuleNotFoundError: import of gadgets.conversation halted")
+    said = "slice diffusion: internal error, ModuleNotFoundError: import of gadgets.conversation halted"
+    assert kind == ERROR and text.startswith(said)
 
 
 def test_who_sends_on_after_an_unknown_message_gets_the_sentence(scan_path):
-    """As <execute> has it: the connection is closed at once, which resets it, and takes our last words along, if input is unread."""
+    """As <execute> has it: the connection is closed at once.
+
+    That resets it, and takes our last words along, if input is unread.
+    """
     with ScanFile(scan_path) as scan:
         xml, lines = scan.header_xml, [struct.pack("<H", 1008) + line.to_bytes() for line in scan.acquisitions()]
 
@@ -382,12 +419,20 @@ def test_no_peer_has_a_file_of_the_server_read(server, scan_path, tmp_path, expe
     for name, path in (("preset", tmp_path / "secret.yaml"), ("prior", tmp_path / "pipe.safetensors")):
         xml, text = f'<property name="{name}" value="{path}"/>', json.dumps({"parameters": {name: str(path)}})
         said = [*gadgetron(server, scan_path, xml).errors, client(server, scan_path, text=text)[1][-1]]
-        with ScanFile(scan_path) as scan, socket.create_connection(server.server_address[:2]) as sock, Wire(sock, 20) as wire:
-            wire.send_config(f"<gadgetronStreamConfiguration><external><execute name='gadgets'/><configuration>{xml}</configuration></external></gadgetronStreamConfiguration>")
+        with (
+            ScanFile(scan_path) as scan,
+            socket.create_connection(server.server_address[:2]) as sock,
+            Wire(sock, 20) as wire,
+        ):
+            wire.send_config(
+                "<gadgetronStreamConfiguration><external><execute name='gadgets'/>"
+                f"<configuration>{xml}</configuration></external></gadgetronStreamConfiguration>"
+            )
             wire.send_header(scan.header_xml)
             wire.close()
             said.append(list(wire.messages())[-1][1])
-        assert len(said) == 3 and all("no preset" in text or "by its name only" in text for text in said) and "hunter2" not in str(said)
+        assert len(said) == 3 and all("no preset" in text or "by its name only" in text for text in said)
+        assert "hunter2" not in str(said)
     assert same_images(client(server, scan_path)[0], expected)
 
 
@@ -397,7 +442,15 @@ def test_execute_ends_when_gadgetron_dies(scan_path):
     assert "ended before its CLOSE" in peer.errors[0]
 
 
-@pytest.mark.parametrize("noise", [b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 64, struct.pack("<HI", 3, 5) + b"<xml>" + struct.pack("<H", 4), struct.pack("<H", 1008)])
+@pytest.mark.parametrize(
+    "noise",
+    [
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"\xff" * 64,
+        struct.pack("<HI", 3, 5) + b"<xml>" + struct.pack("<H", 4),
+        struct.pack("<H", 1008),
+    ],
+)
 def test_garbage_is_answered_and_the_next_scan_works(server, noise, scan_path, expected):
     with socket.create_connection(server.server_address[:2]) as sock:
         sock.sendall(noise)
@@ -429,7 +482,11 @@ def test_a_silent_peer_is_let_go(prior, scan_path):
 
 def test_two_clients_at_once(server, scan_path, other_scan_path, expected, prior):
     results = {}
-    threads = [threading.Thread(target=lambda p=p: results.update({p: client(server, p)[0]})) for p in (scan_path, other_scan_path)]
+
+    def send(path):
+        results[path] = client(server, path)[0]
+
+    threads = [threading.Thread(target=send, args=(path,)) for path in (scan_path, other_scan_path)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -469,5 +526,3 @@ def test_a_server_that_sends_nothing_is_an_error(scan_path):
 def test_deadline_returns_the_best_so_far(scan_path, prior):
     _, image = run_chain(scan_path, prior, sweeps=1000, deadline_s=2)
     assert "stopped at the deadline of 2 s after" in image.meta["ImageComments"]
-
-

@@ -1,4 +1,4 @@
-"""The prior in function space: the same answer on every mesh, noise that is one field on all of them, and who may use it."""
+"""The prior in function space: one answer on every mesh, noise that is one field on all of them, who may use it."""
 
 import math
 
@@ -55,8 +55,12 @@ def test_a_smooth_function_has_the_same_answer_on_every_mesh(voxel_mm):
         there = network(waves(voxel_mm), level, voxel_mm)
         here = network(waves((TAP_MM, TAP_MM)), level)
         blind = network(waves(voxel_mm), level)
-    shrunk = [torch.nn.functional.interpolate(image, (24, 24), mode="area")[..., 4:-4, 4:-4] for image in (there, here, blind)]
-    error, unaware = ((image - shrunk[1]).norm() / shrunk[1].norm() for image in (shrunk[0], shrunk[2]))
+
+    def shrunk(image):
+        return torch.nn.functional.interpolate(image, (24, 24), mode="area")[..., 4:-4, 4:-4]
+
+    there, here, blind = shrunk(there), shrunk(here), shrunk(blind)
+    error, unaware = ((image - here).norm() / here.norm() for image in (there, blind))
     assert error < 0.1 and unaware > 3 * error
 
 
@@ -90,13 +94,19 @@ def test_the_shipped_operator_removes_smooth_noise_on_voxels_it_never_saw(voxel_
 def test_the_published_method_tells_the_prior_the_voxels_of_each_orientation(monkeypatch):
     kspace, mask, noise, _ = problem(shape=(20, 24, 22), snr=15.0)
     measurement, prior, told = measure(kspace, mask, (3.0, 2.0, 1.0), noise), Prior("operator"), set()
-    monkeypatch.setattr(prior.net, "forward", lambda x, level, voxel_mm: told.add((tuple(x.shape[2:]), voxel_mm)) or 0 * x)
+
+    def forward(x, level, voxel_mm):
+        told.add((tuple(x.shape[2:]), voxel_mm))
+        return 0 * x
+
+    monkeypatch.setattr(prior.net, "forward", forward)
     last(reconstruct_faithful(measurement, prior, cg_sense(measurement), FaithfulConfig(iterations=1, slabs=1)))
     assert told == {((24, 22), (2.0, 1.0)), ((20, 22), (3.0, 1.0)), ((20, 24), (3.0, 2.0))}
 
 
 def test_methods_that_know_no_function_space_refuse_the_operator():
-    with pytest.raises(PriorError, match="function space does not fit slice diffusion; use it with the method operator"):
+    unfit = "function space does not fit slice diffusion; use it with the method operator"
+    with pytest.raises(PriorError, match=unfit):
         load_prior_for(make_options({"prior": "operator", "device": "cpu"}))
     with pytest.raises(PriorError, match="prior in function space, needs one; leave prior at auto"):
         load_prior_for(make_options({"method": "operator", "prior": "small", "device": "cpu"}))

@@ -17,7 +17,13 @@ def test_whitened_noise_is_white_with_unit_sigma():
     torch.testing.assert_close(covariance, torch.eye(4, dtype=torch.complex64), atol=0.02, rtol=0)
 
 
-@pytest.mark.parametrize("noise,message", [(torch.ones(4, 8, dtype=torch.complex64), "at least 16"), (torch.zeros(2, 100, dtype=torch.complex64), "zero or NaN")])
+@pytest.mark.parametrize(
+    "noise,message",
+    [
+        (torch.ones(4, 8, dtype=torch.complex64), "at least 16"),
+        (torch.zeros(2, 100, dtype=torch.complex64), "zero or NaN"),
+    ],
+)
 def test_useless_noise_is_refused(noise, message):
     with pytest.raises(ValueError, match=message):
         whitening_matrix(noise)
@@ -30,12 +36,21 @@ def test_a_dead_coil_is_left_out_and_the_image_is_that_of_the_others(dead):
     noise[2], kspace[2] = dead * noise[2], dead * kspace[2]
     live = [0, 1, 3, 4]
     assert whitening_matrix(noise).shape == (4, 5)
-    both = [measure(k, torch.ones(24, 20), (2.0, 2.0, 2.0), n) for k, n in ((kspace, noise), (kspace[live], noise[live]))]
-    torch.testing.assert_close(*(cg_sense(m) for m in both), rtol=1e-3, atol=1e-3)
-    assert both[0].warnings == ["coil 2 (counted from 0) has no noise: dead, left out"] and both[0].sigma_known and not both[1].warnings
+    with_dead = measure(kspace, torch.ones(24, 20), (2.0, 2.0, 2.0), noise)
+    others = measure(kspace[live], torch.ones(24, 20), (2.0, 2.0, 2.0), noise[live])
+    torch.testing.assert_close(cg_sense(with_dead), cg_sense(others), rtol=1e-3, atol=1e-3)
+    assert with_dead.warnings == ["coil 2 (counted from 0) has no noise: dead, left out"]
+    assert with_dead.sigma_known and not others.warnings
 
 
-@pytest.mark.parametrize("silent,said", [((2,), "coil 2 (counted from 0) has"), ((0, 2), "coils 0, 2 (counted from 0) have"), ((0, 2, 3), "coils 0, 2, 3 (counted from 0) have")])
+@pytest.mark.parametrize(
+    "silent,said",
+    [
+        ((2,), "coil 2 (counted from 0) has"),
+        ((0, 2), "coils 0, 2 (counted from 0) have"),
+        ((0, 2, 3), "coils 0, 2, 3 (counted from 0) have"),
+    ],
+)
 def test_silent_coils_are_left_out_without_noise_lines_too(silent, said):
     kspace = random_complex(4, 24, 20, 16)
     kspace[:, 8:16, 6:14] += 40
@@ -62,15 +77,17 @@ def test_coils_without_noise_far_out_are_kept(clean):
 def test_noise_lines_of_no_use_leave_an_estimate_and_a_warning(noise):
     kspace = random_complex(2, 24, 20, 8)
     kspace[:, 8:16, 6:14] += 40
-    given, without = (measure(kspace, torch.ones(24, 20), (2.0, 2.0, 2.0), n) for n in (noise.to(torch.complex64), None))
+    noise = noise.to(torch.complex64)
+    given, without = (measure(kspace, torch.ones(24, 20), (2.0, 2.0, 2.0), n) for n in (noise, None))
     torch.testing.assert_close(cg_sense(given), cg_sense(without))
-    assert not given.sigma_known and given.warnings[0].startswith("unusable noise lines (") and "estimated" in given.warnings[0]
+    assert not given.sigma_known
+    assert given.warnings[0].startswith("unusable noise lines (") and "estimated" in given.warnings[0]
 
 
 @pytest.mark.parametrize("averages", [1, 4, 9])
 @pytest.mark.parametrize("known", [True, False])
 def test_averages_lower_the_noise_level_and_leave_the_coil_maps(averages, known):
-    """The sum of n lines, over n, has 1 / sqrt(n) of the noise, and its maps are those of one line with so little noise."""
+    """The sum of n lines, over n, has 1 / sqrt(n) of the noise, and the maps of one line with so little noise."""
     noise = random_complex(2, 24, 20, 16) * 2**0.5
     signal = torch.zeros_like(noise)
     signal[:, 8:16, 6:14] = torch.tensor([40, 20j]).reshape(2, 1, 1, 1) * random_complex(8, 8, 16, seed=1)
@@ -89,7 +106,9 @@ def test_noise_lines_louder_than_the_scan_leave_an_estimate_and_a_warning():
     right, loud = (measure(kspace, torch.ones(24, 20), (2.0, 2.0, 2.0), factor * lines) for factor in (1, 30))
     assert right.sigma_known and not right.warnings
     assert not loud.sigma_known and loud.sigma == pytest.approx(1 / 30, rel=0.1)
-    assert loud.warnings == ["the noise lines are 30 times louder than the scan: the noise level was estimated from the scan itself"]
+    assert loud.warnings == [
+        "the noise lines are 30 times louder than the scan: the noise level was estimated from the scan itself"
+    ]
     torch.testing.assert_close(cg_sense(loud) * 30, cg_sense(right), rtol=1e-2, atol=0.05)
 
 
@@ -104,12 +123,18 @@ def test_noise_level_is_estimated_from_the_scan():
 @pytest.mark.parametrize("shape", [(1, 40), (6, 8), (40, 44)])
 def test_the_estimate_is_right_for_few_lines_too(shape):
     """Of pure noise: of few lines the mean tells, of many the median."""
-    estimates = [float(estimate_sigma(3.0 * 2**0.5 * random_complex(8, *shape, 64, seed=seed), torch.ones(shape)).mean()) for seed in range(8)]
+    estimates = []
+    for seed in range(8):
+        noise = 3.0 * 2**0.5 * random_complex(8, *shape, 64, seed=seed)
+        estimates.append(float(estimate_sigma(noise, torch.ones(shape)).mean()))
     assert sum(estimates) / 8 == pytest.approx(3.0, rel=0.02)
 
 
 def test_without_noise_lines_only_a_loud_coil_is_turned_down():
-    """An estimate holds fine detail too: coils within LOUD of the middle one keep their units, so that their sum keeps its shading."""
+    """An estimate holds fine detail too: coils within LOUD of the middle one keep their units.
+
+    So their sum keeps its shading.
+    """
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(5, 16, 16, 12, dtype=torch.complex64, generator=generator)
     levels = torch.tensor([0.6, 1.0, 1.0, 1.7, 20.0])
@@ -120,13 +145,18 @@ def test_without_noise_lines_only_a_loud_coil_is_turned_down():
 
 
 def test_coil_weights_are_those_of_the_scans_first_volume():
-    """Without noise lines, fine detail far out hides that a coil is loud in a bright contrast, not in a dark one: own weights would shade their ratio."""
+    """Without noise lines, fine detail far out hides that a coil is loud in a bright contrast, not in a dark one.
+
+    Own weights would shade their ratio.
+    """
     noise, detail = (random_complex(4, 24, 24, 12, seed=seed) for seed in (0, 1))
     noise[0] *= 6
-    detail += 40 * torch.zeros(24, 24, 1).index_fill_(0, torch.arange(8, 16), 1) * torch.tensor([1, 1j, -1, 0.5]).reshape(4, 1, 1, 1)
+    middle = torch.zeros(24, 24, 1).index_fill_(0, torch.arange(8, 16), 1)
+    detail += 40 * middle * torch.tensor([1, 1j, -1, 0.5]).reshape(4, 1, 1, 1)
     bright, dark = 30 * detail + noise, 0.5 * detail + noise
     first = measure(bright, torch.ones(24, 24), (2.0, 2.0, 2.0))
-    alone, later = (measure(dark, torch.ones(24, 24), (2.0, 2.0, 2.0), reference=reference) for reference in (None, first.reference))
+    alone = measure(dark, torch.ones(24, 24), (2.0, 2.0, 2.0))
+    later = measure(dark, torch.ones(24, 24), (2.0, 2.0, 2.0), reference=first.reference)
     assert float(alone.weights[0]) < 0.8 * float(first.weights[0])
     torch.testing.assert_close(later.weights, first.weights)
     torch.testing.assert_close(later.mixing.mH @ later.mixing, first.mixing.mH @ first.mixing, atol=1e-5, rtol=0)

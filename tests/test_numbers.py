@@ -1,4 +1,7 @@
-"""Ranges, means and tables in both READMEs that tests/benchmarks/tables.py does not print, computed again from the result files."""
+"""Numbers in both READMEs that tests/benchmarks/tables.py does not print, computed again from the result files.
+
+Ranges, means and tables.
+"""
 
 import csv
 import math
@@ -24,7 +27,8 @@ def scans(*names, column="psnr"):
     for name in names:
         for row in rows(name):
             if row[column]:
-                out.setdefault((row["volume"], round(float(row["voxel_mm"])), round(float(row["R"]))), {})[row["method"]] = float(row[column])
+                scan = (row["volume"], round(float(row["voxel_mm"])), round(float(row["R"])))
+                out.setdefault(scan, {})[row["method"]] = float(row[column])
     return out
 
 
@@ -44,29 +48,36 @@ def check(text, *claims):
 def test_presets():
     small, fast, fine = scans(*SMALL), scans("bench_fast"), scans("bench_fine")
     volumes = {key: value for key, value in fast.items() if key in small}
-    lost = {r: [small[key]["diffusion"] - value["diffusion"] for key, value in volumes.items() if key[2] == r] for r in (4, 8, 12)}
+    lost, gained = {}, {}
+    for r in (4, 8, 12):
+        lost[r] = [small[key]["diffusion"] - value["diffusion"] for key, value in volumes.items() if key[2] == r]
+        gained[r] = max(value["diffusion"] - small[key]["diffusion"] for key, value in fine.items() if key[2] == r)
     ahead = [value["diffusion"] - max(small[key][m] for m in ("tv", "wavelet")) for key, value in volumes.items()]
     measured = scans("bench_measured")
     planes = [measured[key]["diffusion"] - value["diffusion"] for key, value in fast.items() if "plane" in key[0]]
-    gained = {r: max(value["diffusion"] - small[key]["diffusion"] for key, value in fine.items() if key[2] == r) for r in (4, 8, 12)}
     assert {shown(value, 1) for value in lost[4]} == {"0.2"} and len(planes) == 9
     check(
         README,
-        f"loses 0.2 dB at R = 4, {extent(lost[8])} dB at R = 8 and {extent(lost[12])} dB at R = 12, and is still {extent(ahead)} dB better",
+        f"loses 0.2 dB at R = 4, {extent(lost[8])} dB at R = 8 and {extent(lost[12])} dB at R = 12, "
+        f"and is still {extent(ahead)} dB better",
         f"On the measured planes, where the default learns from the scan, it loses {extent(planes)} dB",
-        f"gains at most {shown(gained[4], 1)} dB at R = 4, up to {shown(gained[8], 1)} dB at R = 8 and {shown(gained[12], 1)} dB at R = 12",
+        f"gains at most {shown(gained[4], 1)} dB at R = 4, "
+        f"up to {shown(gained[8], 1)} dB at R = 8 and {shown(gained[12], 1)} dB at R = 12",
     )
 
 
 def test_other_methods_with_a_prior():
     four, white, posterior = scans("bench_4mm_R4"), scans("bench_white"), scans("bench_posterior")
+    better = {key: max(value["tv"], value["wavelet"]) for key, value in four.items()}
+    below_diffusion = extent(four[key]["diffusion"] - psnr for key, v in posterior.items() for psnr in v.values())
+    below_better = extent(better[key] - psnr for key, v in posterior.items() for psnr in v.values())
     check(
         MEASURED,
         f"{extent((v['diffusion'] - v['pnp'] for v in four.values()), 2)} dB below slice diffusion at 4 mm",
         f"That is {extent(v['diffusion'] - v['faithful'] for v in four.values())} dB below slice diffusion",
         f"slice diffusion is {extent(v['diffusion'] - four[key]['faithful'] for key, v in white.items())} dB above it",
-        f"All are {extent(four[key]['diffusion'] - value for key, v in posterior.items() for value in v.values())} dB below slice diffusion",
-        f"and {extent(max(four[key]['tv'], four[key]['wavelet']) - value for key, v in posterior.items() for value in v.values())} dB below the better of total variation and l1-wavelet",
+        f"All are {below_diffusion} dB below slice diffusion",
+        f"and {below_better} dB below the better of total variation and l1-wavelet",
     )
 
 
@@ -77,39 +88,53 @@ def test_strength_of_cg_sense():
     gap, finer = (max(mean(s, some) for s in (5, 10, 14, 20, 30, 50)) - mean(20, some) for some in (table, finest))
     check(
         MEASURED,
-        f"On {len(table)} scans of three held-out heads this is, on average, within {shown(gap, 2)} dB of the best of six strengths (30), and within {shown(finer, 2)} dB",
+        f"On {len(table)} scans of three held-out heads this is, on average, "
+        f"within {shown(gap, 2)} dB of the best of six strengths (30), and within {shown(finer, 2)} dB",
         f"It is {shown(mean(20, table) - mean(10, table), 2)} dB better on average than strength 10",
     )
 
 
 def test_more_iterations_of_the_classical_methods():
     before, after = {**scans("bench_4mm_R4"), **scans("bench_measured")}, scans("bench_long")
-    gain = lambda method, *kinds: [value[method] - before[key][method] for key, value in after.items() if any(kind in key[0] for kind in kinds)]  # noqa: E731
+
+    def gain(method, *kinds):
+        some = [key for key in after if any(kind in key[0] for kind in kinds)]
+        return [after[key][method] - before[key][method] for key in some]
+
     simulated = ("IXI", "bold", "brainweb", "knee_DESS", "studyforrest")
     assert max(map(abs, gain("tv", *simulated))) < 0.05
     assert all(value["tv"] < before[key]["wavelet"] for key, value in after.items() if "ulf" in key[0])
     check(
         MEASURED,
-        f"gain {extent(gain('wavelet', *simulated))} dB on the simulated scans at 4 mm and lose {extent(-g for g in gain('wavelet', 'plane', 'ulf'))} dB on the measured planes",
-        f"lose {extent(-g for g in gain('tv', 'plane'))} dB on the planes and gain {extent(gain('tv', 'ulf'))} dB at 0.055 T",
+        f"gain {extent(gain('wavelet', *simulated))} dB on the simulated scans at 4 mm "
+        f"and lose {extent(-g for g in gain('wavelet', 'plane', 'ulf'))} dB on the measured planes",
+        f"lose {extent(-g for g in gain('tv', 'plane'))} dB on the planes "
+        f"and gain {extent(gain('tv', 'ulf'))} dB at 0.055 T",
     )
 
 
 def test_learning_from_the_scan():
     with_it, without = scans("bench_measured"), scans("bench_measured_adapt0")
     gain = {key: with_it[key]["diffusion"] - value["diffusion"] for key, value in without.items()}
-    planes, low_field = ([value for key, value in gain.items() if ("plane" in key[0]) == plane] for plane in (True, False))
+    planes = [value for key, value in gain.items() if "plane" in key[0]]
+    low_field = [value for key, value in gain.items() if "plane" not in key[0]]
     heads, unlearned = scans("bench_planes"), scans("bench_planes_adapt0")
     parts = [[key for key in heads if (key[1] == 4) == slab] for slab in (False, True)]
-    costs = {key: unlearned[key]["diffusion"] - value["diffusion"] for key, value in scans("bench_planes_alone0").items()}
-    alone = [extent((costs[key] for key in part if key[2] in r), 2) for part, r in ((parts[0], (4,)), (parts[0], (8,)), (parts[1], (4, 8)))]
-    over = [extent(heads[key]["diffusion"] - max(heads[key]["tv"], heads[key]["wavelet"]) for key in part) for part in parts]
+    one_by_one = scans("bench_planes_alone0")
+    costs = {key: unlearned[key]["diffusion"] - value["diffusion"] for key, value in one_by_one.items()}
+    kinds = ((parts[0], (4,)), (parts[0], (8,)), (parts[1], (4, 8)))
+    alone = [extent((costs[key] for key in part if key[2] in r), 2) for part, r in kinds]
+    better = {key: max(value["tv"], value["wavelet"]) for key, value in heads.items()}
+    over = [extent(heads[key]["diffusion"] - better[key] for key in part) for part in parts]
     learned = [extent(heads[key]["diffusion"] - unlearned[key]["diffusion"] for key in part) for part in parts]
     check(
         MEASURED,
         f"contributes {extent(planes)} dB of the gain of `small` on the planes and {extent(low_field)} dB at 0.055 T",
-        f"Planes gain {over[0]} dB over the better of total variation and l1-wavelet, of which {learned[0]} dB is learned from the scan. Slabs gain {over[1]} dB, of which {learned[1]} dB is learned",
-        f"costs the planes {alone[0]} dB at R = 4 and {alone[1]} dB at R = 8; for the slabs it makes little difference ({alone[2]} dB;",
+        f"Planes gain {over[0]} dB over the better of total variation and l1-wavelet, "
+        f"of which {learned[0]} dB is learned from the scan. "
+        f"Slabs gain {over[1]} dB, of which {learned[1]} dB is learned",
+        f"costs the planes {alone[0]} dB at R = 4 and {alone[1]} dB at R = 8; "
+        f"for the slabs it makes little difference ({alone[2]} dB;",
     )
 
 
@@ -123,21 +148,39 @@ def test_volumes_of_one_scan():
 def test_ssim_of_measured_scans():
     found, base = scans("bench_measured", column="ssim"), scans("bench_base", column="ssim")
     others = {key: max(v for method, v in value.items() if method != "diffusion") for key, value in found.items()}
-    of = lambda table, kind: extent((table[key]["diffusion"] - others[key] for key in found if kind in key[0]), 3)  # noqa: E731
-    check(MEASURED, f"({of(found, 'plane')} above the best other image, {of(base, 'plane')} with `base`) and at 0.055 T ({of(found, 'ulf')}; with `base` {of(base, 'ulf')})")
+
+    def of(table, kind):
+        return extent((table[key]["diffusion"] - others[key] for key in found if kind in key[0]), 3)
+
+    check(
+        MEASURED,
+        f"({of(found, 'plane')} above the best other image, {of(base, 'plane')} with `base`) "
+        f"and at 0.055 T ({of(found, 'ulf')}; with `base` {of(base, 'ulf')})",
+    )
 
 
 def test_other_sampling_patterns():
-    """The summary of the measured planes at R = 8: all five patterns, with the noise of the left-out lines taken out; and their SSIM."""
+    """The summary of the measured planes at R = 8: all five patterns, and their SSIM.
+
+    The noise of the left-out lines is taken out.
+    """
     tables = [rows(name) for name in ("bench_measured", "bench_masks", "bench_base", "bench_masks_base")]
     found = {}
     for table, title in zip(tables, ("diffusion", "diffusion", "base", "base")):
         for row in table:
             if "plane" in row["volume"] and row["R"] == "8":
-                found.setdefault((row["volume"], row.get("seed", "0")), {})[title if row["method"] == "diffusion" else row["method"]] = row
+                method = title if row["method"] == "diffusion" else row["method"]
+                found.setdefault((row["volume"], row.get("seed", "0")), {})[method] = row
+    assert len(found) == 15
     error = lambda row: (float(row["unseen"]) ** 2 - float(row["floor"]) ** 2) ** 0.5  # noqa: E731
-    gains = {ours: extent((20 * math.log10(error(methods["bart"]) / error(methods[ours])) for methods in found.values()), 2) for ours in ("diffusion", "base")}
-    assert len(found) == 15 and all(float(methods[ours]["ssim"]) > max(float(row["ssim"]) for title, row in methods.items() if title not in ("diffusion", "base")) for methods in found.values() for ours in ("diffusion", "base"))
+    ours, gains = ("diffusion", "base"), {}
+    for title in ours:
+        ratios = [error(methods["bart"]) / error(methods[title]) for methods in found.values()]
+        gains[title] = extent((20 * math.log10(ratio) for ratio in ratios), 2)
+    for methods in found.values():
+        ssim = {title: float(row["ssim"]) for title, row in methods.items()}
+        best_other = max(value for title, value in ssim.items() if title not in ours)
+        assert all(ssim[title] > best_other for title in ours)
     check(README, f"the gains over BART are {gains['diffusion']} dB, and {gains['base']} dB with `base`. SSIM agrees")
 
 
@@ -151,30 +194,53 @@ def test_robustness():
     }
     gains, short = {}, {}
     for name, title in titles.items():
-        table = [{key: float(value) for key, value in row.items() if key == "cg" or key.startswith("weight")} for row in rows(name)]
-        gains[name] = [row["weight 0.7"] - row["cg"] for row in table]
-        short[name] = [max(value for key, value in row.items() if key != "cg") - row["weight 0.7"] for row in table]
+        gains[name], short[name] = [], []
+        for row in rows(name):
+            weights = {key: float(value) for key, value in row.items() if key.startswith("weight")}
+            gains[name].append(weights["weight 0.7"] - float(row["cg"]))
+            short[name].append(max(weights.values()) - weights["weight 0.7"])
         least, most, middle = (shown(of(gains[name]), 1) for of in (min, max, statistics.median))
-        check(MEASURED, f"| {title} | {least} | {middle} | {most} | {shown(statistics.median(short[name]), 1)} | {shown(max(short[name]), 2)} |")
+        short_of_best = f"{shown(statistics.median(short[name]), 1)} | {shown(max(short[name]), 2)}"
+        check(MEASURED, f"| {title} | {least} | {middle} | {most} | {short_of_best} |")
     default = [gain for name, some in gains.items() for gain in some if "base" not in name]
-    check(README, f"the default gains {extent(default)} dB over CG-SENSE", f"would gain more than {shown(max(max(some) for some in short.values()), 2)} dB")
+    worst = shown(max(max(some) for some in short.values()), 2)
+    check(README, f"the default gains {extent(default)} dB over CG-SENSE", f"would gain more than {worst} dB")
 
 
 def test_lattices():
-    table = {tuple(row[k] for k in ("snr", "lattice", "offset", "calibration", "pulls")): row for row in rows("lattices")}
-    pairs = [(row, table[(*key[:4], "zero")]) for key, row in table.items() if key[0] == "30.0" and key[1] != "1x2" and key[3:] == ("same contrast", "calibration")]
+    columns = ("snr", "lattice", "offset", "calibration", "pulls")
+    table = {tuple(row[column] for column in columns): row for row in rows("lattices")}
+    pairs = []
+    for (snr, lattice, offset, calibration, pulls), row in table.items():
+        if snr == "30.0" and lattice != "1x2" and (calibration, pulls) == ("same contrast", "calibration"):
+            pairs.append((row, table[snr, lattice, offset, calibration, "zero"]))
     cg, diffusion = ([float(a[f"{m} psnr"]) - float(b[f"{m} psnr"]) for a, b in pairs] for m in ("cg", "diffusion"))
     assert all(abs(float(a[f"{m} brightness"]) - 1) < 0.0205 for a, _ in pairs for m in ("cg", "diffusion"))
-    check(README, f"this gains {extent(cg)} dB of CG-SENSE", f"and {shown(min(diffusion), 1)} to {shown(max(diffusion), 0)} dB of slice diffusion")
+    check(
+        README,
+        f"this gains {extent(cg)} dB of CG-SENSE",
+        f"and {shown(min(diffusion), 1)} to {shown(max(diffusion), 0)} dB of slice diffusion",
+    )
 
 
 def test_lesions():
-    table = {(row["volume"].startswith("knee"), row["volume"], float(row["voxel_mm"]), float(row["diameter_mm"]), float(row["contrast"]), row["method"]): row for row in rows("lesions")}
-    some = lambda knee, mm, method, column: [float(row[column]) for key, row in table.items() if (key[0], key[2], key[5]) == (knee, mm, method)]  # noqa: E731
-    more = {mm: extent((100 * (a - b) for a, b in zip(some(False, mm, "diffusion", "kept"), some(False, mm, "wavelet", "kept"))), 0) for mm in (4.0, 2.0, 1.0)}
-    like = [a / b for mm in (4.0, 2.0, 1.0) for a, b in zip(some(False, mm, "diffusion", "false"), some(False, mm, "wavelet", "false"))]
-    of_cg = [a / b for knee in (False, True) for mm in (4.0, 2.0, 1.0) for a, b in zip(some(knee, mm, "cg", "false"), some(knee, mm, "diffusion", "false"))]
-    kept = {(knee, method): extent((100 * v for v in some(knee, 2.0, method, "kept")), 0) for knee in (False, True) for method in ("diffusion", "wavelet")}
+    table = {}
+    for row in rows("lesions"):
+        kind = (row["volume"].startswith("knee"), float(row["voxel_mm"]), row["method"])
+        table.setdefault(kind, []).append(row)
+    some = lambda knee, mm, method, column: [float(row[column]) for row in table[knee, mm, method]]  # noqa: E731
+    more, like, of_cg, kept = {}, [], [], {}
+    for mm in (4.0, 2.0, 1.0):
+        both = zip(some(False, mm, "diffusion", "kept"), some(False, mm, "wavelet", "kept"))
+        more[mm] = extent((100 * (a - b) for a, b in both), 0)
+        both = zip(some(False, mm, "diffusion", "false"), some(False, mm, "wavelet", "false"))
+        like += [a / b for a, b in both]
+        for knee in (False, True):
+            both = zip(some(knee, mm, "cg", "false"), some(knee, mm, "diffusion", "false"))
+            of_cg += [a / b for a, b in both]
+    for knee in (False, True):
+        for method in ("diffusion", "wavelet"):
+            kept[knee, method] = extent((100 * share for share in some(knee, 2.0, method, "kept")), 0)
     check(
         MEASURED,
         f"by {more[4.0]} percentage points at 4 mm, {more[2.0]} at 2 mm and {more[1.0]} at 1 mm",
@@ -183,7 +249,8 @@ def test_lesions():
     )
     check(
         README,
-        f"keep {kept[False, 'diffusion']} % of it in two heads (T1- and T2-weighted), and {kept[False, 'wavelet']} % with l1-wavelet",
+        f"keep {kept[False, 'diffusion']} % of it in two heads (T1- and T2-weighted), "
+        f"and {kept[False, 'wavelet']} % with l1-wavelet",
         f"they keep {kept[True, 'diffusion']} % (l1-wavelet: {kept[True, 'wavelet']} %)",
     )
 
@@ -200,8 +267,10 @@ def test_estimated_errors():
         MEASURED,
         f"the estimate is {ratio(quiet)} times the true error",
         f"it is {ratio(loud)} times the true error",
-        f"{ratio(classical)} times the true error for l1-wavelet and total variation (rank correlation {rank(classical)}), {ratio(cg)} times for CG-SENSE ({rank(cg)})",
-        f"{ratio(measured)} times the difference to the image of all lines, which contains the noise of those lines too; rank correlation {rank(measured)}",
+        f"{ratio(classical)} times the true error for l1-wavelet and total variation "
+        f"(rank correlation {rank(classical)}), {ratio(cg)} times for CG-SENSE ({rank(cg)})",
+        f"{ratio(measured)} times the difference to the image of all lines, "
+        f"which contains the noise of those lines too; rank correlation {rank(measured)}",
     )
 
 
@@ -213,7 +282,8 @@ def test_denoising_tables():
     for mm in (1.0, 2.0, 4.0):
         noisy, classical, small, white = line("denoising_small", mm, ("noisy", "classical", "small", "small-white"))
         check(MEASURED, f"| {mm:g} mm | {noisy} | {classical} | **{small}** | **{white}** |")
-        check(MEASURED, f"| {mm:g} mm | {' | '.join(line('denoising_1500_steps', mm, ('diverse', 'fixed_1mm', 'fixed_2mm', 'fixed_4mm')))} |")
+        trained = line("denoising_1500_steps", mm, ("diverse", "fixed_1mm", "fixed_2mm", "fixed_4mm"))
+        check(MEASURED, f"| {mm:g} mm | {' | '.join(trained)} |")
 
 
 def test_priors_of_one_voxel_size():
@@ -228,19 +298,48 @@ def test_priors_of_one_voxel_size():
 def test_rates_and_times():
     gathering = {row["source"]: row for row in rows("gathering")}
     hundreds = {source: f"{round(int(row['lines_per_s']), -2):,}" for source, row in gathering.items()}
-    check(README, f"{hundreds['memory']} lines per second (16 coils, 512 samples) from memory and {hundreds['socket']} from a socket", f"Peak memory is {gathering['memory']['peak_over_kspace']} times the size of the k-space, {gathering['recon_data']['peak_over_kspace']} times from buffers")
+    peak = {source: row["peak_over_kspace"] for source, row in gathering.items()}
+    check(
+        README,
+        f"{hundreds['memory']} lines per second (16 coils, 512 samples) from memory "
+        f"and {hundreds['socket']} from a socket",
+        f"Peak memory is {peak['memory']} times the size of the k-space, {peak['recon_data']} times from buffers",
+    )
     for row in rows("solve_speed_cpu"):
-        check(MEASURED, f"| {row['side']} | {float(row['maps_s']):g} | {float(row['preview_s']):g} | {float(row['sweeps_s']):g} | {float(row['total_s']):g} | {float(row['us_per_voxel']):g} | {row['bart_s']} |")
+        columns = ("maps_s", "preview_s", "sweeps_s", "total_s", "us_per_voxel")
+        cells = " | ".join(f"{float(row[column]):g}" for column in columns)
+        check(MEASURED, f"| {row['side']} | {cells} | {row['bart_s']} |")
     large = {row["stage"]: row for row in rows("chain_speed_cpu")}
-    gib, minutes = shown(float(large["diffusion"]["process_gib"]), 1), [shown(float(large[stage]["after_last_line_s"]) / 60, 1) for stage in ("preview", "diffusion")]
-    check(README, f"took at most {gib} GiB, and one CPU core handed out the preview {minutes[0]} minutes and the final image {minutes[1]} minutes after the last line")
-    seconds = [shown(float(large[stage]["seconds"]), 0) for stage in ("coil maps", "preview", "diffusion")]
-    check(MEASURED, "coil maps {} s, preview {} s, sweeps {} s. The process took at most {} GiB, of which {} GiB are the k-space".format(*seconds, gib, shown(320 * 320 * 256 * 32 * 8 / 2**30, 1)))
-    slices = {(row["architecture"], row["precision"]): round(float(row["ms_per_slice"])) for row in rows("prior_speed_cpu")}
-    milliseconds = [slices[which] for which in (("small", "bf16"), ("base", "bf16"), ("small", "fp32"), ("base", "fp32"))]
-    check(MEASURED, "A slice of 256 x 256 takes the network {} ms with `small` and {} ms with `base` (bf16; in single precision {} and {} ms".format(*milliseconds))
-    seconds = {row["way"]: row for row in rows("latency")}
-    for way, title in (("warm server, <connect>", "warm server, `<connect>`"), ("warm server, client", "warm server, client"), ("new process, <execute>", "new process, as `<execute>` starts it"), ("offline, slicediff recon", "`slicediff recon`, new process"), ("offline, warm process", "offline, warm process")):
-        row = seconds[way]
+    gib, gib_kspace = shown(float(large["diffusion"]["process_gib"]), 1), shown(320 * 320 * 256 * 32 * 8 / 2**30, 1)
+    minutes = {stage: shown(float(large[stage]["after_last_line_s"]) / 60, 1) for stage in ("preview", "diffusion")}
+    seconds = {stage: shown(float(row["seconds"]), 0) for stage, row in large.items()}
+    check(
+        README,
+        f"took at most {gib} GiB, and one CPU core handed out the preview {minutes['preview']} minutes "
+        f"and the final image {minutes['diffusion']} minutes after the last line",
+    )
+    check(
+        MEASURED,
+        f"coil maps {seconds['coil maps']} s, preview {seconds['preview']} s, sweeps {seconds['diffusion']} s. "
+        f"The process took at most {gib} GiB, of which {gib_kspace} GiB are the k-space",
+    )
+    ms = {(row["architecture"], row["precision"]): round(float(row["ms_per_slice"])) for row in rows("prior_speed_cpu")}
+    check(
+        MEASURED,
+        f"A slice of 256 x 256 takes the network {ms['small', 'bf16']} ms with `small` "
+        f"and {ms['base', 'bf16']} ms with `base` "
+        f"(bf16; in single precision {ms['small', 'fp32']} and {ms['base', 'fp32']} ms",
+    )
+    latency = {row["way"]: row for row in rows("latency")}
+    titles = {
+        "warm server, <connect>": "warm server, `<connect>`",
+        "warm server, client": "warm server, client",
+        "new process, <execute>": "new process, as `<execute>` starts it",
+        "offline, slicediff recon": "`slicediff recon`, new process",
+        "offline, warm process": "offline, warm process",
+    }
+    for way, title in titles.items():
+        row = latency[way]
         first = shown(float(row["first_image_s"]), 1) if row["first_image_s"] else ""
-        check(MEASURED, f"| {title} | {first} | {shown(float(row['total_s']), 1)} | {shown(float(row['total_over_offline_percent']), 0)} % |")
+        total, over_offline = shown(float(row["total_s"]), 1), shown(float(row["total_over_offline_percent"]), 0)
+        check(MEASURED, f"| {title} | {first} | {total} | {over_offline} % |")

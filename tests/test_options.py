@@ -6,13 +6,22 @@ from typing import get_args
 import pytest
 
 from gadgets.chain import is_gadgetron_peer, options_of_config_name, properties_of
-from gadgets.options import Options, OptionsError, from_a_peer, make_options, options_from_json, preset_names, read_preset
+from gadgets.options import (
+    Options,
+    OptionsError,
+    from_a_peer,
+    make_options,
+    options_from_json,
+    preset_names,
+    read_preset,
+)
 from recon_core.methods import METHODS
 from recon_core.variational import VariationalConfig
 
 
 def test_text_and_typed_values_are_the_same():
-    assert make_options({"sweeps": "12", "preview": "false", "deadline_s": "none"}) == make_options({"sweeps": 12, "preview": False})
+    text = {"sweeps": "12", "preview": "false", "deadline_s": "none"}
+    assert make_options(text) == make_options({"sweeps": 12, "preview": False})
 
 
 def test_later_sources_win_over_presets():
@@ -25,15 +34,19 @@ def test_shipped_presets_are_valid(name):
     assert isinstance(make_options({"preset": name}), Options)
 
 
-@pytest.mark.parametrize("source,message", [
-    ({"sweep": 3}, "unknown option 'sweep'; known are .*sweeps"),
-    ({"sweeps": "many"}, "option 'sweeps'.*integer.*'many'"),
-    ({"sweeps": 0}, "greater than or equal to 1"), ({"sigma_min": 1e-12}, "greater than or equal to 0.0001"),
-    ({"method": "magic"}, "'cg' or 'zero-filled'.*'magic'"),
-    ({"orientation": ""}, "orientation.*got ''$"),
-    ({"sigma_min": 0.5}, "sigma_min 0.5 must not exceed sigma_max"),
-    ({"preset": "nonesuch"}, "no preset 'nonesuch': shipped are"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "source,message",
+    [
+        ({"sweep": 3}, "unknown option 'sweep'; known are .*sweeps"),
+        ({"sweeps": "many"}, "option 'sweeps'.*integer.*'many'"),
+        ({"sweeps": 0}, "greater than or equal to 1"),
+        ({"sigma_min": 1e-12}, "greater than or equal to 0.0001"),
+        ({"method": "magic"}, "'cg' or 'zero-filled'.*'magic'"),
+        ({"orientation": ""}, "orientation.*got ''$"),
+        ({"sigma_min": 0.5}, "sigma_min 0.5 must not exceed sigma_max"),
+        ({"preset": "nonesuch"}, "no preset 'nonesuch': shipped are"),
+    ],
+)
 def test_wrong_options_are_refused_in_a_sentence(source, message):
     with pytest.raises(OptionsError, match=message) as caught:
         make_options(source)
@@ -42,7 +55,8 @@ def test_wrong_options_are_refused_in_a_sentence(source, message):
 
 def test_methods_and_their_settings_are_those_of_recon_core():
     assert set(get_args(Options.model_fields["method"].annotation)) == set(METHODS)
-    assert all(getattr(make_options(), name) == value for name, value in vars(VariationalConfig()).items() if name in Options.model_fields)
+    defaults = {name: value for name, value in vars(VariationalConfig()).items() if name in Options.model_fields}
+    assert all(getattr(make_options(), name) == value for name, value in defaults.items())
 
 
 def test_options_are_frozen():
@@ -59,11 +73,14 @@ def test_preset_files(tmp_path):
 
 
 def test_xml_properties():
-    assert properties_of('<configuration><property name="sweeps" value="4"/></configuration>') == {"sweeps": "4"}
-    assert properties_of("<configuration><property><name>sweeps</name><value>4</value></property></configuration>") == {"sweeps": "4"}
+    for given in ('<property name="sweeps" value="4"/>', "<property><name>sweeps</name><value>4</value></property>"):
+        assert properties_of(f"<configuration>{given}</configuration>") == {"sweeps": "4"}
     assert properties_of('<?xml version="1.0"?>\n') == {}
     for encoding in ("utf-16", "GB2312", "ISO-8859-1"):  # what a peer declares, although it came as UTF-8
-        config = f'<?xml version="1.0" encoding="{encoding}"?>\r\n<configuration><property name="prior" value="für"/></configuration>\0'
+        config = (
+            f'<?xml version="1.0" encoding="{encoding}"?>\r\n'
+            '<configuration><property name="prior" value="für"/></configuration>\0'
+        )
         assert properties_of(config) == {"prior": "für"} and is_gadgetron_peer(config)
     for encoding in ("GB2312", "nonesuch"):
         with pytest.raises(OptionsError, match="not valid XML: .*encoding"):
@@ -87,18 +104,31 @@ def test_a_preset_that_names_another_is_refused(tmp_path):
         make_options({"preset": str(tmp_path / "mine.yaml")})
 
 
-@pytest.mark.parametrize("source,message", [
-    ({"preset": "/etc/hosts"}, "no preset '/etc/hosts': shipped are .*command line of the server only"),
-    ({"preset": "../presets/fast"}, "no preset"), ({"preset": 3}, "no preset '3'"), ({"preset": ["fast"]}, "no preset"),
-    ({"prior": "/dev/zero"}, "by its name only, got '/dev/zero': put the file in a prior folder of the server .SLICEDIFF_PRIORS. and give its name"),
-    ({"prior": "weights.safetensors"}, "by its name only"), ({"prior": "../small"}, "by its name only"), ({"prior": "x" * 5000}, "by its name only"), ({"prior": ""}, "by its name only"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "source,message",
+    [
+        ({"preset": "/etc/hosts"}, "no preset '/etc/hosts': shipped are .*command line of the server only"),
+        ({"preset": "../presets/fast"}, "no preset"),
+        ({"preset": 3}, "no preset '3'"),
+        ({"preset": ["fast"]}, "no preset"),
+        (
+            {"prior": "/dev/zero"},
+            "by its name only, got '/dev/zero': "
+            "put the file in a prior folder of the server .SLICEDIFF_PRIORS. and give its name",
+        ),
+        ({"prior": "weights.safetensors"}, "by its name only"),
+        ({"prior": "../small"}, "by its name only"),
+        ({"prior": "x" * 5000}, "by its name only"),
+        ({"prior": ""}, "by its name only"),
+    ],
+)
 def test_a_peer_may_name_no_file(source, message):
     for take in (from_a_peer, lambda options: options_from_json(json.dumps({"parameters": options}))):
         with pytest.raises(OptionsError, match=message) as caught:
             take(source)
         assert len(str(caught.value)) < 400
-    assert from_a_peer({"prior": "site-1.5T", "preset": "fast", "sweeps": "2"}) == {"prior": "site-1.5T", "preset": "fast", "sweeps": "2"}
+    allowed = {"prior": "site-1.5T", "preset": "fast", "sweeps": "2"}
+    assert from_a_peer(dict(allowed)) == allowed
 
 
 def test_host_parameters():

@@ -12,7 +12,8 @@ from gadgets.recon import reconstruct
 @pytest.mark.parametrize("slab", SLABS)
 def test_the_point_lies_where_it_is(slab, layout, orientation):
     header, lines, voxel = point_scan(**SLABS[slab])
-    images = list(reconstruct(header, lines, None, make_options({"method": "cg", "layout": layout, "orientation": orientation, "device": "cpu"})))
+    options = make_options({"method": "cg", "layout": layout, "orientation": orientation, "device": "cpu"})
+    images = list(reconstruct(header, lines, None, options))
     assert error_voxels([(bytes(image.getHead()), image.data.tobytes()) for image in images], voxel) < 0.1
 
 

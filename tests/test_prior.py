@@ -95,7 +95,14 @@ def test_weights_travel_and_are_checked(tmp_path):
         load_prior(path)
 
 
-@pytest.mark.parametrize("card,said", [("[]", "should be a JSON object, it is list"), ('{"format": 1, "sha256": "a", "architecture": "small"}', "lacks sigma_data, parameters"), ("{", "no readable model card")])
+@pytest.mark.parametrize(
+    "card,said",
+    [
+        ("[]", "should be a JSON object, it is list"),
+        ('{"format": 1, "sha256": "a", "architecture": "small"}', "lacks sigma_data, parameters"),
+        ("{", "no readable model card"),
+    ],
+)
 def test_damaged_model_cards_are_a_sentence(tmp_path, monkeypatch, capsys, card, said):
     """Beside good ones they are listed as what they are."""
     (tmp_path / "odd.safetensors").write_bytes(b"x")
@@ -105,7 +112,8 @@ def test_damaged_model_cards_are_a_sentence(tmp_path, monkeypatch, capsys, card,
     monkeypatch.setenv("SLICEDIFF_PRIORS", str(tmp_path))
     assert main(["priors"]) == 0
     listed = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("odd: of no use: ") and said in line for line in listed) and any(line.startswith("small: ") for line in listed)
+    assert any(line.startswith("odd: of no use: ") and said in line for line in listed)
+    assert any(line.startswith("small: ") for line in listed)
 
 
 def test_weights_that_are_written_again_are_whole_at_any_time(tmp_path, monkeypatch):
@@ -123,7 +131,8 @@ def test_weights_that_are_written_again_are_whole_at_any_time(tmp_path, monkeypa
                 save_prior(load_prior("small"), path, {"made": "second"})
         assert load_prior(path).card["made"] == "first"
     save_prior(load_prior("small"), path, {"made": "second"})
-    assert load_prior(path).card["made"] == "second" and sorted(p.name for p in tmp_path.iterdir()) == ["p.json", "p.safetensors"]
+    assert load_prior(path).card["made"] == "second"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["p.json", "p.safetensors"]
 
 
 def test_missing_prior_is_named():
@@ -134,7 +143,8 @@ def test_missing_prior_is_named():
 def test_shipped_priors_have_cards():
     (small,) = [c for c in list_priors() if c["name"] == "small"]
     assert small["training"]["volumes"]
-    assert not any("sub-14" in v for v in small["training"]["volumes"] if "ds000011" in v), "the example must stay out of training"
+    heads = [v for v in small["training"]["volumes"] if "ds000011" in v]
+    assert not any("sub-14" in v for v in heads), "the example must stay out of training"
 
 
 def test_intensity_scale_follows_the_tissue_only():
@@ -182,13 +192,18 @@ def test_bf16_is_chosen_only_where_it_is_known_to_be_faster(monkeypatch):
 
 
 def test_a_pose_there_and_back_is_nothing_and_the_prior_sees_it():
-    """With a denoiser that knows no place and no phase every pose gives its answer; with one that keeps only the left half, not."""
+    """With a denoiser that knows no place and no phase every pose gives its answer.
+
+    With one that keeps only the left half, not.
+    """
     x, random = torch.randn(3, 2, 15, 22), torch.Generator().manual_seed(1)
     for _ in range(8):
         seen = []
-        torch.testing.assert_close(draw_pose(random).seen_by(lambda s, sigma: seen.append(s) or sigma * s)(x, 0.5), 0.5 * x)
+        denoise = draw_pose(random).seen_by(lambda s, sigma: seen.append(s) or sigma * s)
+        torch.testing.assert_close(denoise(x, 0.5), 0.5 * x)
         assert seen[0].shape[2] in range(15, 30) and float(seen[0].norm()) == pytest.approx(float(x.norm()), rel=1e-5)
-    halves = [draw_pose(random).seen_by(lambda s, sigma: s * (torch.arange(s.shape[3]) < s.shape[3] // 2))(x, 0.5) for _ in range(8)]
+    left_half = lambda s, sigma: s * (torch.arange(s.shape[3]) < s.shape[3] // 2)  # noqa: E731
+    halves = [draw_pose(random).seen_by(left_half)(x, 0.5) for _ in range(8)]
     assert len({tuple((h[0].norm(dim=0) > 0).flatten().tolist()) for h in halves}) > 3
 
 

@@ -17,12 +17,18 @@ from recon_core.metrics import object_mask, psnr
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 MEASURED = (Path(__file__).parent / "benchmarks" / "README.md").read_text()
-COMMANDS = re.findall(r"(?m)^(?:.*&& )?(slicediff .*?)(?: +#.*)?$", "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S)))
+SHELL = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S))
+COMMANDS = re.findall(r"(?m)^(?:.*&& )?(slicediff .*?)(?: +#.*)?$", SHELL)
 
 
 def test_options_table():
-    text = lambda value: "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)  # noqa: E731
-    rows = [f"| `{name}` | {text(field.default)} | {field.description} |" for name, field in Options.model_fields.items()]
+    def text(value):
+        if value is None:
+            return "none"
+        return str(value).lower() if isinstance(value, bool) else str(value)
+
+    fields = Options.model_fields
+    rows = [f"| `{name}` | {text(field.default)} | {field.description} |" for name, field in fields.items()]
     assert re.findall(r"(?m)^\| `\w+` \| [^|]+ \| [^|]+ \|$", README) == rows
 
 
@@ -43,7 +49,8 @@ def test_the_example_in_python_reconstructs():
 
 
 def test_enough_is_shown():
-    assert len(COMMANDS) >= 6 and f"runs {len(CASES)} cases" in README and f"skips the {sum(bool(case.needs) for case in CASES)} cases" in README
+    assert len(COMMANDS) >= 6 and f"runs {len(CASES)} cases" in README
+    assert f"skips the {sum(bool(case.needs) for case in CASES)} cases" in README
     assert all(f"`{name}`" in README for name in preset_names())
     picture = re.search(r"!\[.*?\]\((.*?)\)", README, re.S).group(1)
     assert (Path(__file__).resolve().parents[1] / picture).is_file()
@@ -66,6 +73,8 @@ def test_tables_are_those_of_the_result_files():
 def test_files_that_are_named_exist():
     """Result files and programs of the benchmarks, in both texts."""
     here = Path(__file__).parent / "benchmarks"
-    named = set(re.findall(r"(\w+\.(?:csv|py))", MEASURED)) | set(re.findall(r"tests/benchmarks/(?:results/)?(\w+\.\w+)", README))
-    known = {path.name for folder in (here, here / "results", here.parent, here.parents[1] / "recon_core") for path in folder.iterdir()}
+    named = set(re.findall(r"(\w+\.(?:csv|py))", MEASURED))
+    named |= set(re.findall(r"tests/benchmarks/(?:results/)?(\w+\.\w+)", README))
+    folders = (here, here / "results", here.parent, here.parents[1] / "recon_core")
+    known = {path.name for folder in folders for path in folder.iterdir()}
     assert len(named) > 30 and named <= known, named - known

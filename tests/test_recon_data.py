@@ -50,12 +50,15 @@ def test_layout_of_a_buffer(full):
     np.testing.assert_array_equal(bit.data.data[0, 0, 0, :, 5, 6], lines[5 * 13 + 6].data)
 
 
-@pytest.mark.parametrize("options", [
-    SimulateOptions(coils=2, pattern="full", noise_lines=0),
-    SimulateOptions(coils=2, pattern="full", noise_lines=0, oversampling=1),
-    SimulateOptions(coils=2, pattern="full", noise_lines=0, partial_fourier=(0.7, 0.6)),
-    SimulateOptions(coils=2, acceleration=2, acs=4, noise_lines=0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        SimulateOptions(coils=2, pattern="full", noise_lines=0),
+        SimulateOptions(coils=2, pattern="full", noise_lines=0, oversampling=1),
+        SimulateOptions(coils=2, pattern="full", noise_lines=0, partial_fourier=(0.7, 0.6)),
+        SimulateOptions(coils=2, acceleration=2, acs=4, noise_lines=0),
+    ],
+)
 def test_buffers_give_what_lines_give(tmp_path, options):
     header, lines, _ = load_small_scan(tmp_path, options)
     expected, found = gathered(header, lines), buffered(header, lines)
@@ -73,7 +76,8 @@ def test_removed_oversampling_changes_only_rounding(full):
 def test_a_small_object_in_buffers_is_not_taken_for_a_low_resolution(full):
     """Gadgetron fills the whole readout: lines as short as without oversampling are without."""
     header, lines, _ = full
-    thin = [line_like(line, np.repeat(np.abs(line.data).sum(axis=1, keepdims=True), 24, axis=1)) for line in lines]  # a sheet in the middle of the readout
+    # a sheet in the middle of the readout
+    thin = [line_like(line, np.repeat(np.abs(line.data).sum(axis=1, keepdims=True), 24, axis=1)) for line in lines]
     assert not [w for w in buffered(header, thin, True).warnings if "short" in w]
 
 
@@ -124,13 +128,19 @@ def test_reference_lines(full, mode):
         assert torch.equal(found.calibration[0], expected.calibration[0])
 
 
-@pytest.mark.parametrize("flag", [ismrmrd.ACQ_IS_NAVIGATION_DATA, ismrmrd.ACQ_IS_PARALLEL_CALIBRATION, ismrmrd.ACQ_IS_NOISE_MEASUREMENT])
+@pytest.mark.parametrize(
+    "flag", [ismrmrd.ACQ_IS_NAVIGATION_DATA, ismrmrd.ACQ_IS_PARALLEL_CALIBRATION, ismrmrd.ACQ_IS_NOISE_MEASUREMENT]
+)
 @pytest.mark.parametrize("first", [True, False])
 def test_a_buffer_of_lines_that_make_no_image_harms_no_other(full, flag, first):
     header, lines, _ = full
     header = copy.deepcopy(header)
     header.encoding[0].parallelImaging.calibrationMode = ismrmrd.xsd.calibrationModeType("separate")
-    other, image = (parsed(recon_data(header, [line_like(line, flags=0, repetition=n) for line in lines], True)) for n in ((0, 1) if first else (1, 0)))
+
+    def message(repetition):
+        return parsed(recon_data(header, [line_like(line, flags=0, repetition=repetition) for line in lines], True))
+
+    other, image = (message(0), message(1)) if first else (message(1), message(0))
     other.bits[0].data.headers["flags"][:] = 1 << (flag - 1)
     scan = gathered(header, [other, image] if first else [image, other])
     assert bool((scan.counts == 1).all())
@@ -148,12 +158,15 @@ def test_a_buffer_that_contradicts_itself_cannot_be_recorded_and_harms_nobody(fu
     assert any(note.startswith("reference lines were left out") for note in gathered(header, [message]).warnings)
 
 
-@pytest.mark.parametrize("payload,message", [
-    (struct.pack("<Q", 1 << 40), "encoding spaces was announced"),
-    (struct.pack("<QQ", 1, 900), "of 900 dimensions was announced"),
-    (struct.pack("<QQ7Q", 1, 7, *(1 << 20,) * 7), "bytes was announced"),
-    (struct.pack("<QQ8Q", 1, 8, *(1,) * 8) + bytes(8 + 2 + 8 + 56 + 1), "at most 7 dimensions"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "payload,message",
+    [
+        (struct.pack("<Q", 1 << 40), "encoding spaces was announced"),
+        (struct.pack("<QQ", 1, 900), "of 900 dimensions was announced"),
+        (struct.pack("<QQ7Q", 1, 7, *(1 << 20,) * 7), "bytes was announced"),
+        (struct.pack("<QQ8Q", 1, 8, *(1,) * 8) + bytes(8 + 2 + 8 + 56 + 1), "at most 7 dimensions"),
+    ],
+)
 def test_nonsense_is_refused(payload, message):
     with pytest.raises(ReconDataError, match=message):
         parsed(payload)
@@ -188,7 +201,8 @@ def test_an_aborted_scan_is_recognised_in_a_partly_filled_buffer(full):
     header, lines, _ = full
     scan = buffered(header, lines[:70])
     assert int(scan.counts.sum()) == 70
-    assert scan.warnings == gathered(header, lines[:70]).warnings and "E2 was announced from 0 to 9 but received from 0 to 5" in scan.warnings[0]
+    assert scan.warnings == gathered(header, lines[:70]).warnings
+    assert "E2 was announced from 0 to 9 but received from 0 to 5" in scan.warnings[0]
 
 
 def test_a_second_encoding_space_is_counted_and_told(full):
@@ -209,7 +223,8 @@ def test_headers_that_do_not_fit_the_data_are_refused(full):
 
 @pytest.fixture
 def noiseless_path(tmp_path):
-    load_small_scan(tmp_path, SimulateOptions(coils=3, acceleration=2, acs=8, noise_lines=0, oblique=True, repetitions=2), (20, 24, 18))
+    options = SimulateOptions(coils=3, acceleration=2, acs=8, noise_lines=0, oblique=True, repetitions=2)
+    load_small_scan(tmp_path, options, (20, 24, 18))
     return tmp_path / "scan.h5"
 
 
@@ -233,7 +248,8 @@ def test_the_wire_reads_it_and_a_cut_is_an_error(noiseless_path, full):
 
 def test_external_gadget_and_server_give_the_images_of_the_acquisitions(noiseless_path):
     expected = run_chain(noiseless_path, None, method="cg")
-    peer, code = run_execute(noiseless_path, '<property name="method" value="cg"/><property name="device" value="cpu"/>', buffered=True)
+    properties = '<property name="method" value="cg"/><property name="device" value="cpu"/>'
+    peer, code = run_execute(noiseless_path, properties, buffered=True)
     assert (code, peer.errors, peer.closed) == (0, [], True)
     assert same_images(peer.images, expected)
     with Server(("127.0.0.1", 0), {"method": "cg", "device": "cpu"}) as server:

@@ -30,7 +30,8 @@ SHAPE = (18, 20, 17)
 def some_gaussians(count=7, shape=(8, 9, 7)):
     random = torch.Generator().manual_seed(0)
     places = torch.rand(count, 3, generator=random, dtype=torch.float64) * torch.tensor(shape)
-    factor = torch.eye(3, dtype=torch.float64) + 0.3 * torch.rand(count, 3, 3, generator=random, dtype=torch.float64).tril()
+    lower = torch.rand(count, 3, 3, generator=random, dtype=torch.float64).tril()
+    factor = torch.eye(3, dtype=torch.float64) + 0.3 * lower
     return places, factor, torch.randn(count, generator=random, dtype=torch.complex128)
 
 
@@ -132,7 +133,8 @@ def test_a_neural_field_with_the_shipped_prior_beats_cg_sense():
     kspace, mask, noise, reference = problem(shape=(32, 36, 30), snr=15.0)
     measurement = measure(kspace, mask, VOXEL, noise)
     preview, inside = cg_sense(measurement), object_mask(reference)
-    state = last(reconstruct_faithful(measurement, load_prior("small-white"), preview, replace(METHODS["field"].config, iterations=40, slabs=2)))
+    config = replace(METHODS["field"].config, iterations=40, slabs=2)
+    state = last(reconstruct_faithful(measurement, load_prior("small-white"), preview, config))
     assert psnr(state.volume, reference, inside) > psnr(preview, reference, inside) + 1
 
 

@@ -35,11 +35,15 @@ def test_adjoint_and_normal(shape):
     left = torch.vdot(operator.forward(volume).flatten(), kspace.flatten())
     right = torch.vdot(volume.flatten(), operator.adjoint(kspace).flatten())
     torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(operator.normal(volume), operator.adjoint(operator.forward(volume)), atol=1e-5, rtol=1e-5)
+    there_and_back = operator.adjoint(operator.forward(volume))
+    torch.testing.assert_close(operator.normal(volume), there_and_back, atol=1e-5, rtol=1e-5)
 
 
 def with_second(shape=(4, 12, 15, 7), first=2, positions=3, fraction=0.4):
-    """An operator with a second set of maps for some readout positions, and the two sets [coils z y x], the second 0 elsewhere."""
+    """(operator, maps, second, mask): an operator with a second set of maps for some readout positions, and its parts.
+
+    Both sets of maps are [coils z y x], the second one 0 elsewhere; the mask is [z y].
+    """
     operator, maps, mask = make(shape, fraction=fraction)
     second = random_complex(*shape, seed=7)
     second -= maps * (maps.conj() * second).sum(0)
@@ -57,7 +61,8 @@ def test_two_parts_that_lie_over_each_other_are_added_as_each_of_them_is_seen():
     images = maps * volume[..., :7] + second * other
     torch.testing.assert_close(operator.forward(volume), fft(images, (1, 2)) * mask[..., None], atol=1e-5, rtol=1e-5)
     assert operator.shape == (12, 15, 10) and operator.matrix == (12, 15, 7)
-    torch.testing.assert_close(operator.combined(images), torch.cat([volume[..., :7], second.norm(dim=0).square()[..., 2:5] * volume[..., 7:]], -1), atol=1e-5, rtol=1e-4)
+    expected = torch.cat([volume[..., :7], second.norm(dim=0).square()[..., 2:5] * volume[..., 7:]], -1)
+    torch.testing.assert_close(operator.combined(images), expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
@@ -65,9 +70,11 @@ def test_the_adjoint_knows_both_parts(chunk):
     operator, _, _, _ = with_second()
     operator.chunk = chunk
     volume, kspace = random_complex(12, 15, 10, seed=1), random_complex(4, 12, 15, 7, seed=2)
-    left, right = torch.vdot(operator.forward(volume).flatten(), kspace.flatten()), torch.vdot(volume.flatten(), operator.adjoint(kspace).flatten())
+    left = torch.vdot(operator.forward(volume).flatten(), kspace.flatten())
+    right = torch.vdot(volume.flatten(), operator.adjoint(kspace).flatten())
     torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(operator.normal(volume), operator.adjoint(operator.forward(volume)), atol=1e-5, rtol=1e-5)
+    there_and_back = operator.adjoint(operator.forward(volume))
+    torch.testing.assert_close(operator.normal(volume), there_and_back, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(operator.to("cpu").normal(volume), operator.normal(volume))
 
 
@@ -186,7 +193,8 @@ def test_fewer_places_hold_no_finer_detail():
     extent = 0.61  # no whole number of voxels
     assert float(resample(fast, (12, 1, 1), (extent, 1, 1)).abs().max()) < 1e-4
     new = (torch.arange(12) - 6) / 12 * extent
-    torch.testing.assert_close(resample(slow, (12, 1, 1), (extent, 1, 1)).real[:, 0, 0], torch.cos(2 * torch.pi * 3 * new), atol=1e-4, rtol=0)
+    found = resample(slow, (12, 1, 1), (extent, 1, 1)).real[:, 0, 0]
+    torch.testing.assert_close(found, torch.cos(2 * torch.pi * 3 * new), atol=1e-4, rtol=0)
 
 
 def test_beyond_the_old_field_of_view_is_nothing():
@@ -196,16 +204,21 @@ def test_beyond_the_old_field_of_view_is_nothing():
 
 
 def test_what_crosses_the_edge_of_the_new_field_of_view_leaves_no_ripples_there():
-    blob = lambda place: torch.exp(-((place - 14) ** 2) / 12)  # noqa: E731, in old voxels: the new field of view ends at 15.5
+    # in old voxels: the new field of view ends at 15.5
+    blob = lambda place: torch.exp(-((place - 14) ** 2) / 12)  # noqa: E731
     old, new = blob(torch.arange(40.0) - 20), blob((torch.arange(64) - 32) / 64 * 32.0)
-    torch.testing.assert_close(resample(old.to(torch.complex64)[:, None, None], (64, 1, 1), (0.8, 1, 1)).real[:, 0, 0], new, atol=0.01, rtol=0)
+    found = resample(old.to(torch.complex64)[:, None, None], (64, 1, 1), (0.8, 1, 1)).real[:, 0, 0]
+    torch.testing.assert_close(found, new, atol=0.01, rtol=0)
 
 
 @pytest.mark.parametrize("n,size", [(24, 48), (25, 40), (24, 31), (24, 20)])
 def test_what_was_cut_off_along_the_readout_leaves_no_ripples(n, size):
-    blob = lambda place: torch.exp(-((place - 0.4 * n) ** 2) / 18) + torch.exp(-((place + 3) ** 2) / 18)  # noqa: E731, in old voxels: cut off at the end
+    # in old voxels: cut off at the end
+    blob = lambda place: torch.exp(-((place - 0.4 * n) ** 2) / 18) + torch.exp(-((place + 3) ** 2) / 18)  # noqa: E731
     old, new = blob(torch.arange(float(n)) - n // 2), blob((torch.arange(size) - size // 2) / size * n)
-    wrapped, mirrored = ((resample(old.to(torch.complex64)[None, None], (1, 1, size), (1, 1, 1), cut_out).real[0, 0] - new).abs().max() for cut_out in ([], [2]))
+    old = old.to(torch.complex64)[None, None]
+    images = (resample(old, (1, 1, size), (1, 1, 1), cut_out).real[0, 0] for cut_out in ([], [2]))
+    wrapped, mirrored = ((image - new).abs().max() for image in images)
     assert mirrored < 0.1 and mirrored < wrapped / 2, (mirrored, wrapped)
 
 

@@ -88,9 +88,13 @@ def test_memory_is_refused_from_the_header_and_from_the_lines(scan_path):
 def test_repetitions_that_did_not_end_are_held(scan_path, flagged, held):
     """Without a flag one is over once half as many lines as it has came of a later one."""
     with ScanFile(scan_path) as scan:
-        header, lines = parse_header(scan.header_xml), [line for line in scan.acquisitions() if not line.flags & NOISE_BIT]
-    dynamic = [line_like(line, repetition=repetition, flags=LAST_BIT if flagged and line is lines[-1] else 0) for repetition in range(6) for line in lines]
-    counted = []
+        header = parse_header(scan.header_xml)
+        lines = [line for line in scan.acquisitions() if not line.flags & NOISE_BIT]
+    dynamic, counted = [], []
+    for repetition in range(6):
+        for line in lines:
+            flags = LAST_BIT if flagged and line is lines[-1] else 0
+            dynamic.append(line_like(line, repetition=repetition, flags=flags))
     assert len(list(gather(header, dynamic, lambda coils, volumes: counted.append(volumes)))) == 6
     assert len(counted) == 6 and max(counted) == held
 
@@ -118,13 +122,25 @@ def test_a_volume_whose_image_has_no_room_left_is_told_and_the_next_scan_works(s
         assert same_images(client(server, scan_path)[0], expected)
 
 
+def memory_files(folder, used, stat=""):
+    """What the files of a control group, by the names of version 2, hold where the limit is 3 MB."""
+    return {f"{folder}memory.max": "3000000", f"{folder}memory.current": used, f"{folder}memory.stat": stat}
+
+
 @pytest.mark.parametrize(
     "group,files",
     [
-        ("0::/", {"memory.max": "3000000", "memory.current": "2500000", "memory.stat": "anon 1\ninactive_file 400000\n"}),
-        ("0::/system.slice/slicediff.service", {"system.slice/slicediff.service/memory.max": "3000000", "system.slice/slicediff.service/memory.current": "2100000", "system.slice/slicediff.service/memory.stat": ""}),
-        ("0::/user.slice/batch.slice/job", {"user.slice/batch.slice/memory.max": "3000000", "user.slice/batch.slice/memory.current": "2100000", "user.slice/batch.slice/memory.stat": ""}),
-        ("4:memory:/docker/ab", {"memory/memory.limit_in_bytes": "3000000", "memory/memory.usage_in_bytes": "2600000", "memory/memory.stat": "inactive_file 1\ntotal_inactive_file 500000\n"}),
+        ("0::/", memory_files("", "2500000", "anon 1\ninactive_file 400000\n")),
+        ("0::/system.slice/slicediff.service", memory_files("system.slice/slicediff.service/", "2100000")),
+        ("0::/user.slice/batch.slice/job", memory_files("user.slice/batch.slice/", "2100000")),
+        (
+            "4:memory:/docker/ab",
+            {
+                "memory/memory.limit_in_bytes": "3000000",
+                "memory/memory.usage_in_bytes": "2600000",
+                "memory/memory.stat": "inactive_file 1\ntotal_inactive_file 500000\n",
+            },
+        ),
     ],
     ids=["container", "service", "group above the own", "container of cgroup v1"],
 )
@@ -174,7 +190,9 @@ def test_places_for_failed_scans_that_cannot_be(tmp_path, capsys):
         assert capsys.readouterr().err.strip().splitlines()[-1].startswith(f"slicediff: {said}")
 
 
-@pytest.mark.parametrize("host,reachable", [("localhost", ["127.0.0.1"]), ("::", ["127.0.0.1", "::1"]), ("::1", ["::1"])])
+@pytest.mark.parametrize(
+    "host,reachable", [("localhost", ["127.0.0.1"]), ("::", ["127.0.0.1", "::1"]), ("::1", ["::1"])]
+)
 def test_addresses(host, reachable, prior):
     try:
         server = Server((host, 0), FAST, lambda options: prior)
@@ -189,7 +207,9 @@ def test_addresses(host, reachable, prior):
 
 
 def test_a_moment_without_descriptors_ends_no_address(prior, monkeypatch, caplog):
-    monkeypatch.setattr("gadgets.address.resolve", lambda host, port: [(socket.AF_INET, (host, port)) for host in ("127.0.0.1", "127.0.0.2")])
+    both = ("127.0.0.1", "127.0.0.2")
+    resolve = lambda host, port: [(socket.AF_INET, (address, port)) for address in both]  # noqa: E731
+    monkeypatch.setattr("gadgets.address.resolve", resolve)
     troubles, accept = [errno.EMFILE] * 3 + [errno.ECONNABORTED], socket.socket.accept
 
     def flaky(listener):
@@ -220,7 +240,8 @@ def test_log_lines_tell_whose_scan_it_is(scan_path, prior, caplog):
             time.sleep(0.01)
     of_scan = [record for record in caplog.records if "connection from" not in record.message]
     assert {record.threadName for record in of_scan} == {name}
-    assert any("stopped at the deadline of 2 s" in record.message and record.levelno == logging.WARNING for record in of_scan)
+    warnings = [record.message for record in of_scan if record.levelno == logging.WARNING]
+    assert any("stopped at the deadline of 2 s" in message for message in warnings)
 
 
 def get(port, path):
@@ -240,9 +261,11 @@ def test_health_page_and_metrics(scan_path, prior):
         with pytest.raises(urllib.error.HTTPError, match="503"):
             get(port, "/healthz")
         server.counts.add(open=-server.limits.connections)
-        assert facts["ready"] and facts["scans"]["done"] == 1 and facts["scans"]["failed"] == 1 and facts["device"] == "cpu"
+        assert facts["ready"] and facts["device"] == "cpu"
+        assert facts["scans"]["done"] == 1 and facts["scans"]["failed"] == 1
         metrics = get(port, "/metrics")
-        assert re.search(r'(?m)^slicediff_scans_total\{outcome="done"\} 1.0$', metrics) and re.search(r"(?m)^slicediff_rss_mib \d", metrics)
+        assert re.search(r'(?m)^slicediff_scans_total\{outcome="done"\} 1.0$', metrics)
+        assert re.search(r"(?m)^slicediff_rss_mib \d", metrics)
         server.retiring.set()
         with pytest.raises(urllib.error.HTTPError, match="503"):
             get(port, "/healthz")
@@ -250,7 +273,9 @@ def test_health_page_and_metrics(scan_path, prior):
         page.server_close()
 
 
-@pytest.mark.parametrize("host,reachable", [("localhost", ["127.0.0.1"]), ("::", ["127.0.0.1", "[::1]"]), ("::1", ["[::1]"])])
+@pytest.mark.parametrize(
+    "host,reachable", [("localhost", ["127.0.0.1"]), ("::", ["127.0.0.1", "[::1]"]), ("::1", ["[::1]"])]
+)
 def test_health_page_is_on_the_addresses_of_the_server(host, reachable):
     try:
         page = HealthPage((host, 0), lambda: {"ready": True})
@@ -284,7 +309,10 @@ def test_a_probe_that_goes_away_is_no_event(caplog, capfd):
 
 @pytest.mark.parametrize("adapt, loaded", [(20, True), (0, False)])
 def test_a_warm_server_has_loaded_what_learning_needs(adapt, loaded):
-    """A process's first optimiser takes torch seconds; no patient shall wait for them, and nobody who does not learn."""
+    """A process's first optimiser takes torch seconds.
+
+    No patient shall wait for them, and nobody who does not learn.
+    """
     code = f"""if True:
         import sys
         from gadgets.options import make_options
@@ -292,13 +320,15 @@ def test_a_warm_server_has_loaded_what_learning_needs(adapt, loaded):
         options = make_options({{"device": "cpu", "adapt": {adapt}}})
         warm_up(load_prior_for(options), options)
         print("torch._dynamo" in sys.modules)"""
-    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split() == [str(loaded)]
+    ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert ran.stdout.split() == [str(loaded)]
 
 
 def test_metrics_without_their_package_are_a_sentence(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     assert main(["serve", "--port", "0", "--method", "cg", "--health-port", "0"]) == 1
-    assert capsys.readouterr().err.strip().splitlines()[-1] == "slicediff: --health-port needs the package prometheus-client: pip install 'gadgetron-slicediff[metrics]'"
+    said = "slicediff: --health-port needs the package prometheus-client: pip install 'gadgetron-slicediff[metrics]'"
+    assert capsys.readouterr().err.strip().splitlines()[-1] == said
 
 
 def test_failed_scans_are_kept_oldest_removed_first(scan_path, prior, tmp_path):
@@ -324,11 +354,15 @@ def test_failed_scans_are_kept_oldest_removed_first(scan_path, prior, tmp_path):
 
 @pytest.mark.parametrize(
     "name, text, limits, said",
-    [("nonesuch", None, {}, "unknown configuration"), ("default", "{not JSON", {}, "JSON"), ("default", None, {"max_gib": 1e-6}, "--max-gib")],
+    [
+        ("nonesuch", None, {}, "unknown configuration"),
+        ("default", "{not JSON", {}, "JSON"),
+        ("default", None, {"max_gib": 1e-6}, "--max-gib"),
+    ],
 )
 def test_a_scan_that_is_refused_at_once_is_kept_all_the_same(scan_path, prior, tmp_path, name, text, limits, said):
-    with running(FAST, lambda options: prior, keep=FailedScans(tmp_path), **limits) as server, ClientPeer(server.server_address) as peer:
-        with ScanFile(scan_path) as scan:
+    with running(FAST, lambda options: prior, keep=FailedScans(tmp_path), **limits) as server:
+        with ClientPeer(server.server_address) as peer, ScanFile(scan_path) as scan:
             images, texts = peer.talk(scan, name, text)
     assert not images and any(said in said_text for said_text in texts)
     end = time.monotonic() + 10
@@ -385,7 +419,8 @@ def test_a_kill_in_the_middle_of_the_conversion_leaves_nothing_behind_for_good(s
         recording.add(line)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("gadgets.scan_files.ScanWriter.append", killed)
-        patch.setattr("gadgets.keep.Recording._close", lambda self: self.file.close())  # a kill closes no more than this
+        # a kill closes no more than this
+        patch.setattr("gadgets.keep.Recording._close", lambda self: self.file.close())
         recording.keep()
     assert {path.suffix for path in tmp_path.iterdir()} == {".spool", ".partial"}
     free = lambda folder: SimpleNamespace(free=0 if list(tmp_path.glob("*.partial")) else 1 << 30)  # noqa: E731
@@ -458,7 +493,8 @@ def test_a_folder_that_becomes_read_only_or_a_file_disturbs_no_scan(scan_path, t
         first.drop()
         patch.setattr("builtins.open", refused)
         assert second.keep() is None and place.record(b"<header/>").keep() is None
-    assert {record.levelno for record in caplog.records} == {logging.ERROR} and "could not be removed: Read-only file system" in caplog.text
+    assert {record.levelno for record in caplog.records} == {logging.ERROR}
+    assert "could not be removed: Read-only file system" in caplog.text
     shutil.rmtree(tmp_path / "kept")
     (tmp_path / "kept").touch()
     assert recorded(place, scan_path).keep() is None and place.count(0) == 0
@@ -490,7 +526,11 @@ def until(happened, longest_s=10.0):
 def test_images_that_never_reached_the_peer_are_no_success(scan_path, prior, tmp_path, caplog):
     """Though this machine had taken them to be sent."""
     caplog.set_level(logging.INFO, "slicediff")
-    with running(FAST, lambda options: prior, keep=FailedScans(tmp_path)) as server, ScanFile(scan_path) as scan, socket.socket() as sock:
+    with (
+        running(FAST, lambda options: prior, keep=FailedScans(tmp_path)) as server,
+        ScanFile(scan_path) as scan,
+        socket.socket() as sock,
+    ):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.connect(server.server_address)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closes with a reset
@@ -505,25 +545,34 @@ def test_images_that_never_reached_the_peer_are_no_success(scan_path, prior, tmp
         sock.close()
         assert until(lambda: list(tmp_path.glob("failed-*.h5")))
         assert (server.counts.done, server.counts.failed) == (0, 1)
-    (warning,) = (record.message for record in caplog.records if record.levelno == logging.WARNING and "kept" not in record.message)
+    warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    (warning,) = (message for message in warnings if "kept" not in message)
     assert "ended early: the peer went away before it had taken everything" in warning
 
 
 def test_raw_data_are_dropped_once_the_images_have_arrived(scan_path, prior, tmp_path):
     """Also while the peer keeps its connection open, or is slow to read."""
-    with running(FAST, lambda options: prior, keep=FailedScans(tmp_path)) as server, ScanFile(scan_path) as scan, ClientPeer(server.server_address) as peer:
+    with (
+        running(FAST, lambda options: prior, keep=FailedScans(tmp_path)) as server,
+        ScanFile(scan_path) as scan,
+        ClientPeer(server.server_address) as peer,
+    ):
         peer._send(scan, "default", None, None, True)
         time.sleep(0.5)
         assert [kind for kind, _ in peer.wire.messages()].count(IMAGE) == 2
-        assert until(lambda: not list(tmp_path.iterdir())) and server.talking and (server.counts.done, server.counts.failed) == (1, 0)
+        assert until(lambda: not list(tmp_path.iterdir())) and server.talking
+        assert (server.counts.done, server.counts.failed) == (1, 0)
 
 
-@pytest.mark.parametrize("steps, counted, kept", [
-    ([], (0, 0, 1), True),  # forgotten: no success
-    (["leave"], (0, 0, 1), True),
-    (["leave", "leave", True, False], (0, 1, 0), False),
-    ([False, "leave", True], (0, 0, 1), True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "steps, counted, kept",
+    [
+        ([], (0, 0, 1), True),  # forgotten: no success
+        (["leave"], (0, 0, 1), True),
+        (["leave", "leave", True, False], (0, 1, 0), False),
+        ([False, "leave", True], (0, 0, 1), True),
+    ],
+)
 def test_a_scan_is_counted_once_by_what_ends_it_first(scan_path, tmp_path, steps, counted, kept):
     visit = Visit(Counts(), FailedScans(tmp_path))
     visit.end(well=False)
@@ -541,10 +590,18 @@ def test_a_scan_is_counted_once_by_what_ends_it_first(scan_path, tmp_path, steps
     assert [path.suffix for path in tmp_path.iterdir()] == [".h5"] * kept
 
 
-@pytest.mark.parametrize("config", ["nonesuch", '<?xml version="1.0"?>\n<configuration><property name="sweeps" value="x"/></configuration>'], ids=["client", "Gadgetron"])
+@pytest.mark.parametrize(
+    "config",
+    ["nonesuch", '<?xml version="1.0"?>\n<configuration><property name="sweeps" value="x"/></configuration>'],
+    ids=["client", "Gadgetron"],
+)
 def test_a_refused_scan_gives_up_its_place_at_once(scan_path, prior, config):
     """And not when its peer has sent the rest of it."""
-    with running(FAST, lambda options: prior, connections=1) as server, ScanFile(scan_path) as scan, ClientPeer(server.server_address) as peer:
+    with (
+        running(FAST, lambda options: prior, connections=1) as server,
+        ScanFile(scan_path) as scan,
+        ClientPeer(server.server_address) as peer,
+    ):
         (peer.wire.send_config if "<" in config else peer.wire.send_config_file)(config)
         peer.wire.send_header(scan.header_xml)
         peer.wire.send_item(next(scan.acquisitions()))
@@ -571,7 +628,10 @@ def test_why_an_idle_connection_is_closed_is_told(prior):
     with running(FAST, lambda options: prior, idle_s=0.3) as server, ClientPeer(server.server_address) as peer:
         peer.wire.send_config_file("default")
         ((_, text),) = peer.wire.messages()
-        assert text in ("ERROR: no configuration and header came within 0.3 s", "ERROR: the peer sent nothing for 0.3 s")
+        assert text in (
+            "ERROR: no configuration and header came within 0.3 s",
+            "ERROR: the peer sent nothing for 0.3 s",
+        )
     with running(FAST, lambda options: prior, grace_s=0) as server, ClientPeer(server.server_address) as peer:
         peer.wire.send_config_file("default")
         assert until(lambda: server.talking)
@@ -614,7 +674,9 @@ def test_who_computes_or_waits_is_told_when_the_time_is_over(scan_path, prior, s
     assert said[-1] == "ERROR: the scan was given up because the server is shutting down"
 
 
-def test_a_peer_that_is_gone_does_not_hold_the_device_until_its_preview_is_ready(scan_path, prior, slow_preview, caplog):
+def test_a_peer_that_is_gone_does_not_hold_the_device_until_its_preview_is_ready(
+    scan_path, prior, slow_preview, caplog
+):
     with running(FAST, lambda options: prior) as server:
         with ScanFile(scan_path) as scan, ClientPeer(server.server_address) as peer:
             peer._send(scan, "default", None, None, True)
@@ -648,7 +710,8 @@ def test_what_cannot_be_opened_is_put_aside(tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr("builtins.open", refused)
     FailedScans(tmp_path).recover()
-    assert [path.name for path in tmp_path.iterdir()] == ["scan-0-0.damaged"] and caplog.text.count("Permission denied") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["scan-0-0.damaged"]
+    assert caplog.text.count("Permission denied") == 1
 
 
 def test_the_oldest_scans_make_room_on_a_full_disk(scan_path, tmp_path, monkeypatch, caplog):
@@ -701,7 +764,12 @@ def test_threads_that_still_compute_cannot_crash_the_exit(monkeypatch, caplog):
     monkeypatch.setattr("recon_core.ahead.end_at_once", ended.append)
     monkeypatch.setattr("gadgets.server.Server.serve_forever", lambda *_, **__: None)
     for computing in (False, True):
-        monkeypatch.setattr("gadgets.commands.serve._retire_on_signals", lambda server: server.counts.add(open=computing) or server.talking.update([server] * computing))
+
+        def retire(server):
+            server.counts.add(open=computing)
+            server.talking.update([server] * computing)
+
+        monkeypatch.setattr("gadgets.commands.serve._retire_on_signals", retire)
         assert main(["serve", "--port", "0", "--method", "cg"]) == 0 and ended == [0] * computing
     assert caplog.text.count("scans that did not end in time: 1") == 1
 
@@ -733,4 +801,5 @@ def test_the_health_of_another_server_is_not_known(prior, capsys, monkeypatch, a
     with running(FAST, lambda options: prior) as server:
         port = server.server_address[1]
         assert main(["health", "--port", str(port)]) == 1
-    assert capsys.readouterr() == ("", f"slicediff: the server at 127.0.0.1 port {port} is another one: it answered {answer!r}\n")
+    said = f"slicediff: the server at 127.0.0.1 port {port} is another one: it answered {answer!r}\n"
+    assert capsys.readouterr() == ("", said)

@@ -24,7 +24,10 @@ CASES = {
     "regular with CAIPI shift": (dict(acceleration=4, pattern="regular", acs=12), 0.96),
     "separate calibration": (dict(acceleration=3, pattern="regular", acs=14, calibration="separate"), 0.96),
     "external calibration": (dict(acceleration=3, pattern="regular", acs=14, calibration="external"), 0.96),
-    "external calibration, partial Fourier": (dict(acceleration=3, pattern="regular", acs=14, calibration="external", partial_fourier=(0.6, 1)), 0.93),
+    "external calibration, partial Fourier": (
+        dict(acceleration=3, pattern="regular", acs=14, calibration="external", partial_fourier=(0.6, 1)),
+        0.93,
+    ),
     "partial Fourier": (dict(pattern="full", partial_fourier=(0.75, 0.8)), 0.96),
     "partial echo": (dict(pattern="full", partial_echo=0.75), 0.97),
     "no oversampling": (dict(pattern="full", oversampling=1), 0.995),
@@ -41,7 +44,8 @@ CASES = {
 def simulated(folder, **options):
     """(path of the scan, facts, header, lines)."""
     np.save(folder / "object.npy", small_object((26, 31, 24)))
-    facts = simulate(folder / "object.npy", folder / "scan.h5", SimulateOptions(**{"coils": 6, "snr": 80, **options}), folder / "reference.nii.gz")
+    options = SimulateOptions(**{"coils": 6, "snr": 80, **options})
+    facts = simulate(folder / "object.npy", folder / "scan.h5", options, folder / "reference.nii.gz")
     with ScanFile(folder / "scan.h5") as scan:
         return folder / "scan.h5", facts, parse_header(scan.header_xml), list(scan.acquisitions())
 
@@ -60,16 +64,19 @@ def test_reconstructed_it_is_the_object(tmp_path, case):
     assert comment == "CG-SENSE" if options.get("noise_lines") != 0 else "no noise lines" in comment
 
 
-@pytest.mark.parametrize("flag,options,count", [
-    (ismrmrd.ACQ_IS_NOISE_MEASUREMENT, dict(pattern="full", noise_lines=5), 5),
-    (ismrmrd.ACQ_IS_PARALLEL_CALIBRATION, dict(calibration="separate", acceleration=3, acs=8), 64),
-    (ismrmrd.ACQ_IS_PARALLEL_CALIBRATION, dict(calibration="external", acceleration=3, acs=8), 64),
-    (ismrmrd.ACQ_IS_PARALLEL_CALIBRATION_AND_IMAGING, dict(acceleration=3, acs=8), 64),
-    (ismrmrd.ACQ_IS_NAVIGATION_DATA, dict(pattern="full", navigators=13, noise_lines=0), 26 * 31 // 13),
-    (ismrmrd.ACQ_FIRST_IN_REPETITION, dict(pattern="full", repetitions=3, averages=2, contrasts=2), 3),
-    (ismrmrd.ACQ_LAST_IN_REPETITION, dict(pattern="full", repetitions=3), 3),
-    (ismrmrd.ACQ_LAST_IN_MEASUREMENT, dict(pattern="full", repetitions=3), 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flag,options,count",
+    [
+        (ismrmrd.ACQ_IS_NOISE_MEASUREMENT, dict(pattern="full", noise_lines=5), 5),
+        (ismrmrd.ACQ_IS_PARALLEL_CALIBRATION, dict(calibration="separate", acceleration=3, acs=8), 64),
+        (ismrmrd.ACQ_IS_PARALLEL_CALIBRATION, dict(calibration="external", acceleration=3, acs=8), 64),
+        (ismrmrd.ACQ_IS_PARALLEL_CALIBRATION_AND_IMAGING, dict(acceleration=3, acs=8), 64),
+        (ismrmrd.ACQ_IS_NAVIGATION_DATA, dict(pattern="full", navigators=13, noise_lines=0), 26 * 31 // 13),
+        (ismrmrd.ACQ_FIRST_IN_REPETITION, dict(pattern="full", repetitions=3, averages=2, contrasts=2), 3),
+        (ismrmrd.ACQ_LAST_IN_REPETITION, dict(pattern="full", repetitions=3), 3),
+        (ismrmrd.ACQ_LAST_IN_MEASUREMENT, dict(pattern="full", repetitions=3), 1),
+    ],
+)
 def test_lines_are_flagged(tmp_path, flag, options, count):
     _, _, _, lines = simulated(tmp_path, **{"coils": 1, **options})
     assert sum(line.is_flag_set(flag) for line in lines) == count
@@ -109,7 +116,18 @@ def test_waveforms_are_stored_and_read_in_order(tmp_path):
         np.testing.assert_array_equal(dataset.read_waveform(1).data, waveforms[1].data)
 
 
-@pytest.mark.parametrize("name,value", [("calibration", "none"), ("partial_echo", 0.4), ("averages", 0), ("coils", 65536), ("seed", -1), ("contrasts", 0), ("navigators", -1)])
+@pytest.mark.parametrize(
+    "name,value",
+    [
+        ("calibration", "none"),
+        ("partial_echo", 0.4),
+        ("averages", 0),
+        ("coils", 65536),
+        ("seed", -1),
+        ("contrasts", 0),
+        ("navigators", -1),
+    ],
+)
 def test_impossible_options_are_named(name, value):
     with pytest.raises(ValueError, match=f"simulation option {name} cannot be {value}"):
         SimulateOptions(**{name: value})
@@ -129,13 +147,18 @@ def test_from_a_phantom_without_a_volume(tmp_path):
 
 
 def test_phases_of_contrasts_can_be_compared(tmp_path):
-    """Complex images of two objects with one phase, told apart by set: no phase between them, though each has its own virtual coils."""
+    """Complex images of two objects with one phase, told apart by set: no phase between them.
+
+    Though each has its own virtual coils.
+    """
     bright, other = small_object((16, 18, 20)), small_object((16, 18, 20))
     bright[:, :9] *= 0.1
     other[:, 9:] *= 0.1
     header, lines = lines_of(tmp_path / "bright", bright)
-    later = [line_like(line, set=1) for line in lines_of(tmp_path / "other", other)[1] if not line.is_flag_set(ismrmrd.ACQ_IS_NOISE_MEASUREMENT)]
-    images = list(reconstruct(header, [*lines, *later], None, make_options({"method": "cg", "output": "complex64", "device": "cpu"})))
+    _, of_other = lines_of(tmp_path / "other", other)
+    later = [line_like(line, set=1) for line in of_other if not line.is_flag_set(ismrmrd.ACQ_IS_NOISE_MEASUREMENT)]
+    options = make_options({"method": "cg", "output": "complex64", "device": "cpu"})
+    images = list(reconstruct(header, [*lines, *later], None, options))
     a, b = (image.data[0] for image in images)
     both = (bright > 0.02) & (other > 0.02)
     difference = np.angle((b * a.conj())[both])
@@ -146,11 +169,15 @@ def test_phases_of_contrasts_can_be_compared(tmp_path):
 def test_a_complex_volume_keeps_its_phase_and_a_magnitude_is_given_one(tmp_path, kind):
     """The Fourier transform of all lines of a single, uniform coil is the object."""
     magnitude, path = small_object((12, 14, 16)), tmp_path / ("object.nii" if kind == "complex .nii" else "object.npy")
-    turns = np.linspace(-3, 3, 14)[:, None] + np.linspace(0, 1, 16) if kind != "magnitude" else smooth_phase(magnitude.shape).numpy()
+    if kind == "magnitude":
+        turns = smooth_phase(magnitude.shape).numpy()
+    else:
+        turns = np.linspace(-3, 3, 14)[:, None] + np.linspace(0, 1, 16)
     truth = (magnitude * np.exp(1j * turns)).astype(np.complex64)
     given = magnitude if kind == "magnitude" else truth
     nibabel.save(nibabel.Nifti1Image(given.T, np.eye(4)), path) if path.suffix == ".nii" else np.save(path, given)
-    simulate(path, tmp_path / "scan.h5", SimulateOptions(coils=1, pattern="full", snr=1e5, oversampling=1, noise_lines=0))
+    options = SimulateOptions(coils=1, pattern="full", snr=1e5, oversampling=1, noise_lines=0)
+    simulate(path, tmp_path / "scan.h5", options)
     kspace = torch.zeros(magnitude.shape, dtype=torch.complex64)
     with ScanFile(tmp_path / "scan.h5") as scan:
         for line in scan.acquisitions():
@@ -173,7 +200,8 @@ def test_the_field_of_a_loop_is_exact_on_its_axis_and_a_dipoles_far_away():
     field = loop_field(on_axis, np.array([0.0, 0.8, 0.0]), moment, radius)
     assert field[1].tolist() == pytest.approx([2 * 3 / (d**2 + radius**2) ** 1.5 for d in (0.2, 1.2)], rel=1e-5)
     beside, ahead = loop_field(torch.tensor([[100.0, 0.0], [0.0, 100.0], [0.0, 0.0]]), np.zeros(3), moment, radius).T
-    assert beside.tolist() == pytest.approx([0, -3e-6, 0], rel=1e-3) and ahead.tolist() == pytest.approx([0, 6e-6, 0], rel=1e-3)
+    assert beside.tolist() == pytest.approx([0, -3e-6, 0], rel=1e-3)
+    assert ahead.tolist() == pytest.approx([0, 6e-6, 0], rel=1e-3)
 
 
 def test_loops_see_all_of_the_object_each_in_its_own_way():
@@ -190,4 +218,5 @@ def test_random_phantoms_are_bodies_with_parts_in_air():
     for volume in seen:
         assert 0 <= volume.min() and 1 <= volume.max() <= 1.8 + 1e-5
         assert volume[[0, -1]].mean() < 0.02 and 0.1 < (volume > 0.2).float().mean() < 0.9
-    assert len({float(volume.sum()) for volume in seen}) == 12 and min(len(v[64].mul(50).round().unique()) for v in seen) > 1
+    assert len({float(volume.sum()) for volume in seen}) == 12
+    assert min(len(volume[64].mul(50).round().unique()) for volume in seen) > 1

@@ -45,7 +45,8 @@ def read_curve(path):
 
 
 def test_loss_falls(volumes, tmp_path):
-    prior = train(volumes, tmp_path / "p.safetensors", TrainOptions(steps=80, batch=4, crop=32, ema_decay=0.9), log=lambda s: None)
+    options = TrainOptions(steps=80, batch=4, crop=32, ema_decay=0.9)
+    prior = train(volumes, tmp_path / "p.safetensors", options, log=lambda s: None)
     pool = SlicePool(volumes, crop=32, size=2)
     clean, _ = pool.batch(0, 8)
     noisy = clean + 0.2 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
@@ -89,15 +90,18 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(volumes, tmp_path, shor
     assert read_curve(tmp_path / "cut.csv") == read_curve(tmp_path / "whole.csv")
 
 
-@pytest.mark.parametrize("changes,names,difference", [
-    (dict(seed=1), "ab", "seed was 0, is 1"),
-    (dict(batch=4, vary_contrast=False, steps=9), "ab", "batch was 2, is 4; vary_contrast was True, is False"),
-    (dict(voxel_mm=(2.0, 2.0)), "ab", "voxel_mm was [0.5, 4.0], is [2.0, 2.0]"),
-    (dict(start_from="small"), "ab", "start_from was None, is small.safetensors (sha256 "),
-    ({}, "ac", "volumes left out: b; volumes added: c"),
-    ({}, "abb", "volumes added: b"),
-    (dict(crop=24), "abcdef", "volumes added: c, d, e and 1 more; crop was 16, is 24"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes,names,difference",
+    [
+        (dict(seed=1), "ab", "seed was 0, is 1"),
+        (dict(batch=4, vary_contrast=False, steps=9), "ab", "batch was 2, is 4; vary_contrast was True, is False"),
+        (dict(voxel_mm=(2.0, 2.0)), "ab", "voxel_mm was [0.5, 4.0], is [2.0, 2.0]"),
+        (dict(start_from="small"), "ab", "start_from was None, is small.safetensors (sha256 "),
+        ({}, "ac", "volumes left out: b; volumes added: c"),
+        ({}, "abb", "volumes added: b"),
+        (dict(crop=24), "abcdef", "volumes added: c, d, e and 1 more; crop was 16, is 24"),
+    ],
+)
 def test_a_checkpoint_of_another_run_is_refused(volumes, tmp_path, changes, names, difference):
     """Its weights would get a card that names volumes and options they do not come from."""
     named = lambda letters: [Volume(name, volumes[0].data, volumes[0].voxel_mm) for name in letters]  # noqa: E731
@@ -118,7 +122,8 @@ def test_other_weights_of_the_same_name_are_another_start(volumes, tmp_path):
     again = once.model_copy(update={"start_from": str(tmp_path / "first.safetensors")})
     train(volumes, tmp_path / "second.safetensors", again, log=lambda s: None)
     train(volumes, tmp_path / "first.safetensors", QUICK, log=lambda s: None)
-    with pytest.raises(ValueError, match=r"start_from was first.safetensors \(sha256 \w{12}\), is first.safetensors \(sha256 \w{12}\)"):
+    weights = r"first.safetensors \(sha256 \w{12}\)"
+    with pytest.raises(ValueError, match=f"start_from was {weights}, is {weights}"):
         train(volumes, tmp_path / "second.safetensors", again, log=lambda s: None)
 
 
@@ -126,13 +131,15 @@ def test_what_may_change_does_and_a_run_that_had_ended_says_so(volumes, tmp_path
     """In another order the volumes are the same; checkpoints of before do not know what they were made of."""
     out, lines = tmp_path / "p.safetensors", []
     train(volumes, out, QUICK.model_copy(update={"steps": 1}), log=lambda s: None)
-    train(volumes[::-1], out, QUICK.model_copy(update={"steps": 2, "validate_every": 3, "save_every_s": 9, "device": "cpu", "start_share": 0.1}), lines.append)
+    may_change = {"steps": 2, "validate_every": 3, "save_every_s": 9, "device": "cpu", "start_share": 0.1}
+    train(volumes[::-1], out, QUICK.model_copy(update=may_change), lines.append)
     assert len(lines) == 1 and lines[0].startswith("step 2/2")
     state = torch.load(tmp_path / "p.checkpoint", weights_only=True)
     assert state.pop("made_of")["volumes"] == ["volume0.npy", "volume1.npy"]
     torch.save(state, tmp_path / "p.checkpoint")
     train(volumes[:1], out, QUICK.model_copy(update={"steps": 2, "seed": 1}), lines.append)
-    assert lines[1:] == [f"nothing is left to train: {tmp_path / 'p.checkpoint'} has 2 of 2 steps; {out} is written again"]
+    checkpoint = tmp_path / "p.checkpoint"
+    assert lines[1:] == [f"nothing is left to train: {checkpoint} has 2 of 2 steps; {out} is written again"]
 
 
 def test_weights_with_another_ending_are_refused(volumes, tmp_path):
@@ -183,7 +190,8 @@ def test_starting_from_other_weights_keeps_them_and_their_history(volumes, tmp_p
     assert training["learning_rate"] == 2e-4 and training["earlier"]["learning_rate"] == 8e-4
     assert training["start_from"] == "first.safetensors" and training["earlier"]["steps_done"] == 6
     for share, weights in ((0.0, (2, -1)), (1.0, (0, 1))):  # new = 2 mean - first
-        ended = train(volumes, tmp_path / "second.safetensors", again.model_copy(update={"start_share": share}), log=lambda s: None)
+        shared = again.model_copy(update={"start_share": share})
+        ended = train(volumes, tmp_path / "second.safetensors", shared, log=lambda s: None)
         for a, b, c in zip(ended.parameters(), mean.parameters(), first_prior(again).parameters()):
             expected = weights[0] * b + weights[1] * c
             torch.testing.assert_close(a, expected, rtol=1e-4, atol=1e-5)
@@ -193,7 +201,10 @@ def test_starting_from_other_weights_keeps_them_and_their_history(volumes, tmp_p
 
 @pytest.fixture
 def one_thread():
-    """As many as other processes compute with: sums, and with them the coil maps where little signal is, depend on it."""
+    """As many as other processes compute with.
+
+    Sums, and with them the coil maps where little signal is, depend on it.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -212,12 +223,16 @@ from recon_core.train_options import TrainOptions
 from recon_core.variational import VariationalConfig
 from recon_core.volumes import load_volume
 Rehearsal.config, Rehearsal.voxels = VariationalConfig(sweeps=2), (15_000, 20_000)
-options = TrainOptions(steps=6, batch=2, crop=16, save_every_s=0, device="cpu", precision="fp32", own_states=1.0, phantoms=0)
+options = TrainOptions(
+    steps=6, batch=2, crop=16, save_every_s=0, device="cpu", precision="fp32", own_states=1.0, phantoms=0
+)
 train([load_volume(p) for p in sys.argv[2:]], Path(sys.argv[1]), options, log=lambda s: None)
 """
     (tmp_path / "main.py").write_text(code)
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", tmp_path / "main.py", tmp_path / "two.safetensors", *sorted(tmp_path.glob("*.npy"))]
-    done = subprocess.run([sys.executable, *map(str, command)], timeout=120, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    launcher = "-m torch.distributed.run --nproc-per-node 2 --standalone".split()
+    paths = map(str, [tmp_path / "main.py", tmp_path / "two.safetensors", *sorted(tmp_path.glob("*.npy"))])
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *launcher, *paths], timeout=120, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     two = load_prior(tmp_path / "two.safetensors", half=False)
     for a, b in zip(one.parameters(), two.parameters()):
@@ -230,13 +245,16 @@ train([load_volume(p) for p in sys.argv[2:]], Path(sys.argv[1]), options, log=la
 def test_the_curve_tells_losses_and_validation(volumes, tmp_path):
     options = TrainOptions(steps=4, batch=4, crop=16, validate_every=2)
     shown, lines = [], []
-    train(volumes[:1], tmp_path / "p.safetensors", options, lines.append, volumes[1:], lambda step, images: shown.append((step, images.shape)))
+    show = lambda step, images: shown.append((step, images.shape))  # noqa: E731
+    train(volumes[:1], tmp_path / "p.safetensors", options, lines.append, volumes[1:], show)
     assert [step for step, _ in shown] == [2, 4] and shown[0][1] == (3, 6, 96, 96)
     assert "held out: psnr 1 mm sigma 0.05" in lines[0] and "loss mm<" in lines[2]
     rows = read_curve(tmp_path / "p.csv")
     names = {row[1] for row in rows}
-    assert [row[0] for row in rows if row[1] == "psnr 1 mm sigma 0.2"] == ["2", "4"] and {row[0] for row in rows if not row[1].startswith("psnr")} == {"4"}
-    assert {"psnr 2 mm sigma 0.2"} <= names and any(n.startswith("sigma<") for n in names) and any(n.startswith("mm<") for n in names)
+    assert [row[0] for row in rows if row[1] == "psnr 1 mm sigma 0.2"] == ["2", "4"]
+    assert {row[0] for row in rows if not row[1].startswith("psnr")} == {"4"}
+    assert "psnr 2 mm sigma 0.2" in names
+    assert any(name.startswith("sigma<") for name in names) and any(name.startswith("mm<") for name in names)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_spoils_the_weights(volumes, tmp_path, monkeypatch):
@@ -257,10 +275,12 @@ def test_validation_asks_each_slice_once_and_knows_its_size(volumes):
     prior = Prior("small")
     prior.register_forward_hook(lambda *_: asked.append(1))
     measured = Validation([coarse], 0).measure(prior)
-    assert set(measured) == {f"psnr {mm} mm sigma {sigma}" for mm in (2, 4) for sigma in (0.05, 0.2)} and len(asked) == 4
+    assert set(measured) == {f"psnr {mm} mm sigma {sigma}" for mm in (2, 4) for sigma in (0.05, 0.2)}
+    assert len(asked) == 4
     uneven = Volume("uneven", phantom((45, 45, 45)).numpy(), (1.0, 1.0, 1.0))
     assert set(Validation([uneven], 0).slices) == {1.0, 2.0, 4.0}  # 2.045 and 4.09 mm, as whole voxels allow
-    assert set(Validation([Volume("coarser", volumes[0].data, (5.0, 5.0, 5.0))], 0).measure(prior)) == {f"psnr 5 mm sigma {sigma}" for sigma in (0.05, 0.2)}
+    coarser = Volume("coarser", volumes[0].data, (5.0, 5.0, 5.0))
+    assert set(Validation([coarser], 0).measure(prior)) == {"psnr 5 mm sigma 0.05", "psnr 5 mm sigma 0.2"}
 
 
 def test_cuda_where_there_is_none_is_a_sentence(volumes, tmp_path, monkeypatch):
@@ -283,7 +303,10 @@ def test_complex_volumes_keep_their_phase():
     pool = SlicePool([volume], (1.0, 1.0), crop=32, size=6)
     slices, voxel_mm = pool.batch(0, 60)
     turned = torch.view_as_complex(slices.permute(0, 2, 3, 1).contiguous())
-    step = lambda axis: (turned.narrow(axis, 1, 31) * turned.narrow(axis, 0, 31).conj()).sum((1, 2)).angle().abs()  # noqa: E731
+
+    def step(axis):
+        return (turned.narrow(axis, 1, 31) * turned.narrow(axis, 0, 31).conj()).sum((1, 2)).angle().abs()
+
     fastest = torch.maximum(step(1), step(2))
     assert ((fastest - 1.2).abs() < 0.35).float().mean() > 0.4, "two of three orientations show the ramp"
     assert bool((voxel_mm >= 1.0).all()) and float(slices.abs().max()) > 0.3
@@ -291,11 +314,15 @@ def test_complex_volumes_keep_their_phase():
 
 @pytest.mark.parametrize("header", ["", "step,name,value\n"])
 def test_the_curve_goes_on_where_the_checkpoint_was(tmp_path, header):
-    """Rows of steps that a kill undid, and one that it cut short, are dropped; the running means do not jump; older files had no header."""
+    """Rows of steps that a kill undid, and one that it cut short, are dropped; the running means do not jump.
+
+    Older files had no header.
+    """
     (tmp_path / "c.csv").write_text(f"{header}100,sigma<0.1,0.4\n100,psnr 1 mm sigma 0.2,20\n200,sigma<0.1,0.3\n20")
     curve = Curve(tmp_path / "c.csv", start=150, means={"sigma<0.1": 0.35})
     assert [row[0] for row in read_curve(tmp_path / "c.csv")] == ["100", "100"]
-    curve.add(150, torch.tensor([1.4]), torch.tensor([1.4]), None, Batch(None, torch.tensor([2.0]), torch.tensor([0.05]), None))
+    batch = Batch(None, torch.tensor([2.0]), torch.tensor([0.05]), None)
+    curve.add(150, torch.tensor([1.4]), torch.tensor([1.4]), None, batch)
     curve.settle()
     assert curve.values["sigma<0.1"] == pytest.approx(0.99 * 0.35 + 0.01 * 1.4)
 
@@ -307,7 +334,10 @@ def test_a_volume_coarser_than_the_voxel_size_asked_for_is_used_as_it_is():
 
 
 def test_field_around_a_sphere_of_other_susceptibility():
-    """Outside chi/3 (a/r)^3 (3 cos^2 - 1), inside nothing (Jackson, Classical Electrodynamics, section 5.10): B0 along z."""
+    """Outside chi/3 (a/r)^3 (3 cos^2 - 1), inside nothing; B0 along z.
+
+    Source: Jackson, Classical Electrodynamics, section 5.10.
+    """
     n, radius = 64, 8.0
     axis = (torch.arange(n) - n // 2).float()
     distance = (axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2).sqrt()
@@ -354,11 +384,11 @@ def test_batches_of_a_process_of_their_own_are_the_same_to_the_bit(volumes, one_
 
 def test_weights_do_not_depend_on_the_workers(volumes, tmp_path):
     """To the bit, over a replaced volume, and of a run that is resumed with others than it began with."""
-    options = QUICK.model_copy(update={"steps": 14})
     trained = {}
     for name, runs in {"0": [(14, 0)], "2": [(14, 2)], "cut": [(13, 2), (14, 1)]}.items():
         for steps, workers in runs:
-            trained[name] = train(volumes, tmp_path / f"{name}.safetensors", options.model_copy(update={"steps": steps, "workers": workers}), log=lambda s: None)
+            options = QUICK.model_copy(update={"steps": steps, "workers": workers})
+            trained[name] = train(volumes, tmp_path / f"{name}.safetensors", options, log=lambda s: None)
     for a, b in zip(trained["0"].parameters(), trained["2"].parameters()):
         assert torch.equal(a, b)
     assert load_prior(tmp_path / "0.safetensors").card == load_prior(tmp_path / "2.safetensors").card
@@ -372,15 +402,17 @@ def test_a_damaged_volume_fails_at_the_step_that_needs_it(volumes):
     delivered = []
     for workers in (0, 2):
         pool, made = SlicePool([*volumes, damaged], crop=16, size=2, refresh=2, seed=7), []
-        with pytest.raises(ValueError, match="no finite signal"), pool.ahead(lambda step: pool.batch(step, 2), range(100), workers) as batches:
-            for batch in batches:
-                made.append(batch)
+        with pytest.raises(ValueError, match="no finite signal"):
+            with pool.ahead(lambda step: pool.batch(step, 2), range(100), workers) as batches:
+                for batch in batches:
+                    made.append(batch)
         delivered.append(len(made))
     assert delivered[0] == delivered[1] > 0
     pool = SlicePool([*volumes, damaged], crop=16, size=2, refresh=2, seed=7)
-    with pytest.raises(ValueError, match="^the image has no finite signal"), Batches(pool, 2).ahead(range(100), 2, elsewhere=True) as batches:
-        for number, _ in enumerate(batches, start=1):
-            delivered.append(number)
+    with pytest.raises(ValueError, match="^the image has no finite signal"):
+        with Batches(pool, 2).ahead(range(100), 2, elsewhere=True) as batches:
+            for number, _ in enumerate(batches, start=1):
+                delivered.append(number)
     assert delivered[-1] == delivered[0]
 
 
@@ -397,10 +429,15 @@ def test_training_leaves_nothing_behind(volumes, tmp_path, monkeypatch):
             return 1.0
 
         monkeypatch.setattr("recon_core.train.schedule", schedule)
-        train(volumes, tmp_path / f"{steps}.safetensors", QUICK.model_copy(update={"workers": 2, "steps": steps, "save_every_s": 60}), log=lambda s: None)
+        options = QUICK.model_copy(update={"workers": 2, "steps": steps, "save_every_s": 60})
+        train(volumes, tmp_path / f"{steps}.safetensors", options, log=lambda s: None)
 
     run(6, volumes)
-    for steps, kind, volume, error in ((1001, OSError, volumes[1], OSError), (1002, KeyboardInterrupt, volumes[1], KeyboardInterrupt), (1003, ValueError, damaged, None)):
+    for steps, kind, volume, error in (
+        (1001, OSError, volumes[1], OSError),
+        (1002, KeyboardInterrupt, volumes[1], KeyboardInterrupt),
+        (1003, ValueError, damaged, None),
+    ):
         with pytest.raises(kind):
             run(steps, [volumes[0], volume], error)
         assert set(threading.enumerate()) <= before and not torch.backends.cudnn.benchmark
@@ -418,13 +455,19 @@ def test_who_stops_at_once_does_not_wait_for_the_first_batch(volumes):
 
 def test_lessons_are_the_solvers_states_and_the_truth_under_them(volumes, short_scans):
     """Two per scan, the same for the same seed and number; a prior that changes nothing leaves all of the error."""
-    rehearse = lambda first, seed=0: Rehearsal(SlicePool(volumes, (1.0, 1.5), seed=seed), 4096, 32, seed).lessons(lambda x, sigma: x, first)  # noqa: E731
+
+    def rehearse(first, seed=0):
+        rehearsal = Rehearsal(SlicePool(volumes, (1.0, 1.5), seed=seed), 4096, 32, seed)
+        return rehearsal.lessons(lambda x, sigma: x, first)
+
     lessons = list(itertools.islice(rehearse(0), 4))
-    assert [lesson.sigma for lesson in lessons[::2]] == pytest.approx([0.3, 0.3]) and all(lesson.sigma < 0.3 for lesson in lessons[1::2])
+    assert [lesson.sigma for lesson in lessons[::2]] == pytest.approx([0.3, 0.3])
+    assert all(lesson.sigma < 0.3 for lesson in lessons[1::2])
     for lesson in lessons:
         count, channels, height, width = lesson.given.shape
         assert lesson.given.shape == lesson.truth.shape and channels == 2
-        assert height <= 32 and width <= 32 and height % 8 == width % 8 == 0 and 4096 - height * width < count * height * width <= 4096
+        assert height <= 32 and width <= 32 and height % 8 == width % 8 == 0
+        assert 4096 - height * width < count * height * width <= 4096
         assert 0.3 < float(lesson.truth.norm(dim=1).quantile(0.9)) < 3  # tissue units
         error = (lesson.given - lesson.truth).square().mean()
         assert float(error) < float(lesson.truth.square().mean())
@@ -448,14 +491,16 @@ def test_slices_of_any_shape_are_asked_for_in_few(prior):
 
 def test_rehearsed_scans_are_volumes_planes_and_slices_with_one_two_or_many_coils(volumes, monkeypatch):
     """Of planes and few slices one orientation is of use, as in the solver; lines are left out of all."""
-    rehearsal, shapes = Rehearsal(SlicePool(volumes, (1.0, 1.5)), 4096), []
+    rehearsal, kinds = Rehearsal(SlicePool(volumes, (1.0, 1.5)), 4096), []
     monkeypatch.setattr(Rehearsal, "voxels", (20_000, 30_000))
     for number in range(14):
         measurement, truth = rehearsal.scan(number)
         operator = measurement.operator
         assert truth.shape == measurement.adjoint.shape and 0.05 < float(operator.sampled.float().mean()) < 0.8
-        shapes.append((len(usable_axes(tuple(truth.shape))) > 1, truth.shape[0] < MIN_SIDE, operator.coils, measurement.sigma_known))
-    assert {s[0] for s in shapes} == {True, False} and {s[1] for s in shapes} == {True, False} and len({s[2] for s in shapes}) >= 4 and {s[3] for s in shapes} == {True, False}
+        several, thin = len(usable_axes(tuple(truth.shape))) > 1, truth.shape[0] < MIN_SIDE
+        kinds.append((several, thin, measurement.sigma_known, operator.coils))
+    several, thin, known, coils = map(set, zip(*kinds))
+    assert several == thin == known == {True, False} and len(coils) >= 4
 
 
 def test_scans_made_ahead_by_processes_are_the_same(volumes, one_thread):
@@ -470,12 +515,13 @@ def test_scans_made_ahead_by_processes_are_the_same(volumes, one_thread):
 @pytest.mark.parametrize("scan_workers", [0, 1])
 def test_volumes_too_small_to_be_scanned_are_a_sentence(scan_workers, tmp_path):
     tiny = Volume("tiny", phantom((12, 14, 12)).numpy(), (1.0, 1.0, 1.0))
+    options = QUICK.model_copy(update={"own_states": 1.0, "scan_workers": scan_workers})
     with pytest.raises(ValueError, match="^no scan could be made.*own_states needs objects of 24 voxels and more"):
-        train([tiny], tmp_path / "p.safetensors", QUICK.model_copy(update={"own_states": 1.0, "scan_workers": scan_workers}), log=lambda s: None)
+        train([tiny], tmp_path / "p.safetensors", options, log=lambda s: None)
 
 
 def test_learning_from_own_states_mends_them(volumes, tmp_path, short_scans):
-    """16 steps on phantoms: less of the error in states of other scans is left than by as many steps of denoising alone."""
+    """16 steps on phantoms leave less of the error in states of other scans than as many steps of denoising alone."""
     left = []
     for own_states in (0.0, 3.0):
         options = TrainOptions(steps=16, batch=4, crop=32, voxel_mm=(1.0, 1.5), ema_decay=0.8, own_states=own_states)
@@ -489,5 +535,8 @@ def test_learning_from_own_states_mends_them(volumes, tmp_path, short_scans):
 @pytest.mark.parametrize("share,expected", [(0.0, 0), (0.3, 12), (1.0, 40)])
 def test_phantoms_are_drawn_beside_the_volumes(share, expected):
     small = Volume("small", phantom((20, 22, 24)).numpy(), (1.0, 1.0, 1.0))
-    sides = [max(SlicePool([small], (0.9, 4.0), seed=1, vary_sharpness=False, phantoms=share).draw_volume(n)[0].shape) for n in range(40)]
+    sides = []
+    for number in range(40):
+        pool = SlicePool([small], (0.9, 4.0), seed=1, vary_sharpness=False, phantoms=share)
+        sides.append(max(pool.draw_volume(number)[0].shape))
     assert sum(side > 24 for side in sides) == pytest.approx(expected, abs=0.2 * expected)

@@ -22,11 +22,13 @@ def test_every_kind_of_file_gives_the_volume(tmp_path):
     with h5py.File(tmp_path / "c.h5", "w") as file:
         file["some/where"] = volume
         file["some/where"].attrs["voxel_mm"] = (3.0, 2.5, 2.0)
-    assert main(["simulate", str(tmp_path / "a.nii.gz"), str(tmp_path / "d.h5"), "--coils", "3", "--pattern", "full", "--snr", "1000"]) == 0
+    options = "--coils 3 --pattern full --snr 1000".split()
+    assert main(["simulate", str(tmp_path / "a.nii.gz"), str(tmp_path / "d.h5"), *options]) == 0
     assert main(["recon", str(tmp_path / "d.h5"), str(tmp_path / "e.h5"), "--method", "cg"]) == 0
     found = load_volumes([tmp_path])
     assert [v.name for v in found] == ["a.nii.gz", "b.npy", "c.h5", "d.h5", "e.h5"]
-    assert [v.voxel_mm for v in found] == [pytest.approx(mm) for mm in ([3, 2.5, 2], [1, 1, 1], [3, 2.5, 2], [3, 2.5, 2], [3, 2.5, 2])]
+    told, untold = pytest.approx([3, 2.5, 2]), pytest.approx([1, 1, 1])
+    assert [v.voxel_mm for v in found] == [told, untold, told, told, told]
     assert np.iscomplexobj(found[3].data) and found[4].data.dtype == np.uint16
     for other in found:
         assert other.data.shape == volume.shape
@@ -43,21 +45,28 @@ def test_sizes_and_places_of_a_nifti_are_in_its_unit(tmp_path, unit, mm):
         image.header.set_xyzt_units(unit)
         nibabel.save(image, tmp_path / "v.nii")
         (volume,) = load_volumes([tmp_path / "v.nii"])
-        assert volume.voxel_mm == pytest.approx((3 * size, 1.5 * size, size)) and np.array_equal(volume.data, small_object())
+        assert volume.voxel_mm == pytest.approx((3 * size, 1.5 * size, size))
+        assert np.array_equal(volume.data, small_object())
         data, voxel_mm, directions, centre = load_object(tmp_path / "v.nii")
         nz, ny, nx = small_object().shape
         assert voxel_mm == volume.voxel_mm and np.array_equal(data, small_object())
         np.testing.assert_allclose(directions, np.diag([-1, -1, 1]), atol=1e-6)
-        assert centre == pytest.approx((-7 - size * (nx // 2), 8 - 1.5 * size * (ny // 2), 9 + 3 * size * (nz // 2)), rel=1e-5)
+        expected = (-7 - size * (nx // 2), 8 - 1.5 * size * (ny // 2), 9 + 3 * size * (nz // 2))
+        assert centre == pytest.approx(expected, rel=1e-5)
 
 
 def test_voxels_of_a_size_that_cannot_be_are_told(tmp_path):
-    for size, unit, said in ((0.002, "mm", "0.002 x 0.003 x 0.002 mm"), (2, "meter", "2000 x 3000 x 2000 mm"), (2, "micron", "0.002 x 0.003 x 0.002 mm")):
+    for size, unit, voxels in (
+        (0.002, "mm", "0.002 x 0.003 x 0.002 mm"),
+        (2, "meter", "2000 x 3000 x 2000 mm"),
+        (2, "micron", "0.002 x 0.003 x 0.002 mm"),
+    ):
         image = nibabel.Nifti1Image(small_object().T, np.diag([size, 1.5 * size, size, 1]))
         image.header.set_xyzt_units(unit)
         nibabel.save(image, tmp_path / "v.nii")
+        said = f"v.nii cannot be read as a volume: its voxels have {voxels}, expected 0.02 to 50 mm: correct pixdim"
         for read in (load_object, lambda path: load_volumes([path])):
-            with pytest.raises(FileError, match=f"v.nii cannot be read as a volume: its voxels have {said}, expected 0.02 to 50 mm: correct pixdim"):
+            with pytest.raises(FileError, match=said):
                 read(tmp_path / "v.nii")
 
 
@@ -66,15 +75,19 @@ def test_of_several_volumes_one_is_to_be_chosen(tmp_path):
     for read in (load_object, lambda path: load_volumes([path])):
         with pytest.raises(FileError) as error:
             read(tmp_path / "v.nii")
-        said = "it has the shape (9, 8, 7, 2), expected three dimensions: choose one volume and store it in a file of its own"
-        assert str(error.value) == f"{tmp_path / 'v.nii'} cannot be read as a volume: {said}"
+        assert str(error.value) == (
+            f"{tmp_path / 'v.nii'} cannot be read as a volume: it has the shape (9, 8, 7, 2), "
+            "expected three dimensions: choose one volume and store it in a file of its own"
+        )
 
 
 def test_voxels_that_are_no_numbers_are_told(tmp_path):
-    nibabel.save(nibabel.Nifti1Image(np.zeros((7, 8, 9), [(colour, np.uint8) for colour in "RGB"]), np.eye(4)), tmp_path / "v.nii")
+    coloured = np.zeros((7, 8, 9), [(colour, np.uint8) for colour in "RGB"])
+    nibabel.save(nibabel.Nifti1Image(coloured, np.eye(4)), tmp_path / "v.nii")
     np.save(tmp_path / "v.npy", np.full((7, 8, 9), "a"))
+    held = {"v.nii": "voxels of R, G, B instead of one number each", "v.npy": "str32 instead of numbers"}
     for read in (load_object, lambda path: load_volumes([path])):
-        for name, said in (("v.nii", "voxels of R, G, B instead of one number each"), ("v.npy", "str32 instead of numbers")):
+        for name, said in held.items():
             with pytest.raises(FileError, match=f"the volume {name} holds {said}: "):
                 read(tmp_path / name)
 
@@ -88,7 +101,8 @@ def test_an_array_may_have_the_name_of_a_scan(tmp_path):
 
 
 def test_a_scan_may_have_any_name(tmp_path):
-    assert main(["simulate", "phantom", str(tmp_path / "s.h5"), "--coils", "1", "--voxel-mm", "8", "--pattern", "full"]) == 0
+    options = "--coils 1 --voxel-mm 8 --pattern full".split()
+    assert main(["simulate", "phantom", str(tmp_path / "s.h5"), *options]) == 0
     (volume,) = load_volumes([tmp_path])
     with h5py.File(tmp_path / "s.h5", "a") as file:
         file.move("dataset", "other")
@@ -109,16 +123,23 @@ def test_what_is_no_volume_is_told(tmp_path):
     np.save(tmp_path / "flat.npy", np.zeros((3, 3)))
     with h5py.File(tmp_path / "bare.h5", "w") as file:
         file["x"] = np.zeros((3, 3, 3))
-    for name, message in (("none", "no such volume"), ("empty", "holds no volume"), ("junk.h5", "not an HDF5 file"), ("junk.nii", "cannot be read"), ("flat.npy", "three dimensions"), ("bare.h5", "lacks the attribute voxel_mm")):
+    for name, message in (
+        ("none", "no such volume"),
+        ("empty", "holds no volume"),
+        ("junk.h5", "not an HDF5 file"),
+        ("junk.nii", "cannot be read"),
+        ("flat.npy", "three dimensions"),
+        ("bare.h5", "lacks the attribute voxel_mm"),
+    ):
         with pytest.raises(FileError, match=message):
             load_volumes([tmp_path / name])
 
 
 def test_of_our_own_images_only_the_wanted_ones_are_learned_from(tmp_path):
     """Not of the preview, nor of what the image may be wrong by."""
-    scan = ["phantom", str(tmp_path / "s.h5"), "--coils", "2", "--voxel-mm", "6", "--acceleration", "2", "--acs", "8"]
-    assert main(["simulate", *scan]) == 0
-    assert main(["recon", str(tmp_path / "s.h5"), str(tmp_path / "i.h5"), "--method", "tv", "--error-map", "true", "--group", "g"]) == 0
+    scan, images = str(tmp_path / "s.h5"), str(tmp_path / "i.h5")
+    assert main(["simulate", "phantom", scan, *"--coils 2 --voxel-mm 6 --acceleration 2 --acs 8".split()]) == 0
+    assert main(["recon", scan, images, *"--method tv --error-map true --group g".split()]) == 0
     (volume,) = load_volumes([tmp_path / "i.h5"])
     (final,) = [image for image in read_images(tmp_path / "i.h5", "g") if image.image_series_index == 2]
     assert np.array_equal(volume.data, final.data[0])
@@ -134,7 +155,8 @@ def test_volumes_of_a_scan_that_are_not_whole_are_left_out(tmp_path):
 
 
 def test_what_nothing_can_be_learned_from_or_simulated_is_told(tmp_path):
-    assert main(["simulate", "phantom", str(tmp_path / "s.h5"), "--coils", "4", "--voxel-mm", "6", "--acceleration", "2", "--acs", "8"]) == 0
+    options = "--coils 4 --voxel-mm 6 --acceleration 2 --acs 8".split()
+    assert main(["simulate", "phantom", str(tmp_path / "s.h5"), *options]) == 0
     with pytest.raises(FileError, match="s.h5 is undersampled .* of k-space was acquired"):
         load_volumes([tmp_path / "s.h5"])
     for number, said in ((0, "nothing but zeros"), (np.nan, "NaN or infinity")):

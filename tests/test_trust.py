@@ -37,9 +37,9 @@ def gpu():
 
 def images_and_error(path, prior, **options):
     """What came before the error, and the error."""
-    images = []
+    images, options = [], make_options({"sweeps": 2, "device": "cpu", **options})
     with ScanFile(path) as scan, pytest.raises(ReconError) as caught:
-        for image in recon.reconstruct(parse_header(scan.header_xml), scan.acquisitions(), prior, make_options({"sweeps": 2, "device": "cpu", **options})):
+        for image in recon.reconstruct(parse_header(scan.header_xml), scan.acquisitions(), prior, options):
             images.append(image)
     return images, str(caught.value)
 
@@ -47,7 +47,9 @@ def images_and_error(path, prior, **options):
 def test_a_sampler_that_is_stopped_leaves_the_preview(scan_path):
     """Halfway its image is far worse than CG-SENSE."""
     images, error = images_and_error(scan_path, lambda x, sigma: time.sleep(0.02) or x, method="tpdm", deadline_s=0.5)
-    assert len(images) == 1 and re.search("stopped at the deadline of 0.5 s after [0-9]+ of 80 steps, and posterior sampling TPDM has no image before its last", error)
+    stopped = "stopped at the deadline of 0.5 s after [0-9]+ of 80 steps"
+    assert len(images) == 1
+    assert re.search(f"{stopped}, and posterior sampling TPDM has no image before its last", error)
 
 
 def test_a_sentence_has_no_control_characters():
@@ -61,21 +63,24 @@ def raising(x, sigma):
 def test_the_preview_stands_and_the_reason_follows(scan_path, prior):
     images, error = images_and_error(scan_path, raising)
     assert [i.image_series_index for i in images] == [1]
-    assert error.startswith("slice diffusion failed and the CG-SENSE preview stands") and "the solver is broken" in error
+    assert error.startswith("slice diffusion failed and the CG-SENSE preview stands")
+    assert "the solver is broken" in error
 
 
 def test_without_a_preview_cg_sense_takes_the_wanted_series(scan_path, prior):
     (image,), _ = images_and_error(scan_path, raising, preview=False)
     preview = run_chain(scan_path, lambda x, sigma: x, sweeps=1)[0]
     assert image.image_series_index == 2 and np.array_equal(image.data, preview.data)
-    assert image.meta["GADGETRON_SeqDescription"] == "_CG-SENSE preview" and "the solver is broken" in image.meta["ImageComments"]
+    assert image.meta["GADGETRON_SeqDescription"] == "_CG-SENSE preview"
+    assert "the solver is broken" in image.meta["ImageComments"]
 
 
 def test_a_hanging_solver_is_left_behind_at_the_deadline(scan_path):
     let_go = threading.Event()
     began = time.monotonic()
     images, error = images_and_error(scan_path, lambda x, sigma: let_go.wait(60) and x, deadline_s=0.3)
-    assert time.monotonic() - began < 20 and len(images) == 1 and "at the deadline of 0.3 s before its first sweep ended" in error
+    assert time.monotonic() - began < 20
+    assert len(images) == 1 and "at the deadline of 0.3 s before its first sweep ended" in error
     assert left_behind() >= 1
     let_go.set()
 
@@ -96,22 +101,34 @@ def test_a_volume_that_fails_does_not_take_the_others(tmp_path, prior):
 
 
 def test_a_sentence_names_the_volumes_that_failed_and_stays_short(tmp_path):
-    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=1, pattern="full", noise_lines=0, repetitions=3, contrasts=2), (4, 6, 8))
+    options = SimulateOptions(coils=1, pattern="full", noise_lines=0, repetitions=3, contrasts=2)
+    header, lines, _ = load_small_scan(tmp_path, options, (4, 6, 8))
     for line in lines:
         if line.idx.contrast or line.idx.repetition:
             line.data[:] = np.nan
     images = recon.reconstruct(header, lines, None, make_options({"method": "cg", "device": "cpu"}))
     assert next(images).repetition == 0
-    with pytest.raises(ReconError, match=r"^volume 2 \(contrast 1\), volume 3 \(repetition 1\), volume 4 \(contrast 1, repetition 1\) and 2 more: the k-space holds NaN"):
+    said = (
+        r"^volume 2 \(contrast 1\), volume 3 \(repetition 1\), volume 4 \(contrast 1, repetition 1\) and 2 more: "
+        "the k-space holds NaN"
+    )
+    with pytest.raises(ReconError, match=said):
         next(images)
 
 
-@pytest.mark.parametrize("failure,reason", [
-    (torch.OutOfMemoryError("CUDA out of memory"), "the GPU's memory does not hold this scan"),
-    (RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"), "the GPU's memory does not hold this scan"),
-    (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), "the GPU's memory does not hold this scan"),
-    (RuntimeError("CUDA error: an illegal memory access was encountered"), "the GPU failed and cannot be used until this process is restarted"),
-])  # fmt: skip
+TOO_SMALL = "the GPU's memory does not hold this scan"
+LOST = "the GPU failed and cannot be used until this process is restarted"
+
+
+@pytest.mark.parametrize(
+    "failure,reason",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), TOO_SMALL),
+        (RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"), TOO_SMALL),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), TOO_SMALL),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), LOST),
+    ],
+)
 def test_a_gpu_that_cannot_take_the_preview_leaves_it_to_the_cpu(scan_path, prior, monkeypatch, gpu, failure, reason):
     """One whose memory is short is asked again, to leave coil maps on the host; one that is lost is not."""
     expected, asked = run_chain(scan_path, lambda x, sigma: x, sweeps=1)[0], []  # the preview
@@ -130,7 +147,8 @@ def test_a_gpu_that_cannot_take_the_preview_leaves_it_to_the_cpu(scan_path, prio
         assert len(images) == 1 and f"{reason}: CG-SENSE was computed on the CPU" in images[0].meta["ImageComments"]
         assert "the GPU could not take this scan" in error
         assert np.array_equal(images[0].data, expected.data)
-        assert gpu_lost.is_set() == ("illegal" in str(failure)) and asked == ([False] if gpu_lost.is_set() else [False, True] * scan)
+        assert gpu_lost.is_set() == ("illegal" in str(failure))
+        assert asked == ([False] if gpu_lost.is_set() else [False, True] * scan)
 
 
 def test_a_gpu_that_hangs_is_asked_for_nothing_more(monkeypatch, gpu):
@@ -146,9 +164,13 @@ def test_a_gpu_that_hangs_is_asked_for_nothing_more(monkeypatch, gpu):
     monkeypatch.setattr(solve, "states", lambda *_: states())
     monkeypatch.setattr(solve, "estimated_error", lambda *_: states())
     scan = SimpleNamespace(operator=SimpleNamespace(device=gpu))
-    hint = "stopped because no sweep ended within 0.5 s: the GPU hangs and will not be used again until this process is restarted"
+    hint = (
+        "stopped because no sweep ended within 0.5 s: "
+        "the GPU hangs and will not be used again until this process is restarted"
+    )
     outcome = solve.solve(scan, preview := torch.ones(2, 2, 2), None, make_options({}), lambda *_: None)
-    assert outcome.volume is preview and outcome.failure == [f"slice diffusion failed and the CG-SENSE preview stands: {hint}"]
+    assert outcome.volume is preview
+    assert outcome.failure == [f"slice diffusion failed and the CG-SENSE preview stands: {hint}"]
     assert gpu_lost.is_set()
     gpu_lost.clear()
     with pytest.raises(ReconError, match=f"^the error map was not made: {hint}$"):
@@ -175,14 +197,15 @@ def test_a_gpu_that_hangs_before_the_preview_leaves_the_scan_to_the_cpu(scan_pat
     for _ in range(2):
         images, error = images_and_error(scan_path, prior)
         assert np.array_equal(images[0].data, expected.data) and "the GPU could not take this scan" in error
-        assert "the GPU failed and cannot be used until this process is restarted: CG-SENSE was computed on the CPU" in images[0].meta["ImageComments"]
+        assert f"{LOST}: CG-SENSE was computed on the CPU" in images[0].meta["ImageComments"]
     hangs.set()
     assert gpu_lost.is_set() and asked == ["cuda", "cpu", "cpu"]
 
 
 def test_a_volume_is_let_go_before_the_next_one_is_looked_at(tmp_path, monkeypatch, prior):
     held, alive = [], []
-    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=2, pattern="full", noise_lines=0, repetitions=3), (4, 12, 8))
+    options = SimulateOptions(coils=2, pattern="full", noise_lines=0, repetitions=3)
+    header, lines, _ = load_small_scan(tmp_path, options, (4, 12, 8))
 
     def seen(*args, **how):
         alive.append(sum(measurement() is not None for measurement in held))
@@ -205,7 +228,11 @@ def test_an_image_that_explains_the_data_worse_than_the_preview_is_told_apart():
     drifted = lambda misfit: best + direction * misfit * 2**0.5 * measurement.sigma  # noqa: E731
     assert measurement.misfit(drifted(1.0)) == pytest.approx(1.0, abs=0.02)
     bars = {trust: unexplained for trust, (_, unexplained) in BARS.items()}
-    for misfit, trust in ((0.95 * bars[Trust.DOUBTFUL], Trust.SOUND), (1.7, Trust.DOUBTFUL), (1.05 * bars[Trust.FAILED], Trust.FAILED)):
+    for misfit, trust in (
+        (0.95 * bars[Trust.DOUBTFUL], Trust.SOUND),
+        (1.7, Trust.DOUBTFUL),
+        (1.05 * bars[Trust.FAILED], Trust.FAILED),
+    ):
         assert judge(measurement, best, drifted(misfit))[0] is trust
     assert "residual 1.70 against" in judge(measurement, best, drifted(1.7))[1]
     assert judge(measurement, drifted(3.0), drifted(3.1)) == (Trust.SOUND, "")
@@ -228,15 +255,22 @@ def test_learning_that_fails_costs_only_what_it_would_gain(tmp_path, prior, monk
         raise RuntimeError("a kernel is missing")
 
     header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=2, pattern="full", noise_lines=0), (4, 24, 20))
-    images = lambda adapt: list(recon.reconstruct(header, lines, prior, make_options({"sweeps": 1, "adapt": adapt, "device": "cpu"})))  # noqa: E731
+
+    def images(adapt):
+        options = make_options({"sweeps": 1, "adapt": adapt, "device": "cpu"})
+        return list(recon.reconstruct(header, lines, prior, options))
+
     monkeypatch.setattr("recon_core.adaptation.Pupil", fails)
     plain, learned = images(0), images(5)
     assert len(learned) == 2 and np.array_equal(learned[1].data, plain[1].data)
-    assert "learning from the scan failed and the image without it stands: internal error, RuntimeError: a kernel is missing" in learned[1].meta["ImageComments"]
+    stands = "learning from the scan failed and the image without it stands"
+    comments = learned[1].meta["ImageComments"]
+    assert f"{stands}: internal error, RuntimeError: a kernel is missing" in comments
 
 
 def test_an_error_map_that_is_not_finite_is_not_sent(monkeypatch):
-    monkeypatch.setattr(solve, "estimated_error", lambda *_: iter([State(1, 1, 0.0, torch.full((2, 2, 2), float("nan")) + 0j, 0)]))
+    state = State(1, 1, 0.0, torch.full((2, 2, 2), float("nan")) + 0j, 0)
+    monkeypatch.setattr(solve, "estimated_error", lambda *_: iter([state]))
     with pytest.raises(ReconError, match="^the error map was not made: it holds NaN or infinity$"):
         solve.estimate_error(None, None, None, make_options({"device": "cpu"}), lambda *_: None)
 
@@ -316,18 +350,20 @@ def seen_by_two(noise=1.0):
     """(kspace, mask, noise lines) of the phantom under two coils, fully sampled, SNR about 20."""
     truth = torch.from_numpy(small_object((24, 26, 20)))
     weights = torch.tensor([20.0, 14.0j]).reshape(2, 1, 1, 1)
-    return fft(weights * truth, (1, 2)) + 2**0.5 * random_complex(2, *truth.shape), torch.ones(truth.shape[:2]), noise * 2**0.5 * random_complex(2, 4096, seed=1)
+    kspace = fft(weights * truth, (1, 2)) + 2**0.5 * random_complex(2, *truth.shape)
+    return kspace, torch.ones(truth.shape[:2]), noise * 2**0.5 * random_complex(2, 4096, seed=1)
 
 
 @pytest.mark.parametrize("averages", [1, 4])
 def test_noise_lines_quieter_than_the_scan_are_recognised(averages):
     """As of another receiver gain or bandwidth; believed, they would have the noise fitted and break the coil maps."""
     kspace, mask, lines = seen_by_two()
-    right, quiet = (measure(averages * kspace, averages * mask, (4.0, 4.0, 4.0), averages**0.5 * factor * lines) for factor in (1.0, 0.1))
+    kspace, mask, lines = averages * kspace, averages * mask, averages**0.5 * lines
+    right, quiet = (measure(kspace, mask, (4.0, 4.0, 4.0), factor * lines) for factor in (1.0, 0.1))
     assert right.excess_noise(cg_sense(right)) == 1.0
     excess = quiet.excess_noise(cg_sense(quiet))
     assert excess == pytest.approx(10, rel=0.15)
-    mended = measure(averages * kspace, averages * mask, (4.0, 4.0, 4.0), averages**0.5 * 0.1 * lines, louder=excess)
+    mended = measure(kspace, mask, (4.0, 4.0, 4.0), 0.1 * lines, louder=excess)
     assert mended.sigma_known and mended.excess_noise(cg_sense(mended)) == 1.0
     torch.testing.assert_close(cg_sense(mended) * 0.1, cg_sense(right), rtol=0.02, atol=0.5)
 
@@ -338,47 +374,74 @@ def test_a_spike_is_told(noise):
     kspace[:, 20, 5] += 20 * kspace.abs().max()
     measurement = measure(kspace, mask, (4.0, 4.0, 4.0), lines if noise else None)
     (text,) = doubts(measurement, cg_sense(measurement))
-    assert text.startswith("CAUTION: CG-SENSE leaves ") and text.endswith(" times the noise of the data unexplained: spikes, motion, or lines of another scan?")
+    assert text.startswith("CAUTION: CG-SENSE leaves ")
+    assert text.endswith(" times the noise of the data unexplained: spikes, motion, or lines of another scan?")
 
 
 def test_a_scan_without_noise_is_not_one_with_spikes(tmp_path):
-    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=4, pattern="full", snr=1e8, noise_lines=0), (24, 35, 26))
+    options = SimulateOptions(coils=4, pattern="full", snr=1e8, noise_lines=0)
+    header, lines, _ = load_small_scan(tmp_path, options, (24, 35, 26))
     (image,) = recon.reconstruct(header, lines, None, make_options({"method": "cg", "device": "cpu"}))
     assert "CAUTION" not in image.meta["ImageComment"]
 
 
 def test_noisy_echoes_keep_their_ratio(tmp_path, prior):
     """Fully sampled, the images of CG-SENSE are as bright as those without regularisation, at SNR 3 as well."""
-    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=3, pattern="full", snr=3, noise_lines=16), (20, 22, 18))
-    shown = {m: list(recon.reconstruct(header, lines, prior, make_options({"method": m, "sweeps": 4, "device": "cpu", "output": "float32"}))) for m in ("zero-filled", "cg", "diffusion")}
-    plain, cg, preview = (shown[m][0].data for m in shown)
+    options = SimulateOptions(coils=3, pattern="full", snr=3, noise_lines=16)
+    header, lines, _ = load_small_scan(tmp_path, options, (20, 22, 18))
+    shown = []
+    for method in ("zero-filled", "cg", "diffusion"):
+        options = make_options({"method": method, "sweeps": 4, "device": "cpu", "output": "float32"})
+        first, *_ = recon.reconstruct(header, lines, prior, options)
+        shown.append(first.data)
+    plain, cg, preview = shown
     inside = plain > np.percentile(plain, 90)
     for image in (cg, preview):
         assert image[inside].mean() == pytest.approx(plain[inside].mean(), rel=0.02)
 
 
 def test_contrasts_share_their_coil_weights(tmp_path):
-    """A coil that seems loud in the second contrast only is not turned down there: near it, the ratio of the contrasts would be wrong."""
-    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=4, pattern="full", snr=1e5, noise_lines=0, contrasts=2), (20, 22, 18))
+    """A coil that seems loud in the second contrast only is not turned down there.
+
+    Near it, the ratio of the contrasts would be wrong.
+    """
+    options = SimulateOptions(coils=4, pattern="full", snr=1e5, noise_lines=0, contrasts=2)
+    header, lines, _ = load_small_scan(tmp_path, options, (20, 22, 18))
     random = np.random.default_rng(0)
     for line in lines:
         loud = np.array([[6 if line.idx.contrast else 1], [1], [1], [1]])
-        line.data[:] += 0.1 * loud * (random.standard_normal(line.data.shape) + 1j * random.standard_normal(line.data.shape))
-    both = [recon.look(scan, make_options({"device": "cpu"}), lambda stage, facts: None, recon.patient)[0] for scan in recon.gather(header, lines)]
+        real, imaginary = (random.standard_normal(line.data.shape) for _ in range(2))
+        line.data[:] += 0.1 * loud * (real + 1j * imaginary)
+    options, both = make_options({"device": "cpu"}), []
+    for scan in recon.gather(header, lines):
+        measurement, *_ = recon.look(scan, options, lambda stage, facts: None, recon.patient)
+        both.append(measurement)
     assert [measurement.weights.tolist() for measurement in both] == [[1.0] * 4] * 2
     assert not both[1].sigma_known and float(both[1].sigma) > 1.5 * float(both[0].sigma)
 
 
 def test_an_object_that_reaches_beyond_the_field_of_view_is_shown_whole(tmp_path, prior, monkeypatch):
-    """Every second line along y halves the field of view, which is then 0.8 of the object; a third of the outer lines is missing. Preview, image and error map show both parts, if there is memory for that."""
+    """Every second line along y halves the field of view, which is then 0.8 of the object.
+
+    A third of the outer lines is missing. Preview, image and error map show both parts, if there is memory for that.
+    """
     wide = np.zeros((26, 72, 24), np.float32)
     wide[:, 14:58] = small_object((26, 44, 24))
     np.save(tmp_path / "object.npy", wide)
-    simulate(tmp_path / "object.npy", tmp_path / "scan.h5", SimulateOptions(coils=8, pattern="full", snr=200, noise_lines=16))
+    options = SimulateOptions(coils=8, pattern="full", snr=200, noise_lines=16)
+    simulate(tmp_path / "object.npy", tmp_path / "scan.h5", options)
     with ScanFile(tmp_path / "scan.h5") as scan:
         header, lines = parse_header(scan.header_xml), list(scan.acquisitions())
-    random, inner = np.random.default_rng(0), lambda idx: abs(idx.kspace_encode_step_1 - 36) < 16 and abs(idx.kspace_encode_step_2 - 13) < 8
-    kept = [line for line in lines if line.flags & NOISE_BIT or (line.idx.kspace_encode_step_1 % 2 == 0 and (inner(line.idx) or random.random() < 0.67))]
+    random = np.random.default_rng(0)
+
+    def is_kept(line):
+        if line.flags & NOISE_BIT:
+            return True
+        y, z = line.idx.kspace_encode_step_1, line.idx.kspace_encode_step_2
+        inner = abs(y - 36) < 16 and abs(z - 13) < 8
+        return y % 2 == 0 and (inner or random.random() < 0.67)
+
+    kept = [line for line in lines if is_kept(line)]
     for line in kept:
         line.idx.kspace_encode_step_1 //= 2
     encoding = header.encoding[0]
@@ -386,27 +449,33 @@ def test_an_object_that_reaches_beyond_the_field_of_view_is_shown_whole(tmp_path
         space.matrixSize.y, space.fieldOfView_mm.y = 36, space.fieldOfView_mm.y / 2
     limits = encoding.encodingLimits.kspace_encoding_step_1
     limits.maximum, limits.center = 35, 18
-    images = list(recon.reconstruct(header, kept, prior, make_options({"sweeps": 3, "device": "cpu", "output": "float32", "error_map": True})))
+    options = make_options({"sweeps": 3, "device": "cpu", "output": "float32", "error_map": True})
+    images = list(recon.reconstruct(header, kept, prior, options))
     assert [image.data.shape[1:] for image in images] == [(26, 36, 24)] * 3
-    assert all("two sets of coil maps separate the parts, and the image shows both" in image.meta["ImageComment"] for image in images)
-    parts = torch.zeros(26, 36, 24).index_add_(1, (torch.arange(72) - 36 + 18) % 36, torch.from_numpy(wide).square()).sqrt().numpy()
+    said = "two sets of coil maps separate the parts, and the image shows both"
+    assert all(said in image.meta["ImageComment"] for image in images)
+    places = (torch.arange(72) - 36 + 18) % 36
+    parts = torch.zeros(26, 36, 24).index_add_(1, places, torch.from_numpy(wide).square()).sqrt().numpy()
     inside = parts > 0.2
     for image in images[:2]:
         assert np.corrcoef(image.data[0][inside], parts[inside])[0, 1] > 0.95
     monkeypatch.setattr(recon, "has_room", lambda nbytes: False)
     (short,) = recon.reconstruct(header, kept, prior, make_options({"method": "cg", "device": "cpu"}))
-    assert any(note.endswith("or beyond along a phase encode, and one set of coil maps cannot describe both") for note in notes_of(short))
+    said = "or beyond along a phase encode, and one set of coil maps cannot describe both"
+    assert any(note.endswith(said) for note in notes_of(short))
 
 
 def test_noise_lines_that_are_too_quiet_are_told_with_both_images_and_change_no_brightness(tmp_path, prior):
     """Of two repetitions each is judged by itself; their units stay those of the noise lines."""
-    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=3, pattern="full", snr=30, noise_lines=16, repetitions=2), (20, 22, 18))
+    options = SimulateOptions(coils=3, pattern="full", snr=30, noise_lines=16, repetitions=2)
+    header, lines, _ = load_small_scan(tmp_path, options, (20, 22, 18))
     for line in lines:
         if line.flags & NOISE_BIT:
             line.data[:] *= 0.1
     options = make_options({"sweeps": 2, "device": "cpu", "output": "float32"})
     images = list(recon.reconstruct(header, lines, prior, options))
-    told = [re.search(r"the scan is ([0-9.]+) times as noisy as its noise lines", image.meta["ImageComment"]) for image in images]
+    said = r"the scan is ([0-9.]+) times as noisy as its noise lines"
+    told = [re.search(said, image.meta["ImageComment"]) for image in images]
     assert len(images) == 4 and all(6 < float(found[1]) < 12 for found in told)
     previews = [image.data for image in images if image.image_series_index == 1]
     assert previews[0].mean() == pytest.approx(previews[1].mean(), rel=1e-2)

@@ -36,7 +36,10 @@ def test_shrinking_keeps_shape_and_what_stands_out(shape):
 
 
 def test_shrinking_takes_the_known_share_of_noise():
-    """Complex noise of unit power has Rayleigh magnitudes r: E (r - t)+^2 is left of it, and all of the coarsest band, 1/512."""
+    """Complex noise of unit power has Rayleigh magnitudes r: E (r - t)+^2 is left of it.
+
+    And all of the coarsest band, 1/512.
+    """
     noise, t = random_complex(64, 64, 64), 0.5
     r = torch.linspace(0, 8, 100_001, dtype=torch.float64)
     left = torch.trapezoid((r - t).clamp_min(0) ** 2 * 2 * r * torch.exp(-(r**2)), r)
@@ -45,8 +48,10 @@ def test_shrinking_takes_the_known_share_of_noise():
     shrunk = shrink(noise, t, 3, torch.Generator().manual_seed(0))
     assert float(shrunk.abs().square().mean()) == pytest.approx(left, rel=0.02)
     operator = Sense(torch.ones(1, 64, 64, 64, dtype=torch.complex64), torch.ones(64, 64))
-    state = next(reconstruct_wavelet(Measurement(operator, noise, 1.0, 1, 5.0, VOXEL, (8, 8)), None, noise, WaveletConfig(strength=0.1)))
-    assert float(state.volume.abs().square().mean()) == pytest.approx(left, rel=0.02)  # the threshold is strength times the noise
+    measurement = Measurement(operator, noise, 1.0, 1, 5.0, VOXEL, (8, 8))
+    # the threshold is strength times the noise
+    state = next(reconstruct_wavelet(measurement, None, noise, WaveletConfig(strength=0.1)))
+    assert float(state.volume.abs().square().mean()) == pytest.approx(left, rel=0.02)
 
 
 def test_momentum_explains_more_in_as_many_iterations():
@@ -56,7 +61,8 @@ def test_momentum_explains_more_in_as_many_iterations():
     start = torch.zeros_like(measurement.adjoint)
     config, random, plain = WaveletConfig(iterations=15, strength=1e-3), torch.Generator().manual_seed(0), start
     for _ in range(15):
-        plain = shrink(plain - measurement.operator.normal(plain) + measurement.adjoint, 1e-3 * measurement.sigma, 3, random)
+        stepped = plain - measurement.operator.normal(plain) + measurement.adjoint
+        plain = shrink(stepped, 1e-3 * measurement.sigma, 3, random)
     state = last(reconstruct_wavelet(measurement, None, cg_sense(measurement) * 1e-6, config))
     assert measurement.residual(state.volume) < 0.97 * measurement.residual(plain)
 

@@ -88,7 +88,8 @@ def test_every_byte_alone_is_understood(pair):
     wire, theirs = pair
     line = an_acquisition()
     line.setFlag(ismrmrd.ACQ_IS_REVERSE)
-    stream = struct.pack("<H", ACQUISITION) + line.to_bytes() + b"\x05\x00" + struct.pack("<I", 3) + b"abc" + b"\x04\x00"
+    stream = struct.pack("<H", ACQUISITION) + line.to_bytes()
+    stream += b"\x05\x00" + struct.pack("<I", 3) + b"abc" + b"\x04\x00"
 
     def dribble():
         for byte in stream:
@@ -109,11 +110,14 @@ def test_a_stream_that_ends_early_is_an_error(pair, cut):
         list(wire.messages())
 
 
-@pytest.mark.parametrize("stream,message", [
-    (struct.pack("<H", 13968), "message id 13968"),
-    (struct.pack("<HI", TEXT, 1 << 31), "2147483648 bytes was announced"),
-    (struct.pack("<HQQQ", 6, 0, 1, 1 << 60), "was announced"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "stream,message",
+    [
+        (struct.pack("<H", 13968), "message id 13968"),
+        (struct.pack("<HI", TEXT, 1 << 31), "2147483648 bytes was announced"),
+        (struct.pack("<HQQQ", 6, 0, 1, 1 << 60), "was announced"),
+    ],
+)
 def test_nonsense_is_refused_without_allocating(pair, stream, message):
     wire, theirs = pair
     theirs.sendall(stream)
