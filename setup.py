@@ -41,7 +41,8 @@ setup(
         ],
         "metrics": ["prometheus-client>=0.20"],  # slicediff serve --health-port
         "bench": [
-            "scikit-image>=0.22",  # the classical denoisers of tests/benchmarks/denoising.py; error_map.py uses the SciPy that comes with it
+            # the classical denoisers of tests/benchmarks/denoising.py; error_map.py uses the SciPy that comes with it
+            "scikit-image>=0.22",
             "PyWavelets>=1.5",  # which scikit-image's wavelet denoiser needs
         ],
     },

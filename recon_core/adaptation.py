@@ -1,7 +1,8 @@
 """Adapts the prior to the scan at hand where slices of only one orientation are usable: there it has most to learn.
 
-First comes the image of the unadapted prior; then a copy of the prior learns in rounds from the scan's own lines (pupil.py);
-the result is the mean of several images made with that copy, or with the unadapted prior if the held-out lines show no gain.
+First comes the image of the unadapted prior; then a copy of the prior learns in rounds from the scan's own lines
+(pupil.py); the result is the mean of several images made with that copy, or with the unadapted prior if the held-out
+lines show no gain.
 """
 
 from __future__ import annotations
@@ -25,15 +26,25 @@ from .variational import VariationalConfig, reconstruct_variational
 
 EVERY = 4  # rounds between judgements
 LATER = 0.2  # share of the rounds that a volume takes which begins with what another one of its scan has taught
-PASSES = 4  # reconstructions after adaptation, alternating between grids: the adapted prior depends more on the slices' pose, their mean less
+# Reconstructions after adaptation, alternating between grids:
+# the adapted prior depends more on the slices' pose, their mean less.
+PASSES = 4
 
 
-def reconstruct_adapted(measurement: Measurement, prior: Denoiser, start: Tensor, config: VariationalConfig = VariationalConfig(), seed: int = 0) -> Iterator[State]:
-    """Yield the states of reconstruct_variational; then, for single planes and thin slabs that keep their lines, those of learning.
+def reconstruct_adapted(
+    measurement: Measurement,
+    prior: Denoiser,
+    start: Tensor,
+    config: VariationalConfig = VariationalConfig(),
+    seed: int = 0,
+) -> Iterator[State]:
+    """Yield the states of reconstruct_variational, then those of learning.
 
-    Learning takes `config.adapt` rounds, or LATER of them if it begins with `config.learned`, and PASSES further reconstructions follow. The volume remains that of the first pass
-    until all of these are done; then it is their mean, on the scan's own voxel grid. If any of this fails, or the mean
-    cannot be trusted, the first pass's volume stands, with the error as its `setback`. `prior` and `config.learned` are not changed.
+    Learning is for single planes and thin slabs that keep their lines. It takes `config.adapt` rounds, or LATER of them
+    if it begins with `config.learned`, and PASSES further reconstructions follow. The volume remains that of the first
+    pass until all of these are done; then it is their mean, on the scan's own voxel grid. If any of this fails, or the
+    mean cannot be trusted, the first pass's volume stands, with the error as its `setback`. `prior` and
+    `config.learned` are not changed.
 
     Args:
         measurement: needs `lines` for the prior to be adapted.
@@ -44,8 +55,10 @@ def reconstruct_adapted(measurement: Measurement, prior: Denoiser, start: Tensor
     to_be_gained = measurement.lines is not None and len(usable_axes(measurement.operator.shape)) == 1
     rounds, setback = 0, None
     try:
-        pupil = Pupil(measurement, prior, start, config, seed) if config.adapt and isinstance(prior, nn.Module) and to_be_gained else None
-        rounds = math.ceil(config.adapt * (1 if config.learned is None else LATER)) if pupil and pupil.can_be_judged and pupil.can_learn else 0
+        if config.adapt and isinstance(prior, nn.Module) and to_be_gained:
+            pupil = Pupil(measurement, prior, start, config, seed)
+            if pupil.can_be_judged and pupil.can_learn:
+                rounds = math.ceil(config.adapt * (1 if config.learned is None else LATER))
     except Exception as error:  # the boundary of learning: the first image is complete without it
         setback = _survived(error)
     sweeps = (1 + PASSES) * config.sweeps + rounds if rounds else config.sweeps
@@ -68,18 +81,24 @@ def _survived(error: Exception) -> Exception:
 
 
 def _taught(pupil: Pupil, state: State, rounds: int, seed: int) -> Iterator[State]:
-    """The states that follow `state`, the last of the unadapted prior, during and after learning; ValueError if the image at the end cannot be trusted."""
+    """The states that follow `state`, the last of the unadapted prior, during and after learning.
+
+    Raises:
+        ValueError: if the image at the end cannot be trusted.
+    """
     for done in range(1, rounds + 1):
         pupil.learn()
         if done % EVERY == 0 or done == rounds:
             pupil.judge()
-        state = replace(state, sweep=state.sweep + 1, network_evaluations=state.network_evaluations + pupil.evaluations())
+        evaluations = state.network_evaluations + pupil.evaluations()
+        state = replace(state, sweep=state.sweep + 1, network_evaluations=evaluations)
         yield state
     mean, state = torch.zeros_like(state.volume), replace(state, learned=pupil.learned)
     for again in range(1, PASSES + 1):
         spent, mesh = state.network_evaluations, pupil.best_meshes[again % len(pupil.best_meshes)]
         for fresh in reconstruct_variational(mesh, pupil.best, cg_sense(mesh), pupil.config, seed + again):
-            state = replace(state, sweep=state.sweep + 1, sigma=fresh.sigma, network_evaluations=spent + fresh.network_evaluations)
+            evaluations = spent + fresh.network_evaluations
+            state = replace(state, sweep=state.sweep + 1, sigma=fresh.sigma, network_evaluations=evaluations)
             if state.sweep < state.sweeps:
                 yield state
         mean += kspace_crop(fresh.volume, mean.shape) / PASSES

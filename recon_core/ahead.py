@@ -23,7 +23,10 @@ def left_behind() -> int:
 
 
 def end_if_left_behind(code: int) -> None:
-    """Exit at once with this code if threads were left behind: they could crash the interpreter as it shuts down, or keep it from exiting."""
+    """Exit at once with this code if threads were left behind.
+
+    They could crash the interpreter as it shuts down, or keep it from exiting.
+    """
     if left_behind():
         end_at_once(code)
 
@@ -38,7 +41,7 @@ def end_at_once(code: int) -> None:
 
 
 class Crew:
-    """Threads that are reused, to keep what libraries cache per thread: in torch, a cuDNN plan for every slice shape."""
+    """Threads that are reused, to keep what libraries cache per thread: in torch, a cuDNN plan per slice shape."""
 
     def __init__(self):
         self.lock, self.idle = threading.Lock(), []
@@ -157,7 +160,8 @@ class Ahead(Iterator):
     def _run(self, source: Iterable) -> None:
         try:
             for item in source:
-                delivered, item = self._put(item, None), None  # otherwise the item would stay alive until the next one comes
+                delivered = self._put(item, None)
+                item = None  # otherwise it would stay alive until the next one comes
                 if not delivered and not self.to_the_end:
                     return
             self._put(_END, None)

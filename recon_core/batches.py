@@ -17,7 +17,7 @@ from .volumes import ROOM, SlicePool
 
 
 class Batch(NamedTuple):
-    """Slices [slices 2 h w] and unit noise of the same shape on the network's device; voxel sizes and noise levels [slices] on the CPU."""
+    """Slices and unit noise [slices 2 h w] on the network's device; voxel sizes, noise levels [slices] on the CPU."""
 
     clean: Tensor
     voxel_mm: Tensor
@@ -47,7 +47,9 @@ class Batches:
         return Batch(clean, voxel_mm, torch.from_numpy(sigma).float(), torch.from_numpy(noise))
 
     @contextmanager
-    def ahead(self, steps: range, workers: int, device: torch.device | str = "cpu", elsewhere: bool | None = None) -> Iterator[Iterator[Batch]]:
+    def ahead(
+        self, steps: range, workers: int, device: torch.device | str = "cpu", elsewhere: bool | None = None
+    ) -> Iterator[Iterator[Batch]]:
         """The batches of all steps, in order and on `device`, computed ahead of the consumer by `workers` threads.
 
         Args:
@@ -80,4 +82,5 @@ class _Steps(IterableDataset):
 
 
 def _moved(batch: Batch, device: torch.device) -> Batch:
-    return batch._replace(clean=batch.clean.to(device, non_blocking=True), noise=batch.noise.to(device, non_blocking=True))
+    clean, noise = (images.to(device, non_blocking=True) for images in (batch.clean, batch.noise))
+    return batch._replace(clean=clean, noise=noise)

@@ -9,7 +9,11 @@ from torch import Tensor
 
 
 def conjugate_gradient(
-    normal: Callable[[Tensor], Tensor], b: Tensor, x: Tensor | None = None, iterations: int = 10, tolerance: float = 1e-6
+    normal: Callable[[Tensor], Tensor],
+    b: Tensor,
+    x: Tensor | None = None,
+    iterations: int = 10,
+    tolerance: float = 1e-6,
 ) -> Tensor:
     """Solve normal(x) = b for each entry of the first axis, with its own step lengths (Hestenes and Stiefel, 1952).
 

@@ -1,4 +1,7 @@
-"""Chooses how the coil maps of a scan are made: by what its calibration lines allow, and by whether its object fits into the field of view."""
+"""Chooses how the coil maps of a scan are made.
+
+What its calibration lines allow decides, and whether its object fits into the field of view.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,19 @@ from .measurement import Reference
 from .sense import Sense
 from .slices import MIN_SIDE, usable_axes
 
-WRAPS, WRAPS_BADLY = 0.05, 0.4  # share of the object that lies over other parts of it: these get coil maps of their own and it is reported; with CAUTION
+# Share of the object that lies over other parts of it: above the first, these get coil maps of their own and
+# it is reported; above the second, with CAUTION.
+WRAPS, WRAPS_BADLY = 0.05, 0.4
 COILS_FOR_TWO = 4  # fewer tell two parts and the aliases of undersampling apart nowhere
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Calibration lines of the virtual coils: `acs` [coils z y x] from cut_acs, their number `size` (z, y), noise `sigma` per real part, and that of the `loudest` coil."""
+    """Calibration lines of the virtual coils.
+
+    `acs` [coils z y x] is from cut_acs, `size` (z, y) their number, `sigma` their noise per real part, and `loudest`
+    that of the loudest coil.
+    """
 
     acs: Tensor
     size: tuple[int, int]
@@ -52,7 +61,14 @@ class CoilMaps:
         return operator if self.operators is None else operator.with_second(*second_maps(self.operators, operator.maps))
 
 
-def make_coil_maps(calibration: Calibration, shape: tuple[int, int, int], lines: Tensor, all_lines: Callable[[], Tensor], folded: int, least: float) -> CoilMaps:
+def make_coil_maps(
+    calibration: Calibration,
+    shape: tuple[int, int, int],
+    lines: Tensor,
+    all_lines: Callable[[], Tensor],
+    folded: int,
+    least: float,
+) -> CoilMaps:
     """Coil maps by the best method that the calibration allows.
 
     Args:
@@ -67,15 +83,22 @@ def make_coil_maps(calibration: Calibration, shape: tuple[int, int, int], lines:
     if len(acs) == 1:
         return CoilMaps(torch.ones((1, *shape), dtype=acs.dtype, device=home), everywhere)
     if too_few(calibration.size, shape):
-        return CoilMaps(low_resolution_maps(all_lines(), lines), everywhere, _few(calibration.size, folding(lines) > 1, folded))
-    operators = signal_operators(acs, shape, calibration.loudest)  # with less, noise of that coil would count as a second signal everywhere
-    share = overlap(operators, acs) if min(shape[:2]) >= MIN_SIDE else 0.0  # thinner slabs look the same whether their edges meet or lie over each other
+        few = _few(calibration.size, folding(lines) > 1, folded)
+        return CoilMaps(low_resolution_maps(all_lines(), lines), everywhere, few)
+    # With less than `loudest`, noise of that coil would count as a second signal everywhere.
+    operators = signal_operators(acs, shape, calibration.loudest)
+    # Thinner slabs look the same whether their edges meet or lie over each other.
+    share = overlap(operators, acs) if min(shape[:2]) >= MIN_SIDE else 0.0
     second = share > least and len(usable_axes(shape)) > 1 and len(acs) >= COILS_FOR_TWO
-    return CoilMaps(maps_of(operators, shape, home), object_support(acs, shape, calibration.sigma).to(home), _wraps(share, second), operators if second else None)
+    first, support = maps_of(operators, shape, home), object_support(acs, shape, calibration.sigma).to(home)
+    return CoilMaps(first, support, _wraps(share, second), operators if second else None)
 
 
 def least_overlap(sets: int, reference: Reference | None) -> float:
-    """Share of the object over other parts of it above which there is a second set of maps, if there are to be `sets`; in a series, the first volume decides for all."""
+    """Share of the object over other parts of it above which there is a second set of maps.
+
+    `sets` is how many there may be; in a series, the first volume decides for all.
+    """
     if sets == 1 or (reference is not None and reference.sets == 1):
         return math.inf
     return WRAPS if reference is None else -1.0
@@ -93,9 +116,14 @@ def _few(size: tuple[int, int], regular: bool, folded: int) -> list[str]:
 
 
 def _wraps(share: float, second: bool) -> list[str]:
-    """Warnings about an object of which a `share` lies over another part of it, which has a `second` set of maps or not."""
+    """Warnings about an object of which a `share` lies over another part of it, with a `second` set of maps or not."""
     if share <= WRAPS:
         return []
-    done = "two sets of coil maps separate the parts, and the image shows both" if second else "one set of coil maps cannot describe both"
-    wraps = f"about {share:.0%} of the object seems to lie over other parts of it: it reaches to the edge of the field of view or beyond along a phase encode, and {done}"
+    done = "one set of coil maps cannot describe both"
+    if second:
+        done = "two sets of coil maps separate the parts, and the image shows both"
+    wraps = (
+        f"about {share:.0%} of the object seems to lie over other parts of it: "
+        f"it reaches to the edge of the field of view or beyond along a phase encode, and {done}"
+    )
     return [f"{'CAUTION: ' * (share > WRAPS_BADLY)}{wraps}"]

@@ -15,9 +15,12 @@ from .metrics import object_mask
 MAX_ACS = 32  # more lines sharpen nothing and cost time
 ACS_READOUT = 24
 MIN_ACS = 8
-LATTICE_BLOCK, LARGEST_SHIFT, ALIKE = 24, 6, 0.9  # lines, lines, share of a regular pattern's lines that a shift moves onto others
+LATTICE_BLOCK, LARGEST_SHIFT = 24, 6  # lines
+ALIKE = 0.9  # share of a regular pattern's lines that a shift moves onto others
 READOUT_MARGIN = 1 / 8  # empty margin on each side, as a share of the readout
-PATCH = 5  # side of a k-space patch; at most a third of the lines along an axis, since few lines would otherwise give too few patches to learn from
+# Side of a k-space patch; at most a third of the lines along an axis, since few lines would otherwise give too few
+# patches to learn from.
+PATCH = 5
 GRID = 32  # side of the coarse grid that the maps are computed on
 SQUARINGS = 10
 MATRICES_AT_ONCE = 2048  # fit in a CPU's cache
@@ -26,16 +29,19 @@ RAMP = 0.8, 0.95  # second eigenvalue at which the second set of maps begins, an
 
 
 def find_acs(mask: Tensor) -> tuple[int, int]:
-    """Size (z, y) of the fully acquired block of `mask` [z y] about k = 0 that is best for coil maps; (0, 0) if there is none.
+    """Size (z, y) of the fully acquired block of `mask` [z y] about k = 0 that is best for coil maps; (0, 0) if none.
 
-    That is one with enough lines along both axes, if there is one, and then the largest, where lines beyond MAX_ACS hardly
-    count: in a thin slab, a long narrow block may hold more lines. A block of n lines reaches from n//2 before k = 0 to
-    (n - 1)//2 after it, as centre_crop_or_pad cuts it.
+    That is one with enough lines along both axes, if there is one, and then the largest, where lines beyond MAX_ACS
+    hardly count: in a thin slab, a long narrow block may hold more lines. A block of n lines reaches from n//2 before
+    k = 0 to (n - 1)//2 after it, as centre_crop_or_pad cuts it.
     """
     full = (mask > 0).cpu()
     nz, ny = full.shape
     best = (0, 0)
-    worth = lambda size: (not too_few(size, full.shape), math.prod(min(n, MAX_ACS) for n in size), math.prod(size))  # noqa: E731
+
+    def worth(size: tuple[int, int]) -> tuple[bool, int, int]:
+        return not too_few(size, full.shape), math.prod(min(n, MAX_ACS) for n in size), math.prod(size)
+
     for z in range(1, nz + 1):
         rows = centre_crop_or_pad(full, (z, ny)).all(dim=0)
         before, after = rows[: ny // 2].flip(0), rows[ny // 2 :]
@@ -51,26 +57,31 @@ def too_few(size: tuple[int, ...], shape: tuple[int, ...]) -> bool:
 
 
 def folding(mask: Tensor) -> int:
-    """How many-fold the image of a `mask` [z y] is aliased: the acceleration of its regular pattern about k = 0, 1 if it has none.
+    """How many-fold the image of a `mask` [z y] is aliased: the acceleration of its regular pattern about k = 0.
 
-    A pattern is regular if two shifts map it onto itself; the pair with the smallest cell counts. Random lines are not regular.
+    1 if it has none. A pattern is regular if two shifts map it onto itself; the pair with the smallest cell counts.
+    Random lines are not regular.
     """
     block = centre_crop_or_pad((mask > 0).cpu(), [min(n, LATTICE_BLOCK) for n in mask.shape])
     if not block.any():
         return 1
-    shifts = [(n, 0) if axis == 0 else (0, n) for axis, n in enumerate(block.shape) if n == 1]  # no aliasing along that axis
-    for z, y in itertools.product(range(min(block.shape[0], LARGEST_SHIFT + 1)), range(-LARGEST_SHIFT, LARGEST_SHIFT + 1)):
-        if (z, y) > (0, 0) and abs(y) < block.shape[1]:
-            here, there = block[z:, max(0, y) : block.shape[1] + min(0, y)], block[: block.shape[0] - z, max(0, -y) : block.shape[1] - max(0, y)]
+    nz, ny = block.shape
+    shifts = [(1, 0)] * (nz == 1) + [(0, 1)] * (ny == 1)  # no aliasing along an axis of one line
+    for z, y in itertools.product(range(min(nz, LARGEST_SHIFT + 1)), range(-LARGEST_SHIFT, LARGEST_SHIFT + 1)):
+        if (z, y) > (0, 0) and abs(y) < ny:
+            here = block[z:, max(0, y) : ny + min(0, y)]
+            there = block[: nz - z, max(0, -y) : ny - max(0, y)]
             if here.any() and float((here & there).sum()) > ALIKE * float(here.sum()):
                 shifts.append((z, y))
-    return min((abs(a[0] * b[1] - a[1] * b[0]) for a, b in itertools.combinations(shifts, 2) if a[0] * b[1] != a[1] * b[0]), default=1)
+    cells = [abs(az * by - ay * bz) for (az, ay), (bz, by) in itertools.combinations(shifts, 2)]
+    return min((cell for cell in cells if cell), default=1)  # parallel shifts span none
 
 
 def in_phase(maps: Tensor, mixing: Tensor, reference: Tensor) -> Tensor:
-    """`maps` [virtual coils z y x], phase-rotated in place so that the `reference` [coils], a combination of coils, is real.
+    """`maps` [virtual coils z y x], phase-rotated in place so that `reference` [coils], a mix of the coils, is real.
 
-    The phase of coil maps is arbitrary; with one reference for all volumes of a scan, the phases of their images can be compared.
+    The phase of coil maps is arbitrary; with one reference for all volumes of a scan, the phases of their images can be
+    compared.
 
     Args:
         mixing: [virtual coils coils] that made the virtual coils from the coils, on the CPU like `reference`.
@@ -79,7 +90,8 @@ def in_phase(maps: Tensor, mixing: Tensor, reference: Tensor) -> Tensor:
         `maps`; where the reference has no sensitivity they keep their phase.
     """
     seen = torch.zeros(maps.shape[1:], dtype=maps.dtype, device=maps.device)
-    for weight, field in zip((reference @ torch.linalg.pinv(mixing)).tolist(), maps):  # one by one, to avoid an array of all coils
+    weights = (reference @ torch.linalg.pinv(mixing)).tolist()
+    for weight, field in zip(weights, maps):  # one by one, to avoid an array of all coils
         seen += weight * field
     return maps.mul_(torch.where(seen == 0, 1, torch.sgn(seen).conj()))
 
@@ -92,8 +104,9 @@ def _run(line: Tensor) -> int:
 def cut_acs(kspace: Tensor, size: tuple[int, int]) -> Tensor:
     """The central block [coils z y x] as true k-space along x too, at most MAX_ACS lines and ACS_READOUT samples wide.
 
-    Along x it covers a `widened` field of view, empty at both ends, with the noise level of `kspace`: otherwise an object
-    that the readout cuts off (a neck, a slab) would meet its own opposite end there, as if the maps were periodic.
+    Along x it covers a `widened` field of view, empty at both ends, with the noise level of `kspace`: otherwise an
+    object that the readout cuts off (a neck, a slab) would meet its own opposite end there, as if the maps were
+    periodic.
     """
     length = kspace.shape[-1]
     wide = widened(length)
@@ -102,15 +115,16 @@ def cut_acs(kspace: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def widened(length: int) -> int:
-    """Number of readout positions in the field of view that cut_acs and signal_operators use, for a scan with `length` of them."""
+    """Number of readout positions in the field of view that cut_acs and signal_operators use if a scan has `length`."""
     return length + 2 * math.ceil(READOUT_MARGIN * length) if length > 1 else 1
 
 
 def compression_matrix(acs: Tensor, coils: int) -> Tensor:
-    """Orthonormal rows [virtual coils coils] onto the strongest `coils` virtual coils of acs [coils z y x] (Buehrer, MRM 2007).
+    """Orthonormal rows [virtual coils coils] onto the `coils` strongest ones of acs [coils z y x] (Buehrer, MRM 2007).
 
-    The phase of an eigenvector, and with that of the image, is arbitrary. Here the first coil with at least half of a row's
-    largest weight has a positive one: so that two scans of an object, and the same scan on two devices, have the same phase.
+    The phase of an eigenvector, and with that of the image, is arbitrary. Here the first coil with at least half of a
+    row's largest weight has a positive one: so that two scans of an object, and the same scan on two devices, have the
+    same phase.
     """
     flat = acs.flatten(1)
     _, vectors = torch.linalg.eigh(flat @ flat.mH)
@@ -121,13 +135,15 @@ def compression_matrix(acs: Tensor, coils: int) -> Tensor:
 
 
 def signal_operators(acs: Tensor, shape: tuple[int, int, int], sigma: float = 0.0) -> Tensor:
-    """ESPIRiT's operator (Uecker et al., MRM 2014) at each point of a coarse grid: coil signals that the calibration lines allow there have eigenvalue 1.
+    """ESPIRiT's operator (Uecker et al., MRM 2014) at each point of a coarse grid.
 
-    The projector onto the signal space of k-space patches is folded into one C x C convolution kernel
-    of side 2k-1, so its cost does not depend on the volume size and its memory is C^2 x grid^3.
+    Coil signals that the calibration lines allow there have eigenvalue 1. The projector onto the signal space of
+    k-space patches is folded into one C x C convolution kernel of side 2k-1, so its cost does not depend on the volume
+    size and its memory is C^2 x grid^3.
 
     Args:
-        acs: [coils z y x] fully sampled k-space centre, from cut_acs; the strongest coil should come first, as its phase becomes that of the maps.
+        acs: [coils z y x] fully sampled k-space centre, from cut_acs; the strongest coil should come first, as its
+            phase becomes that of the maps.
         shape: (z, y, x) of the volume.
         sigma: noise level of acs, to separate signal from noise patches.
 
@@ -142,16 +158,18 @@ def signal_operators(acs: Tensor, shape: tuple[int, int, int], sigma: float = 0.
     patches = signal.T.reshape(-1, coils, *sides)
     spectra = torch.fft.ifftn(patches, s=full, dim=(2, 3, 4), norm="forward").flatten(2)
     folded = torch.einsum("rcq,rdq->cdq", spectra, spectra.conj()) / float(torch.tensor(sides).prod())
-    lags = torch.fft.fftshift(torch.fft.fftn(folded.reshape(coils, coils, *full), dim=(2, 3, 4), norm="forward"), (2, 3, 4))
+    lags = torch.fft.fftn(folded.reshape(coils, coils, *full), dim=(2, 3, 4), norm="forward")
+    lags = torch.fft.fftshift(lags, (2, 3, 4))
     coarse = [max(f, min(GRID, n)) for f, n in zip(full, whole)]
     lags = torch.fft.ifftshift(centre_crop_or_pad(lags, coarse), (2, 3, 4))
     return torch.fft.fftshift(torch.fft.ifftn(lags, dim=(2, 3, 4), norm="forward"), (2, 3, 4)).permute(2, 3, 4, 0, 1)
 
 
 def maps_of(operators: Tensor, shape: tuple[int, int, int], home: torch.device | None = None) -> Tensor:
-    """Coil maps [coils z y x] of `shape`, root sum of squares 1: the dominant eigenvectors of signal_operators, interpolated.
+    """Coil maps [coils z y x] of `shape`, with root sum of squares 1.
 
-    They are kept at `home`, by default the device of `operators`, which may have no room for them.
+    They are the dominant eigenvectors of signal_operators, interpolated, and kept at `home`, by default the device of
+    `operators`, which may have no room for them.
     """
     _, vectors = dominant_eigenvectors(operators)
     maps = vectors.movedim(-1, 0)
@@ -167,15 +185,18 @@ def maps_of(operators: Tensor, shape: tuple[int, int, int], home: torch.device |
 
 
 def overlap(operators: Tensor, acs: Tensor) -> float:
-    """Share of the object that lies over another part of it, for example where it exceeds the field of view: there two signals fit the coils.
+    """Share of the object that lies over another part of it, for example where it exceeds the field of view.
+
+    There two signals fit the coils.
 
     Args:
         operators: [z y x coils coils], signal_operators of `acs`.
         acs: [coils z y x], from cut_acs.
 
     Returns:
-        0 to 1: near 0 for objects within the field of view, more the more of the object wraps around (tests/test_coils.py). Objects
-        that end exactly at the edge of the field of view come in between, as the opposite edges meet there.
+        0 to 1: near 0 for objects within the field of view, more the more of the object wraps around
+        (tests/test_coils.py). Objects that end exactly at the edge of the field of view come in between, as the
+        opposite edges meet there.
     """
     image = ifft(centre_crop_or_pad(acs, operators.shape[:3]), (1, 2, 3)).norm(dim=0)
     inside = operators[object_mask(image)]
@@ -192,14 +213,18 @@ def second_maps(operators: Tensor, maps: Tensor) -> tuple[Tensor, int]:
         maps: the first set in Sense's frame [x coils z y], to which the second is made orthogonal.
 
     Returns:
-        [positions coils z y] in the same frame, for the range of readout positions that have a second signal. Their root sum
-        of squares falls from 1 to 0 as the second eigenvalue falls from 0.95 to 0.8 (soft SENSE, Uecker et al., MRM 2014).
+        [positions coils z y] in the same frame, for the range of readout positions that have a second signal. Their
+        root sum of squares falls from 1 to 0 as the second eigenvalue falls from 0.95 to 0.8
+        (soft SENSE, Uecker et al., MRM 2014).
     """
     shape = (*maps.shape[2:], len(maps))
     whole = (*shape[:2], widened(shape[2]))
     values, vectors = second_eigenvectors(operators)
     vectors = vectors * torch.exp(-1j * vectors[..., :1].angle())
-    frame = lambda field: torch.fft.ifftshift(interpolate(field, shape, whole).permute(2, 0, 1), (1, 2)).to(maps.device)  # noqa: E731
+
+    def frame(field: Tensor) -> Tensor:
+        return torch.fft.ifftshift(interpolate(field, shape, whole).permute(2, 0, 1), (1, 2)).to(maps.device)
+
     weight = frame(((values - RAMP[0]) / (RAMP[1] - RAMP[0])).clamp(0, 1)) * (maps != 0).any(dim=1)
     there = weight.amax(dim=(1, 2)).nonzero()[:, 0].tolist() or [0]
     used = slice(there[0], there[-1] + 1)
@@ -217,9 +242,9 @@ def second_maps(operators: Tensor, maps: Tensor) -> tuple[Tensor, int]:
 def dominant_eigenvectors(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Largest eigenvalue [...] and its unit eigenvector [... n] of Hermitian positive semidefinite matrices [... n n].
 
-    By repeated squaring (the power method, 2^SQUARINGS steps): only matrix products, which are fast on every device. The
-    batched eigensolvers of GPUs refuse some 32,000 matrices at once, or process them one by one (pytorch issue 183806).
-    Where the two largest eigenvalues are equal, the vector is one from their span.
+    By repeated squaring (the power method, 2^SQUARINGS steps): only matrix products, which are fast on every device.
+    The batched eigensolvers of GPUs refuse some 32,000 matrices at once, or process them one by one (pytorch issue
+    183806). Where the two largest eigenvalues are equal, the vector is one from their span.
     """
     found = [_dominant(part) for part in matrices.reshape(-1, *matrices.shape[-2:]).split(MATRICES_AT_ONCE)]
     values, vectors = (torch.cat(parts) for parts in zip(*found))
@@ -229,12 +254,14 @@ def dominant_eigenvectors(matrices: Tensor) -> tuple[Tensor, Tensor]:
 def second_eigenvectors(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """The same of the second largest eigenvalue."""
     values, vectors = dominant_eigenvectors(matrices)
-    return dominant_eigenvectors(matrices - values[..., None, None] * vectors[..., :, None] * vectors[..., None, :].conj())
+    rest = matrices - values[..., None, None] * vectors[..., :, None] * vectors[..., None, :].conj()
+    return dominant_eigenvectors(rest)
 
 
 def _dominant(matrices: Tensor) -> tuple[Tensor, Tensor]:
     power, tiny = matrices, torch.finfo(matrices.real.dtype).tiny
-    for _ in range(SQUARINGS):  # by the largest entry, not the trace: where there is no signal, rounding leaves a trace of about zero
+    for _ in range(SQUARINGS):
+        # By the largest entry, not the trace: where there is no signal, rounding leaves a trace of about zero.
         power = power / power.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)
         power = power @ power
     strongest = power.diagonal(dim1=-2, dim2=-1).real.argmax(-1)
@@ -244,9 +271,10 @@ def _dominant(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def low_resolution_maps(kspace: Tensor, mask: Tensor) -> Tensor:
-    """Fallback without ACS: smooth coil images divided by their root sum of squares [coils z y x], with the phase of the first taken off.
+    """Fallback without ACS: smooth coil images divided by their root sum of squares [coils z y x].
 
-    Otherwise they would contain the object's own phase, and with that take it from the image. They take the place of `kspace` [coils z y x].
+    The phase of the first is taken off: otherwise they would contain the object's own phase, and with that take it from
+    the image. They take the place of `kspace` [coils z y x].
     """
     window = [torch.hann_window(n + 2, periodic=False, device=kspace.device)[1:-1] ** 4 for n in mask.shape]
     smoothing = (window[0][:, None] * window[1] * (mask > 0))[..., None]

@@ -29,12 +29,16 @@ class Curve:
         if path is None:
             return
         text = path.read_text() if start and path.is_file() else ""
-        rows = [row for row in csv.reader(text.splitlines()) if len(row) == len(COLUMNS) and row[0].isdecimal()]  # older files have no header, a kill may have cut the last row
+        # Older files have no header, a kill may have cut the last row.
+        rows = [row for row in csv.reader(text.splitlines()) if len(row) == len(COLUMNS) and row[0].isdecimal()]
         with path.open("w", newline="") as file:
             csv.writer(file).writerows([COLUMNS, *(row for row in rows if int(row[0]) <= start)])
 
     def add(self, step: int, totals: Tensor, loss: Tensor, lesson: Tensor | None, batch: Batch) -> None:
-        """Queue the results of a step for `settle`: the totals of all processes, the losses [slices] of a batch, and that of the lesson."""
+        """Queue the results of a step for `settle`.
+
+        These are the totals of all processes, the losses [slices] of a batch, and that of the lesson.
+        """
         self.pending.append((step, totals, loss, lesson, batch.sigma, batch.voxel_mm))
 
     def settle(self) -> None:
@@ -65,5 +69,6 @@ class Curve:
 
     def write(self, step: int, values: dict[str, float] | None = None) -> None:
         """Append one row per value (a validation's; by default the running means) to the file."""
+        values = self.values if values is None else values
         with self.path.open("a", newline="") as file:
-            csv.writer(file).writerows((step, key, f"{value:.5f}") for key, value in sorted((self.values if values is None else values).items()))
+            csv.writer(file).writerows((step, key, f"{value:.5f}") for key, value in sorted(values.items()))

@@ -20,14 +20,21 @@ class GpuHangs(RuntimeError):
 
 def ran_out_of_memory(error: BaseException) -> bool:
     """Whether GPU or host memory was exhausted (torch and the CUDA libraries report this in several ways)."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's class, by name: torch may not be imported
+    # torch's class, by name: torch may not be imported.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in SHORTAGE)
 
 
 def lost_the_gpu(error: BaseException) -> bool:
-    """Whether every further GPU call of this process will fail: after an illegal access, a memory fault, or with a GPU that fell off the bus or hangs."""
-    return isinstance(error, GpuHangs) or isinstance(error, RuntimeError) and str(error).startswith("CUDA error") and not ran_out_of_memory(error)
+    """Whether every further GPU call of this process will fail.
+
+    That is after an illegal access, a memory fault, or with a GPU that fell off the bus or hangs.
+    """
+    if isinstance(error, GpuHangs):
+        return True
+    of_cuda = isinstance(error, RuntimeError) and str(error).startswith("CUDA error")
+    return of_cuda and not ran_out_of_memory(error)
 
 
 def why_the_cpu(error: RuntimeError) -> str:

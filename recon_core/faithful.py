@@ -3,9 +3,9 @@
 Adam on the voxels, or on another representation of the volume (arXiv 2412.18584): each iteration adds to the
 gradient of the data term that of a truncated diffusion objective on random slabs of all three orientations, with every
 slice noised at its own random level s. The network's Jacobian is replaced by the identity ("stabilised"), which leaves
-x - D(x + s n) as the direction. Each slice is weighted by its own s (Mardani et al., arXiv 2305.04391), so that it pulls
-with 1 / sqrt(1 + s^2), s in the published units; the published code uses one mean weight for all slices instead. A prior
-in function space (neural_operator.py) is told the voxel size and given smooth noise.
+x - D(x + s n) as the direction. Each slice is weighted by its own s (Mardani et al., arXiv 2305.04391), so that it
+pulls with 1 / sqrt(1 + s^2), s in the published units; the published code uses one mean weight for all slices instead.
+A prior in function space (neural_operator.py) is told the voxel size and given smooth noise.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ RMS = 0.6  # of a head's whole volume, in units of tissue brightness; the publis
 
 @dataclass(frozen=True)
 class FaithfulConfig:
-    """Published settings; `weight` is the published lambda times the number of coils, as the published loss averages over coils.
+    """Published settings; `weight` is the published lambda times the number of coils.
 
-    Of the weights 0.005, 0.02 and 0.08 the last was best on a held-out head, with 0.02 nearly as good. With `prior_voxel_mm`
-    the representation renders the volume for the prior in voxels of that size (0: those of the scan).
+    That is because the published loss averages over coils. Of the weights 0.005, 0.02 and 0.08 the last was best on a
+    held-out head, with 0.02 nearly as good. With `prior_voxel_mm` the representation renders the volume for the prior
+    in voxels of that size (0: those of the scan).
     """
 
     iterations: int = 200
@@ -63,7 +64,8 @@ def reconstruct_faithful(
     scale, _, image, target = measurement.in_tissue_units(start)
     here, mesh = tuple(target.shape), prior_mesh(measurement, config)
     mesh_mm = tuple(mm * n / seen for mm, n, seen in zip(measurement.voxel_mm, here, mesh))
-    first = target if config.representation is Grid else image  # zero-filled, as published; other representations are fitted to the better image
+    # Zero-filled, as published; other representations are fitted to the better image.
+    first = target if config.representation is Grid else image
     x = config.representation(first, tuple(max(pair) for pair in zip(here, mesh)), seed)
     rate, energy = config.learning_rate * RMS, measurement.energy / scale**2
     x.fit(first, rate)
@@ -89,7 +91,8 @@ def prior_mesh(measurement: Measurement, config: FaithfulConfig) -> tuple[int, i
     """The matrix (z, y, x) on which the prior sees the field of view."""
     if not config.prior_voxel_mm:
         return tuple(measurement.adjoint.shape)
-    return tuple(max(1, round(n * mm / config.prior_voxel_mm)) for n, mm in zip(measurement.adjoint.shape, measurement.voxel_mm))
+    sides_mm = [n * mm for n, mm in zip(measurement.adjoint.shape, measurement.voxel_mm)]
+    return tuple(max(1, round(side / config.prior_voxel_mm)) for side in sides_mm)
 
 
 def data_gradient(measurement: Measurement, volume: Tensor, target: Tensor, energy: float) -> tuple[float, Tensor]:
@@ -98,8 +101,13 @@ def data_gradient(measurement: Measurement, volume: Tensor, target: Tensor, ener
     return 0.5 * (energy + inner(volume, mapped - 2 * target)), mapped - target
 
 
-def prior_gradient(volume: Tensor, voxel_mm: Sequence[float], prior: Denoiser, config: FaithfulConfig, random: torch.Generator) -> tuple[float, Tensor, int]:
-    """The diffusion objective on random slabs of `volume` [z y x] in all orientations, its gradient (both scaled to all slices), and how many were denoised."""
+def prior_gradient(
+    volume: Tensor, voxel_mm: Sequence[float], prior: Denoiser, config: FaithfulConfig, random: torch.Generator
+) -> tuple[float, Tensor, int]:
+    """The diffusion objective on random slabs of `volume` [z y x] in all orientations, and its gradient.
+
+    Both are scaled to all slices; the third value is how many slices were denoised.
+    """
     axes, levels = usable_axes(tuple(volume.shape)), noise_levels(config)
     penalty, gradient, spent = 0.0, torch.zeros_like(volume), 0
     for axis in axes:
@@ -114,14 +122,19 @@ def prior_gradient(volume: Tensor, voxel_mm: Sequence[float], prior: Denoiser, c
 
 
 def on_voxels(prior: Denoiser, voxel_mm: tuple[float, float]) -> tuple[Denoiser, Callable[[Tensor], Tensor]]:
-    """`prior` for slices with voxels of `voxel_mm` (h, w), and a function that turns white noise into the kind it was trained on."""
+    """`prior` for voxels of `voxel_mm` (h, w) and a function that turns white noise into the kind it was trained on."""
     if isinstance(prior, Prior):
         return partial(prior, voxel_mm=voxel_mm), partial(prior.unit_noise, voxel_mm=voxel_mm)
     return prior, lambda white: white
 
 
-def slice_gradient(planes: Tensor, prior: Denoiser, noise: Callable[[Tensor], Tensor], sigma: Tensor, random: torch.Generator) -> tuple[Tensor, float]:
-    """(x - D(x + s n)) / sqrt(1 + (s / RMS)^2) for complex planes [slices h w] and s [slices], and the objective's value; n is `noise` applied to white noise."""
+def slice_gradient(
+    planes: Tensor, prior: Denoiser, noise: Callable[[Tensor], Tensor], sigma: Tensor, random: torch.Generator
+) -> tuple[Tensor, float]:
+    """(x - D(x + s n)) / sqrt(1 + (s / RMS)^2) for complex planes x [slices h w], and the objective's value.
+
+    s is `sigma` [slices]; n is `noise` applied to white noise.
+    """
     s = sigma.to(planes.device)[:, None, None]
     difference = planes - denoise_planes(planes + s * noise(complex_noise(planes, random)), prior, s[:, 0, 0])
     return difference / torch.sqrt(1 + (s / RMS) ** 2), float(0.5 * (difference.abs().square() / s).double().sum())

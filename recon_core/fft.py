@@ -60,13 +60,14 @@ def kspace_crop(volume: Tensor, shape: Sequence[int]) -> Tensor:
 def resample(volume: Tensor, shape: Sequence[int], extent: Sequence[float], cut_out: Sequence[int] = ()) -> Tensor:
     """Resample a volume [z y x] to matrix `shape` over `extent` times its field of view, about index n//2.
 
-    Intensities are kept. An axis keeps its voxels (and is cropped or zero-padded), or its field of view (and is resampled
-    by FFT), or is resampled by its Fourier sum at the new positions. Cropping first and then resampling would wrap what
-    crosses the edge of the new field of view, with ripples along it; rounding would shift voxels. The axes `cut_out` of a
-    larger field of view already are continued by their mirror image, as they do not wrap around.
+    Intensities are kept. An axis keeps its voxels (and is cropped or zero-padded), or its field of view (and is
+    resampled by FFT), or is resampled by its Fourier sum at the new positions. Cropping first and then resampling would
+    wrap what crosses the edge of the new field of view, with ripples along it; rounding would shift voxels. The axes
+    `cut_out` of a larger field of view already are continued by their mirror image, as they do not wrap around.
     """
     out = volume
-    for axis, size, part in reversed([*zip(range(len(shape)), shape, extent)]):  # the readout first, whose mirror image takes memory
+    axes = [*zip(range(len(shape)), shape, extent)]
+    for axis, size, part in reversed(axes):  # the readout first, whose mirror image takes memory
         final, voxels = [*out.shape], out.shape[axis] * part
         final[axis] = size
         if abs(voxels - size) <= SAME:
@@ -87,7 +88,10 @@ def _mirrored(volume: Tensor, axis: int) -> Tensor:
 
 
 def _fourier_sum(volume: Tensor, axis: int, size: int, part: float) -> Tensor:
-    """One axis at `size` positions over `part` of its field of view; detail finer than the new voxels is removed, and all beyond the old field of view is zero."""
+    """One axis at `size` positions over `part` of its field of view.
+
+    Detail finer than the new voxels is removed, and all beyond the old field of view is zero.
+    """
     n = volume.shape[axis]
     place = (torch.arange(size, dtype=torch.float64) - size // 2) * part / size
     k = torch.arange(n, dtype=torch.float64) - n // 2

@@ -1,7 +1,7 @@
-"""Gaussian splatting for volumes: many Gaussians of complex amplitude, each with its own position, widths and directions.
+"""Gaussian splatting for volumes: many Gaussians of complex amplitude, each with a position, widths and directions.
 
-Volumes are rendered as in Kerbl et al. (arXiv 2308.04079), but onto voxels instead of along rays: every Gaussian adds to
-the voxels of a cube around it, so that the cost grows with the number of Gaussians, not with the volume.
+Volumes are rendered as in Kerbl et al. (arXiv 2308.04079), but onto voxels instead of along rays: every Gaussian adds
+to the voxels of a cube around it, so that the cost grows with the number of Gaussians, not with the volume.
 """
 
 from __future__ import annotations
@@ -17,13 +17,17 @@ SHARE = 0.5  # Gaussians per voxel of the object
 WIDTH = 0.6  # initial standard deviation, in units of their spacing
 REACH = 2.5  # standard deviations from the centre of a cube to its face
 WIDEST = 4  # voxels of the scan's mesh from the centre of a cube to its face, at most
-RATE, PLACE_RATE, WIDTH_RATE = 0.06, 0.05, 0.02  # Adam learning rates for amplitudes in tissue units, positions in voxels and the logarithms of widths
+# Adam learning rates for amplitudes in tissue units, positions in voxels and the logarithms of widths.
+RATE, PLACE_RATE, WIDTH_RATE = 0.06, 0.05, 0.02
 AT_ONCE = 1 << 20  # voxels of cubes in memory at a time
 EMPTY = 0.05  # of tissue brightness: darker voxels count as no object
 
 
 class Gaussians(Representation):
-    """Positions and widths are in voxels of `start`; `factor` [gaussians 3 3] is the lower-triangular Cholesky factor of the inverse covariance."""
+    """Positions and widths are in voxels of `start`.
+
+    `factor` [gaussians 3 3] is the lower-triangular Cholesky factor of the inverse covariance.
+    """
 
     fit_steps = 100
     fit_settles = True
@@ -34,8 +38,9 @@ class Gaussians(Representation):
         random = torch.Generator().manual_seed(seed)
         weight = start.abs().clamp_max(1).flatten().cpu()
         count = max(1, math.ceil(SHARE * int((weight > EMPTY).sum())))
+        # Weighted, without replacement (Gumbel top-k); multinomial is limited to 2^24.
         luck = -torch.log(-torch.log(torch.rand(weight.shape, generator=random).clamp(1e-12, 1 - 1e-7)))
-        chosen = torch.topk(torch.log(weight + 1e-6) + luck, min(count, weight.numel())).indices  # weighted, without replacement (Gumbel top-k); multinomial is limited to 2^24
+        chosen = torch.topk(torch.log(weight + 1e-6) + luck, min(count, weight.numel())).indices
         places = torch.stack(torch.unravel_index(chosen, self.shape), -1).float()
         spacing = SHARE ** (-1 / 3)
         width = WIDTH * spacing
@@ -47,7 +52,7 @@ class Gaussians(Representation):
         self.to(start.device)
 
     def groups(self, rate: float) -> list[dict]:
-        """Learning rates of their own, as many Gaussians make up one voxel; that of amplitudes is RATE if `rate` is PUBLISHED."""
+        """Own learning rates, as many Gaussians make up one voxel; RATE for amplitudes if `rate` is PUBLISHED."""
         return [
             {"params": [self.amplitudes], "lr": RATE * rate / PUBLISHED},
             {"params": [self.places], "lr": PLACE_RATE},
@@ -58,26 +63,30 @@ class Gaussians(Representation):
     def factor(self) -> Tensor:
         """[gaussians 3 3], with a positive diagonal."""
         out = torch.diag_embed(self.logarithms.exp())
-        row, column = torch.tril_indices(3, 3, -1)
-        return out.index_put((torch.arange(len(out), device=out.device)[:, None], row.to(out.device), column.to(out.device)), self.shears)
+        each = torch.arange(len(out), device=out.device)[:, None]
+        row, column = torch.tril_indices(3, 3, -1).to(out.device)
+        return out.index_put((each, row, column), self.shears)
 
     def forward(self, shape: Shape) -> Tensor:
         finer = torch.tensor([n / own for n, own in zip(shape, self.shape)], device=self.places.device)
         middle = torch.tensor([own // 2 for own in self.shape], device=self.places.device)
         places = (self.places - middle) * finer + torch.tensor([n // 2 for n in shape], device=finer.device)
         factor = self.factor / finer[:, None]
-        return Splat.apply(places, factor, torch.view_as_complex(self.amplitudes), shape, cubes(factor.detach(), WIDEST * float(finer.max())))
+        around = cubes(factor.detach(), WIDEST * float(finer.max()))
+        return Splat.apply(places, factor, torch.view_as_complex(self.amplitudes), shape, around)
 
 
 class Splat(torch.autograd.Function):
     """sum_i a_i exp(-|F_i^T (r - p_i)|^2 / 2) at all voxels r [z y x], each Gaussian truncated to its cube.
 
-    Takes positions p [gaussians 3] in voxels, factors F [gaussians 3 3] in 1 / voxels, complex amplitudes a [gaussians], and
-    `cubes`. Only these are saved for the backward pass.
+    Takes positions p [gaussians 3] in voxels, factors F [gaussians 3 3] in 1 / voxels, complex amplitudes
+    a [gaussians], and `cubes`. Only these are saved for the backward pass.
     """
 
     @staticmethod
-    def forward(ctx, places: Tensor, factor: Tensor, amplitude: Tensor, shape: Shape, cubes: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def forward(
+        ctx, places: Tensor, factor: Tensor, amplitude: Tensor, shape: Shape, cubes: list[tuple[Tensor, Tensor]]
+    ) -> Tensor:
         ctx.save_for_backward(places, factor, amplitude)
         ctx.shape, ctx.cubes = shape, cubes
         out = amplitude.new_zeros(math.prod(shape))
@@ -89,7 +98,7 @@ class Splat(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         places, factor, amplitude = ctx.saved_tensors
-        to_places, to_factor, to_amplitude = torch.zeros_like(places), torch.zeros_like(factor), torch.zeros_like(amplitude)
+        to_places, to_factor, to_amplitude = (torch.zeros_like(values) for values in (places, factor, amplitude))
         flat = gradient.flatten()
         for some, offsets in ctx.cubes:
             index, away, scaled, bell = bells(places[some], factor[some], offsets, ctx.shape)
@@ -102,7 +111,10 @@ class Splat(torch.autograd.Function):
 
 
 def bells(places: Tensor, factor: Tensor, offsets: Tensor, shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Flat voxel indices, r - p, F^T (r - p) and the values of the Gaussians, each [gaussians voxels ...]; values outside the mesh are 0."""
+    """Flat voxel indices, r - p, F^T (r - p) and the values of the Gaussians, each [gaussians voxels ...].
+
+    Values outside the mesh are 0.
+    """
     nearest = places.round()
     at = nearest.long()[:, None] + offsets
     limit = torch.tensor(shape, device=at.device)
@@ -119,7 +131,8 @@ def cubes(factor: Tensor, most: float) -> list[tuple[Tensor, Tensor]]:
 
     A cube reaches REACH standard deviations from its centre, but at most `most` voxels.
     """
-    widest = torch.linalg.inv(factor).square().sum(1).sqrt().amax(1)  # the largest standard deviation of each, over the axes
+    # The largest standard deviation of each, over the axes.
+    widest = torch.linalg.inv(factor).square().sum(1).sqrt().amax(1)
     sides, out = (REACH * widest).ceil().clamp(1, math.ceil(most)).int(), []
     for side in sides.unique().tolist():
         line = torch.arange(-side, side + 1, device=factor.device)

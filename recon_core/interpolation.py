@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def interpolate(coarse: Tensor, shape: Sequence[int], whole: Sequence[int] | None = None) -> Tensor:
-    """Periodic trilinear interpolation of [z y x ...] to `shape` voxels in the middle of a field of view of `whole` voxels.
+    """Periodic trilinear interpolation of [z y x ...] to the middle `shape` of `whole` voxels over the field of view.
 
     `whole` is `shape` by default. Differentiable; centres are at n//2.
     """

@@ -1,10 +1,10 @@
 """Estimates the error of an image voxel by voxel: how much it depends on which lines were measured.
 
-Delete-a-group jackknife (Efron, "The Jackknife, the Bootstrap and Other Resampling Plans", SIAM 1982, chapters 2 and 3).
-The lines outside the centre are divided at random into G groups, and the image is reconstructed again without each group.
-With m the mean of these images x_g and x the image from all lines, made the same way, the variance of x is
-(G - 1) / G sum |x_g - m|^2 and its bias (G - 1) (m - x). Noise, missing samples and what the prior invents in their place
-all change with the lines; what it invents identically whichever lines are missing is not detected.
+Delete-a-group jackknife (Efron, "The Jackknife, the Bootstrap and Other Resampling Plans", SIAM 1982, chapters
+2 and 3). The lines outside the centre are divided at random into G groups, and the image is reconstructed again without
+each group. With m the mean of these images x_g and x the image from all lines, made the same way, the variance of x is
+(G - 1) / G sum |x_g - m|^2 and its bias (G - 1) (m - x). Noise, missing samples and what the prior invents in their
+place all change with the lines; what it invents identically whichever lines are missing is not detected.
 """
 
 from __future__ import annotations
@@ -25,8 +25,12 @@ CENTRE = 8  # lines per side that are always kept: without them there is no imag
 SMOOTHED = 1.5  # voxels, standard deviation: so few images give only a rough variance per voxel
 
 
-def estimated_error(measurement: Measurement, image_of: Callable[[Measurement], Iterator[State]], seed: int = 0) -> Iterator[State]:
-    """Yield the states of all images it needs; the last volume is the estimate: root mean square error of each voxel [z y x], complex with imaginary part 0.
+def estimated_error(
+    measurement: Measurement, image_of: Callable[[Measurement], Iterator[State]], seed: int = 0
+) -> Iterator[State]:
+    """Yield the states of all images it needs; the last volume is the estimate.
+
+    That is the root mean square error of each voxel [z y x], complex with imaginary part 0.
 
     Args:
         measurement: one that keeps its `lines`.
@@ -41,7 +45,12 @@ def estimated_error(measurement: Measurement, image_of: Callable[[Measurement], 
     for number, kept in enumerate((None, *without_groups(measurement, seed))):
         for state in image_of(measurement if kept is None else measurement.part(kept)):
             last = number == GROUPS and state.sweep == state.sweeps
-            counted = replace(state, sweep=number * state.sweeps + state.sweep, sweeps=images * state.sweeps, network_evaluations=evaluations + state.network_evaluations)
+            counted = replace(
+                state,
+                sweep=number * state.sweeps + state.sweep,
+                sweeps=images * state.sweeps,
+                network_evaluations=evaluations + state.network_evaluations,
+            )
             if not last:
                 yield counted
         evaluations = counted.network_evaluations
@@ -60,7 +69,10 @@ def without_groups(measurement: Measurement, seed: int) -> list[Tensor]:
     taken = measurement.operator.sampled.cpu()
     there = (taken & ~centre_block(taken.shape, [max(CENTRE, side) for side in measurement.acs])).nonzero()
     if len(there) < 2 * GROUPS:
-        raise ValueError(f"the error cannot be estimated from {len(there)} lines outside of the k-space centre; at least {2 * GROUPS} are needed")
+        raise ValueError(
+            f"the error cannot be estimated from {len(there)} lines outside of the k-space centre; "
+            f"at least {2 * GROUPS} are needed"
+        )
     order, kept = torch.randperm(len(there), generator=torch.Generator().manual_seed(seed)), []
     for group in range(GROUPS):
         kept.append(taken.clone())

@@ -15,19 +15,23 @@ from .measurement import inner
 from .scale import evenly
 from .sense import Sense
 
-DARK, DARKEST, SEEN = 0.025, 0.005, 15.0  # share of the bright signal, the same at the highest SNR, multiple of the noise: where the object ends
-PHASE_GAIN = 1.05  # times as much of the data must another phase of the calibration explain: with less, one of another contrast is turned to its harm; with more, echoes 10 ms after the calibration keep its phase
+# Where the object ends: share of the bright signal, the same at the highest SNR, multiple of the noise.
+DARK, DARKEST, SEEN = 0.025, 0.005, 15.0
+# Times as much of the data must another phase of the calibration explain: with less, one of another contrast is turned
+# to its harm; with more, echoes 10 ms after the calibration keep its phase.
+PHASE_GAIN = 1.05
 PHASE_ROUNDS, PHASE_SETTLED = 6, 1.01  # at most so many, while each explains this many times as much as the one before
-PHASE_RHO, PHASE_ITERATIONS = 1e-3, 10  # of the conjugate gradients that show the phase of a scan whose calibration has another
+# Of the conjugate gradients that show the phase of a scan whose calibration has another.
+PHASE_RHO, PHASE_ITERATIONS = 1e-3, 10
 
 
 def object_support(acs: Tensor, shape: tuple[int, int, int], sigma: float) -> Tensor:
     """Where the low-resolution calibration image is not dark, grown by 2 voxels: leaves out air, keeps faint tissue.
 
-    Maps that are zero in air leave fewer unknowns, which helps CG-SENSE most. Dark means below DARK times
-    the bright signal; if the noise is low enough (`sigma` of `acs` per real part), below SEEN times the noise instead, because
-    a vial or deep tissue at 2 % of the bright signal may be real. A wider support costs some of that gain where the air around
-    real heads contains ghosts.
+    Maps that are zero in air leave fewer unknowns, which helps CG-SENSE most. Dark means below DARK times the bright
+    signal; if the noise is low enough (`sigma` of `acs` per real part), below SEEN times the noise instead, because a
+    vial or deep tissue at 2 % of the bright signal may be real. A wider support costs some of that gain where the air
+    around real heads contains ghosts.
     """
     energy, window = torch.zeros(shape, device=acs.device), _window(acs)
     for coil in acs * window:  # one by one, to hold a single image in memory
@@ -42,17 +46,19 @@ def object_support(acs: Tensor, shape: tuple[int, int, int], sigma: float) -> Te
 
 
 def calibrated_image(operator: Sense, adjoint: Tensor, acs: Tensor) -> Tensor | None:
-    """Image [z y x] of the calibration lines, with the factor and the smooth phase that make it explain y best; None if there is none.
+    """Image [z y x] of the calibration lines, with the factor and smooth phase that make it explain y best, or None.
 
-    The calibration may have another contrast, gain or echo time, and with that another phase: it is that of what the scan itself
-    shows by conjugate gradients, at the resolution of the calibration. Only its own part of k-space is compared with y.
+    The calibration may have another contrast, gain or echo time, and with that another phase: it is that of what the
+    scan itself shows by conjugate gradients, at the resolution of the calibration. Only its own part of k-space is
+    compared with y. None if there is no such image.
     """
     if not acs.numel():
         return None
     image = operator.combined(_low_resolution(coil, operator.matrix) for coil in acs)
     (plain, known), turned, start, found = _fitted(operator, image, adjoint), None, None, 0.0
     for _ in range(PHASE_ROUNDS):
-        seen = operator.solve(adjoint if start is None else adjoint + PHASE_RHO * start, PHASE_RHO, start, PHASE_ITERATIONS)
+        target = adjoint if start is None else adjoint + PHASE_RHO * start
+        seen = operator.solve(target, PHASE_RHO, start, PHASE_ITERATIONS)
         start, explained = _fitted(operator, image * torch.sgn(_blurred(seen * image.conj(), acs.shape[1:3])), adjoint)
         if explained < max(known, PHASE_SETTLED * found):
             break

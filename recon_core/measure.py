@@ -22,9 +22,12 @@ from .slices import usable_axes
 WORK_ARRAYS = 3  # data, maps and a temporary copy of the maps
 SINGLE_VOLUMES = 14  # besides these: 12 coils of 320 x 320 x 256 peak at 9.4 GiB (tests/benchmarks/chain_speed.py)
 KEPT_ARRAYS = 2  # data that are kept, and a part of them
-EXPLAINS = 0.8  # of the signal around k = 0: less by a calibration of another contrast, more by one of another phase (lattices of held-out heads)
+# Share of the signal around k = 0: less by a calibration of another contrast, more by one of another phase
+# (lattices of held-out heads).
+EXPLAINS = 0.8
 TOO_LARGE = 1e15  # for a sample, in any units
-TRUSTED = 2.0  # times the median count: what some lines gain from more averages, coil-map errors in them cost all others
+# Times the median count: what some lines gain from more averages, coil-map errors in them cost all others.
+TRUSTED = 2.0
 
 
 def measure(
@@ -46,8 +49,8 @@ def measure(
     """Prewhiten, average, compress coils and estimate coil maps.
 
     Args:
-        kspace: [coils z y x] sums over averages, x in image space, k = 0 at n//2, zeros where nothing was acquired; a tensor on the host
-            or the device, or a NumPy array.
+        kspace: [coils z y x] sums over averages, x in image space, k = 0 at n//2, zeros where nothing was acquired; a
+            tensor on the host or the device, or a NumPy array.
         counts: [z y] number of lines summed, or whether a line was acquired.
         voxel_mm: voxel size of the encoded grid along z, y, x.
         noise: [coils samples] noise samples, if there are noise lines.
@@ -57,11 +60,13 @@ def measure(
         reference: that of another volume of the scan, to make phase and brightness comparable with that volume's.
         louder: noise of the scan over that of its noise lines (Measurement.excess_noise).
         keep_lines: keep `lines` of volumes too, to estimate the error (jackknife.py).
-        gain: factor on the image's units, which noise lines make those of the noise, so that volumes of different dwell times can be compared.
-        on_host: keep the arrays of all coils in host memory, read by the device in parts; by default only if they do not
-            seem to fit.
-        sets: of coil maps at most. With 2, an object that reaches beyond the field of view gets a second one where its parts lie over
-            each other, unless it is a plane, a thin slab or seen by fewer than 4 coils; its volumes then have second parts (see Sense), which Measurement.image_of shows.
+        gain: factor on the image's units, which noise lines make those of the noise, so that volumes of different dwell
+            times can be compared.
+        on_host: keep the arrays of all coils in host memory, read by the device in parts; by default only if they do
+            not seem to fit.
+        sets: of coil maps at most. With 2, an object that reaches beyond the field of view gets a second one where its
+            parts lie over each other, unless it is a plane, a thin slab or seen by fewer than 4 coils; its volumes then
+            have second parts (see Sense), which Measurement.image_of shows.
 
     Raises:
         ValueError: if shapes do not fit, nothing was acquired, or samples are not finite or too large to square.
@@ -72,27 +77,35 @@ def measure(
     if not bool(counts.any()):
         raise ValueError("no imaging line was acquired: nothing to reconstruct")
     if not _finite(kspace, counts):
-        raise ValueError("the k-space holds NaN, infinity or numbers too large to square; the scan cannot be reconstructed")
+        raise ValueError(
+            "the k-space holds NaN, infinity or numbers too large to square; the scan cannot be reconstructed"
+        )
     calibration, of_no_use = _usable(calibration)
     trusted = counts.clamp_max(TRUSTED * float(counts[counts > 0].median()))
     most = float(trusted.max())
     mask = (trusted / most).sqrt()
     factor = mask / counts.clamp_min(1)
     centre, lines = (kspace, counts) if calibration is None else calibration
-    centre_factor = 1 / lines.clamp_min(1)  # not `factor`: its weights would blur the relations between neighbouring samples that give the maps
+    # Not `factor`: its weights would blur the relations between neighbouring samples that give the maps.
+    centre_factor = 1 / lines.clamp_min(1)
     whitened = whiten(kspace, mask, factor, most, noise, louder, gain, None if reference is None else reference.weights)
     mixing, warnings = whitened.matrix, [*of_no_use, *whitened.warnings]
     found = _calibration_block(centre, lines, centre_factor, whitened)
     if len(mixing) > 1:
-        compression = compression_matrix(found.acs if found.acs.numel() else _mix(mixing, _innermost(kspace, counts)), min(coils, len(mixing)))
+        innermost = found.acs if found.acs.numel() else _mix(mixing, _innermost(kspace, counts))
+        compression = compression_matrix(innermost, min(coils, len(mixing)))
         mixing, found = compression @ mixing, replace(found, acs=_mix(compression, found.acs))
     mixing, found = mixing.cpu(), found.to(device)
     if on_host:
         warnings.append("the GPU's memory ran short: coil maps stay in the host's memory")
-    home = torch.device("cpu") if on_host else _home(mixing.shape[0], kspace.shape[1:], torch.device(device), warnings, WORK_ARRAYS + KEPT_ARRAYS * keep_lines)
+        home = torch.device("cpu")
+    else:
+        arrays = WORK_ARRAYS + KEPT_ARRAYS * keep_lines
+        home = _home(mixing.shape[0], kspace.shape[1:], torch.device(device), warnings, arrays)
     data = _mix_lines(mixing, kspace, factor, home)
     all_lines = lambda: _mix_lines(mixing, centre, centre_factor * (lines > 0), home)  # noqa: E731
-    maps = make_coil_maps(found, kspace.shape[1:], lines.to(home), all_lines, folding(counts), least_overlap(sets, reference))
+    least = least_overlap(sets, reference)
+    maps = make_coil_maps(found, kspace.shape[1:], lines.to(home), all_lines, folding(counts), least)
     warnings += maps.warnings
     if reference is not None and len(mixing) > 1 and not torch.equal(reference.combination, mixing[0]):
         in_phase(maps.first, mixing, reference.combination)
@@ -101,23 +114,52 @@ def measure(
     sigma, shown = (level / most**0.5 for level in (whitened.sigma, whitened.shown))
     kept = data if keep_lines or len(usable_axes(operator.shape)) == 1 else None
     adjoint = operator.adjoint(data)
-    calibrated = calibrated_image(operator, adjoint, found.acs) if calibration is not None and too_few(find_acs(counts), counts.shape) else None
-    tissue = None if calibrated is None else intensity_scale(calibrated, voxel_mm)
-    warnings += [] if calibrated is None else _lacks_centre(operator, calibrated, data, found.size, sigma)
-    return Measurement(operator, adjoint, energy_of(data), samples, sigma, voxel_mm, found.size, mixing, whitened.known, shown, warnings, kept, calibrated, tissue, whitened.weights)
+    calibrated = tissue = None
+    if calibration is not None and too_few(find_acs(counts), counts.shape):
+        calibrated = calibrated_image(operator, adjoint, found.acs)
+    if calibrated is not None:
+        tissue = intensity_scale(calibrated, voxel_mm)
+        warnings += _lacks_centre(operator, calibrated, data, found.size, sigma)
+    return Measurement(
+        operator=operator,
+        adjoint=adjoint,
+        energy=energy_of(data),
+        samples=samples,
+        sigma=sigma,
+        voxel_mm=voxel_mm,
+        acs=found.size,
+        mixing=mixing,
+        sigma_known=whitened.known,
+        sigma_shown=shown,
+        warnings=warnings,
+        lines=kept,
+        calibrated=calibrated,
+        tissue=tissue,
+        weights=whitened.weights,
+    )
 
 
 def _sums(kspace: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """K-space [coils z y x] and counts [z y] as tensors of the types computed with, not copied if they are that already; ValueError if they do not fit."""
+    """K-space [coils z y x] and counts [z y] as tensors of the types computed with; not copied if they are already.
+
+    Raises:
+        ValueError: if they do not fit.
+    """
     kspace = torch.as_tensor(kspace, dtype=torch.complex64)
     counts = torch.as_tensor(counts, dtype=torch.float32, device=kspace.device)
     if kspace.ndim != 4 or counts.shape != kspace.shape[1:3]:
-        raise ValueError(f"expected k-space [coils z y x] and counts [z y] of the same z and y, got {list(kspace.shape)} and {list(counts.shape)}")
+        raise ValueError(
+            "expected k-space [coils z y x] and counts [z y] of the same z and y, "
+            f"got {list(kspace.shape)} and {list(counts.shape)}"
+        )
     return kspace, counts
 
 
 def _finite(kspace: Tensor, counts: Tensor) -> bool:
-    """Whether all samples of the acquired lines are finite and can be squared, also in units of the noise; coils together, one plane at a time."""
+    """Whether all samples of the acquired lines are finite and can be squared, also in units of the noise.
+
+    Coils are looked at together, one plane at a time.
+    """
     return all(bool(lines.sum(dim=0).abs().square().sum() < TOO_LARGE**2) for _, _, lines in _acquired(kspace, counts))
 
 
@@ -136,10 +178,12 @@ def _calibration_block(reference: Tensor, lines: Tensor, factor: Tensor, whitene
     """The calibration lines among those of `reference` [coils z y x], prewhitened."""
     size = find_acs(lines)
     if not size[0]:
-        return Calibration(torch.zeros((len(whitened.matrix), 0, 0, 0), dtype=reference.dtype), size, whitened.sigma, whitened.sigma)
+        empty = torch.zeros((len(whitened.matrix), 0, 0, 0), dtype=reference.dtype)
+        return Calibration(empty, size, whitened.sigma, whitened.sigma)
     block = cut_acs(reference, size)
     sigma = whitened.sigma * float(centre_crop_or_pad(factor * lines.sqrt(), size).square().mean().sqrt())
-    return Calibration(_mix(whitened.matrix, block * centre_crop_or_pad(factor, block.shape[1:3])[..., None]), size, sigma, whitened.loudest * sigma)
+    acs = _mix(whitened.matrix, block * centre_crop_or_pad(factor, block.shape[1:3])[..., None])
+    return Calibration(acs, size, sigma, whitened.loudest * sigma)
 
 
 def _innermost(kspace: Tensor, counts: Tensor, lines: int = 64) -> Tensor:
@@ -156,7 +200,7 @@ def _mix(matrix: Tensor, data: Tensor) -> Tensor:
 
 
 def _mix_lines(matrix: Tensor, kspace: Tensor, factor: Tensor, home: torch.device) -> Tensor:
-    """matrix @ (kspace * factor) [virtual coils z y x] at `home`; only lines with a nonzero factor are read and moved."""
+    """matrix @ (kspace * factor) [virtual coils z y x] at `home`; only lines with nonzero factor are read and moved."""
     out = torch.zeros((len(matrix), *kspace.shape[1:]), dtype=kspace.dtype, device=home)
     matrix = matrix.to(home)
     for z, there, lines in _acquired(kspace, factor):
@@ -172,20 +216,29 @@ def _acquired(kspace: Tensor, counts: Tensor) -> Iterator[tuple[int, Tensor, Ten
             yield z, there, kspace[:, z, there]
 
 
-def _home(coils: int, shape: tuple[int, int, int], device: torch.device, warnings: list[str], arrays: int = WORK_ARRAYS) -> torch.device:
-    """Where to keep the arrays of all coils: on the device if they fit, else on the host, read by the device in parts."""
+def _home(
+    coils: int, shape: tuple[int, int, int], device: torch.device, warnings: list[str], arrays: int = WORK_ARRAYS
+) -> torch.device:
+    """Where to keep the arrays of all coils: on the device if they fit, else on the host, to be read in parts."""
     if device.type != "cuda":
         return device
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by earlier volumes, available to this one
+    # Cached by earlier volumes, available to this one.
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     needed, free = 8 * (arrays * coils + SINGLE_VOLUMES) * math.prod(shape), torch.cuda.mem_get_info(device)[0] + cached
     if needed <= free:
         return device
-    warnings.append(f"the GPU has {free / 2**30:.1f} GiB free, {coils} coils need {needed / 2**30:.1f} GiB: coil maps stay in the host's memory")
+    warnings.append(
+        f"the GPU has {free / 2**30:.1f} GiB free, {coils} coils need {needed / 2**30:.1f} GiB: "
+        "coil maps stay in the host's memory"
+    )
     return torch.device("cpu")
 
 
 def _lacks_centre(operator: Sense, calibrated: Tensor, data: Tensor, size: tuple[int, int], sigma: float) -> list[str]:
-    """A warning if no line of `data` y [coils z y x] lies near k = 0 and the image `calibrated` [z y x] of a block of `size` (z, y) explains too little of those within it."""
+    """A warning if no line of `data` lies near k = 0 and the calibration's image explains too little of those around.
+
+    `data` is y [coils z y x], `calibrated` [z y x] the image of a block of `size` (z, y): only lines within it count.
+    """
     mask = operator.mask.cpu()
     inner_lines = mask * centre_block(mask.shape, size)
     if bool((inner_lines * centre_block(mask.shape, (3, 3))).any()) or not bool(inner_lines.any()):
@@ -195,4 +248,8 @@ def _lacks_centre(operator: Sense, calibrated: Tensor, data: Tensor, size: tuple
     share = explained_by(part, calibrated, part.adjoint(lines)) / max(signal, 1e-30)
     if share > EXPLAINS:
         return []
-    return [f"CAUTION: no line lies next to the k-space centre, and the image of the calibration, perhaps of another contrast, explains only {share:.0%} of the lines around it: large structures may have the wrong brightness"]
+    return [
+        "CAUTION: no line lies next to the k-space centre, and the image of the calibration, "
+        f"perhaps of another contrast, explains only {share:.0%} of the lines around it: "
+        "large structures may have the wrong brightness"
+    ]

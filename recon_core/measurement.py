@@ -18,8 +18,8 @@ QUIET = 1.5  # noise of the scan over that of its noise lines above which these 
 class Reference(NamedTuple):
     """What one volume decides for all of its scan, so that their phases and brightness can be compared.
 
-    `combination` [coils] is the one whose map is real; `weights` [coils] those of the coils, None if noise lines give them;
-    `sets` is the number of sets of coil maps.
+    `combination` [coils] is the one whose map is real; `weights` [coils] those of the coils, None if noise lines give
+    them; `sets` is the number of sets of coil maps.
     """
 
     combination: Tensor
@@ -31,13 +31,14 @@ class Reference(NamedTuple):
 class Measurement:
     """One volume's inverse problem: A^H y, A, and what is known about noise and geometry.
 
-    `adjoint` is A^H y [z y x]; `energy` is ||y||^2, for the data misfit without keeping y; `sigma` is the noise of y per
-    real part, `sigma_shown` the upper bound that the scan's own outer lines give for it (0: unknown); `mixing`
-    [virtual coils coils] made y from the coils. `lines` is y [virtual coils z y x] itself, kept where the prior may learn
-    from it (pupil.py) or the error is to be estimated (jackknife.py). Where the scan's own lines have no fully sampled
-    centre, as in regular undersampling with separate calibration, `calibrated` [z y x] is the low-resolution image of that
-    calibration, times the factor that makes it explain y best, and `tissue` is its brightness: there A^H y is R times too
-    dark, and conjugate gradients recover the low frequencies last. `weights` [coils] are those of Reference.
+    `adjoint` is A^H y [z y x]; `energy` is ||y||^2, for the data misfit without keeping y; `sigma` is the noise of y
+    per real part, `sigma_shown` the upper bound that the scan's own outer lines give for it (0: unknown); `mixing`
+    [virtual coils coils] made y from the coils. `lines` is y [virtual coils z y x] itself, kept where the prior may
+    learn from it (pupil.py) or the error is to be estimated (jackknife.py). Where the scan's own lines have no fully
+    sampled centre, as in regular undersampling with separate calibration, `calibrated` [z y x] is the low-resolution
+    image of that calibration, times the factor that makes it explain y best, and `tissue` is its brightness: there
+    A^H y is R times too dark, and conjugate gradients recover the low frequencies last. `weights` [coils] are those of
+    Reference.
     """
 
     operator: Sense
@@ -59,7 +60,8 @@ class Measurement:
     def to(self, device: str | torch.device) -> Measurement:
         """The same measurement on `device`."""
         lines, calibrated = (None if some is None else some.to(device) for some in (self.lines, self.calibrated))
-        return replace(self, operator=self.operator.to(device), adjoint=self.adjoint.to(device), lines=lines, calibrated=calibrated)
+        operator, adjoint = self.operator.to(device), self.adjoint.to(device)
+        return replace(self, operator=operator, adjoint=adjoint, lines=lines, calibrated=calibrated)
 
     @property
     def reference(self) -> Reference:
@@ -67,13 +69,24 @@ class Measurement:
         return Reference(self.mixing[0].cpu(), self.weights, 2 if len(self.operator.second) else 1)
 
     def part(self, chosen: Tensor, there: slice | None = None) -> Measurement:
-        """The scan with only the `chosen` lines [z y], at the readout positions `there` (all by default); needs `lines`."""
+        """The scan with only the `chosen` lines [z y], at readout positions `there` (all by default); needs `lines`."""
         weights = self.operator.mask * chosen.to(self.operator.device)
         lines = (self.lines if there is None else self.lines[..., there]) * chosen[..., None].to(self.lines.device)
-        operator = self.operator.with_mask(weights) if there is None else Sense(self.operator.coil_maps()[..., there], weights, self.operator.device)
+        if there is None:
+            operator = self.operator.with_mask(weights)
+        else:
+            operator = Sense(self.operator.coil_maps()[..., there], weights, self.operator.device)
         samples = int((weights > 0).sum()) * len(lines) * lines.shape[-1]
         calibrated = self.calibrated if self.calibrated is None or there is None else self.calibrated[..., there]
-        return replace(self, operator=operator, adjoint=operator.adjoint(lines), energy=energy_of(lines), samples=samples, lines=lines, calibrated=calibrated)
+        return replace(
+            self,
+            operator=operator,
+            adjoint=operator.adjoint(lines),
+            energy=energy_of(lines),
+            samples=samples,
+            lines=lines,
+            calibrated=calibrated,
+        )
 
     def misfit(self, volume: Tensor) -> float:
         """Root of ||A x - y||^2 / samples over sigma sqrt(2): 1 when x explains y down to the noise."""
@@ -84,10 +97,11 @@ class Measurement:
         return self.energy + inner(volume, self.operator.normal(volume) - 2 * self.adjoint)
 
     def image_of(self, volume: Tensor) -> Tensor:
-        """The image [z y x] of `volume` x, which may have second parts (see Sense), times the real factor that makes A x explain y best.
+        """The image [z y x] of `volume` x, times the real factor that makes A x explain y best.
 
-        What regularisation takes from all of an image, 1 / (1 + lambda) where k-space is fully sampled, depends on the
-        noise: without this, T2 measured from several echoes would come out too short.
+        `volume` may have second parts (see Sense). What regularisation takes from all of an image, 1 / (1 + lambda)
+        where k-space is fully sampled, depends on the noise: without the factor, T2 measured from several echoes would
+        come out too short.
         """
         energy = inner(volume, self.operator.normal(volume))
         factor = inner(volume, self.adjoint) / energy if energy else 1.0
@@ -105,10 +119,11 @@ class Measurement:
         return self.sigma * min(1.0, self.misfit(image) * (self.samples / free) ** 0.5)
 
     def excess_noise(self, image: Tensor) -> float:
-        """Noise of the scan over that of its noise lines, from what a least-squares `image` [z y x] leaves unexplained; 1 if they agree.
+        """Noise of the scan over that of its noise lines; 1 if they agree.
 
-        Trusting noise lines of another receiver gain or bandwidth would mean fitting noise. The scan's outer lines must
-        confirm the excess: they alone also contain fine detail, the residual alone spikes, motion and coil-map errors.
+        It is found from what a least-squares `image` [z y x] leaves unexplained. Trusting noise lines of another
+        receiver gain or bandwidth would mean fitting noise. The scan's outer lines must confirm the excess: they alone
+        also contain fine detail, the residual alone spikes, motion and coil-map errors.
         """
         if not self.sigma_known or self.sigma_shown <= QUIET * self.sigma or self.sigma == 0:
             return 1.0
@@ -120,7 +135,9 @@ class Measurement:
         return intensity_scale(image, self.voxel_mm) if self.tissue is None else self.tissue
 
     def in_tissue_units(self, image: Tensor) -> tuple[float, float, Tensor, Tensor]:
-        """(scale, noise level / scale, image / scale, A^H y / scale), in the prior's units; scale is the brightness of `image` [z y x].
+        """(scale, noise level / scale, image / scale, A^H y / scale), in the prior's units.
+
+        scale is the brightness of `image` [z y x].
 
         Raises:
             ValueError: if there is no tissue: without lines of the centre of k-space, its brightness is rounding alone.
@@ -128,12 +145,17 @@ class Measurement:
         scale = self.brightness(image)
         noise = self.noise_level(image) / scale
         if noise > NO_TISSUE:
-            raise ValueError(f"the noise is {noise:.2g} times as bright as the tissue: lines of the k-space centre are needed")
+            raise ValueError(
+                f"the noise is {noise:.2g} times as bright as the tissue: lines of the k-space centre are needed"
+            )
         return scale, noise, image / scale, self.adjoint / scale
 
 
 def inner(a: Tensor, b: Tensor) -> float:
-    """Real part of a^H b for [z y x], plane by plane in double precision: in single precision, summing 10^7 products loses three digits."""
+    """Real part of a^H b for [z y x], plane by plane in double precision.
+
+    In single precision, summing 10^7 products loses three digits.
+    """
     planes = zip(torch.view_as_real(a), torch.view_as_real(b))
     return sum(torch.stack([(p * q).sum(dtype=torch.float64) for p, q in planes]).tolist())
 

@@ -1,4 +1,4 @@
-"""The same scan with its volume on a finer voxel grid than the measured k-space fills; k-space beyond it is not sampled.
+"""The same scan with its volume on a finer voxel grid than the measured k-space fills; k-space beyond is not sampled.
 
 A denoiser works voxel by voxel, and its response to an edge depends on where the edge lies between voxels; on a finer
 grid it depends less on this, and its errors are different.
@@ -23,20 +23,23 @@ COVERED = 0.5  # root sum of squares of the interpolated coil maps above which a
 
 
 def on_finer_mesh(measurement: Measurement, factor: float, start: Tensor) -> Measurement:
-    """The scan with `factor` times as many voxels (rounded up to a multiple of BLOCK) along the phase-encoding axes within the usable slices.
+    """The scan with `factor` times as many voxels along the phase-encoding axes within the usable slices.
 
-    Intensities are kept: `kspace_crop` of a volume to the old matrix is the volume on the old grid. `sigma` is scaled like the
-    lines by the larger transform, so the solver takes an image's noise on this grid to be higher than it is by the root of the ratio of
-    voxels (`factor` where both phase encodes are refined); given the true value, it reconstructed planes worse.
+    Their number is rounded up to a multiple of BLOCK. Intensities are kept: `kspace_crop` of a volume to the old matrix
+    is the volume on the old grid. `sigma` is scaled like the lines by the larger transform, so the solver takes an
+    image's noise on this grid to be higher than it is by the root of the ratio of voxels (`factor` where both phase
+    encodes are refined); given the true value, it reconstructed planes worse.
 
     Args:
         measurement: one that keeps its `lines` [coils z y x] and has usable slices of one orientation only.
-        start: volume [z y x] of `measurement`, the CG-SENSE image; it bounds an estimated noise level on the original grid,
-            because a finer grid does not let the data determine more unknowns.
+        start: volume [z y x] of `measurement`, the CG-SENSE image; it bounds an estimated noise level on the original
+            grid, because a finer grid does not let the data determine more unknowns.
     """
     z, y, x = measurement.operator.shape
     across = usable_axes((z, y, x))[0]
-    fine = tuple(n if n == 1 or axis == across else math.ceil(n * factor / BLOCK) * BLOCK for axis, n in enumerate((z, y)))
+    fine = tuple(
+        n if n == 1 or axis == across else math.ceil(n * factor / BLOCK) * BLOCK for axis, n in enumerate((z, y))
+    )
     maps = torch.stack([interpolate(coil, (*fine, x)) for coil in measurement.operator.coil_maps()])
     size = maps.abs().square().sum(0).sqrt()
     maps = torch.where(size > COVERED, maps / size.clamp_min(COVERED), 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from .wavelet import WaveletConfig, reconstruct_wavelet
 
 @dataclass(frozen=True)
 class Method:
-    """`title` is for people; `run` yields States from the measurement, the prior (None if unused) and the CG-SENSE image.
+    """`title` is for people; `run` yields States from the measurement, prior (None if unused) and CG-SENSE image.
 
     `weights` names the prior that suits the method, "" if it uses none: `small` was also trained on the states of
     `diffusion`; `small-white`, trained on white noise alone, is the one to sample with. `larger` names the prior to use
@@ -52,9 +53,15 @@ class Method:
         return self.larger if self.larger and torch.device(device).type == "cuda" else self.weights
 
     def check(self, prior: Prior) -> None:
-        """Raise PriorError if the prior is in function space and the method is none that knows how to use it (faithful.py), or the other way round."""
+        """Raise PriorError if the prior is in function space and the method cannot use it, or the other way round.
+
+        Only faithful.py knows how to use one.
+        """
         if prior.in_function_space and self.run is not reconstruct_faithful:
-            raise PriorError(f"a prior in function space does not fit {self.title}; use it with the method operator, or take another prior")
+            raise PriorError(
+                f"a prior in function space does not fit {self.title}; "
+                "use it with the method operator, or take another prior"
+            )
         if self.weights == "operator" and not prior.in_function_space:
             raise PriorError(f"{self.title}, needs one; leave prior at auto, or use this one with the method faithful")
 
@@ -67,16 +74,26 @@ def _cg_sense(measurement: Measurement, prior: None, start: Tensor, config: None
     yield State(1, 1, 0.0, cg_sense(measurement, strength=STRENGTH_AS_IMAGE), 0)
 
 
+_published = partial(Method, run=reconstruct_faithful, weights="small-white")
+_sampled = partial(Method, run=reconstruct_posterior, weights="small-white", anytime=False)
+
 METHODS = {
     "diffusion": Method("slice diffusion", reconstruct_adapted, VariationalConfig(), "small", larger="base"),
-    "faithful": Method("slice diffusion as published", reconstruct_faithful, FaithfulConfig(), "small-white"),
-    "interpolated": Method("slice diffusion as published, prior on 2 mm", reconstruct_faithful, FaithfulConfig(prior_voxel_mm=2.0), "small-white"),
-    "field": Method("slice diffusion as published, neural field", reconstruct_faithful, FaithfulConfig(iterations=400, slabs=5, patience=100, representation=NeuralField), "small-white"),
-    "gaussians": Method("slice diffusion as published, Gaussians", reconstruct_faithful, FaithfulConfig(representation=Gaussians), "small-white"),
-    "operator": Method("slice diffusion as published, prior in function space", reconstruct_faithful, FaithfulConfig(), "operator"),
-    "dds": Method("posterior sampling DDS", reconstruct_posterior, PosteriorConfig(axis=2), "small-white", anytime=False),
-    "tpdm": Method("posterior sampling TPDM", reconstruct_posterior, PosteriorConfig(), "small-white", anytime=False),
-    "mbir": Method("posterior sampling DiffusionMBIR", reconstruct_posterior, PosteriorConfig(axis=0, tv=0.02), "small-white", anytime=False),
+    "faithful": _published("slice diffusion as published", config=FaithfulConfig()),
+    "interpolated": _published(
+        "slice diffusion as published, prior on 2 mm", config=FaithfulConfig(prior_voxel_mm=2.0)
+    ),
+    "field": _published(
+        "slice diffusion as published, neural field",
+        config=FaithfulConfig(iterations=400, slabs=5, patience=100, representation=NeuralField),
+    ),
+    "gaussians": _published("slice diffusion as published, Gaussians", config=FaithfulConfig(representation=Gaussians)),
+    "operator": _published(
+        "slice diffusion as published, prior in function space", config=FaithfulConfig(), weights="operator"
+    ),
+    "dds": _sampled("posterior sampling DDS", config=PosteriorConfig(axis=2)),
+    "tpdm": _sampled("posterior sampling TPDM", config=PosteriorConfig()),
+    "mbir": _sampled("posterior sampling DiffusionMBIR", config=PosteriorConfig(axis=0, tv=0.02)),
     "pnp": Method("plug-and-play ADMM", reconstruct_plug_and_play, PlugAndPlayConfig(), "small"),
     "wavelet": Method("l1-wavelet", reconstruct_wavelet, WaveletConfig()),
     "tv": Method("total variation", reconstruct_total_variation, TotalVariationConfig()),

@@ -43,8 +43,10 @@ def ssim(image: Tensor, reference: Tensor, peak: float) -> Tensor:
     x, y = (v.double().numpy() for v in (image, reference))
     mean = lambda v: _windowed(v, window / window.sum())  # noqa: E731
     mx, my, a, b = mean(x), mean(y), (0.01 * peak) ** 2, (0.03 * peak) ** 2
-    variances, covariance = unbiased * (mean(x * x) - mx * mx + mean(y * y) - my * my), unbiased * (mean(x * y) - mx * my)
-    return torch.from_numpy((2 * mx * my + a) * (2 * covariance + b) / ((mx * mx + my * my + a) * (variances + b))).reshape(shape)
+    variances = unbiased * (mean(x * x) - mx * mx + mean(y * y) - my * my)
+    covariance = unbiased * (mean(x * y) - mx * my)
+    similarity = (2 * mx * my + a) * (2 * covariance + b) / ((mx * mx + my * my + a) * (variances + b))
+    return torch.from_numpy(similarity).reshape(shape)
 
 
 def _windowed(values: np.ndarray, window: np.ndarray) -> np.ndarray:
