@@ -6,7 +6,8 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # each process gets its share of the cores, before torch counts them
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))))
+    share = os.cpu_count() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 
 import shutil
 from pathlib import Path
@@ -32,8 +33,9 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 def pytest_collection_modifyitems(items):
     """Skip, with the reason, what needs a program or a device that is not here."""
+    gadgetron = shutil.which("gadgetron") and shutil.which("gadgetron_ismrmrd_client")
     needs = {
-        "gadgetron": (shutil.which("gadgetron") and shutil.which("gadgetron_ismrmrd_client"), "gadgetron and gadgetron_ismrmrd_client are not on PATH"),
+        "gadgetron": (gadgetron, "gadgetron and gadgetron_ismrmrd_client are not on PATH"),
         "bart": (shutil.which("bart"), "bart is not on PATH"),
         "gpu": (torch.cuda.is_available(), "no CUDA device"),
     }
@@ -48,7 +50,8 @@ def scan_path(tmp_path_factory) -> Path:
     """A small oblique phantom scan: 4 coils, R = 3, noise lines, readout oversampling."""
     folder = tmp_path_factory.mktemp("scan")
     np.save(folder / "object.npy", small_object())
-    simulate(folder / "object.npy", folder / "scan.h5", SimulateOptions(coils=4, acceleration=3, acs=12, snr=40, oblique=True), folder / "reference.nii.gz")
+    options = SimulateOptions(coils=4, acceleration=3, acs=12, snr=40, oblique=True)
+    simulate(folder / "object.npy", folder / "scan.h5", options, folder / "reference.nii.gz")
     return folder / "scan.h5"
 
 
@@ -57,7 +60,8 @@ def other_scan_path(tmp_path_factory) -> Path:
     """A second scan, of another matrix and coil count."""
     folder = tmp_path_factory.mktemp("other")
     np.save(folder / "object.npy", small_object((20, 30, 22)))
-    simulate(folder / "object.npy", folder / "scan.h5", SimulateOptions(coils=3, acceleration=2, acs=10, noise_lines=8, oversampling=1, seed=3))
+    options = SimulateOptions(coils=3, acceleration=2, acs=10, noise_lines=8, oversampling=1, seed=3)
+    simulate(folder / "object.npy", folder / "scan.h5", options)
     return folder / "scan.h5"
 
 
@@ -108,8 +112,9 @@ def small_object(shape=(24, 35, 26)) -> np.ndarray:
 
 def run_chain(path: Path, prior, **options) -> list[ismrmrd.Image]:
     """All images of a scan file through the chain."""
+    options = make_options({"sweeps": 3, "device": "cpu", **options})
     with ScanFile(path) as scan:
-        return list(reconstruct(parse_header(scan.header_xml), scan.acquisitions(), prior, make_options({"sweeps": 3, "device": "cpu", **options})))
+        return list(reconstruct(parse_header(scan.header_xml), scan.acquisitions(), prior, options))
 
 
 def run(capsys, *arguments) -> tuple[int, str, str]:
@@ -122,4 +127,3 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
 def random_complex(*shape: int, seed: int = 0) -> torch.Tensor:
     """Complex standard normal numbers."""
     return torch.randn(*shape, dtype=torch.complex64, generator=torch.Generator().manual_seed(seed))
-

@@ -17,7 +17,7 @@ from gadgets.header import parse_header
 
 
 def buckets(lines):
-    """Lines as Gadgetron's accumulate trigger passes them on: grouped by repetition, without noise and phase correction."""
+    """Lines as Gadgetron's accumulate trigger passes them on: by repetition, without noise and phase correction."""
     bucket, repetition = [], None
     for line in lines:
         if line.is_flag_set(ismrmrd.ACQ_IS_NOISE_MEASUREMENT) or line.is_flag_set(ismrmrd.ACQ_IS_PHASECORR_DATA):
@@ -48,7 +48,9 @@ class GadgetronPeer:
         sender.join(10)
 
     def _send(self, scan, properties, cut_after) -> None:
-        config = b'<?xml version="1.0"?>\n' + (b"" if properties is None else f"<configuration>{properties}</configuration>\n".encode())
+        config = b'<?xml version="1.0"?>\n'
+        if properties is not None:
+            config += f"<configuration>{properties}</configuration>\n".encode()
         try:
             self.sock.sendall(struct.pack("<HI", 2, len(config)) + config)
             self.sock.sendall(struct.pack("<HI", 3, len(scan.header_xml)) + scan.header_xml)
@@ -95,11 +97,17 @@ class GadgetronPeer:
         return data
 
 
-def run_execute(scan_path, properties="", cut_after=None, target="slice_diffusion", environment=None, buffered=False) -> tuple[GadgetronPeer, int]:
-    """Start `python -m gadgetron PORT gadgets TARGET` as <execute> does and play Gadgetron; returns the peer and the exit code."""
+def run_execute(
+    scan_path, properties="", cut_after=None, target="slice_diffusion", environment=None, buffered=False
+) -> tuple[GadgetronPeer, int]:
+    """Start `python -m gadgetron PORT gadgets TARGET` as <execute> does and play Gadgetron.
+
+    Returns the peer and the exit code.
+    """
     with socket.create_server(("localhost", 0)) as listener, ScanFile(scan_path) as scan:
         port = listener.getsockname()[1]
-        process = subprocess.Popen([sys.executable, "-W", "ignore", "-m", "gadgetron", str(port), "gadgets", target], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        command = [sys.executable, "-W", "ignore", "-m", "gadgetron", str(port), "gadgets", target]
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         listener.settimeout(60)
         sock, _ = listener.accept()
         peer = GadgetronPeer(sock, buffered)
@@ -126,7 +134,14 @@ class ClientPeer:
         self.wire.release()
         self.sock.close()
 
-    def talk(self, scan: ScanFile | None, name: str = "default", text: str | None = None, lines: int | None = None, close: bool = True):
+    def talk(
+        self,
+        scan: ScanFile | None,
+        name: str = "default",
+        text: str | None = None,
+        lines: int | None = None,
+        close: bool = True,
+    ):
         """Send and return (images, texts)."""
         threading.Thread(target=self._send, args=(scan, name, text, lines, close), daemon=True).start()
         images, texts = [], []
@@ -154,5 +169,8 @@ def same_images(first: list[ismrmrd.Image], second: list[ismrmrd.Image]) -> bool
     """Identical pixels, headers and attributes."""
     pairs = list(zip(first, second))
     return len(first) == len(second) and all(
-        bytes(a.getHead()) == bytes(b.getHead()) and a.data.tobytes() == b.data.tobytes() and a.attribute_string == b.attribute_string for a, b in pairs
+        bytes(a.getHead()) == bytes(b.getHead())
+        and a.data.tobytes() == b.data.tobytes()
+        and a.attribute_string == b.attribute_string
+        for a, b in pairs
     )

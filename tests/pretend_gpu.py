@@ -1,8 +1,9 @@
-"""A GPU that is not there: while a PretendGpu is entered, torch finds a CUDA device, whose tensors are computed on the CPU.
+"""A GPU that is not there: while a PretendGpu is entered, torch finds a CUDA device.
 
-They refuse what tensors on a GPU refuse: to meet tensors of the CPU (but for numbers without dimensions, and indices of the CPU),
-its generators or NumPy. What makes the host wait for the device, and the memory held there, are counted. Not imitated are the
-GPU's speed, rounding and streams, and operators that it lacks; tests/test_gpu.py needs a real one for these.
+Its tensors are computed on the CPU. They refuse what tensors on a GPU refuse: to meet tensors of the CPU (but for
+numbers without dimensions, and indices of the CPU), its generators or NumPy. What makes the host wait for the device,
+and the memory held there, are counted. Not imitated are the GPU's speed, rounding and streams, and operators that it
+lacks; tests/test_gpu.py needs a real one for these.
 """
 
 from __future__ import annotations
@@ -24,21 +25,24 @@ aten = torch.ops.aten
 MOVES = {aten.copy_, aten._to_copy}  # between any two devices
 INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index}
 WAITS = {  # for values or sizes that the host has to know
-    aten._local_scalar_dense, aten.equal, aten.nonzero, aten.masked_select, aten._unique2, aten.unique_dim, aten.unique_consecutive,
-    aten._linalg_eigh, aten.linalg_inv_ex, aten.linalg_cholesky_ex, aten._linalg_svd, aten._linalg_solve_ex, aten.multinomial,
+    aten._local_scalar_dense, aten.equal, aten.nonzero, aten.masked_select, aten._unique2, aten.unique_dim,
+    aten.unique_consecutive, aten._linalg_eigh, aten.linalg_inv_ex, aten.linalg_cholesky_ex, aten._linalg_svd,
+    aten._linalg_solve_ex, aten.multinomial,
 }  # fmt: skip
-LAZY = {aten._conj: aten.conj_physical, aten._neg_view: aten.neg}  # what `inner` owes would not be resolved below __torch_dispatch__
+# what `inner` owes would not be resolved below __torch_dispatch__
+LAZY = {aten._conj: aten.conj_physical, aten._neg_view: aten.neg}
 FACTORIES = (
-    "arange", "as_tensor", "empty", "empty_like", "empty_strided", "eye", "full", "full_like", "hann_window", "linspace", "logspace",
-    "normal", "ones", "ones_like", "rand", "rand_like", "randint", "randn", "randn_like", "randperm", "scalar_tensor", "tensor", "tril_indices",
-    "zeros", "zeros_like",
+    "arange", "as_tensor", "empty", "empty_like", "empty_strided", "eye", "full", "full_like", "hann_window",
+    "linspace", "logspace", "normal", "ones", "ones_like", "rand", "rand_like", "randint", "randn", "randn_like",
+    "randperm", "scalar_tensor", "tensor", "tril_indices", "zeros", "zeros_like",
 )  # fmt: skip
 
 
 class OnGpu(torch.Tensor):
     """A tensor on the pretended device, whose values are those of `inner`.
 
-    To torch's own code it is on the CPU, because without CUDA it can differentiate nothing on another device; to ours it is not.
+    To torch's own code it is on the CPU, because without CUDA it can differentiate nothing on another device; to ours
+    it is not.
     """
 
     device = property(lambda self: CUDA)
@@ -47,7 +51,9 @@ class OnGpu(torch.Tensor):
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor, gpu: PretendGpu) -> OnGpu:
-        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype)
+        return torch.Tensor._make_wrapper_subclass(
+            cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype
+        )
 
     def __init__(self, inner: torch.Tensor, gpu: PretendGpu):
         self.inner, self.gpu, self.memory = inner, gpu, gpu.memory_of(inner)
@@ -142,7 +148,8 @@ class PretendGpu(contextlib.ExitStack):
         fault: called with the name of every operator before it runs there; may raise what a GPU would, or wait.
 
     Attributes:
-        waits: how often the host waited for the device, by the name of the operator ("upload" and "download" for copies).
+        waits: how often the host waited for the device, by the name of the operator ("upload" and "download" for
+            copies).
         used, peak: bytes of memory held now, and at most.
     """
 
@@ -155,29 +162,49 @@ class PretendGpu(contextlib.ExitStack):
     def __enter__(self) -> PretendGpu:
         if torch.cuda.is_available():
             raise RuntimeError("there is a real GPU")
-        cuda = dict(is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0, set_device=lambda device: None, is_bf16_supported=lambda *_: True,
-                    get_device_capability=lambda device=None: (9, 0), get_device_name=lambda device=None: "pretended", empty_cache=lambda: self.asked("empty_cache"),
-                    synchronize=lambda device=None: self.wait("synchronize"), mem_get_info=self.mem_get_info,
-                    memory_allocated=lambda device=None: self.used, memory_reserved=lambda device=None: self.used, max_memory_allocated=lambda device=None: self.peak)  # fmt: skip
+        cuda = dict(
+            is_available=lambda: True,
+            device_count=lambda: 1,
+            current_device=lambda: 0,
+            set_device=lambda device: None,
+            is_bf16_supported=lambda *_: True,
+            get_device_capability=lambda device=None: (9, 0),
+            get_device_name=lambda device=None: "pretended",
+            empty_cache=lambda: self.asked("empty_cache"),
+            synchronize=lambda device=None: self.wait("synchronize"),
+            mem_get_info=self.mem_get_info,
+            memory_allocated=lambda device=None: self.used,
+            memory_reserved=lambda device=None: self.used,
+            max_memory_allocated=lambda device=None: self.peak,
+        )
         for name, pretended in cuda.items():
             self.enter_context(mock.patch.object(torch.cuda, name, pretended))
         stream = SimpleNamespace(is_capturing=lambda: False)  # which optimisers ask where torch was built for CUDA
-        accelerator = dict(is_available=lambda: True, current_device_index=lambda: 0, set_device_index=lambda device: None, current_stream=lambda device=None: stream)
+        accelerator = dict(
+            is_available=lambda: True,
+            current_device_index=lambda: 0,
+            set_device_index=lambda device: None,
+            current_stream=lambda device=None: stream,
+        )
         for name, pretended in accelerator.items():
             self.enter_context(mock.patch.object(torch.accelerator, name, pretended))
         for name in FACTORIES:
             self.enter_context(mock.patch.object(torch, name, self.factory(getattr(torch, name))))
         for name, pretended in self.methods().items():
             self.enter_context(mock.patch.object(torch.Tensor, name, pretended))
-        as_on_cpu = lambda device_type, *args, **kwargs: autocast("cpu" if device_type == "cuda" else device_type, *args, **kwargs)  # noqa: E731
         autocast = torch.autocast
+
+        def as_on_cpu(device_type, *args, **kwargs):
+            return autocast("cpu" if device_type == "cuda" else device_type, *args, **kwargs)
+
         self.enter_context(mock.patch.object(torch, "autocast", as_on_cpu))
         return self
 
     def run(self, func, args, kwargs):
         """The result on the device of an operator that was given tensors there."""
         _check_devices(func, args, kwargs)
-        (self.wait if func.overloadpacket in WAITS or _counts_true(func, args) else self.asked)(func.overloadpacket.__name__)
+        waits = func.overloadpacket in WAITS or _counts_true(func, args)
+        (self.wait if waits else self.asked)(func.overloadpacket.__name__)
         theirs: dict[int, torch.Tensor] = {}
 
         def values(a):
@@ -187,9 +214,14 @@ class PretendGpu(contextlib.ExitStack):
             theirs[id(inner)] = a
             return inner
 
+        def on_gpu(made):
+            if id(made) in theirs:
+                return theirs[id(made)]
+            return OnGpu(made, self) if isinstance(made, torch.Tensor) else made
+
         args, kwargs = tree_map(values, (args, kwargs))
         out = LAZY.get(func.overloadpacket, func)(*args, **kwargs)
-        return tree_map(lambda made: theirs[id(made)] if id(made) in theirs else OnGpu(made, self) if isinstance(made, torch.Tensor) else made, out)
+        return tree_map(on_gpu, out)
 
     def asked(self, name: str) -> None:
         """Let it fail, if it should."""
@@ -210,12 +242,13 @@ class PretendGpu(contextlib.ExitStack):
     def memory_of(self, values: torch.Tensor) -> _Memory:
         """What `values` take; views share it."""
         storage = values.untyped_storage()
+        size = storage.nbytes()
         with self.lock:
             piece = self.pieces.get(storage._cdata)
             if piece is None:
-                if self.used + storage.nbytes() > self.total:
-                    raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {storage.nbytes()} bytes (pretended)")
-                piece = self.pieces[storage._cdata] = _Memory(self, storage.nbytes())
+                if self.used + size > self.total:
+                    raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes (pretended)")
+                piece = self.pieces[storage._cdata] = _Memory(self, size)
             return piece
 
     def count(self, size: int) -> None:
@@ -226,8 +259,11 @@ class PretendGpu(contextlib.ExitStack):
 
     def copied(self, here: torch.Tensor) -> torch.Tensor:
         """A copy on the other device."""
-        self.wait("download" if isinstance(here, OnGpu) else "upload")
-        return here.inner.clone() if isinstance(here, OnGpu) else OnGpu(here.detach().resolve_conj().resolve_neg().clone(), self)
+        if isinstance(here, OnGpu):
+            self.wait("download")
+            return here.inner.clone()
+        self.wait("upload")
+        return OnGpu(here.detach().resolve_conj().resolve_neg().clone(), self)
 
     def factory(self, original: Callable) -> Callable:
         """A function that makes tensors, which also makes them here."""
@@ -253,8 +289,9 @@ class PretendGpu(contextlib.ExitStack):
         def move(here: torch.Tensor, *args, **kwargs) -> torch.Tensor:
             if args and isinstance(args[0], torch.Tensor):
                 args = (args[0].device, args[0].dtype, *args[1:])
-            by_name = kwargs.pop("device", None)
-            device, args = (args[0], args[1:]) if args and (args[0] is None or isinstance(args[0], str | torch.device)) else (by_name, args)
+            device = kwargs.pop("device", None)
+            if args and (args[0] is None or isinstance(args[0], str | torch.device)):
+                device, args = args[0], args[1:]
             device = here.device if device is None else torch.device(device)
             with torch._C.DisableTorchFunctionSubclass():
                 out = convert(here, CPU, *args, **kwargs)
@@ -267,7 +304,10 @@ class PretendGpu(contextlib.ExitStack):
         def leaves(name: str) -> Callable:
             def leave(here: torch.Tensor, *args, **kwargs):
                 if isinstance(here, OnGpu):
-                    raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first.")
+                    raise TypeError(
+                        "can't convert cuda:0 device type tensor to numpy. "
+                        "Use Tensor.cpu() to copy the tensor to host memory first."
+                    )
                 return methods[name](here, *args, **kwargs)
 
             return leave
@@ -285,7 +325,7 @@ class PretendGpu(contextlib.ExitStack):
 
 
 def _check_devices(func, args, kwargs) -> None:
-    """Raise RuntimeError, as torch does, if an operator with a tensor on the GPU cannot take one on the CPU, or a generator of it."""
+    """Raise RuntimeError, as torch does, if an operator on the GPU cannot take a tensor or a generator of the CPU."""
     packet = func.overloadpacket
     if packet in MOVES:
         return
@@ -297,12 +337,20 @@ def _check_devices(func, args, kwargs) -> None:
             raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
         given = [args[0], *tree_flatten(args[2:])[0]]
     changed = args[0] if func._schema.is_mutable and args else None
-    numbers = packet in INDEXING or torch.Tag.pointwise in func.tags or packet in (aten.where, aten.masked_fill, aten.masked_fill_, aten.fill_)
+    fills = (aten.where, aten.masked_fill, aten.masked_fill_, aten.fill_)
+    numbers = packet in INDEXING or torch.Tag.pointwise in func.tags or packet in fills
     for tensor in given:
-        if isinstance(tensor, torch.Tensor) and not isinstance(tensor, OnGpu) and (tensor.ndim or tensor is changed or not numbers):
-            raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! ({func})")
+        if not isinstance(tensor, torch.Tensor) or isinstance(tensor, OnGpu):
+            continue
+        if tensor.ndim or tensor is changed or not numbers:
+            raise RuntimeError(
+                "Expected all tensors to be on the same device, but found at least two devices, "
+                f"cuda:0 and cpu! ({func})"
+            )
 
 
 def _counts_true(func, args) -> bool:
     """Whether an indexing operator is given a mask, whose true values must be counted."""
-    return func.overloadpacket in INDEXING and any(isinstance(i, torch.Tensor) and (i.dtype == torch.bool or not isinstance(i, OnGpu)) for i in args[1])
+    return func.overloadpacket in INDEXING and any(
+        isinstance(i, torch.Tensor) and (i.dtype == torch.bool or not isinstance(i, OnGpu)) for i in args[1]
+    )

@@ -1,4 +1,4 @@
-"""Learning from the scan itself: what is learned from, what judges, and that it helps where there is something to learn."""
+"""Learning from the scan itself: what is learned from, what judges, that it helps where there is something to learn."""
 
 from dataclasses import replace
 
@@ -21,6 +21,7 @@ from recon_core.pupil import Pupil, importance, unexplained
 from recon_core.variational import VariationalConfig, reconstruct_variational
 
 QUICK = VariationalConfig(sweeps=3, adapt=5)
+BOTH = (reconstruct_variational, reconstruct_adapted)
 
 
 def plane(shape=(72, 80, 1), **changes):
@@ -43,7 +44,7 @@ def test_volumes_keep_no_lines_and_are_reconstructed_as_ever(untrained):
     measurement = measure(*problem()[:2], VOXEL)
     assert measurement.lines is None
     start = cg_sense(measurement)
-    plain, adapted = (last(run(measurement, untrained, start, QUICK, 1)) for run in (reconstruct_variational, reconstruct_adapted))
+    plain, adapted = (last(run(measurement, untrained, start, QUICK, 1)) for run in BOTH)
     assert torch.equal(plain.volume, adapted.volume) and plain.sweep == adapted.sweep == adapted.sweeps == 3
 
 
@@ -63,7 +64,7 @@ class Frozen(torch.nn.Module):
 def test_a_prior_without_weights_to_learn_gives_its_image(untrained, wrap):
     measurement, prior = plane()[0], wrap(untrained)
     prior.forward = prior.forward if isinstance(prior, Frozen) else lambda slices, sigma: slices
-    plain, adapted = (last(run(measurement, prior, cg_sense(measurement), QUICK, 1)) for run in (reconstruct_variational, reconstruct_adapted))
+    plain, adapted = (last(run(measurement, prior, cg_sense(measurement), QUICK, 1)) for run in BOTH)
     assert torch.equal(plain.volume, adapted.volume) and adapted.sweep == adapted.sweeps == QUICK.sweeps
 
 
@@ -76,7 +77,8 @@ def test_parts_of_a_scan_add_up_to_it():
     assert part.samples + rest.samples == measurement.samples * 3 // 5
     assert part.energy + rest.energy == pytest.approx(float(measurement.lines[..., 1:4].abs().square().sum()))
     volume = random_complex(40, 44, 3)
-    torch.testing.assert_close(part.operator.normal(volume) + rest.operator.normal(volume), measurement.operator.normal(torch.nn.functional.pad(volume, (1, 1)))[..., 1:4])
+    expected = measurement.operator.normal(torch.nn.functional.pad(volume, (1, 1)))[..., 1:4]
+    torch.testing.assert_close(part.operator.normal(volume) + rest.operator.normal(volume), expected)
 
 
 def test_what_is_unexplained_and_its_gradient():
@@ -102,7 +104,7 @@ def test_a_line_that_weighs_twice_counts_as_two():
 
 
 def test_a_measured_line_stands_for_those_around_it_that_were_not():
-    """Of every third line one stands for two; near a denser half for fewer; the calibration square makes no difference."""
+    """Of every third line one stands for two; near a denser half for fewer; the calibration square changes nothing."""
     taken = torch.zeros(120, 120, dtype=torch.bool)
     taken[:, ::3] = True
     weights = importance(taken, (0, 0))
@@ -142,7 +144,8 @@ def test_the_first_image_stands_until_the_last_sweep(untrained):
     assert {s.sweeps for s in states} == {len(states)}
     assert all(torch.equal(s.volume, states[2].volume) for s in states[2:-1])
     assert not torch.equal(states[-1].volume, states[2].volume)
-    assert float(states[-1].volume.norm() / states[2].volume.norm()) == pytest.approx(1, abs=0.1)  # the mean of the passes, not their sum
+    ratio = float(states[-1].volume.norm() / states[2].volume.norm())
+    assert ratio == pytest.approx(1, abs=0.1)  # the mean of the passes, not their sum
     evaluations = [s.network_evaluations for s in states]
     learning, judging = 5 * 2 * 3, 2 * 3 * 3  # forward and backward; on two meshes the prior, and twice what it became
     assert evaluations == sorted(evaluations) and evaluations[-1] == 3 * (1 + PASSES) + learning + judging
@@ -152,10 +155,18 @@ def test_what_was_learned_serves_the_next_volume_of_the_scan(untrained, monkeypa
     """It begins with that prior and takes a fifth of the rounds; its first image is that of the prior as it was."""
     begun, (one, _), (other, _) = [], plane((48, 52, 3), acs=12), plane((48, 52, 3), acs=12, seed=5)
     learn = Pupil.learn
+
+    def weights(network):
+        return {name: weight.clone() for name, weight in network.state_dict().items()}
+
+    def noted(self):
+        begun.append(weights(self.network))
+        return learn(self)
+
     monkeypatch.setattr(Pupil, "judge", lambda self: setattr(self, "best", self.average))
-    monkeypatch.setattr(Pupil, "learn", lambda self: begun.append({n: w.clone() for n, w in self.network.state_dict().items()}) or learn(self))
+    monkeypatch.setattr(Pupil, "learn", noted)
     taught = last(reconstruct_adapted(one, untrained, cg_sense(one), QUICK, 0)).learned
-    kept, begun[:] = {n: w.clone() for n, w in taught.state_dict().items()}, []
+    kept, begun[:] = weights(taught), []
     states = list(reconstruct_adapted(other, untrained, cg_sense(other), replace(QUICK, learned=taught), 0))
     assert len(begun) == 1 and states[-1].sweep == states[-1].sweeps == 3 * (1 + PASSES) + 1
     assert any(bool(w.any()) for n, w in kept.items() if n.endswith("tail.weight"))
@@ -166,17 +177,25 @@ def test_what_was_learned_serves_the_next_volume_of_the_scan(untrained, monkeypa
 
 def test_the_chain_hands_it_on_within_a_scan_only(untrained, monkeypatch, tmp_path):
     given, states = [], solve.states
-    monkeypatch.setattr(solve, "states", lambda measurement, preview, prior, options, learned=None: given.append(learned) or states(measurement, preview, prior, options, learned))
+
+    def noted(measurement, preview, prior, options, learned=None):
+        given.append(learned)
+        return states(measurement, preview, prior, options, learned)
+
+    monkeypatch.setattr(solve, "states", noted)
     monkeypatch.setattr(Pupil, "judge", lambda self: setattr(self, "best", self.average))
-    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=4, acceleration=2, acs=10, repetitions=2), (12, 48, 24))
+    protocol = SimulateOptions(coils=4, acceleration=2, acs=10, repetitions=2)
+    header, lines, _ = load_small_scan(tmp_path, protocol, (12, 48, 24))
+    options = make_options({"sweeps": 1, "adapt": 1, "device": "cpu", "preview": False})
     for _ in range(2):
-        assert len(list(reconstruct(header, lines, untrained, make_options({"sweeps": 1, "adapt": 1, "device": "cpu", "preview": False})))) == 2
+        assert len(list(reconstruct(header, lines, untrained, options))) == 2
     assert [learned is None for learned in given] == 2 * [True, False]
 
 
 def test_same_seed_same_image(untrained):
     measurement, _ = plane()
-    images = [last(reconstruct_adapted(measurement, untrained, cg_sense(measurement), QUICK, seed)).volume for seed in (3, 3, 4)]
+    start = cg_sense(measurement)
+    images = [last(reconstruct_adapted(measurement, untrained, start, QUICK, seed)).volume for seed in (3, 3, 4)]
     assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
 
 
@@ -184,7 +203,12 @@ def test_judging_lines_and_the_calibration_square_are_never_learned_from(untrain
     measurement, _ = plane()
     pupil, seen = pupil_of(measurement, untrained), []
     part = type(measurement).part
-    monkeypatch.setattr(type(measurement), "part", lambda self, lines, there: seen.append(lines) or part(self, lines, there))
+
+    def noted(self, lines, there):
+        seen.append(lines)
+        return part(self, lines, there)
+
+    monkeypatch.setattr(type(measurement), "part", noted)
     for _ in range(2):
         pupil.learn()
     taken = measurement.lines.abs().sum(dim=(0, 3)) > 0
@@ -207,7 +231,11 @@ def test_what_is_judged_is_the_slow_mean_of_the_steps(untrained):
     measurement, _ = plane()
     pupil = pupil_of(measurement, untrained)
     pupil.learn()
-    way = lambda network: sum(float((a - b).detach().square().sum()) for a, b in zip(network.parameters(), untrained.parameters())) ** 0.5  # noqa: E731
+
+    def way(network):
+        pairs = zip(network.parameters(), untrained.parameters())
+        return sum(float((a - b).detach().square().sum()) for a, b in pairs) ** 0.5
+
     assert 0 < way(pupil.average) < 0.1 * way(pupil.network)
 
 
@@ -232,7 +260,11 @@ def test_what_makes_it_worse_is_not_taken(untrained, monkeypatch):
 def test_the_judging_lines_choose_the_mesh_or_the_mean_of_both(untrained, monkeypatch):
     measurement, _ = plane()
     scores = iter([(5.0, 4.0, 4.5), (4.2, 3.9, 3.8), (3.7, 3.9, 4.0), (3.8, 3.8, 3.8)])
-    monkeypatch.setattr(Pupil, "_judged", lambda self, prior: zip([self.meshes[:1], self.meshes[1:], self.meshes], next(scores)))
+
+    def judged(self, prior):
+        return zip([self.meshes[:1], self.meshes[1:], self.meshes], next(scores))
+
+    monkeypatch.setattr(Pupil, "_judged", judged)
     pupil, chosen = pupil_of(measurement, untrained), []
     pupil.judge()  # the prior, and what it became
     assert pupil.best_meshes == pupil.meshes and pupil.best is not untrained
@@ -260,7 +292,8 @@ def test_the_image_on_a_finer_mesh_comes_back_on_the_own(untrained, monkeypatch)
     measurement, _ = plane()
     states = list(reconstruct_adapted(measurement, untrained, cg_sense(measurement), QUICK, 0))
     assert states[-1].volume.shape == (72, 80, 1)
-    assert float((states[-1].volume - states[2].volume).norm() / states[2].volume.norm()) < 0.3  # neither moved nor brighter
+    change = (states[-1].volume - states[2].volume).norm()
+    assert float(change / states[2].volume.norm()) < 0.3  # neither moved nor brighter
 
 
 def test_each_pass_has_slices_and_poses_of_its_own(untrained, monkeypatch):
@@ -273,12 +306,15 @@ def test_each_pass_has_slices_and_poses_of_its_own(untrained, monkeypatch):
     assert len(seeds) == len(set(seeds)) == 1 + PASSES
 
 
-@pytest.mark.parametrize("where, error", [
-    ("__init__", TypeError("cannot be copied")),
-    ("meshes", torch.OutOfMemoryError("CUDA out of memory")),
-    ("learn", RuntimeError("a kernel is missing")),
-    ("judge", torch.OutOfMemoryError("CUDA out of memory")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "where, error",
+    [
+        ("__init__", TypeError("cannot be copied")),
+        ("meshes", torch.OutOfMemoryError("CUDA out of memory")),
+        ("learn", RuntimeError("a kernel is missing")),
+        ("judge", torch.OutOfMemoryError("CUDA out of memory")),
+    ],
+)
 def test_learning_that_fails_leaves_the_first_image(untrained, monkeypatch, where, error):
     def fails(*_):
         raise error
@@ -286,7 +322,8 @@ def test_learning_that_fails_leaves_the_first_image(untrained, monkeypatch, wher
     monkeypatch.setattr(Pupil, where, property(fails) if where == "meshes" else fails)
     measurement, _ = plane()
     states = list(reconstruct_adapted(measurement, untrained, cg_sense(measurement), replace(QUICK, adapt=1), 0))
-    assert torch.equal(states[-1].volume, states[2].volume) and states[-1].sweep == states[-1].sweeps and states[-1].setback is error
+    assert torch.equal(states[-1].volume, states[2].volume) and states[-1].sweep == states[-1].sweeps
+    assert states[-1].setback is error
 
 
 @pytest.mark.parametrize("where", ["__init__", "learn"])
@@ -300,7 +337,13 @@ def test_a_gpu_that_is_lost_while_learning_has_lost_the_first_image(untrained, m
         list(reconstruct_adapted(measurement, untrained, cg_sense(measurement), replace(QUICK, adapt=1), 0))
 
 
-@pytest.mark.parametrize("learned, why", [(lambda x, sigma: x * float("nan"), "holds NaN or infinity"), (lambda x, sigma: 0 * x, "explains the data worse than CG-SENSE does")])
+@pytest.mark.parametrize(
+    "learned, why",
+    [
+        (lambda x, sigma: x * float("nan"), "holds NaN or infinity"),
+        (lambda x, sigma: 0 * x, "explains the data worse than CG-SENSE does"),
+    ],
+)
 def test_an_image_of_what_was_learned_that_cannot_be_trusted_leaves_the_first(untrained, monkeypatch, learned, why):
     def judge(self):
         self.best, self.config = learned, replace(QUICK, prior_weight=100)

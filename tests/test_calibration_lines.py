@@ -19,6 +19,22 @@ from recon_core.measure import measure
 ONLY, BOTH = ismrmrd.ACQ_IS_PARALLEL_CALIBRATION, ismrmrd.ACQ_IS_PARALLEL_CALIBRATION_AND_IMAGING
 
 
+def steps(line):
+    """Its place (E1, E2)."""
+    return line.idx.kspace_encode_step_1, line.idx.kspace_encode_step_2
+
+
+def fully_sampled(folder, **changes):
+    """Header and lines of a simulated scan of the phantom, 26 x 24 lines."""
+    protocol = SimulateOptions(coils=4, pattern="full", noise_lines=16, snr=200, **changes)
+    return load_small_scan(folder, protocol, (24, 26, 16))[:2]
+
+
+def measured(volume):
+    """The measurement of a gathered volume."""
+    return measure(volume.kspace, volume.counts, volume.geometry.voxel_mm, volume.noise, volume.calibration)
+
+
 @pytest.fixture
 def scan_with(full):
     """(mode) -> header of that calibration mode and the full scan's lines by (E1, E2), flags cleared."""
@@ -27,7 +43,7 @@ def scan_with(full):
     def make(mode):
         changed = copy.deepcopy(header)
         changed.encoding[0].parallelImaging.calibrationMode = ismrmrd.xsd.calibrationModeType(mode)
-        return changed, {(line.idx.kspace_encode_step_1, line.idx.kspace_encode_step_2): line_like(line, flags=0) for line in lines}
+        return changed, {steps(line): line_like(line, flags=0) for line in lines}
 
     return make
 
@@ -52,18 +68,24 @@ def test_separate_lines_stay_out_of_the_image(scan_with):
     torch.testing.assert_close(scan.calibration[0][:, where], 3 * scan.kspace[:, where])
 
 
-@pytest.mark.parametrize("changes, told", [
-    (dict(position=(3.0, 0.0, 0.0)), ""),
-    (dict(position=(12.0, -5.0, 0.0)), "13 mm away"),
-    (dict(read_dir=(0.0, 1.0, 0.0), phase_dir=(-1.0, 0.0, 0.0)), "turned by 90 degrees"),
-    (dict(position=(float("nan"), 0.0, 0.0)), ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        (dict(position=(3.0, 0.0, 0.0)), ""),
+        (dict(position=(12.0, -5.0, 0.0)), "13 mm away"),
+        (dict(read_dir=(0.0, 1.0, 0.0), phase_dir=(-1.0, 0.0, 0.0)), "turned by 90 degrees"),
+        (dict(position=(float("nan"), 0.0, 0.0)), ""),
+    ],
+)
 def test_calibration_of_another_place_is_told(scan_with, changes, told):
     header, lines = scan_with("separate")
-    here = dict(position=(0.0, 0.0, 0.0), read_dir=(1.0, 0.0, 0.0), phase_dir=(0.0, 1.0, 0.0), slice_dir=(0.0, 0.0, 1.0))
+    here = dict(
+        position=(0.0, 0.0, 0.0), read_dir=(1.0, 0.0, 0.0), phase_dir=(0.0, 1.0, 0.0), slice_dir=(0.0, 0.0, 1.0)
+    )
     calibration = [flagged(line, ONLY, **{**here, **changes}) for place, line in lines.items() if in_centre(place)]
     scan = gathered(header, [*calibration, *(line_like(line, **here) for line in lines.values())])
-    assert scan.warnings == ([f"the calibration lines were acquired {told} from the image: the coil maps do not fit it"] if told else [])
+    said = f"the calibration lines were acquired {told} from the image: the coil maps do not fit it"
+    assert scan.warnings == ([said] if told else [])
 
 
 def test_interleaved_calibration_is_told(scan_with):
@@ -83,8 +105,11 @@ def test_integrated_lines_are_image_lines(scan_with):
 
 @pytest.mark.parametrize("mode", ["embedded", "other"])
 def test_a_centre_square_of_the_first_repetition_serves_the_later_ones(tmp_path, mode):
-    """Regularly undersampled without one they would be aliased; with it their maps are those of the first, their lines their own."""
-    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=4, pattern="full", noise_lines=16, repetitions=3, snr=200), (24, 26, 16))
+    """Regularly undersampled without one they would be aliased; with it their maps are those of the first.
+
+    Their lines are their own.
+    """
+    header, lines = fully_sampled(tmp_path, repetitions=3)
     header.encoding[0].parallelImaging.calibrationMode = ismrmrd.xsd.calibrationModeType(mode)
     scan = []
     for line in lines:
@@ -100,36 +125,44 @@ def test_a_centre_square_of_the_first_repetition_serves_the_later_ones(tmp_path,
     options = make_options({"method": "cg", "device": "cpu", "output": "float32"})
     images = [image.data[0] for image in reconstruct(header, scan, None, options)]
     assert np.corrcoef(images[0].ravel(), images[1].ravel())[0, 1] > 0.97
-    assert not [w for volume in later for w in measure(volume.kspace, volume.counts, volume.geometry.voxel_mm, volume.noise, volume.calibration).warnings if "CAUTION" in w]
+    assert not [w for volume in later for w in measured(volume).warnings if "CAUTION" in w]
 
 
 def test_a_centre_square_of_the_first_echo_serves_later_ones_sampled_at_random(tmp_path):
-    """Without a full centre of their own, their maps would be made from a smoothed image, other than those of the first echo."""
-    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=4, pattern="full", noise_lines=16, contrasts=2, snr=200), (24, 26, 16))
+    """Without a full centre of their own their maps would be made from a smoothed image, unlike the first echo's."""
+    header, lines = fully_sampled(tmp_path, contrasts=2)
     random = np.random.default_rng(0)
     kept = random.random((24, 26)) < 0.4
     kept[9:15, 10:16] |= random.random((6, 6)) < 0.7
-    square = lambda line: 7 <= line.idx.kspace_encode_step_1 < 19 and 6 <= line.idx.kspace_encode_step_2 < 18  # noqa: E731
-    scan = [line for line in lines if line.flags & NOISE_BIT or kept[line.idx.kspace_encode_step_2, line.idx.kspace_encode_step_1] or (not line.idx.contrast and square(line))]
+
+    def is_sampled(line):
+        step_1, step_2 = steps(line)
+        square = 7 <= step_1 < 19 and 6 <= step_2 < 18
+        return line.flags & NOISE_BIT or kept[step_2, step_1] or (not line.idx.contrast and square)
+
+    scan = [line for line in lines if is_sampled(line)]
     first, second = gather(header, scan)
     assert first.calibration is None and find_acs(second.calibration[1])[0] >= 12
-    assert "too few of the lines are calibration lines: the coil maps are made from those of an earlier volume" in second.warnings
+    said = "too few of the lines are calibration lines: the coil maps are made from those of an earlier volume"
+    assert said in second.warnings
     assert find_acs(second.counts)[0] < 8 and int(second.counts.sum()) == kept.sum()
-    one, other = (measure(volume.kspace, volume.counts, volume.geometry.voxel_mm, volume.noise, volume.calibration) for volume in (first, second))
+    one, other = measured(first), measured(second)
     torch.testing.assert_close(one.operator.coil_maps(), other.operator.coil_maps(), atol=0.02, rtol=0)
 
 
 def test_lines_that_alternate_between_repetitions_are_calibrated_together(tmp_path):
-    """As in TSENSE: each repetition has every third line, another third each time; from the third on their sum is full."""
-    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=4, pattern="full", noise_lines=16, repetitions=4, snr=200), (24, 26, 16))
+    """As in TSENSE: a repetition has every third line, another third each time; from the third on their sum is full."""
+    header, lines = fully_sampled(tmp_path, repetitions=4)
     header.encoding[0].parallelImaging.calibrationMode = ismrmrd.xsd.calibrationModeType("interleaved")
     noise = lambda line: line.is_flag_set(ismrmrd.ACQ_IS_NOISE_MEASUREMENT)  # noqa: E731
     scan = [line for line in lines if noise(line) or line.idx.kspace_encode_step_1 % 3 == line.idx.repetition % 3]
     volumes = list(gather(header, scan))
     assert [volume.calibration is not None for volume in volumes] == [False, False, True, True]
     assert all("from the lines of several repetitions" in " ".join(volume.warnings) for volume in volumes[2:])
-    found = [image.data[0].ravel() for image in reconstruct(header, scan, None, make_options({"method": "cg", "device": "cpu", "output": "float32"}))]
-    (whole,) = reconstruct(header, [line for line in lines if noise(line) or not line.idx.repetition], None, make_options({"method": "cg", "device": "cpu", "output": "float32"}))
+    options = make_options({"method": "cg", "device": "cpu", "output": "float32"})
+    found = [image.data[0].ravel() for image in reconstruct(header, scan, None, options)]
+    of_one_repetition = [line for line in lines if noise(line) or not line.idx.repetition]
+    (whole,) = reconstruct(header, of_one_repetition, None, options)
     alike = [np.corrcoef(whole.data[0].ravel(), image)[0, 1] for image in found]
     assert max(alike[:2]) < 0.9 < 0.95 < min(alike[2:]), alike
 
@@ -193,9 +226,10 @@ def test_one_calibration_serves_all_repetitions_and_contrasts(scan_with):
 def test_each_repetition_keeps_its_own_calibration(scan_with, calibrated_first):
     """The next repetition's calibration comes before the last one was handed out, which no flag told."""
     header, lines = scan_with("separate")
+    square = [line for place, line in lines.items() if in_centre(place)]
     scan = []
     for repetition in range(3):
-        calibration = [flagged(line, ONLY, data=(1 + repetition) * line.data, repetition=repetition) for place, line in lines.items() if in_centre(place)]
+        calibration = [flagged(line, ONLY, data=(1 + repetition) * line.data, repetition=repetition) for line in square]
         image = [line_like(line, repetition=repetition) for line in lines.values()]
         scan += [*calibration, *image] if calibrated_first else [*image, *calibration]
     volumes = list(gather(header, scan))
@@ -220,7 +254,9 @@ def test_calibration_lines_that_complete_the_image_are_of_its_own_repetition(sca
     header, lines = scan_with("other")
     scan = []
     for repetition in range(2):
-        scan += [line_like(line, (1 + repetition) * line.data, repetition=repetition, flags=1 << (ONLY - 1) if in_centre(place) else 0) for place, line in lines.items()]
+        for place, line in lines.items():
+            flags = 1 << (ONLY - 1) if in_centre(place) else 0
+            scan.append(line_like(line, (1 + repetition) * line.data, repetition=repetition, flags=flags))
     first, second = gather(header, scan)
     assert bool((first.counts == 1).all()) and bool((second.counts == 1).all())
     torch.testing.assert_close(second.kspace, 2 * first.kspace)
@@ -229,16 +265,20 @@ def test_calibration_lines_that_complete_the_image_are_of_its_own_repetition(sca
 def test_calibration_of_another_slab_or_of_other_coils_is_told(scan_with):
     header, lines = scan_with("separate")
     elsewhere = [flagged(line, ONLY, slice=1) for place, line in lines.items() if in_centre(place)]
-    assert "the calibration lines belong to other slabs: none of them can be used here" in gathered(header, [*elsewhere, *lines.values()]).warnings
+    warnings = gathered(header, [*elsewhere, *lines.values()]).warnings
+    assert "the calibration lines belong to other slabs: none of them can be used here" in warnings
     one_coil = [flagged(line, ONLY, data=line.data[:1]) for place, line in lines.items() if in_centre(place)]
-    assert "25 calibration lines have 1 channels instead of the scan's 2 and were not used" in gathered(header, [*one_coil, *lines.values()]).warnings
+    warnings = gathered(header, [*one_coil, *lines.values()]).warnings
+    assert "25 calibration lines have 1 channels instead of the scan's 2 and were not used" in warnings
 
 
 def test_the_first_calibration_line_of_other_coils_does_not_decide(scan_with):
     header, lines = scan_with("separate")
     calibration = [flagged(line, ONLY) for place, line in lines.items() if in_centre(place)]
-    scan = gathered(header, [flagged(calibration[0], ONLY, data=calibration[0].data[:1]), *calibration, *lines.values()])
-    assert int(scan.calibration[1].sum()) >= 24 and scan.warnings[0].startswith("2 calibration lines had a different number of channels")
+    stray = flagged(calibration[0], ONLY, data=calibration[0].data[:1])
+    scan = gathered(header, [stray, *calibration, *lines.values()])
+    assert int(scan.calibration[1].sum()) >= 24
+    assert scan.warnings[0].startswith("2 calibration lines had a different number of channels")
 
 
 def test_what_was_assumed_of_an_external_encoding_is_told(scan_with):
@@ -247,17 +287,26 @@ def test_what_was_assumed_of_an_external_encoding_is_told(scan_with):
     other.encodingLimits.kspace_encoding_step_1.center = 900
     header.encoding.append(other)
     scan = gathered(header, [*(flagged(line, ONLY, encoding_space_ref=1) for line in lines.values()), *lines.values()])
-    assert scan.warnings == ["of the calibration, the header's centre 900 of kspace_encoding_step_1 lies outside 0 to 12: 6 assumed"]
+    assert scan.warnings == [
+        "of the calibration, the header's centre 900 of kspace_encoding_step_1 lies outside 0 to 12: 6 assumed"
+    ]
 
 
-@pytest.mark.parametrize("value,said", [(float("nan"), "hold NaN, infinity or numbers too large to square"), (0.0, "held only zeros")])
+@pytest.mark.parametrize(
+    "value,said",
+    [
+        (float("nan"), "hold NaN, infinity or numbers too large to square"),
+        (0.0, "held only zeros"),
+    ],
+)
 def test_calibration_of_no_use_leaves_the_image_its_own_centre(scan_with, value, said):
     header, lines = scan_with("separate")
     calibration = [flagged(line, ONLY, data=line.data * value) for place, line in lines.items() if in_centre(place)]
     options = make_options({"method": "cg", "device": "cpu", "output": "float32"})
     (image,) = reconstruct(header, [*calibration, *lines.values()], None, options)
     (expected,) = reconstruct(header, list(lines.values()), None, options)
-    assert (image.data == expected.data).all() and f"calibration lines {said} and were left out" in image.meta["ImageComment"]
+    assert (image.data == expected.data).all()
+    assert f"calibration lines {said} and were left out" in image.meta["ImageComment"]
 
 
 def test_calibration_that_contrasts_share_holds_the_image_lines_of_none_but_ones_own(full):
@@ -265,7 +314,7 @@ def test_calibration_that_contrasts_share_holds_the_image_lines_of_none_but_ones
     header, lines, _ = full
     header = copy.deepcopy(header)
     header.encoding[0].parallelImaging = None
-    square = [flagged(line, ONLY, flags=0) for line in lines if in_centre((line.idx.kspace_encode_step_1, line.idx.kspace_encode_step_2))]
+    square = [flagged(line, ONLY, flags=0) for line in lines if in_centre(steps(line))]
     imaging = []
     for contrast, row in enumerate((1, 10)):
         for line in lines:
@@ -283,31 +332,49 @@ def test_calibration_that_contrasts_share_holds_the_image_lines_of_none_but_ones
 @pytest.mark.parametrize("mode", ["separate", "external", "other"])
 @pytest.mark.parametrize("first", [(0, 0), (1, 3)])
 def test_calibration_lines_that_count_from_a_number_of_their_own_are_centred(tmp_path, mode, first):
-    """Their block would lie in a corner of k-space; with their strongest line at k = 0 they are those of the image's numbering."""
-    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=4, pattern="full", noise_lines=16, snr=200), (24, 26, 16))
+    """Their block would lie in a corner of k-space.
+
+    With their strongest line at k = 0 they are those of the image's numbering.
+    """
+    header, lines = fully_sampled(tmp_path)
     header.encoding[0].parallelImaging.calibrationMode = ismrmrd.xsd.calibrationModeType(mode)
     noise = [line for line in lines if line.flags & NOISE_BIT]
-    places = {(line.idx.kspace_encode_step_1, line.idx.kspace_encode_step_2): line_like(line, flags=0) for line in lines if not line.flags & NOISE_BIT}
+    places = {steps(line): line_like(line, flags=0) for line in lines if not line.flags & NOISE_BIT}
     sampled = [line for (step_1, step_2), line in places.items() if step_1 % 2 == 1 and step_2 % 2 == 0]
     square = [flagged(line, ONLY) for (step_1, step_2), line in places.items() if 8 <= step_1 < 18 and 7 <= step_2 < 17]
-    own = [line_like(line, kspace_encode_step_1=line.idx.kspace_encode_step_1 - 8 + first[0], kspace_encode_step_2=line.idx.kspace_encode_step_2 - 7 + first[1]) for line in square]
+    own = []
+    for line in square:
+        step_1, step_2 = steps(line)
+        numbers = dict(kspace_encode_step_1=step_1 - 8 + first[0], kspace_encode_step_2=step_2 - 7 + first[1])
+        own.append(line_like(line, **numbers))
     right, moved = (gathered(header, [*noise, *calibration, *sampled]) for calibration in (square, own))
-    assert torch.equal(moved.counts, torch.from_numpy((np.indices((24, 26))[0] % 2 == 0) & (np.indices((24, 26))[1] % 2 == 1)))
+    z, y = np.indices((24, 26))
+    assert torch.equal(moved.counts, torch.from_numpy((z % 2 == 0) & (y % 2 == 1)))
     assert all(torch.equal(a, b) for a, b in zip(moved.calibration, right.calibration))
-    assert [w for w in moved.warnings if w not in right.warnings and "numbered on their own, far from the image's centre of k-space" in w]
+    new = [w for w in moved.warnings if w not in right.warnings]
+    assert [w for w in new if "numbered on their own, far from the image's centre of k-space" in w]
     options = make_options({"method": "cg", "device": "cpu", "output": "float32"})
     (image,) = reconstruct(header, [*noise, *own, *sampled], None, options)
     assert "CAUTION" not in image.meta["ImageComment"]
 
 
 def test_calibration_lines_that_the_image_lacks_are_its_own_where_the_header_misplaces_the_centre(tmp_path):
-    """Partial Fourier with the middle of the steps for their centre: the lines' numbering is one, and only the image's centre is wrong."""
-    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=3, pattern="full", noise_lines=4, partial_fourier=(0.6, 0.6)), (26, 36, 32))
+    """Partial Fourier with the middle of the steps for their centre.
+
+    The lines' numbering is one, and only the image's centre is wrong.
+    """
+    protocol = SimulateOptions(coils=3, pattern="full", noise_lines=4, partial_fourier=(0.6, 0.6))
+    header, lines, _ = load_small_scan(tmp_path, protocol, (26, 36, 32))
     header.encoding[0].parallelImaging = None
     limits = header.encoding[0].encodingLimits
     true = limits.kspace_encoding_step_1.center, limits.kspace_encoding_step_2.center
     for limit in (limits.kspace_encoding_step_1, limits.kspace_encoding_step_2):
         limit.center = (limit.maximum + 1) // 2
-    near = lambda line: abs(line.idx.kspace_encode_step_1 - true[0]) <= 3 and abs(line.idx.kspace_encode_step_2 - true[1]) <= 3  # noqa: E731
-    scan = gathered(header, [flagged(line, ONLY, flags=0) if near(line) and not line.flags & NOISE_BIT else line for line in lines])
-    assert int(scan.counts.sum()) == len(lines) - 4 and scan.warnings[0].startswith("the calibration lines are used for the image too")
+
+    def is_near(line):
+        step_1, step_2 = steps(line)
+        return abs(step_1 - true[0]) <= 3 and abs(step_2 - true[1]) <= 3 and not line.flags & NOISE_BIT
+
+    scan = gathered(header, [flagged(line, ONLY, flags=0) if is_near(line) else line for line in lines])
+    assert int(scan.counts.sum()) == len(lines) - 4
+    assert scan.warnings[0].startswith("the calibration lines are used for the image too")

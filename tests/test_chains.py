@@ -16,9 +16,18 @@ INDENT = " " * 16
 
 def options_comment() -> str:
     """Every option as a property with its default, in one comment."""
-    text = lambda value: "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)  # noqa: E731
-    rows = [f'<property name="{name}" value="{text(field.default)}"/>  {field.description}' for name, field in Options.model_fields.items()]
-    lines = ["<!-- Every option with its default; to change one, write it outside of this comment.", '<property name="preset" value="default"/>  name of a shipped preset', *rows]
+
+    def text(value) -> str:
+        if value is None:
+            return "none"
+        return str(value).lower() if isinstance(value, bool) else str(value)
+
+    lines = [
+        "<!-- Every option with its default; to change one, write it outside of this comment.",
+        '<property name="preset" value="default"/>  name of a shipped preset',
+    ]
+    for name, field in Options.model_fields.items():
+        lines.append(f'<property name="{name}" value="{text(field.default)}"/>  {field.description}')
     return f"\n{INDENT}     ".join(lines) + " -->"
 
 
@@ -52,7 +61,13 @@ def test_structure_is_what_gadgetron_reads(path):
     assert len(external) == 1 and external[0].find("configuration") is not None
     assert (external[0].find("connect") is None) != (external[0].find("execute") is None)
     gadgets = [g.findtext("classname") for g in root.find("stream").findall("gadget")]
-    front = ["NoiseAdjustGadget", "AsymmetricEchoAdjustROGadget", "RemoveROOversamplingGadget", "AcquisitionAccumulateTriggerGadget", "BucketToBufferGadget"]
+    front = [
+        "NoiseAdjustGadget",
+        "AsymmetricEchoAdjustROGadget",
+        "RemoveROOversamplingGadget",
+        "AcquisitionAccumulateTriggerGadget",
+        "BucketToBufferGadget",
+    ]
     assert gadgets == (front if path.stem in ("slicediff_buffer", "slicediff_generic") else [])
     if gadgets:
         settings = {p.get("name"): p.get("value") for p in root.find("stream").iter("property")}
@@ -68,4 +83,5 @@ def test_chains_are_installed_and_named():
 
 if __name__ == "__main__":  # after an option was added: writes its property into all chains
     for chain in CHAINS:
-        chain.write_text(re.sub(r"<!-- (Every option with its default.*?|OPTIONS )-->", lambda _: options_comment(), chain.read_text(), flags=re.S))
+        comment = r"<!-- (Every option with its default.*?|OPTIONS )-->"
+        chain.write_text(re.sub(comment, lambda _: options_comment(), chain.read_text(), flags=re.S))

@@ -24,13 +24,17 @@ from gadgets.wire import Wire
 @pytest.fixture
 def scan_path(tmp_path):
     """Two repetitions, a waveform among the lines; 1.1 s long by its time stamps."""
-    load_small_scan(tmp_path, SimulateOptions(coils=1, pattern="full", repetitions=2, waveforms=True, noise_lines=2), (4, 13, 8))
+    protocol = SimulateOptions(coils=1, pattern="full", repetitions=2, waveforms=True, noise_lines=2)
+    load_small_scan(tmp_path, protocol, (4, 13, 8))
     return tmp_path / "scan.h5"
 
 
 @contextlib.contextmanager
 def a_server(answers: bytes, received: list):
-    """Takes a whole scan from one client, appends (arrival time, message id) to `received`, then answers; yields its address."""
+    """Takes a whole scan from one client, then answers; yields its address.
+
+    Appends (arrival time, message id) to `received`.
+    """
 
     def serve():
         sock, _ = listener.accept()
@@ -61,7 +65,8 @@ def a_server(answers: bytes, received: list):
 def an_image(series=2, index=1, comment="") -> bytes:
     image = ismrmrd.Image.from_array(np.full((4, 3, 2), index, np.float32), transpose=False)
     image.image_series_index, image.image_index, image.image_type = series, index, 1
-    image.attribute_string = f"<ismrmrdMeta><meta><name>ImageComment</name><value>{comment}</value></meta></ismrmrdMeta>" if comment else "<ismrmrdMeta/>"
+    meta = f"<meta><name>ImageComment</name><value>{comment}</value></meta>"
+    image.attribute_string = f"<ismrmrdMeta>{meta}</ismrmrdMeta>" if comment else "<ismrmrdMeta/>"
     return struct.pack("<H", 1022) + image.to_bytes()
 
 
@@ -72,6 +77,12 @@ def text(line: str) -> bytes:
 def send(address, path, **kwargs):
     with ScanFile(path) as scan:
         return list(send_scan(scan, *address, "default", **kwargs))
+
+
+def send_by_command(address, path, images, *more) -> int:
+    """Exit code of `slicediff send`."""
+    host, port = address
+    return main(["send", str(path), str(images), "--host", host, "--port", str(port), *more])
 
 
 def test_everything_is_sent_in_order(scan_path):
@@ -100,62 +111,87 @@ def test_a_time_stamp_of_another_day_holds_nothing_up():
     assert waits[:3] == pytest.approx([0, 1, 1], abs=0.1) and waits[3:] == pytest.approx([1, 0, 2], abs=0.1)
 
 
-@pytest.mark.parametrize("answers,expect,message", [
-    (b"", None, "without sending an image"),
-    (an_image(1, 1) + an_image(1, 2) + an_image(2, 1), None, "the scan has 2 volumes, but series 2 has only 1 image"),
-    (an_image(2, 1), None, "series 2 has only 1 image"),
-    (an_image(2, 1) + an_image(2, 2), 3, "expected 3 images, 2 came"),
-    (an_image(2, 1) + an_image(2, 2) + text("ERROR: no weights"), None, r"^no weights \(2 images were received\)"),
-    (text("[Connection Main Thread/Stream/external] ERROR: Errors received: x"), None, "^Errors received: x"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "answers,expect,message",
+    [
+        (b"", None, "without sending an image"),
+        (
+            an_image(1, 1) + an_image(1, 2) + an_image(2, 1),
+            None,
+            "the scan has 2 volumes, but series 2 has only 1 image",
+        ),
+        (an_image(2, 1), None, "series 2 has only 1 image"),
+        (an_image(2, 1) + an_image(2, 2), 3, "expected 3 images, 2 came"),
+        (an_image(2, 1) + an_image(2, 2) + text("ERROR: no weights"), None, r"^no weights \(2 images were received\)"),
+        (text("[Connection Main Thread/Stream/external] ERROR: Errors received: x"), None, "^Errors received: x"),
+    ],
+)
 def test_missing_images_and_errors_are_failures(scan_path, tmp_path, capsys, answers, expect, message):
     with a_server(answers, []) as address, pytest.raises(SendError, match=message):
         send(address, scan_path, expect=expect)
-    with a_server(answers, []) as (host, port):
-        arguments = ["send", str(scan_path), str(tmp_path / "out.h5"), "--host", host, "--port", str(port), *([] if expect is None else ["--expect", str(expect)])]
-        assert main(arguments) == 1
+    more = [] if expect is None else ["--expect", str(expect)]
+    with a_server(answers, []) as address:
+        assert send_by_command(address, scan_path, tmp_path / "out.h5", *more) == 1
     assert len(capsys.readouterr().err.strip().splitlines()) <= 2
 
 
 def test_what_the_comments_tell_is_told(scan_path, tmp_path, capsys):
     """As `slicediff recon` tells it: once, and whether or not the images of another server have comments."""
-    answers = an_image(1, 1) + an_image(2, 1, "slice diffusion; no noise lines") + an_image(2, 2, "slice diffusion; no noise lines; one line is missing")
-    with a_server(answers, []) as (host, port):
-        assert main(["send", str(scan_path), str(tmp_path / "out.h5"), "--host", host, "--port", str(port), "--expect", "3"]) == 0
-    assert capsys.readouterr().err.splitlines()[-2:] == ["slicediff: note: no noise lines", "slicediff: note: one line is missing"]
+    noted = "slice diffusion; no noise lines"
+    answers = an_image(1, 1) + an_image(2, 1, noted) + an_image(2, 2, f"{noted}; one line is missing")
+    with a_server(answers, []) as address:
+        assert send_by_command(address, scan_path, tmp_path / "out.h5", "--expect", "3") == 0
+    notes = capsys.readouterr().err.splitlines()[-2:]
+    assert notes == ["slicediff: note: no noise lines", "slicediff: note: one line is missing"]
 
 
 def test_a_chain_is_sent_byte_for_byte(scan_path, tmp_path, monkeypatch):
     """Whatever its encoding and line ends: its declaration tells the server."""
     chain, sent, send_config = tmp_path / "chain.xml", [], Wire.send_config
-    chain.write_bytes('<?xml version="1.0" encoding="ISO-8859-1"?>\r\n<!-- für den 3-T-Tomographen --><configuration/>'.encode("latin-1"))
+    configuration = '<?xml version="1.0" encoding="ISO-8859-1"?>\r\n<!-- für den 3-T-Tomographen --><configuration/>'
+    chain.write_bytes(configuration.encode("latin-1"))
     monkeypatch.setattr(Wire, "send_config", lambda wire, data: sent.append(data) or send_config(wire, data))
     with a_server(an_image(), []) as (host, port), ScanFile(scan_path) as scan:
         assert len(list(send_scan(scan, host, port, str(chain), expect=1))) == 1
     assert sent == [chain.read_bytes()]
 
 
-@pytest.mark.parametrize("line", ["no weights in [/opt/priors]: asked for [small]", "sweep one/two", "error map 1/2/3", ":warning: 3:40:12"])
+@pytest.mark.parametrize(
+    "line",
+    ["no weights in [/opt/priors]: asked for [small]", "sweep one/two", "error map 1/2/3", ":warning: 3:40:12"],
+)
 def test_what_a_server_says_is_shown_as_it_is(scan_path, tmp_path, capsys, line):
-    with a_server(text(line) + an_image(), []) as (host, port):
-        assert main(["send", str(scan_path), str(tmp_path / "out.h5"), "--host", host, "--port", str(port), "--expect", "1"]) == 0
+    with a_server(text(line) + an_image(), []) as address:
+        assert send_by_command(address, scan_path, tmp_path / "out.h5", "--expect", "1") == 0
     assert capsys.readouterr().err.strip() == line
 
 
-@pytest.mark.parametrize("answers,expect", [(an_image(2, 1), 1), (an_image(2, 1) + an_image(2, 2), None), (an_image(2, 1) + an_image(2, 2) + text("no ERROR: fine"), 2)])
+@pytest.mark.parametrize(
+    "answers,expect",
+    [
+        (an_image(2, 1), 1),
+        (an_image(2, 1) + an_image(2, 2), None),
+        (an_image(2, 1) + an_image(2, 2) + text("no ERROR: fine"), 2),
+    ],
+)
 def test_all_images_are_a_success_in_the_layout_of_gadgetrons_client(scan_path, tmp_path, answers, expect):
-    with a_server(answers, []) as (host, port):
-        arguments = ["send", str(scan_path), str(tmp_path / "out.h5"), "--host", host, "--port", str(port), "--group", "g", *([] if expect is None else ["--expect", str(expect)])]
-        assert main(arguments) == 0
+    more = [] if expect is None else ["--expect", str(expect)]
+    with a_server(answers, []) as address:
+        assert send_by_command(address, scan_path, tmp_path / "out.h5", "--group", "g", *more) == 0
     with h5py.File(tmp_path / "out.h5") as file:
         series = file["g/image_2"]
-        assert set(series) == {"data", "header", "attributes"} and series["data"].shape == (len(answers) // len(an_image()), 1, 4, 3, 2)
-        assert series["header"].dtype["matrix_size"].shape == (3,) and tuple(series["header"][0]["matrix_size"]) == (2, 3, 4)
+        assert set(series) == {"data", "header", "attributes"}
+        assert series["data"].shape == (len(answers) // len(an_image()), 1, 4, 3, 2)
+        assert series["header"].dtype["matrix_size"].shape == (3,)
+        assert tuple(series["header"][0]["matrix_size"]) == (2, 3, 4)
 
 
 @pytest.mark.parametrize("encoding,complete", [(1, True), (0, False)])
 def test_a_prescan_of_another_encoding_is_no_volume(scan_path, tmp_path, encoding, complete):
-    """Its slice counter is its own: the gatherer makes no image of it. In the image's encoding it would be a third volume."""
+    """Its slice counter is its own: the gatherer makes no image of it.
+
+    In the image's encoding it would be a third volume.
+    """
     with ScanFile(scan_path) as scan, ScanWriter(tmp_path / "prescan.h5", scan.header_xml) as writer:
         lines = list(scan.acquisitions())
         for line in (*(line_like(line, slice=5, encoding_space_ref=encoding) for line in lines[2:10]), *lines):
@@ -173,13 +209,14 @@ def test_partitions_counted_as_slices_are_one_volume(scan_path, tmp_path, capsys
     with ScanFile(scan_path) as scan, ScanWriter(tmp_path / "slices.h5", scan.header_xml) as writer:
         for line in scan.acquisitions():
             writer.append(line if line.flags & NOISE_BIT else line_like(line, slice=line.idx.kspace_encode_step_2))
-    send_it = lambda answers, *more: main(["send", str(tmp_path / "slices.h5"), str(tmp_path / "out.h5"), "--host", answers[0], "--port", str(answers[1]), *more])  # noqa: E731
+    slices, images = tmp_path / "slices.h5", tmp_path / "out.h5"
     with a_server(an_image(1, 1) + an_image(1, 2), []) as address:
-        assert send_it(address) == 0
+        assert send_by_command(address, slices, images) == 0
     with a_server(an_image(1, 1) + an_image(1, 2, "CG-SENSE; told"), []) as address:
-        assert send_it(address, "--expect", "3") == 1
+        assert send_by_command(address, slices, images, "--expect", "3") == 1
     captured = capsys.readouterr()
-    assert captured.out.count("2 images written to") == 2 and "slicediff: note: told" in captured.err and "expected 3 images, 2 came" in captured.err
+    assert captured.out.count("2 images written to") == 2
+    assert "slicediff: note: told" in captured.err and "expected 3 images, 2 came" in captured.err
 
 
 def test_a_scan_that_is_refused_is_not_sent_to_its_end(scan_path):

@@ -8,7 +8,20 @@ import torch
 from benchmarks.bart import read_cfl
 from conftest import random_complex
 
-from recon_core.coils import MATRICES_AT_ONCE, compression_matrix, cut_acs, dominant_eigenvectors, find_acs, folding, in_phase, low_resolution_maps, maps_of, overlap, second_maps, signal_operators
+from recon_core.coils import (
+    MATRICES_AT_ONCE,
+    compression_matrix,
+    cut_acs,
+    dominant_eigenvectors,
+    find_acs,
+    folding,
+    in_phase,
+    low_resolution_maps,
+    maps_of,
+    overlap,
+    second_maps,
+    signal_operators,
+)
 from recon_core.cg_sense import cg_sense
 from recon_core.fft import centre_crop_or_pad, fft
 from recon_core.measure import measure
@@ -61,7 +74,8 @@ def test_dominant_eigenvectors_agree_with_lapack(scale):
 
 def test_dominant_eigenvectors_of_what_rounding_leaves_are_finite():
     """Where no signal is, a matrix is zero but for rounding, and its trace may be zero or below."""
-    values, vectors = dominant_eigenvectors(1e-9 * torch.tensor([[[0, 1j], [-1j, 0]], [[-0.5, 0.1], [0.1, 0.2]], [[0, 1], [0, 0]]], dtype=torch.complex64))
+    matrices = [[[0, 1j], [-1j, 0]], [[-0.5, 0.1], [0.1, 0.2]], [[0, 1], [0, 0]]]
+    values, vectors = dominant_eigenvectors(1e-9 * torch.tensor(matrices, dtype=torch.complex64))
     assert bool(torch.isfinite(values).all()) and bool(torch.isfinite(torch.view_as_real(vectors)).all())
 
 
@@ -90,7 +104,11 @@ def test_an_object_that_the_readout_cuts_off(length, positions):
 
 
 def wrapped(kept: float, coils: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
-    """Coil images of the phantom [coils z y x] in a field of view of `kept` times its own length along y (1: one with room), and the fields it is seen by, one after the other [2 coils z y x], 0 where nothing is."""
+    """The phantom in a field of view of `kept` times its own length along y (1: one with room).
+
+    Returns its coil images [coils z y x] and the fields it is seen by, one after the other [2 coils z y x], 0 where
+    nothing is.
+    """
     images, truth = object_seen((40, 44, 36), coils)
     reach = torch.nonzero(phantom((40, 44, 36)).sum(dim=(0, 2)) > 0)[:, 0]
     wide = int(reach[-1] - reach[0]) + 1
@@ -98,7 +116,8 @@ def wrapped(kept: float, coils: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
     place = torch.arange(44) + 22 - int(reach[0] + wide // 2) - 22 + n // 2
     out, fields = images.new_zeros(coils, 40, n, 36), images.new_zeros(2, coils, 40, n, 36)
     out.index_add_(2, place % n, images)
-    for own, there in enumerate((place >= 0) & (place < n) if own == 0 else (place < 0) | (place >= n) for own in (0, 1)):
+    inside = (place >= 0) & (place < n)
+    for own, there in enumerate((inside, ~inside)):
         fields[own][:, :, place[there] % n] = (truth * (phantom((40, 44, 36)) > 0.2))[:, :, there]
     return out, fields
 
@@ -110,7 +129,8 @@ def test_an_object_that_reaches_beyond_the_field_of_view_is_told(kept, told):
     kspace = fft(images, (1, 2))
     acs = cut_acs(kspace, (20, 20))
     share = overlap(signal_operators(acs, images.shape[1:]), acs)
-    warnings = [w for w in measure(kspace, torch.ones(images.shape[1:3]), (2.0, 2.0, 2.0)).warnings if "edge of the field of view or beyond" in w]
+    found = measure(kspace, torch.ones(images.shape[1:3]), (2.0, 2.0, 2.0)).warnings
+    warnings = [w for w in found if "edge of the field of view or beyond" in w]
     assert (share > 0.05) == bool(told) == bool(warnings) and all(w.startswith(told) for w in warnings), share
 
 
@@ -153,7 +173,10 @@ def test_two_sets_of_maps_explain_both_parts_where_they_lie_over_each_other():
 
 
 def test_a_wrapped_object_comes_out_better_with_two_sets_of_maps():
-    """Root sum of squares of fully sampled coils, from a third of the lines; a plane, and an object that fits, get one set."""
+    """Root sum of squares of fully sampled coils, from a third of the lines.
+
+    A plane, and an object that fits, get one set.
+    """
     images, _ = wrapped(0.8)
     truth, shape = images.norm(dim=0), images.shape[1:]
     mask = torch.from_numpy(sampling_mask(shape[:2], 3, acs=16)).float()
@@ -164,10 +187,12 @@ def test_a_wrapped_object_comes_out_better_with_two_sets_of_maps():
     assert found[1] > found[0] + 2, found
     assert two.image_of(cg_sense(two)).shape == shape
     fully = fft(images, (1, 2)), torch.ones(shape[:2])
-    assert [len(measure(*fully, (2.0, 2.0, 2.0), sets=2, reference=m.reference).operator.second) > 0 for m in (one, two)] == [False, True], "the first volume decides"
+    later = [measure(*fully, (2.0, 2.0, 2.0), sets=2, reference=m.reference) for m in (one, two)]
+    assert [len(m.operator.second) > 0 for m in later] == [False, True], "the first volume decides"
     assert measure(kspace[..., 18:19], mask, (2.0, 2.0, 2.0), sets=2).operator.shape == (*shape[:2], 1)
     fits = fft(wrapped(1.0)[0], (1, 2))
-    assert len(measure(fits, torch.ones(fits.shape[1:3]), (2.0, 2.0, 2.0), sets=2, reference=two.reference).operator.second) > 0
+    later = measure(fits, torch.ones(fits.shape[1:3]), (2.0, 2.0, 2.0), sets=2, reference=two.reference)
+    assert len(later.operator.second) > 0
     assert measure(fits, torch.ones(fits.shape[1:3]), (2.0, 2.0, 2.0), sets=2).operator.shape == fits.shape[1:]
 
 
@@ -199,7 +224,10 @@ def test_the_fallback_knows_no_unit(unit):
 
 
 def test_the_fallback_leaves_the_object_its_phase():
-    """The maps of an object with and without a phase are the same: otherwise the phases of echoes could not be compared."""
+    """The maps of an object with and without a phase are the same.
+
+    Otherwise the phases of echoes could not be compared.
+    """
     images, _ = object_seen((40, 44, 20), 4)
     mask = torch.zeros(40, 44)
     mask[14:26, 16:28] = 1
@@ -214,7 +242,8 @@ def test_noise_of_the_calibration_is_told_from_signal():
     kspace, inside = fft(images, (1, 2)), phantom((40, 44, 36)) > 0.3
     sigma = 0.5 * float(kspace.abs().max()) / 40
     acs = cut_acs(kspace + sigma * 2**0.5 * random_complex(*kspace.shape), (20, 20))
-    missed = [1 - float(alignment(maps_from(acs, (40, 44, 36), level), truth, inside).mean()) for level in (sigma, 10 * sigma, 0.0)]
+    found = [maps_from(acs, (40, 44, 36), level) for level in (sigma, 10 * sigma, 0.0)]
+    missed = [1 - float(alignment(maps, truth, inside).mean()) for maps in found]
     assert missed[0] < 1e-3 and missed[1] > 5 * missed[0] and missed[2] > 100 * missed[0]
 
 
@@ -236,7 +265,10 @@ def test_acs_of_an_even_number_of_lines_is_found_whole():
 
 
 def test_acs_with_enough_lines_along_both_axes_comes_before_a_longer_one():
-    """In a thin slab sampled densely, the middle rows hold more lines than the square, and maps cannot be made of three rows."""
+    """In a thin slab sampled densely, the middle rows hold more lines than the square.
+
+    Maps cannot be made of three rows.
+    """
     mask = torch.zeros(12, 84)
     mask[:, 42 - 6 : 42 + 6] = 1
     mask[6 - 1 : 6 + 2, 42 - 30 : 42 + 30] = 1
@@ -257,7 +289,8 @@ def test_no_block_is_larger_than_the_one_found():
     for _ in range(100):
         shape = torch.randint(1, 9, (2,), generator=random).tolist()
         mask = (torch.rand(shape, generator=random) < 0.9).float()
-        blocks = [(z, y) for z in range(1, shape[0] + 1) for y in range(1, shape[1] + 1) if centre_crop_or_pad(mask, (z, y)).all()]
+        sizes = [(z, y) for z in range(1, shape[0] + 1) for y in range(1, shape[1] + 1)]
+        blocks = [size for size in sizes if centre_crop_or_pad(mask, size).all()]
         z, y = find_acs(mask)
         assert z * y == max((a * b for a, b in blocks), default=0) and ((z, y) in blocks or not blocks)
 
@@ -299,7 +332,8 @@ def test_maps_agree_with_bart_ecalib(tmp_path):
     images, _ = object_seen(shape, 5)
     kspace = fft(images, (1, 2, 3))
     write_cfl(tmp_path / "ksp", kspace.permute(3, 2, 1, 0).numpy())
-    subprocess.run(["bart", "ecalib", "-m", "1", "-r", "20", "-k", "5", "-c", "0", tmp_path / "ksp", tmp_path / "maps"], check=True, capture_output=True)
+    ecalib = ["bart", "ecalib", "-m", "1", "-r", "20", "-k", "5", "-c", "0", tmp_path / "ksp", tmp_path / "maps"]
+    subprocess.run(ecalib, check=True, capture_output=True)
     theirs = torch.from_numpy(read_cfl(tmp_path / "maps")).squeeze().permute(3, 2, 1, 0)
     ours = maps_from(cut_acs(fft(images, (1, 2)), (20, 20)), shape)
     inside = phantom(shape) > 0.3
@@ -344,5 +378,10 @@ def test_a_folded_image_whose_calibration_is_of_no_use_is_told(lines, told):
     mask, calibrated = lattice(2, 2, 0, (20, 24)), torch.zeros(20, 24)
     calibrated[lines, lines] = 1
     calibration = random_complex(4, 20, 24, 8, seed=1) * calibrated[..., None], calibrated
-    said = measure(random_complex(4, 20, 24, 8) * mask[..., None], mask, (1.0, 1.0, 1.0), calibration=calibration).warnings
-    assert sum(w == "CAUTION: the undersampling is regular and too few calibration lines separate the coils: the image may be aliased 4-fold" for w in said) == told
+    kspace = random_complex(4, 20, 24, 8) * mask[..., None]
+    said = measure(kspace, mask, (1.0, 1.0, 1.0), calibration=calibration).warnings
+    caution = (
+        "CAUTION: the undersampling is regular and too few calibration lines separate the coils: "
+        "the image may be aliased 4-fold"
+    )
+    assert sum(w == caution for w in said) == told

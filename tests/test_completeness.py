@@ -15,11 +15,18 @@ from gadgets.simulation.protocol import SimulateOptions
 
 def incomplete(scan):
     return [w.removeprefix("the scan seems incomplete: ") for w in scan.warnings if "incomplete" in w]
+    return [w.removeprefix("the scan seems incomplete: ") for w in scan.warnings if "incomplete" in w]
+
+
+def inside(line):
+    """Whether it is one of the 5 x 5 lines in the middle."""
+    return 4 <= line.idx.kspace_encode_step_1 < 9 and 3 <= line.idx.kspace_encode_step_2 < 8
 
 
 def test_an_end_of_k_space_that_never_came(full):
     header, lines, _ = full
-    assert incomplete(gathered(header, [line for line in lines if line.idx.kspace_encode_step_2 < 6]))[0] == "E2 was announced from 0 to 9 but received from 0 to 5"
+    begun = [line for line in lines if line.idx.kspace_encode_step_2 < 6]
+    assert incomplete(gathered(header, begun))[0] == "E2 was announced from 0 to 9 but received from 0 to 5"
 
 
 def test_too_few_lines_for_the_announced_acceleration(full):
@@ -40,7 +47,9 @@ def test_too_few_lines_without_announced_acceleration(full):
 
 def test_a_repetition_whose_last_line_never_came(full):
     header, lines, _ = full
-    assert incomplete(gathered(header, lines[:-1])) == ["the first line of a repetition was flagged, but its last line never came"]
+    assert incomplete(gathered(header, lines[:-1])) == [
+        "the first line of a repetition was flagged, but its last line never came"
+    ]
     ended = line_like(lines[-1], flags=1 << (ismrmrd.ACQ_LAST_IN_MEASUREMENT - 1))
     assert incomplete(gathered(header, [*lines[:-1], ended])) == []
 
@@ -48,7 +57,12 @@ def test_a_repetition_whose_last_line_never_came(full):
 def test_the_last_line_of_a_repetition_may_be_one_of_a_later_set(full):
     header, lines, _ = full
     flagged = lines[0], lines[-1]  # the first one in the first set, the last one in the second
-    stream = [line_like(line, flags=line.flags * (line is flagged[of_set]), repetition=repetition, set=of_set) for of_set in (0, 1) for repetition in (0, 1) for line in lines]
+    stream = [
+        line_like(line, flags=line.flags * (line is flagged[of_set]), repetition=repetition, set=of_set)
+        for of_set in (0, 1)
+        for repetition in (0, 1)
+        for line in lines
+    ]
     assert [incomplete(scan) for scan in gather(header, stream)] == [[]] * 4
 
 
@@ -60,12 +74,16 @@ def test_announced_volumes_and_averages_that_never_came(full):
     later = [line_like(line, repetition=1) for line in lines]
     first, second = gather(header, [*lines, *later])
     assert incomplete(first) == []
-    assert incomplete(second) == ["the header announces 2 averages, 1 was received", "the header announces 3 repetitions, 2 were received"]
+    assert incomplete(second) == [
+        "the header announces 2 averages, 1 was received",
+        "the header announces 3 repetitions, 2 were received",
+    ]
 
 
 def test_an_undersampled_scan_is_complete(tmp_path):
     for pattern in ("poisson", "regular"):
-        header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=1, pattern=pattern, acceleration=4, acs=8, partial_fourier=(0.8, 0.75)), (40, 44, 12))
+        options = SimulateOptions(coils=1, pattern=pattern, acceleration=4, acs=8, partial_fourier=(0.8, 0.75))
+        header, lines, _ = load_small_scan(tmp_path, options, (40, 44, 12))
         assert not [w for w in gathered(header, lines).warnings if "noise" not in w]
 
 
@@ -83,7 +101,7 @@ def test_a_hole_at_the_centre_of_k_space_is_told(full):
 
 @pytest.mark.parametrize("shape", [(48, 56), (8, 128), (1, 200)])
 def test_no_pattern_is_taken_for_a_hole_at_the_centre(shape):
-    """Whatever the header says of it: lattices in all their shifts, CAIPI, at random, without corners, of partial Fourier."""
+    """Whatever the header says of it: lattices in all their shifts, CAIPI, at random, no corners, partial Fourier."""
     rng, alarms = np.random.default_rng(0), 0
     z, y = np.meshgrid(*(np.arange(n) for n in shape), indexing="ij")
     for steps in ((1, 2), (2, 1), (1, 4), (1, 6), (2, 2), (3, 2), (4, 4)):
@@ -107,7 +125,6 @@ def test_calibration_lines_fill_a_hole_at_the_centre_unless_they_are_of_another_
     header = copy.deepcopy(header)
     header.encoding[0].parallelImaging.calibrationMode = ismrmrd.xsd.calibrationModeType(mode)
     expected = gathered(header, [line_like(line, flags=0) for line in lines])
-    inside = lambda line: 4 <= line.idx.kspace_encode_step_1 < 9 and 3 <= line.idx.kspace_encode_step_2 < 8  # noqa: E731
     bit = 1 << (ismrmrd.ACQ_IS_PARALLEL_CALIBRATION - 1)
     scan = gathered(header, [line_like(line, flags=bit if inside(line) else 0) for line in lines])
     assert torch.equal(scan.kspace, expected.kspace) == taken
@@ -122,14 +139,18 @@ def test_what_is_cut_off_or_of_no_use_is_not_filled_from_the_calibration(full):
     header = copy.deepcopy(header)
     header.encoding[0].parallelImaging.calibrationMode = ismrmrd.xsd.calibrationModeType.SEPARATE
     bit = 1 << (ismrmrd.ACQ_IS_PARALLEL_CALIBRATION - 1)
-    square = lambda factor: [line_like(line, factor * line.data, flags=bit) for line in lines if 4 <= line.idx.kspace_encode_step_1 < 9 and 3 <= line.idx.kspace_encode_step_2 < 8]  # noqa: E731
+
+    def square(factor):
+        return [line_like(line, factor * line.data, flags=bit) for line in lines if inside(line)]
+
     plain = [line_like(line, flags=0) for line in lines]
     scan = gathered(header, [*square(1), *plain[:30]])
     assert int(scan.counts.sum()) == 30 and any("but received from 0 to" in text for text in incomplete(scan))
     holed = [line for line in plain if (line.idx.kspace_encode_step_1, line.idx.kspace_encode_step_2) != (6, 5)]
     for factor in (0, np.nan):
         scan = gathered(header, [*square(factor), *holed])
-        assert int(scan.counts.sum()) == len(holed) and NO_CENTRE in scan.warnings and bool(torch.isfinite(scan.kspace.abs()).all())
+        assert int(scan.counts.sum()) == len(holed) and NO_CENTRE in scan.warnings
+        assert bool(torch.isfinite(scan.kspace.abs()).all())
     scan = gathered(header, [*square(2), *holed])
     assert int(scan.counts.sum()) == len(plain)
     torch.testing.assert_close(scan.kspace[:, 5, 6], 2 * gathered(header, plain).kspace[:, 5, 6])

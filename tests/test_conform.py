@@ -21,6 +21,7 @@ def test_case(case, bench):
 
 def test_what_a_server_said_is_shown_as_it_is(monkeypatch, capsys):
     said = "said: no weights in [/opt/priors]: asked for [small]"
-    monkeypatch.setattr("gadgets.conformance.suite.conform", lambda *_: [Result("replay", "same images", "failed", said, 1.0)])
+    result = Result("replay", "same images", "failed", said, 1.0)
+    monkeypatch.setattr("gadgets.conformance.suite.conform", lambda *_: [result])
     assert main(["conform"]) == 1
     assert said in capsys.readouterr().out

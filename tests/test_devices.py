@@ -1,4 +1,4 @@
-"""On a pretended GPU: everything that runs there gives what the CPU gives, to the bit, and a GPU that fails leaves an image."""
+"""On a pretended GPU: all that runs there gives what the CPU gives, to the bit, and a failing GPU leaves an image."""
 
 import copy
 import gc
@@ -65,9 +65,12 @@ def gpu(monkeypatch):
 def tiny_priors(monkeypatch, tmp_path):
     """Networks of a few weights under the names of the real ones, whose output is not zero."""
     small = partial(UNet, channels=(8, 8), blocks=1, embedding=16)
-    monkeypatch.setattr(prior, "ARCHITECTURES", {
-        "small": partial(small, unshuffle=2), "base": partial(small, unshuffle=1), "operator": partial(NeuralOperator, channels=4, taps=3, coarse=(4, 4), embedding=16),
-    })  # fmt: skip
+    architectures = {
+        "small": partial(small, unshuffle=2),
+        "base": partial(small, unshuffle=1),
+        "operator": partial(NeuralOperator, channels=4, taps=3, coarse=(4, 4), embedding=16),
+    }
+    monkeypatch.setattr(prior, "ARCHITECTURES", architectures)
     monkeypatch.setenv("SLICEDIFF_PRIORS", str(tmp_path))
     random = torch.Generator().manual_seed(0)
     for name in ("small", "small-white", "base", "operator"):
@@ -102,11 +105,21 @@ def test_what_a_gpu_refuses_is_refused():
     index = torch.tensor([0])
     number, seed = torch.tensor(2.0), torch.Generator()
     for mixed in (
-        lambda: there + here, lambda: here * there[0, 0], lambda: here.mul_(there[0, 0]), lambda: torch.cat([there, here]), lambda: torch.stack([there[0, 0], number]),
-        lambda: there @ here.T, lambda: here[index.to("cuda")], lambda: there.index_select(0, index), lambda: torch.where(there > 0, there, here),
-        lambda: torch.nn.functional.conv1d(there[None], here[None]), lambda: torch.equal(here, there), lambda: torch._foreach_lerp_([there], [here], 0.5),
-        lambda: torch.randn(3, device="cuda", generator=seed), lambda: torch.multinomial(there[0], 1, generator=seed),
-    ):  # fmt: skip
+        lambda: there + here,
+        lambda: here * there[0, 0],
+        lambda: here.mul_(there[0, 0]),
+        lambda: torch.cat([there, here]),
+        lambda: torch.stack([there[0, 0], number]),
+        lambda: there @ here.T,
+        lambda: here[index.to("cuda")],
+        lambda: there.index_select(0, index),
+        lambda: torch.where(there > 0, there, here),
+        lambda: torch.nn.functional.conv1d(there[None], here[None]),
+        lambda: torch.equal(here, there),
+        lambda: torch._foreach_lerp_([there], [here], 0.5),
+        lambda: torch.randn(3, device="cuda", generator=seed),
+        lambda: torch.multinomial(there[0], 1, generator=seed),
+    ):
         with pytest.raises(RuntimeError, match="indices should be|two devices|generator"):
             mixed()
     for leaves in (lambda: there.numpy(), lambda: np.asarray(there), lambda: np.percentile(there, 50)):
@@ -123,7 +136,8 @@ def test_what_a_gpu_allows_is_allowed_and_gives_what_the_cpu_gives(gpu):
         x[torch.tensor([3])] *= torch.tensor(2.0)
         x[:, torch.tensor([True, False] * 2 + [True])] += 1
         spectrum = torch.fft.fftshift(torch.fft.fftn(x.conj(), dim=(1, 2)), (1, 2))
-        rows = torch.einsum("rcq,rdq->cdq", spectrum, x.conj()).real.unfold(0, 3, 1).quantile(torch.tensor(0.3, device=device), dim=-1)
+        rows = torch.einsum("rcq,rdq->cdq", spectrum, x.conj()).real.unfold(0, 3, 1)
+        rows = rows.quantile(torch.tensor(0.3, device=device), dim=-1)
         assert rows.device == torch.zeros_like(rows).device == torch.arange(2, device=rows.device).device
         assert x.tolist() == x.cpu().tolist() and float(x[0, 0, 0].real) == 2
         return rows
@@ -136,7 +150,8 @@ def test_what_a_gpu_allows_is_allowed_and_gives_what_the_cpu_gives(gpu):
 def test_gradients_modules_and_optimisers_work_there():
     def work(device):
         torch.manual_seed(0)
-        net = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.Conv2d(3, 2, 1)).to(device, memory_format=torch.channels_last)
+        net = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.Conv2d(3, 2, 1))
+        net = net.to(device, memory_format=torch.channels_last)
         twin, optimiser = copy.deepcopy(net), torch.optim.Adam(net.parameters(), lr=0.1)
         with torch.autocast(device, torch.bfloat16):
             out = twin(torch.ones(1, 2, 8, 8, device=device))
@@ -178,9 +193,25 @@ def regular(start=0):
 
 
 @pytest.mark.parametrize("on_host", [False, True])
-@pytest.mark.parametrize("case", ["acs", "noise lines", "phase", "few", "one coil", "no centre", "separate", "separate, other phase", "separate, two sets", "two sets", "plane"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "acs",
+        "noise lines",
+        "phase",
+        "few",
+        "one coil",
+        "no centre",
+        "separate",
+        "separate, other phase",
+        "separate, two sets",
+        "two sets",
+        "plane",
+    ],
+)
 def test_measurement_and_cg_sense_are_those_of_the_cpu(case, on_host, monkeypatch):
-    kspace, mask, noise, _ = problem(shape=(40, 44, 3) if case == "plane" else SMALL, acceleration=1.0 if "separate" in case else 3.0)
+    shape, acceleration = (40, 44, 3) if case == "plane" else SMALL, 1.0 if "separate" in case else 3.0
+    kspace, mask, noise, _ = problem(shape=shape, acceleration=acceleration)
     how = {"on_host": on_host, "keep_lines": case == "acs", "noise": noise if case == "noise lines" else None}
     if case == "phase":
         how["reference"] = Reference(torch.tensor([1, 1j, 0, 0], dtype=torch.complex64), None)
@@ -217,10 +248,17 @@ def test_kspace_may_lie_on_the_device_already():
 def test_the_image_of_a_separate_calibration_is_made_there(monkeypatch):
     """On the CPU it takes seconds per coil."""
     made, original = [], low_resolution._low_resolution
-    monkeypatch.setattr(low_resolution, "_low_resolution", lambda coil, shape: made.append(original(coil, shape)) or made[-1])
+
+    def noted(coil, shape):
+        made.append(original(coil, shape))
+        return made[-1]
+
+    monkeypatch.setattr(low_resolution, "_low_resolution", noted)
     kspace, *_ = problem(shape=SMALL, acceleration=1.0)
     block, mask = centre_block(SMALL[:2], (10, 10)).float(), regular()
-    assert measure(kspace * mask[..., None], mask, VOXEL, calibration=(kspace * block[..., None], block), device="cuda").calibrated is not None
+    calibration = (kspace * block[..., None], block)
+    measurement = measure(kspace * mask[..., None], mask, VOXEL, calibration=calibration, device="cuda")
+    assert measurement.calibrated is not None
     assert len(made) == 2 * len(kspace) and all(image.is_cuda for image in made)
 
 
@@ -238,7 +276,9 @@ def test_without_calibration_lines_no_more_memory_is_taken_than_was_counted_on(g
 def test_every_method_gives_the_cpus_image(name):
     method, (kspace, mask, noise, _) = METHODS[name], problem(shape=SMALL, coils=2)
     few = {"sweeps": 3, "iterations": 2, "steps": 3, "slabs": 2}
-    config = method.config and replace(method.config, **{field: few[field] for field in vars(method.config) if field in few})
+    config = method.config
+    if config:
+        config = replace(config, **{field: few[field] for field in vars(config) if field in few})
 
     def work(device):
         measurement = measure(kspace, mask, VOXEL, noise, device=device)
@@ -257,7 +297,8 @@ def test_learning_from_the_scan_is_the_cpus(thickness, on_host, monkeypatch):
 
     def work(device):
         measurement = measure(kspace[..., 10 : 10 + thickness], mask, VOXEL, noise, device=device, on_host=on_host)
-        states = list(reconstruct_adapted(measurement, prior.load_prior("small", device, half=False), cg_sense(measurement), VariationalConfig(sweeps=1, adapt=2)))
+        network, config = prior.load_prior("small", device, half=False), VariationalConfig(sweeps=1, adapt=2)
+        states = list(reconstruct_adapted(measurement, network, cg_sense(measurement), config))
         assert len(states) == 5, "one sweep, two rounds, two passes"
         return states[-1].volume
 
@@ -265,9 +306,14 @@ def test_learning_from_the_scan_is_the_cpus(thickness, on_host, monkeypatch):
     assert torch.equal(here, there)
 
 
-@pytest.mark.parametrize("name,most", {"diffusion": 5, "dds": 7, "tpdm": 7, "mbir": 7, "pnp": 10, "wavelet": 0, "tv": 0}.items())
+@pytest.mark.parametrize(
+    "name,most", {"diffusion": 5, "dds": 7, "tpdm": 7, "mbir": 7, "pnp": 10, "wavelet": 0, "tv": 0}.items()
+)
 def test_a_sweep_makes_the_host_wait_a_few_times_only(name, most, gpu):
-    """For conjugate gradients to end and the prior to look for NaN, once each for every iteration and batch; never for every slice."""
+    """For conjugate gradients to end and the prior to look for NaN, once each for every iteration and batch.
+
+    Never for every slice.
+    """
     method, (kspace, mask, noise, _) = METHODS[name], problem(shape=(24, 28, 20))
     measurement, waits = measure(kspace, mask, VOXEL, noise, device="cuda"), []
     network = prior.load_prior(method.weights, "cuda") if method.uses_prior else None
@@ -279,13 +325,17 @@ def test_a_sweep_makes_the_host_wait_a_few_times_only(name, most, gpu):
 # the chain
 
 
-@pytest.mark.parametrize("options", [{"error_map": True, "output": "uint16"}, {"method": "zero-filled", "output": "complex64"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"error_map": True, "output": "uint16"}, {"method": "zero-filled", "output": "complex64"}],
+)
 def test_the_chain_gives_the_cpus_images_and_keeps_nothing_there(scan_path, options, gpu):
     network, images = {device: prior.load_prior("small", device, half=False) for device in ("cpu", "cuda")}, {}
     held = gpu.used
     for device in network:
         images[device] = run_chain(scan_path, network[device], device=device, sweeps=1, **options)
-    assert len(images["cpu"]) == len(images["cuda"]) and all(np.array_equal(a.data, b.data) for a, b in zip(*images.values()))
+    assert len(images["cpu"]) == len(images["cuda"])
+    assert all(np.array_equal(a.data, b.data) for a, b in zip(*images.values()))
     assert all("CPU" not in image.meta["ImageComments"] for image in images["cuda"])
     gc.collect()
     assert gpu.used == held < gpu.peak
@@ -297,12 +347,19 @@ def test_the_server_warms_up_and_answers_there(scan_path, gpu):
         held = gpu.used
         (first, _), (second, _) = (client(server, scan_path) for _ in range(2))
         assert server.health()["device"] == "cuda" and server.health()["prior"] == "base"
-    assert [i.image_series_index for i in first] == [1, 2] and all(np.array_equal(a.data, b.data) for a, b in zip(first, second))
+    assert [i.image_series_index for i in first] == [1, 2]
+    assert all(np.array_equal(a.data, b.data) for a, b in zip(first, second))
     gc.collect()
     assert gpu.used == held
 
 
-@pytest.mark.parametrize("noticed,said", [("before", "GiB free, 4 coils need"), ("on the way", "the GPU's memory ran short: coil maps stay in the host's memory")])
+@pytest.mark.parametrize(
+    "noticed,said",
+    [
+        ("before", "GiB free, 4 coils need"),
+        ("on the way", "the GPU's memory ran short: coil maps stay in the host's memory"),
+    ],
+)
 def test_where_memory_is_short_coil_maps_stay_on_the_host(scan_path, noticed, said, gpu):
     (expected,) = run_chain(scan_path, None, method="cg", device="cpu", output="float32")
     errors = [torch.OutOfMemoryError("CUDA out of memory")] * (noticed == "on the way")
@@ -318,18 +375,29 @@ def test_where_memory_is_short_coil_maps_stay_on_the_host(scan_path, noticed, sa
     assert gpu.used == 0
 
 
-@pytest.mark.parametrize("error,lost", [(torch.OutOfMemoryError("CUDA out of memory"), False), (RuntimeError(ILLEGAL), True), (RuntimeError("cuFFT error: CUFFT_INTERNAL_ERROR"), False)])
+@pytest.mark.parametrize(
+    "error,lost",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (RuntimeError(ILLEGAL), True),
+        (RuntimeError("cuFFT error: CUFFT_INTERNAL_ERROR"), False),
+    ],
+)
 def test_a_gpu_that_fails_before_the_preview_leaves_it_to_the_cpu(scan_path, error, lost, gpu):
     (expected,) = run_chain(scan_path, None, method="cg", device="cpu", output="float32")
     when = threading.Event()
     when.set()
     gpu.fault = failing_at(when, error)
     (image,) = run_chain(scan_path, None, method="cg", device="cuda", output="float32")
-    assert np.array_equal(image.data, expected.data) and "CG-SENSE was computed on the CPU" in image.meta["ImageComments"]
+    assert np.array_equal(image.data, expected.data)
+    assert "CG-SENSE was computed on the CPU" in image.meta["ImageComments"]
     assert gpu_lost.is_set() == lost
 
 
-@pytest.mark.parametrize("error,lost", [(torch.OutOfMemoryError("CUDA out of memory"), False), (RuntimeError(ILLEGAL), True)])
+@pytest.mark.parametrize(
+    "error,lost",
+    [(torch.OutOfMemoryError("CUDA out of memory"), False), (RuntimeError(ILLEGAL), True)],
+)
 def test_a_gpu_that_fails_while_the_solver_works_leaves_the_preview(scan_path, error, lost, gpu):
     when = threading.Event()
     gpu.fault = failing_at(when, error)
@@ -345,7 +413,10 @@ def test_a_gpu_that_fails_while_the_solver_works_leaves_the_preview(scan_path, e
 
 @pytest.mark.parametrize("method", ["diffusion", "cg"])
 def test_a_gpu_that_hangs_is_waited_for_in_no_thread_but_the_solvers(method, gpu, monkeypatch):
-    """Nor if there is an image of an earlier sweep, which comes after what hangs, or if it makes CG-SENSE, which has no sweeps."""
+    """Nor if there is an image of an earlier sweep, which comes after what hangs.
+
+    Nor if it makes CG-SENSE, which has no sweeps.
+    """
     released, hangs, calls, said = threading.Event(), threading.Event(), [], []
     kspace, mask, noise, _ = problem(shape=SMALL)
     measurement = measure(kspace, mask, VOXEL, noise, device="cuda")
@@ -361,32 +432,49 @@ def test_a_gpu_that_hangs_is_waited_for_in_no_thread_but_the_solvers(method, gpu
             hang()
         return x + 1
 
+    def hurry():
+        return "in a hurry" * hangs.is_set() * (method != "cg")
+
     def work():
+        options = make_options({"method": method})
         try:
-            said.extend(solve.solve(measurement, preview, denoise, make_options({"method": method}), lambda *_: None, lambda: "in a hurry" * hangs.is_set() * (method != "cg")).failure)
+            said.extend(solve.solve(measurement, preview, denoise, options, lambda *_: None, hurry).failure)
         except GpuHangs as error:
             said.append(str(error))
 
+    def hanging_states(*_):
+        hang()
+        return iter([SimpleNamespace(volume=torch.ones(2, device="cuda") + 1)])
+
     gpu.fault = lambda name: hangs.is_set() and released.wait(60)
     if method == "cg":
-        monkeypatch.setattr(solve, "states", lambda *given: hang() or iter([SimpleNamespace(volume=torch.ones(2, device="cuda") + 1)]))
+        monkeypatch.setattr(solve, "states", hanging_states)
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(20)
     answered = list(said)
     released.set()
     thread.join(20)
-    assert len(answered) == 1 and "did not answer for 3 s" in answered[0] and gpu_lost.is_set() == (method != "cg"), "of CG-SENSE the caller takes note"
+    assert len(answered) == 1 and "did not answer for 3 s" in answered[0]
+    assert gpu_lost.is_set() == (method != "cg"), "of CG-SENSE the caller takes note"
 
 
 WITHIN = {
-    "image_of": (Measurement, "image_of"), "overlaid": (Sense, "overlaid"), "judge": (solve, "judge"), "finite": (solve, "finite"), "object_mask": (solve, "object_mask"),
-    "pixels": (gadgets.images, "to_pixels"), "finite pixels": (gadgets.images, "finite"),
-}  # fmt: skip
+    "image_of": (Measurement, "image_of"),
+    "overlaid": (Sense, "overlaid"),
+    "judge": (solve, "judge"),
+    "finite": (solve, "finite"),
+    "object_mask": (solve, "object_mask"),
+    "pixels": (gadgets.images, "to_pixels"),
+    "finite pixels": (gadgets.images, "finite"),
+}
 
 
 def failing_within(monkeypatch, gpu, place, fail, well=0):
-    """Let every operator that the GPU is asked for within the function at `place` call `fail`, but for the first `well` calls of that function."""
+    """Let every operator that the GPU is asked for within the function at `place` call `fail`.
+
+    But for the first `well` calls of that function.
+    """
     within, original, calls = threading.local(), getattr(*WITHIN[place]), []
 
     def entered(*given, **how):
@@ -401,9 +489,17 @@ def failing_within(monkeypatch, gpu, place, fail, well=0):
     gpu.fault = lambda name: getattr(within, "it", False) and fail()
 
 
-@pytest.mark.parametrize("error,reason", [(torch.OutOfMemoryError("CUDA out of memory"), "the GPU's memory does not hold this scan"), (RuntimeError("cuFFT error: CUFFT_INTERNAL_ERROR"), "a library of the GPU failed")])
+@pytest.mark.parametrize(
+    "error,reason",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "the GPU's memory does not hold this scan"),
+        (RuntimeError("cuFFT error: CUFFT_INTERNAL_ERROR"), "a library of the GPU failed"),
+    ],
+)
 @pytest.mark.parametrize("place", WITHIN)
-def test_a_gpu_that_runs_short_after_the_solver_leaves_its_image_to_the_cpu(scan_path, place, error, reason, gpu, monkeypatch):
+def test_a_gpu_that_runs_short_after_the_solver_leaves_its_image_to_the_cpu(
+    scan_path, place, error, reason, gpu, monkeypatch
+):
     options = {"sweeps": 1, "error_map": True, "output": "uint16"}
     expected = run_chain(scan_path, prior.load_prior("small", "cpu", half=False), **options)
     network, asked = prior.load_prior("small", "cuda", half=False), []
@@ -417,9 +513,11 @@ def test_a_gpu_that_runs_short_after_the_solver_leaves_its_image_to_the_cpu(scan
     made = run_chain(scan_path, network, device="cuda", **options)
     assert asked or place == "overlaid", "there is one set of maps"
     assert len(made) == 3 and all(np.array_equal(a.data, b.data) for a, b in zip(expected, made))
-    assert made[-1].meta["ImageComments"].count(f"{reason}: the CPU made an image of what had been computed") == bool(asked)
+    note = f"{reason}: the CPU made an image of what had been computed"
+    assert made[-1].meta["ImageComments"].count(note) == bool(asked)
     gc.collect()
-    assert not gpu_lost.is_set() and (gpu.used == held or error.__traceback__), "the log of the test keeps an internal error's traceback"
+    assert not gpu_lost.is_set()
+    assert gpu.used == held or error.__traceback__, "the log of the test keeps an internal error's traceback"
 
 
 def test_where_the_host_is_short_of_memory_too_the_preview_stands(scan_path, gpu, monkeypatch):
@@ -429,15 +527,32 @@ def test_where_the_host_is_short_of_memory_too_the_preview_stands(scan_path, gpu
     failing_within(monkeypatch, gpu, "image_of", fail, well=1)
     monkeypatch.setattr("gadgets.budget.free_memory", lambda: 2**20)
     (image,), said = images_and_error(scan_path, lambda x, sigma: x, device="cuda")
-    assert image.image_series_index == 1 and "its image needs 0.16 GiB, and 0.00098 GiB of this machine's memory are free now" in said
+    assert image.image_series_index == 1
+    assert "its image needs 0.16 GiB, and 0.00098 GiB of this machine's memory are free now" in said
 
 
 @pytest.mark.parametrize("hangs", [True, False])
-@pytest.mark.parametrize("place,well,preview", [("image_of", 0, True), ("image_of", 1, True), ("image_of", 0, False), ("judge", 0, True), ("judge", 0, False), ("pixels", 0, True), ("pixels", 1, True), ("pixels", 0, False)])
-def test_a_gpu_that_is_lost_after_the_solver_costs_at_most_its_image(scan_path, place, well, preview, hangs, gpu, monkeypatch):
+@pytest.mark.parametrize(
+    "place,well,preview",
+    [
+        ("image_of", 0, True),
+        ("image_of", 1, True),
+        ("image_of", 0, False),
+        ("judge", 0, True),
+        ("judge", 0, False),
+        ("pixels", 0, True),
+        ("pixels", 1, True),
+        ("pixels", 0, False),
+    ],
+)
+def test_a_gpu_that_is_lost_after_the_solver_costs_at_most_its_image(
+    scan_path, place, well, preview, hangs, gpu, monkeypatch
+):
     """What was sent stands, or else the CPU makes CG-SENSE, as for the next scan."""
     expected, released = run_chain(scan_path, lambda x, sigma: x, sweeps=1)[0], threading.Event()
     sent = preview and (well or place == "judge")  # before it was lost
+    on_cpu_note = "the GPU failed and cannot be used until this process is restarted: CG-SENSE was computed on the CPU"
+    failure = "the GPU did not answer for 0.5 s" if hangs else ILLEGAL
 
     def fail():
         monkeypatch.setattr(solve, "HANG_S", 0.5)
@@ -448,10 +563,11 @@ def test_a_gpu_that_is_lost_after_the_solver_costs_at_most_its_image(scan_path, 
     failing_within(monkeypatch, gpu, place, fail, well)
     for scan in (1, 2):
         (image,), said = images_and_error(scan_path, lambda x, sigma: x, device="cuda", preview=preview)
-        assert np.array_equal(image.data, expected.data) and image.image_series_index == (1 if preview else 2) and gpu_lost.is_set()
-        on_cpu = "the GPU failed and cannot be used until this process is restarted: CG-SENSE was computed on the CPU" in image.meta["ImageComments"]
+        assert np.array_equal(image.data, expected.data) and image.image_series_index == (1 if preview else 2)
+        assert gpu_lost.is_set()
+        on_cpu = on_cpu_note in image.meta["ImageComments"]
         assert on_cpu == (scan == 2 or not sent)
-        assert ("the GPU could not take this scan" if on_cpu else "the GPU did not answer for 0.5 s" if hangs else ILLEGAL) in said
+        assert ("the GPU could not take this scan" if on_cpu else failure) in said
     released.set()
 
 
@@ -473,7 +589,8 @@ def test_a_lost_gpu_is_asked_to_hold_no_prior(gpu):
 @pytest.mark.parametrize("method", ["wavelet", "tv", "diffusion"])
 def test_the_deadline_counts_what_is_computed_not_what_is_asked_for(scan_path, method, gpu):
     gpu.fault = lambda name: time.sleep(0.5 * (name == "synchronize"))  # what was asked for
-    image = run_chain(scan_path, lambda x, sigma: x, method=method, sweeps=50, device="cuda", deadline_s=1.0, preview=False)[0]
+    options = dict(method=method, sweeps=50, device="cuda", deadline_s=1.0, preview=False)
+    image = run_chain(scan_path, lambda x, sigma: x, **options)[0]
     done = re.search("stopped at the deadline of 1 s after ([0-9]+) of [58]0 sweeps", image.meta["ImageComments"])
     assert done and int(done[1]) <= 3
 
@@ -489,10 +606,14 @@ def test_training_there_is_the_cpus_and_can_be_resumed(given, tmp_path, monkeypa
     volume = Volume("box", np.pad(np.ones((40, 44, 42), np.float32), 8), (1.0, 1.0, 1.0))
 
     def work(device):
-        options = TrainOptions(steps=2, batch=2, crop=16, phantoms=0, device=device, precision="fp32", workers=0, scan_workers=0, **given)
-        train([volume], tmp_path / f"{device}.safetensors", options, lambda text: None)
-        trained = train([volume], tmp_path / f"{device}.safetensors", options.model_copy(update={"steps": 4}), lambda text: None, () if given else [volume])
+        path = tmp_path / f"{device}.safetensors"
+        alone = dict(phantoms=0, workers=0, scan_workers=0)
+        options = TrainOptions(steps=2, batch=2, crop=16, device=device, precision="fp32", **alone, **given)
+        train([volume], path, options, lambda text: None)
+        longer = options.model_copy(update={"steps": 4})
+        trained = train([volume], path, longer, lambda text: None, () if given else [volume])
         return torch.cat([weights.detach().flatten() for weights in trained.parameters()])
 
     here, there = both(work)
-    assert torch.allclose(here, there, rtol=0, atol=5e-5)  # Adam divides by the gradient's size: rounding of small ones counts
+    # Adam divides by the gradient's size: rounding of small ones counts
+    assert torch.allclose(here, there, rtol=0, atol=5e-5)

@@ -72,18 +72,25 @@ def test_tables_of_one_column_and_headers_that_stand_alone_are_read(tmp_path, sc
         file["study/one/xml"] = text
     with ScanFile(scan_path) as scan, ScanFile(tmp_path / "s.h5", "study/one") as other:
         assert other.header_xml == scan.header_xml
-        assert [bytes(line.getHead()) for line in other.acquisitions()] == [bytes(line.getHead()) for line in scan.acquisitions()]
+        found, expected = ([bytes(line.getHead()) for line in each.acquisitions()] for each in (other, scan))
+        assert found == expected
 
 
 def test_samples_that_cannot_be_read_are_not_read_wrongly(tmp_path, scan_path, capsys):
     rewritten(scan_path, tmp_path / "s.h5", lambda rows: laid_out(rows, samples=">f4"))
-    code, _, err = run(capsys, "recon", tmp_path / "s.h5", tmp_path / "i.h5", "--method", "cg", "--input-group", "study/one")
+    options = ("--method", "cg", "--input-group", "study/one")
+    code, _, err = run(capsys, "recon", tmp_path / "s.h5", tmp_path / "i.h5", *options)
     assert code == 1 and "are stored as >f4, expected float32" in err
 
 
-@pytest.mark.parametrize("name,content,said", [
-    ("data", np.ones((4, 3)), "is no table of acquisitions"), ("data", None, "is no table of acquisitions"), ("xml", np.array([], "S1"), "holds no header"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name,content,said",
+    [
+        ("data", np.ones((4, 3)), "is no table of acquisitions"),
+        ("data", None, "is no table of acquisitions"),
+        ("xml", np.array([], "S1"), "holds no header"),
+    ],
+)
 def test_groups_that_are_no_scan_after_all_are_a_sentence(tmp_path, scan_path, capsys, name, content, said):
     shutil.copy(scan_path, tmp_path / "s.h5")
     with h5py.File(tmp_path / "s.h5", "a") as file:
@@ -106,12 +113,14 @@ def test_a_bad_row_costs_its_line_and_is_told_after_the_images(tmp_path, capsys)
         row = file["dataset/data"][30]
         row["head"]["number_of_samples"] = 77
         file["dataset/data"][30] = row
-    code, out, err = run(capsys, "recon", tmp_path / "s.h5", tmp_path / "i.h5", "--method", "tv", "--preview", "false", "--group", "g")
+    options = ("--method", "tv", "--preview", "false", "--group", "g")
+    code, out, err = run(capsys, "recon", tmp_path / "s.h5", tmp_path / "i.h5", *options)
     assert code == 1 and out.startswith("2 images written") and len(read_images(tmp_path / "i.h5", "g")) == 2
     said = "acquisition 30 announces 2 x 77 samples but holds 48; 1 line of the file was left out"
     assert f"{said} (2 images were written)" in err
-    with running({"method": "tv", "preview": False}, lambda options: None) as server, ScanFile(tmp_path / "s.h5") as scan:
-        with pytest.raises(SendError, match=re.escape(f"the scan could not be sent completely: {said} (2 images were received)")):
+    sent = re.escape(f"the scan could not be sent completely: {said} (2 images were received)")
+    with running({"method": "tv", "preview": False}, lambda options: None) as server:
+        with ScanFile(tmp_path / "s.h5") as scan, pytest.raises(SendError, match=sent):
             list(send_scan(scan, *server.server_address[:2], "default"))
 
 
@@ -121,12 +130,14 @@ def test_a_file_without_a_readable_row_is_told_as_such(tmp_path, capsys, scan_pa
         return rows
 
     rewritten(scan_path, tmp_path / "s.h5", spoil)
-    code, out, err = run(capsys, "recon", tmp_path / "s.h5", tmp_path / "i.h5", "--method", "cg", "--input-group", "study/one")
+    options = ("--method", "cg", "--input-group", "study/one")
+    code, out, err = run(capsys, "recon", tmp_path / "s.h5", tmp_path / "i.h5", *options)
     assert code == 1 and not out and err.startswith("slicediff: acquisition 0 announces 4 x 77 samples")
 
 
 def test_damaged_waveforms_cost_no_line(tmp_path):
-    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=1, pattern="full", noise_lines=0, waveforms=True))
+    protocol = SimulateOptions(coils=1, pattern="full", noise_lines=0, waveforms=True)
+    header, lines, _ = load_small_scan(tmp_path, protocol)
     with ScanFile(next(tmp_path.glob("*.h5"))) as scan:
         waveforms = list(scan.waveforms())
     with ScanWriter(tmp_path / "new.h5", header.toXML()) as file:
@@ -146,7 +157,8 @@ def test_damaged_waveforms_cost_no_line(tmp_path):
 def test_a_file_that_another_program_writes_to_is_no_damaged_file(tmp_path, capsys, scan_path):
     shutil.copy(scan_path, tmp_path / "s.h5")
     write = "import h5py, sys; file = h5py.File(sys.argv[1], 'a'); print('open', flush=True); sys.stdin.read()"
-    with subprocess.Popen([sys.executable, "-c", write, str(tmp_path / "s.h5")], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+    writing = [sys.executable, "-c", write, str(tmp_path / "s.h5")]
+    with subprocess.Popen(writing, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         code, _, err = run(capsys, "recon", tmp_path / "s.h5", tmp_path / "i.h5", "--method", "cg")
         other.stdin.close()
@@ -159,12 +171,14 @@ def test_what_a_group_lacks_to_be_a_scan_is_told(tmp_path, scan_path, lost):
     with h5py.File(tmp_path / "s.h5", "a") as file:
         for name in lost:
             del file[f"dataset/{name}"]
+    lacks = f"it lacks {' and '.join(lost)}"
     for group in (None, "dataset", "/dataset/"):
-        with pytest.raises(FileError, match=f"the group '{group or 'dataset'}' of {tmp_path / 's.h5'} is no ISMRMRD scan: it lacks {' and '.join(lost)}$"):
+        said = f"the group '{group or 'dataset'}' of {tmp_path / 's.h5'} is no ISMRMRD scan: {lacks}$"
+        with pytest.raises(FileError, match=said):
             ScanFile(tmp_path / "s.h5", group)
     with h5py.File(tmp_path / "s.h5", "a") as file, h5py.File(scan_path) as whole:
         whole.copy("dataset", file, "other")
-    with pytest.raises(FileError, match=rf"it lacks {' and '.join(lost)} \(groups with scans: other\)$"):
+    with pytest.raises(FileError, match=rf"{lacks} \(groups with scans: other\)$"):
         ScanFile(tmp_path / "s.h5", "dataset")
 
 
@@ -185,7 +199,8 @@ def test_truncated_and_forbidden_files_are_told_as_such(tmp_path, scan_path, mon
     (tmp_path / "s.h5").write_bytes(content[:5000])
     with pytest.raises(FileError) as error:
         ScanFile(tmp_path / "s.h5")
-    assert str(error.value) == f"{tmp_path / 's.h5'} is truncated (5000 of {len(content)} bytes): its end was not copied or never written"
+    said = f"{tmp_path / 's.h5'} is truncated (5000 of {len(content)} bytes)"
+    assert str(error.value) == f"{said}: its end was not copied or never written"
 
     def forbidden(*_):
         raise PermissionError(13, "Unable to synchronously open file")
@@ -204,6 +219,8 @@ def test_a_scan_that_cannot_be_written_is_a_sentence(tmp_path):
 def test_partitions_find_their_volume_beyond_the_numbers_that_a_header_holds():
     """image_index is of 16 bits: volume 8192 of 8 partitions would come back as the first one."""
     volume, scan, options = point((8, 10, 12), (1, 1, 1)), a_scan(), make_options({"layout": "partitions"})
-    parts = [image for number in (0, 8191, 8192) for image in make_images(volume, scan, options, HEADER, 2, number, "name", [])]
+    parts = []
+    for number in (0, 8191, 8192):
+        parts += make_images(volume, scan, options, HEADER, 2, number, "name", [])
     assert {image.image_index for image in parts[:8]} & {image.image_index for image in parts[16:]}
     assert [image.data.shape[1] for image in join_partitions(parts)] == [8] * 3

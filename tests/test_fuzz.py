@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from gadgets.wire import Wire, WireError
 
-SETTINGS = settings(max_examples=300, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+SETTINGS = settings(
+    max_examples=300, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+)
 KNOWN = [1, 2, 3, 4, 5, 6, 7, 8, 1008, 1022, 1026]
 
 
@@ -56,10 +58,15 @@ def golden():
     image.meta = ismrmrd.Meta({"ImageComments": "x"})
     text = lambda kind, words: struct.pack("<HI", kind, len(words)) + words  # noqa: E731
     parts = [
-        struct.pack("<H1024s", 1, b"default"), text(2, b"<configuration/>"), text(3, b"<h/>"), text(5, b"{}"),
-        struct.pack("<HQQQ", 6, 0, 1, 2) + b"ok", struct.pack("<HQQ", 7, 1, 2) + b"ok", struct.pack("<HQ", 8, 2) + b"no",
+        struct.pack("<H1024s", 1, b"default"),
+        text(2, b"<configuration/>"),
+        text(3, b"<h/>"),
+        text(5, b"{}"),
+        struct.pack("<HQQQ", 6, 0, 1, 2) + b"ok",
+        struct.pack("<HQQ", 7, 1, 2) + b"ok",
+        struct.pack("<HQ", 8, 2) + b"no",
         *(struct.pack("<H", kind) + item.to_bytes() for kind, item in ((1008, line), (1026, wave), (1022, image))),
-    ]  # fmt: skip
+    ]
     return b"".join(parts) + struct.pack("<H", 4)
 
 

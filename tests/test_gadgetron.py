@@ -37,7 +37,9 @@ def serving(command, environment=None):
     """A server process that listens on a free port, given to `command` as its last argument; yields the port."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    process = subprocess.Popen([*command, str(port)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*command, str(port)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         for _ in range(600):
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
@@ -58,10 +60,22 @@ def gadgetron():
         yield port
 
 
+def fast_chain(name):
+    """A shipped chain with few sweeps on the CPU."""
+    shipped = (CHAINS / f"slicediff_{name}.xml").read_text()
+    return shipped.replace("<configuration>\n                <property", f"<configuration>{FAST}<property")
+
+
+def chain_to(name, port):
+    """A shipped chain that connects to a server on that port."""
+    return (CHAINS / f"slicediff_{name}.xml").read_text().replace('port="9003"', f'port="{port}"')
+
+
 def run_client(port, scan, out, *config):
     """What gadgetron_ismrmrd_client printed."""
+    server, files = ["-a", "127.0.0.1", "-p", str(port)], ["-f", str(scan), "-o", str(out), "-G", "images"]
+    command = ["gadgetron_ismrmrd_client", *server, *files, *config]
     for _ in range(5):
-        command = ["gadgetron_ismrmrd_client", "-a", "127.0.0.1", "-p", str(port), "-f", str(scan), "-o", str(out), "-G", "images", *config]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         if LOST_WAKE_UP not in done.stdout + done.stderr:
             break
@@ -80,7 +94,7 @@ def assert_same_pixels(path, expected):
 
 
 def test_execute_chain(scan_path, tmp_path, expected):
-    chain = (CHAINS / "slicediff_execute.xml").read_text().replace("<configuration>\n                <property", f"<configuration>{FAST}<property")
+    chain = fast_chain("execute")
     assert FAST in chain
     (tmp_path / "chain.xml").write_text(chain)
     with gadgetron() as port:
@@ -90,13 +104,13 @@ def test_execute_chain(scan_path, tmp_path, expected):
 
 def test_connect_chain(scan_path, tmp_path, expected):
     with serving([*COMMAND, "serve", "--sweeps", "2", "--device", "cpu", "--port"]) as ours, gadgetron() as port:
-        (tmp_path / "chain.xml").write_text((CHAINS / "slicediff_connect.xml").read_text().replace('port="9003"', f'port="{ours}"'))
+        (tmp_path / "chain.xml").write_text(chain_to("connect", ours))
         run_client(port, scan_path, tmp_path / "out.h5", "-C", str(tmp_path / "chain.xml"))
     assert_same_pixels(tmp_path / "out.h5", expected)
 
 
 def assert_alike(path, expected):
-    """Buffers went through Gadgetron's own whitening and removal of oversampling: geometry is the same, pixels nearly."""
+    """Buffers went through Gadgetron's own whitening and removal of oversampling: same geometry, nearly same pixels."""
     found = read_images(path, "images")
     assert [i.image_series_index for i in found] == [i.image_series_index for i in expected]
     for mine, theirs in zip(expected, found):
@@ -107,13 +121,13 @@ def assert_alike(path, expected):
 
 def test_buffer_chain(scan_path, tmp_path, expected):
     with serving([*COMMAND, "serve", "--sweeps", "2", "--device", "cpu", "--port"]) as ours, gadgetron() as port:
-        (tmp_path / "chain.xml").write_text((CHAINS / "slicediff_buffer.xml").read_text().replace('port="9003"', f'port="{ours}"'))
+        (tmp_path / "chain.xml").write_text(chain_to("buffer", ours))
         run_client(port, scan_path, tmp_path / "out.h5", "-C", str(tmp_path / "chain.xml"))
     assert_alike(tmp_path / "out.h5", expected)
 
 
 def test_generic_chain(scan_path, tmp_path, expected):
-    chain = (CHAINS / "slicediff_generic.xml").read_text().replace("<configuration>\n                <property", f"<configuration>{FAST}<property")
+    chain = fast_chain("generic")
     assert FAST in chain
     (tmp_path / "chain.xml").write_text(chain)
     with gadgetron() as port:
@@ -123,14 +137,15 @@ def test_generic_chain(scan_path, tmp_path, expected):
 
 def test_ten_runs_in_a_row(scan_path, tmp_path, expected):
     with serving([*COMMAND, "serve", "--sweeps", "2", "--device", "cpu", "--port"]) as ours, gadgetron() as port:
-        (tmp_path / "chain.xml").write_text((CHAINS / "slicediff_connect.xml").read_text().replace('port="9003"', f'port="{ours}"'))
+        (tmp_path / "chain.xml").write_text(chain_to("connect", ours))
         for run in range(10):
             run_client(port, scan_path, tmp_path / f"{run}.h5", "-C", str(tmp_path / "chain.xml"))
             assert_same_pixels(tmp_path / f"{run}.h5", expected)
 
 
 def test_an_error_reaches_the_client(scan_path, tmp_path):
-    chain = (CHAINS / "slicediff_execute.xml").read_text().replace('name="method" value="diffusion"', 'name="method" value="magic"')
+    shipped = (CHAINS / "slicediff_execute.xml").read_text()
+    chain = shipped.replace('name="method" value="diffusion"', 'name="method" value="magic"')
     (tmp_path / "chain.xml").write_text(chain)
     with gadgetron() as port:
         assert "option 'method'" in run_client(port, scan_path, tmp_path / "out.h5", "-C", str(tmp_path / "chain.xml"))
@@ -147,15 +162,15 @@ def test_stream_mode_keeps_stdout_clean(scan_path, tmp_path, expected):
     """Images are read from stdout, where any stray byte would put the stream out of step."""
     folder = tmp_path / "share/gadgetron/config"
     folder.mkdir(parents=True)
-    chain = (CHAINS / "slicediff_execute.xml").read_text().replace("<configuration>\n                <property", f"<configuration>{FAST}<property")
-    (folder / "chain.xml").write_text(chain)
+    (folder / "chain.xml").write_text(fast_chain("execute"))
     with ScanFile(scan_path) as scan, (tmp_path / "in.bin").open("wb") as stream:
         stream.write(struct.pack("<HI", 3, len(scan.header_xml)) + scan.header_xml)
         for line in scan.acquisitions():
             stream.write(struct.pack("<H", 1008) + line.to_bytes())
         stream.write(struct.pack("<H", 4))
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    command = ["gadgetron", "-G", str(tmp_path), "-d", "true", "--from_stream", "-i", str(tmp_path / "in.bin"), "-c", "chain.xml"]
+    command = ["gadgetron", "-G", str(tmp_path), "-d", "true", "--from_stream"]
+    command += ["-i", str(tmp_path / "in.bin"), "-c", "chain.xml"]
     done = subprocess.run(command, capture_output=True, env=environment, timeout=300)
     out, images = io.BytesIO(done.stdout), []
     while (kind := struct.unpack("<H", out.read(2))[0]) in (3, 1022):

@@ -25,11 +25,20 @@ def test_full_scan_is_complete_and_clean(full):
     assert scan.warnings == []
 
 
-@pytest.mark.parametrize("flag", [
-    ismrmrd.ACQ_IS_NAVIGATION_DATA, ismrmrd.ACQ_IS_PHASECORR_DATA, ismrmrd.ACQ_IS_DUMMYSCAN_DATA, ismrmrd.ACQ_IS_HPFEEDBACK_DATA,
-    ismrmrd.ACQ_IS_RTFEEDBACK_DATA, ismrmrd.ACQ_IS_SURFACECOILCORRECTIONSCAN_DATA, ismrmrd.ACQ_IS_NOISE_MEASUREMENT,
-    ismrmrd.ACQ_IS_PHASE_STABILIZATION_REFERENCE, ismrmrd.ACQ_IS_PHASE_STABILIZATION,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flag",
+    [
+        ismrmrd.ACQ_IS_NAVIGATION_DATA,
+        ismrmrd.ACQ_IS_PHASECORR_DATA,
+        ismrmrd.ACQ_IS_DUMMYSCAN_DATA,
+        ismrmrd.ACQ_IS_HPFEEDBACK_DATA,
+        ismrmrd.ACQ_IS_RTFEEDBACK_DATA,
+        ismrmrd.ACQ_IS_SURFACECOILCORRECTIONSCAN_DATA,
+        ismrmrd.ACQ_IS_NOISE_MEASUREMENT,
+        ismrmrd.ACQ_IS_PHASE_STABILIZATION_REFERENCE,
+        ismrmrd.ACQ_IS_PHASE_STABILIZATION,
+    ],
+)
 def test_lines_that_are_no_image_data_change_nothing(full, flag):
     header, lines, _ = full
     expected = gathered(header, lines).kspace
@@ -89,29 +98,38 @@ def test_oversampling_that_the_header_does_not_tell_of_is_assumed_and_said(full)
     header, lines, _ = full
     expected = gathered(header, lines).kspace
     silent = copy.deepcopy(header)
-    space = silent.encoding[0].encodedSpace
-    space.matrixSize.x, space.fieldOfView_mm.x = silent.encoding[0].reconSpace.matrixSize.x, silent.encoding[0].reconSpace.fieldOfView_mm.x
+    space, recon = silent.encoding[0].encodedSpace, silent.encoding[0].reconSpace
+    space.matrixSize.x, space.fieldOfView_mm.x = recon.matrixSize.x, recon.fieldOfView_mm.x
     scan = gathered(silent, lines)
     torch.testing.assert_close(scan.kspace, expected)
-    assert f"{len(lines)} lines have 24 samples instead of the 12 in the header: 2-fold readout oversampling was assumed" in scan.warnings
+    said = f"{len(lines)} lines have 24 samples instead of the 12 in the header"
+    assert f"{said}: 2-fold readout oversampling was assumed" in scan.warnings
 
 
 def test_samples_beyond_the_matrix_are_cut_and_said(full):
     header, lines, _ = full
-    longer = [line_like(line, np.pad(line.data, ((0, 0), (2, 2)), constant_values=1e6), center_sample=line.center_sample + 2) for line in lines]
+    longer = []
+    for line in lines:
+        data = np.pad(line.data, ((0, 0), (2, 2)), constant_values=1e6)
+        longer.append(line_like(line, data, center_sample=line.center_sample + 2))
     scan = gathered(header, longer)
     torch.testing.assert_close(scan.kspace, gathered(header, lines).kspace)
-    assert f"{len(lines)} lines have 28 samples instead of the 24 in the header: the outer ones were cut" in scan.warnings
+    said = f"{len(lines)} lines have 28 samples instead of the 24 in the header: the outer ones were cut"
+    assert said in scan.warnings
 
 
 @pytest.mark.parametrize("before", [True, False])
 def test_short_calibration_lines_of_an_oversampled_scan_have_less_resolution(full, before):
-    """Half of an oversampled readout is as long as a whole one without oversampling: the image's lines tell which it is."""
+    """Half of an oversampled readout is as long as a whole one without oversampling.
+
+    The image's lines tell which it is.
+    """
     header, lines, _ = full
     header = copy.deepcopy(header)
-    header.encoding[0].parallelImaging = ismrmrd.xsd.parallelImagingType(
-        accelerationFactor=ismrmrd.xsd.accelerationFactorType(kspace_encoding_step_1=1, kspace_encoding_step_2=1), calibrationMode=ismrmrd.xsd.calibrationModeType("separate")
-    )
+    once = ismrmrd.xsd.accelerationFactorType(kspace_encoding_step_1=1, kspace_encoding_step_2=1)
+    mode = ismrmrd.xsd.calibrationModeType("separate")
+    parallel = ismrmrd.xsd.parallelImagingType(accelerationFactor=once, calibrationMode=mode)
+    header.encoding[0].parallelImaging = parallel
     flag = 1 << (ismrmrd.ACQ_IS_PARALLEL_CALIBRATION - 1)
     short = [line_like(line, line.data[:, 6:18], center_sample=line.center_sample - 6, flags=flag) for line in lines]
     zeroed = [line_like(line, np.pad(line.data[:, 6:18], ((0, 0), (6, 6))), flags=flag) for line in lines]
@@ -132,7 +150,8 @@ def test_a_line_without_its_echo_is_counted_and_told(full):
     header, lines, _ = full
     scan = gathered(header, [line_like(lines[0], center_sample=999), line_like(lines[1], discard_post=90), *lines[2:]])
     assert int(scan.counts.sum()) == len(lines) - 2
-    assert any(w.startswith("2 lines had a different number of channels or samples than most, no samples or no echo") for w in scan.warnings)
+    said = "2 lines had a different number of channels or samples than most, no samples or no echo"
+    assert any(w.startswith(said) for w in scan.warnings)
 
 
 @pytest.mark.parametrize("matrix,samples", [(11, 22), (13, 13), (12, 15), (9, 24)])
@@ -141,7 +160,8 @@ def test_a_readout_is_the_centred_transform(matrix, samples):
     from gadgets.geometry import Geometry
     from gadgets.readout import Readout
 
-    geometry = Geometry((samples, 1, 1), (samples, 1, 1), (matrix, 1, 1), (matrix, 1, 1), (0, 0), ((0, 0), (0, 0)), matrix)
+    encoded, recon = (samples, 1, 1), (matrix, 1, 1)
+    geometry = Geometry(encoded, encoded, recon, recon, (0, 0), ((0, 0), (0, 0)), matrix)
     data = np.random.default_rng(0).standard_normal((2, samples, 2)).astype(np.float32).view(np.complex64)[..., 0]
     row = np.zeros((2, matrix), np.complex64)
     Readout(geometry).add(data, samples // 2, row)
@@ -167,23 +187,50 @@ def test_volumes_are_kept_apart(full, counter):
     assert getattr(second.head.idx, counter) == 1
 
 
-@pytest.mark.parametrize("repetitions,contrasts,block", [
-    (2, 1, 1), (2, 1, 13), (2, 1, 60), (2, 1, 130), (2, 1, 260), (4, 1, 130), (4, 1, 260), (5, 1, 65), (20, 1, 16), (30, 1, 7), (2, 6, 130), (2, 8, 64), (6, 4, 16),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "repetitions,contrasts,block",
+    [
+        (2, 1, 1),
+        (2, 1, 13),
+        (2, 1, 60),
+        (2, 1, 130),
+        (2, 1, 260),
+        (4, 1, 130),
+        (4, 1, 260),
+        (5, 1, 65),
+        (20, 1, 16),
+        (30, 1, 7),
+        (2, 6, 130),
+        (2, 8, 64),
+        (6, 4, 16),
+    ],
+)
 def test_interleaved_repetitions_give_one_volume_each(tmp_path, repetitions, contrasts, block):
     """Blocks of any size: until one comes back, a segment of a repetition looks like a whole one."""
-    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=1, pattern="full", snr=1e5, noise_lines=0), (40, 13, 12))
+    protocol = SimulateOptions(coils=1, pattern="full", snr=1e5, noise_lines=0)
+    header, lines, _ = load_small_scan(tmp_path, protocol, (40, 13, 12))
     blocks = [lines[n : n + block] for n in range(0, len(lines), block)]
     counters = [(repetition, contrast) for repetition in range(repetitions) for contrast in range(contrasts)]
-    scans = list(gather(header, [line_like(line, flags=0, repetition=r, contrast=c) for some in blocks for r, c in counters for line in some]))
-    assert [(scan.head.idx.repetition, scan.head.idx.contrast) for scan in scans] == sorted(counters, key=lambda pair: pair[::-1])
+    stream = [
+        line_like(line, flags=0, repetition=repetition, contrast=contrast)
+        for some in blocks
+        for repetition, contrast in counters
+        for line in some
+    ]
+    scans = list(gather(header, stream))
+    found = [(scan.head.idx.repetition, scan.head.idx.contrast) for scan in scans]
+    assert found == sorted(counters, key=lambda pair: pair[::-1])
     assert all(bool((scan.counts == 1).all()) and scan.warnings == [] for scan in scans)
 
 
 @pytest.mark.parametrize("flags", [0, FIRST_BIT])
 def test_a_long_series_without_last_flags_is_not_held_to_its_end(tmp_path, flags):
-    """Undersampled at random, so that nobody knows what lacks; also where late lines, calibration or another encoding interfere."""
-    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=1, acceleration=2, acs=8, noise_lines=0), (40, 13, 12))
+    """Undersampled at random, so that nobody knows what lacks.
+
+    Also where late lines, calibration or another encoding interfere.
+    """
+    protocol = SimulateOptions(coils=1, acceleration=2, acs=8, noise_lines=0)
+    header, lines, _ = load_small_scan(tmp_path, protocol, (40, 13, 12))
     held, most = 0, 0
 
     def running():
@@ -203,32 +250,46 @@ def test_a_long_series_without_last_flags_is_not_held_to_its_end(tmp_path, flags
 
 @pytest.mark.parametrize("counter", ["contrast", "set", "phase", "slice"])
 def test_repetitions_inside_of_another_counter_are_whole(full, counter):
-    """Each value of the counter has its repetitions with their last lines flagged; a volume is handed out as soon as it is over."""
+    """Each value of the counter has its repetitions with their last lines flagged.
+
+    A volume is handed out as soon as it is over.
+    """
     header, lines, _ = full
     volumes = [(value, repetition) for value in (0, 1) for repetition in (0, 1, 2)]
     consumed, whole = [], []
 
     def running():
         for value, repetition in volumes:
+            factor = 1 + repetition + 3 * value
             for line in lines:
                 consumed.append(1)
-                yield line_like(line, (1 + repetition + 3 * value) * line.data, repetition=repetition, **{counter: value})
+                yield line_like(line, factor * line.data, repetition=repetition, **{counter: value})
 
     for scan in gather(header, running()):
         idx = scan.head.idx
         whole.append(((getattr(idx, counter), idx.repetition), len(consumed) / len(lines)))
         assert bool((scan.counts == 1).all()) and not any("already been reconstructed" in w for w in scan.warnings)
-        torch.testing.assert_close(scan.kspace, (1 + idx.repetition + 3 * getattr(idx, counter)) * gathered(header, lines).kspace)
+        factor = 1 + idx.repetition + 3 * getattr(idx, counter)
+        torch.testing.assert_close(scan.kspace, factor * gathered(header, lines).kspace)
     assert sorted(key for key, _ in whole) == volumes
-    assert all(when < 2.1 for key, when in whole if key == (0, 0)) and all(when < 5.1 for key, when in whole if key == (1, 0))
+    assert sorted(key for key, _ in whole) == volumes
+    assert all(when < 2.1 for key, when in whole if key == (0, 0))
+    assert all(when < 5.1 for key, when in whole if key == (1, 0))
 
 
 def test_averages_outside_of_repetitions_are_waited_for_where_the_header_announces_them(tmp_path):
-    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=1, pattern="full", snr=1e5, noise_lines=0), (20, 13, 12))
+    protocol = SimulateOptions(coils=1, pattern="full", snr=1e5, noise_lines=0)
+    header, lines, _ = load_small_scan(tmp_path, protocol, (20, 13, 12))
     header.encoding[0].encodingLimits.average = ismrmrd.xsd.limitType(minimum=0, maximum=1, center=0)
     loops = [(average, repetition) for average in (0, 1) for repetition in range(6)]
-    scans = list(gather(header, [line_like(line, flags=0, average=average, repetition=repetition) for average, repetition in loops for line in lines]))
-    assert [scan.head.idx.repetition for scan in scans] == list(range(6)) and all(bool((scan.counts == 2).all()) for scan in scans)
+    stream = [
+        line_like(line, flags=0, average=average, repetition=repetition)
+        for average, repetition in loops
+        for line in lines
+    ]
+    scans = list(gather(header, stream))
+    assert [scan.head.idx.repetition for scan in scans] == list(range(6))
+    assert all(bool((scan.counts == 2).all()) for scan in scans)
 
 
 def test_a_line_that_comes_after_its_volume_was_handed_out_is_told(full):
@@ -254,7 +315,8 @@ def test_partial_fourier_lands_where_it_belongs(tmp_path, full):
     header, lines, _ = full
     expected = gathered(header, lines).kspace
     (tmp_path / "pf").mkdir()
-    pf_header, pf_lines, _ = load_small_scan(tmp_path / "pf", SimulateOptions(coils=2, pattern="full", snr=1e5, noise_lines=0, partial_fourier=(0.7, 0.6)))
+    protocol = SimulateOptions(coils=2, pattern="full", snr=1e5, noise_lines=0, partial_fourier=(0.7, 0.6))
+    pf_header, pf_lines, _ = load_small_scan(tmp_path / "pf", protocol)
     scan = gathered(pf_header, pf_lines)
     inside = scan.counts > 0
     assert inside.sum() == 6 * 9 and bool(inside[4:, 4:].all())
@@ -263,7 +325,10 @@ def test_partial_fourier_lands_where_it_belongs(tmp_path, full):
 
 def test_header_nearest_the_centre_is_kept(full):
     header, lines, _ = full
-    marked = [line_like(line, acquisition_time_stamp=1000 * line.idx.kspace_encode_step_2 + line.idx.kspace_encode_step_1) for line in lines]
+    marked = []
+    for line in lines:
+        stamp = 1000 * line.idx.kspace_encode_step_2 + line.idx.kspace_encode_step_1
+        marked.append(line_like(line, acquisition_time_stamp=stamp))
     assert gathered(header, marked).head.acquisition_time_stamp == 5006
 
 
@@ -280,7 +345,8 @@ def test_lines_that_do_not_fit_are_counted_and_told(full):
 def removed(line):
     """A line whose 2-fold oversampling was removed."""
     image = np.fft.fftshift(np.fft.ifft(np.fft.ifftshift(line.data, axes=1), axis=1), axes=1)[:, 6:18]
-    return line_like(line, np.fft.fftshift(np.fft.fft(np.fft.ifftshift(image, axes=1), axis=1), axes=1) * 2**0.5, center_sample=6)
+    data = np.fft.fftshift(np.fft.fft(np.fft.ifftshift(image, axes=1), axis=1), axes=1)
+    return line_like(line, data * 2**0.5, center_sample=6)
 
 
 @pytest.mark.parametrize("upstream,samples", [(False, 48), (True, 24), (True, 14)])
@@ -290,20 +356,27 @@ def test_a_line_of_another_length_does_not_decide_for_the_others(full, upstream,
     header, lines, _ = full
     lines = [removed(line) for line in lines] if upstream else lines
     odd = line_like(lines[20], 1e3 * np.ones((2, samples)), center_sample=samples // 2)
-    expected, scan = gathered(header, lines), gathered(header, [odd, *lines] if first else [*lines[:40], odd, *lines[40:]])
+    stream = [odd, *lines] if first else [*lines[:40], odd, *lines[40:]]
+    expected, scan = gathered(header, lines), gathered(header, stream)
     came = scan.counts > 0
     assert bool((scan.counts <= 1).all()) and int(scan.counts.sum()) >= len(lines) - 2 * first
     torch.testing.assert_close(scan.kspace[:, came], expected.kspace[:, came])
     left_out = 1 + len(lines) - int(scan.counts.sum())
-    assert f"{left_out} line{'s' * (left_out > 1)} had a different number of channels or samples than most" in scan.warnings[0]
+    said = f"{left_out} line{'s' * (left_out > 1)} had a different number of channels or samples than most"
+    assert said in scan.warnings[0]
 
 
 def test_odd_lines_among_averages_do_not_outnumber_the_others(full):
-    """Two averages, each good line followed by one of one coil at its place; one short line in a contrast that has none."""
+    """Two averages, each good line followed by one of one coil at its place.
+
+    And one short line in a contrast that has none.
+    """
     header, lines, _ = full
     good = [line_like(line, average=average) for average in (0, 1) for line in lines]
-    scan = gathered(header, [line for pair in zip(good, (line_like(line, line.data[:1]) for line in good)) for line in pair])
-    assert scan.kspace.shape[0] == 2 and bool((scan.counts == 2).all()) and scan.warnings[0].startswith(f"{len(good)} lines had a different number of channels")
+    odd = [line_like(line, line.data[:1]) for line in good]
+    scan = gathered(header, [line for pair in zip(good, odd) for line in pair])
+    assert scan.kspace.shape[0] == 2 and bool((scan.counts == 2).all())
+    assert scan.warnings[0].startswith(f"{len(good)} lines had a different number of channels")
     bare = [removed(line) for line in lines]
     short = [line_like(lines[n], lines[n].data[:, 6:18], contrast=1, center_sample=6) for n in (10, 20, 30)]
     long = [line_like(line, contrast=1) for line in lines]
@@ -313,7 +386,10 @@ def test_odd_lines_among_averages_do_not_outnumber_the_others(full):
 
 
 def test_contrasts_have_readouts_of_their_own(full):
-    """Twice the samples in one contrast change nothing in the other; half of them are a lower resolution, also where they come first."""
+    """Twice the samples in one contrast change nothing in the other.
+
+    Half of them are a lower resolution, also where they come first.
+    """
     header, lines, _ = full
     long = [line_like(line, np.repeat(line.data, 2, axis=1), contrast=1, center_sample=24) for line in lines]
     scans = list(gather(header, [line for pair in zip(long, lines) for line in pair]))
@@ -321,7 +397,8 @@ def test_contrasts_have_readouts_of_their_own(full):
     assert scans[0].warnings == [] and "2-fold readout oversampling was assumed" in scans[1].warnings[0]
     short = [line_like(line, line.data[:, 6:18], contrast=1, center_sample=6) for line in lines]
     padded = [line_like(line, np.pad(line.data[:, 6:18], ((0, 0), (6, 6)))) for line in lines]
-    for scans in (list(gather(header, [*lines, *short])), list(gather(header, [line for pair in zip(lines, short) for line in pair]))):
+    mixed = [line for pair in zip(lines, short) for line in pair]
+    for scans in (list(gather(header, stream)) for stream in ([*lines, *short], mixed)):
         torch.testing.assert_close(scans[1].kspace, gathered(header, padded).kspace)
         assert "at a lower resolution" in scans[1].warnings[0] and scans[0].warnings == []
     early = list(gather(header, [*short, *lines]))
@@ -331,17 +408,21 @@ def test_contrasts_have_readouts_of_their_own(full):
 def test_a_volume_taken_for_short_lines_keeps_them(full):
     """Most contrasts turn out to be as long as without oversampling only once many lines of the first of them came."""
     header, lines, _ = full
-    short = [[line_like(line, line.data[:, 6:18], contrast=contrast, center_sample=6) for line in lines] for contrast in (1, 2, 3)]
+    short = []
+    for contrast in (1, 2, 3):
+        short.append([line_like(line, line.data[:, 6:18], contrast=contrast, center_sample=6) for line in lines])
     scans = list(gather(header, [*lines, *short[0], *(line for pair in zip(*short[1:]) for line in pair)]))
     assert all(bool((scan.counts == 1).all()) for scan in scans[:2])
     assert sum(int(scan.counts.sum()) for scan in scans) >= 4 * len(lines) - 2 * 18
-    assert [any("too short for the readout oversampling" in warning for warning in scan.warnings) for scan in scans] == [False, True, True, True]
+    told = [any("too short for the readout oversampling" in warning for warning in scan.warnings) for scan in scans]
+    assert told == [False, True, True, True]
 
 
 def test_lines_shorter_than_without_oversampling_are_told(full):
     header, lines, _ = full
     scan = gathered(header, [line_like(line, line.data[:, 8:16], center_sample=4) for line in lines])
-    assert scan.warnings == [f"{len(lines)} lines have 8 samples instead of the 24 in the header: oversampling was assumed to be removed already"]
+    said = f"{len(lines)} lines have 8 samples instead of the 24 in the header"
+    assert scan.warnings == [f"{said}: oversampling was assumed to be removed already"]
 
 
 def test_discarded_samples_show_that_the_oversampling_is_there(full):
@@ -356,7 +437,8 @@ def test_noise_lines_without_a_flag_do_not_decide(full):
     header, lines, _ = full
     noise = [line_like(lines[0], 1e3 * np.ones((2, 100)), center_sample=50) for _ in range(16)]
     scan = gathered(header, [*noise, *lines])
-    assert int(scan.counts.sum()) >= len(lines) - 1 and scan.warnings[0].startswith("17 lines had a different number of channels or samples")
+    assert int(scan.counts.sum()) >= len(lines) - 1
+    assert scan.warnings[0].startswith("17 lines had a different number of channels or samples")
 
 
 def test_first_lines_of_other_coils_do_not_decide(full):
@@ -404,16 +486,21 @@ def test_centre_outside_its_limits_is_corrected_and_said(full):
 def test_a_centre_that_would_lose_many_lines_is_moved_and_said(full, low, high, centre, assumed):
     """All 13 steps fit in one way only; of fewer the nearest centre is taken with which they fit."""
     header = copy.deepcopy(full[0])
-    header.encoding[0].encodingLimits.kspace_encoding_step_1 = ismrmrd.xsd.limitType(minimum=low, maximum=high, center=centre)
+    limits = ismrmrd.xsd.limitType(minimum=low, maximum=high, center=centre)
+    header.encoding[0].encodingLimits.kspace_encoding_step_1 = limits
     geometry = read_geometry(header)
     assert geometry.centre[0] == assumed and geometry.limits[0] == (low, high)
-    assert f"centre {centre} of kspace_encoding_step_1 would put" in geometry.warnings[0] and f": {assumed} assumed" in geometry.warnings[0]
+    assert f"centre {centre} of kspace_encoding_step_1 would put" in geometry.warnings[0]
+    assert f": {assumed} assumed" in geometry.warnings[0]
 
 
 @pytest.mark.parametrize("repetitions", [1, 2])
 @pytest.mark.parametrize("apart", [False, True])
 def test_a_centre_that_cannot_be_is_found_out_by_the_lines(full, repetitions, apart):
-    """The header says 2 of 0 to 12, and all of them come; the calibration, which repetitions share, is moved as the image is."""
+    """The header says 2 of 0 to 12, and all of them come.
+
+    The calibration, which repetitions share, is moved as the image is.
+    """
     header, lines, _ = full
     header = copy.deepcopy(header)
     header.encoding[0].parallelImaging = None
@@ -424,11 +511,13 @@ def test_a_centre_that_cannot_be_is_found_out_by_the_lines(full, repetitions, ap
     square = [line_like(line, flags=bit) for line in lines if 3 <= line.idx.kspace_encode_step_1 < 10] if apart else []
     items = [*square, *(line_like(line, repetition=r, flags=0) for r in range(repetitions) for line in lines)]
     held: list[list[int]] = [[], []]
-    right, turned = (list(gather(h, items, lambda coils, volumes, counted=counted: counted.append(volumes))) for h, counted in zip((header, wrong), held))
+    right = list(gather(header, items, lambda coils, volumes: held[0].append(volumes)))
+    turned = list(gather(wrong, items, lambda coils, volumes: held[1].append(volumes)))
     assert len(right) == len(turned) == repetitions and held[0] == held[1]
     for a, b in zip(right, turned):
-        assert torch.equal(a.kspace, b.kspace) and torch.equal(a.counts, b.counts) and a.geometry.centre == b.geometry.centre
-        assert bytes(a.head) == bytes(b.head) and a.head.idx.kspace_encode_step_1 == 6 and a.head.idx.kspace_encode_step_2 == 5
+        assert torch.equal(a.kspace, b.kspace) and torch.equal(a.counts, b.counts)
+        assert a.geometry.centre == b.geometry.centre and bytes(a.head) == bytes(b.head)
+        assert a.head.idx.kspace_encode_step_1 == 6 and a.head.idx.kspace_encode_step_2 == 5
         assert (a.calibration is None) == (b.calibration is None) == (not apart)
         assert not apart or all(torch.equal(x, y) for x, y in zip(a.calibration, b.calibration))
         said = [w for w in b.warnings if w not in a.warnings]
@@ -438,17 +527,27 @@ def test_a_centre_that_cannot_be_is_found_out_by_the_lines(full, repetitions, ap
 @pytest.mark.parametrize("flagged", [True, False])
 def test_a_centre_that_was_found_out_ends_repetitions_as_a_right_one_does(tmp_path, flagged):
     header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=1, pattern="full", noise_lines=0), (16, 20, 8))
-    items = [line_like(line, repetition=r, flags=(1 << (ismrmrd.ACQ_LAST_IN_REPETITION - 1) if flagged and line is lines[-1] else 0)) for r in range(6) for line in lines]
+    last_flag = 1 << (ismrmrd.ACQ_LAST_IN_REPETITION - 1)
+    items = []
+    for repetition in range(6):
+        for line in lines:
+            flags = last_flag if flagged and line is lines[-1] else 0
+            items.append(line_like(line, repetition=repetition, flags=flags))
     wrong = copy.deepcopy(header)
     wrong.encoding[0].encodingLimits.kspace_encoding_step_1.center = 3
     counted: list[list[int]] = [[], []]
-    right, moved = ([scan.kspace for scan in gather(h, items, lambda coils, volumes, c=c: c.append(volumes))] for h, c in zip((header, wrong), counted))
+    right = [scan.kspace for scan in gather(header, items, lambda coils, volumes: counted[0].append(volumes))]
+    moved = [scan.kspace for scan in gather(wrong, items, lambda coils, volumes: counted[1].append(volumes))]
     assert all(torch.equal(a, b) for a, b in zip(right, moved, strict=True)) and counted[0] == counted[1]
 
 
 def test_strays_do_not_move_the_centre(tmp_path):
-    """Two lines at steps that partial Fourier leaves out; nor do lines that are not even announced, or have other channels."""
-    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=2, pattern="full", noise_lines=0, partial_fourier=(0.7, 1)))
+    """Two lines at steps that partial Fourier leaves out.
+
+    Nor do lines that are not even announced, or have other channels.
+    """
+    protocol = SimulateOptions(coils=2, pattern="full", noise_lines=0, partial_fourier=(0.7, 1))
+    header, lines, _ = load_small_scan(tmp_path, protocol)
     limit, size = header.encoding[0].encodingLimits.kspace_encoding_step_1, header.encoding[0].encodedSpace.matrixSize.y
     expected = gathered(header, lines)
     limit.maximum = size - 1
@@ -458,22 +557,26 @@ def test_strays_do_not_move_the_centre(tmp_path):
     scan = gathered(header, [*lines[:7], *strays, *lines[7:]])
     assert torch.equal(scan.kspace, expected.kspace) and scan.geometry.centre == expected.geometry.centre
     said = " ".join(scan.warnings)
-    assert "2 lines lay outside" in said and "5 lines lay outside" in said and "9 lines had a different number of channels" in said
+    assert "2 lines lay outside" in said and "5 lines lay outside" in said
+    assert "9 lines had a different number of channels" in said
 
 
 @pytest.mark.parametrize("repetitions", [1, 3])
 def test_partial_fourier_with_the_limits_of_the_whole_matrix_keeps_its_centre(tmp_path, repetitions):
     """Steps 0 to 8 came, k = 0 at 2: the centre is right, the announced maximum of 12 is that of the matrix."""
-    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=2, pattern="full", noise_lines=0, partial_fourier=(0.7, 1), repetitions=repetitions))
+    sampling = dict(pattern="full", partial_fourier=(0.7, 1), repetitions=repetitions)
+    header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=2, noise_lines=0, **sampling))
     limit = header.encoding[0].encodingLimits.kspace_encoding_step_1
     nominal = copy.deepcopy(header)
     size = header.encoding[0].encodedSpace.matrixSize.y
     assert 0 < limit.center < size // 2 - size // 10 and limit.maximum < size - 1
     nominal.encoding[0].encodingLimits.kspace_encoding_step_1.maximum = size - 1
     for a, b in zip(gather(header, lines), gather(nominal, lines), strict=True):
-        assert torch.equal(a.kspace, b.kspace) and torch.equal(a.counts, b.counts) and a.geometry.limits == b.geometry.limits
+        assert torch.equal(a.kspace, b.kspace) and torch.equal(a.counts, b.counts)
+        assert a.geometry.limits == b.geometry.limits
         (said,) = [w for w in b.warnings if w not in a.warnings]
-        assert said.startswith(f"the header's centre {limit.center} of kspace_encoding_step_1 would put") and said.endswith("it was kept, as those did not come")
+        assert said.startswith(f"the header's centre {limit.center} of kspace_encoding_step_1 would put")
+        assert said.endswith("it was kept, as those did not come")
 
 
 def test_limits_beyond_the_matrix_are_not_taken_for_lines_that_never_came(full):
@@ -489,7 +592,8 @@ def test_a_centre_sample_that_nobody_wrote_is_assumed_and_said(full):
     expected = gathered(header, lines).kspace
     scan = gathered(header, [line_like(line, center_sample=0) for line in lines])
     assert torch.equal(scan.kspace, expected)
-    assert scan.warnings == ["130 lines had a centre sample that would put others outside k-space: the middle was assumed"]
+    said = "130 lines had a centre sample that would put others outside k-space: the middle was assumed"
+    assert scan.warnings == [said]
     half = gathered(header, [line_like(line, line.data[:, 12:], center_sample=0) for line in lines])
     assert half.warnings == [] and not torch.equal(half.kspace, expected)
 
@@ -504,7 +608,8 @@ def test_calibration_lines_that_are_the_images_centre_serve_both(full):
     marked = [line_like(line, flags=bit if 3 <= line.idx.kspace_encode_step_1 < 10 else 0) for line in lines]
     scan = gathered(header, marked)
     torch.testing.assert_close(scan.kspace, expected)
-    assert bool((scan.counts == 1).all()) and scan.warnings[0].startswith("the calibration lines are used for the image too")
+    assert bool((scan.counts == 1).all())
+    assert scan.warnings[0].startswith("the calibration lines are used for the image too")
     apart = gathered(header, [*[line for line in marked if line.flags], *(line_like(line, flags=0) for line in lines)])
     torch.testing.assert_close(apart.kspace, expected)
     assert not apart.warnings and bool((apart.counts == 1).all())
@@ -516,14 +621,18 @@ def test_many_averages_are_not_taken_for_lines_that_came_twice(full):
     assert int(scan.counts.max()) == 66 and not [w for w in scan.warnings if "more than once" in w]
 
 
-@pytest.mark.parametrize("low,high,centre,message", [
-    (0, 30, 6, "limits 0 to 30 of kspace_encoding_step_1 with centre 6 exceed its matrix 13"),
-    (9, 3, 6, "limits of kspace_encoding_step_1 run from 9 to 3"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "low,high,centre,message",
+    [
+        (0, 30, 6, "limits 0 to 30 of kspace_encoding_step_1 with centre 6 exceed its matrix 13"),
+        (9, 3, 6, "limits of kspace_encoding_step_1 run from 9 to 3"),
+    ],
+)
 def test_impossible_limits_are_said(full, low, high, centre, message):
     header, lines, _ = full
     header = copy.deepcopy(header)
-    header.encoding[0].encodingLimits.kspace_encoding_step_1 = ismrmrd.xsd.limitType(minimum=low, maximum=high, center=centre)
+    limits = ismrmrd.xsd.limitType(minimum=low, maximum=high, center=centre)
+    header.encoding[0].encodingLimits.kspace_encoding_step_1 = limits
     scan = gathered(header, lines)
     assert bool((scan.counts == 1).all())
     assert any(message in w for w in scan.warnings)
@@ -543,9 +652,12 @@ def test_each_noise_line_is_scaled_by_its_own_dwell_time(tmp_path):
     header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=2, pattern="full", noise_lines=4))
     expected = gathered(header, lines).noise
     assert torch.equal(expected, torch.from_numpy(np.concatenate([line.data for line in lines[:4]], axis=1)))
-    for dwells in ((5.0, 20.0, 1.25, 5.0), (20.0, 5.0, 5.0, 1.25), (1.25, 0.0, 5.0, 20.0)):  # 0: not told, taken for the first one's
+    # 0: not told, taken for the first one's
+    for dwells in ((5.0, 20.0, 1.25, 5.0), (20.0, 5.0, 5.0, 1.25), (1.25, 0.0, 5.0, 20.0)):
         told = [dwell or dwells[0] for dwell in dwells]
-        noise = [line_like(line, line.data * (5.0 / t) ** 0.5, sample_time_us=dwell) for line, t, dwell in zip(lines, told, dwells)]
+        noise = []
+        for line, t, dwell in zip(lines, told, dwells):
+            noise.append(line_like(line, line.data * (5.0 / t) ** 0.5, sample_time_us=dwell))
         torch.testing.assert_close(gathered(header, [*noise, *lines[4:]]).noise, expected)
 
 
@@ -565,16 +677,22 @@ def test_gathered_noise_is_as_strong_as_the_noise_lines_say(tmp_path):
 
 
 def test_noise_lines_serve_the_volumes_after_them(tmp_path):
-    """Louder ones before the second repetition change nothing in the first; the same ones again change nothing at all; where none came in time, all are used."""
+    """Louder ones before the second repetition change nothing in the first.
+
+    The same ones again change nothing at all; where none came in time, all are used.
+    """
     header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=2, pattern="full", noise_lines=8, snr=50))
     noise, lines = lines[:8], lines[8:]
-    louder, again = [line_like(line, 2 * line.data) for line in noise], [line_like(line, repetition=1) for line in lines]
+    louder = [line_like(line, 2 * line.data) for line in noise]
+    again = [line_like(line, repetition=1) for line in lines]
     expected = gathered(header, [*noise, *lines]).noise
     first, second = gather(header, [*noise, *lines, *louder, *again])
     assert torch.equal(first.noise, expected) and torch.equal(second.noise, 2 * expected)
-    assert not [w for w in first.warnings if "noise" in w] and [w for w in second.warnings if w.startswith("the noise lines before this volume are 2 times as loud")]
+    assert not [w for w in first.warnings if "noise" in w]
+    assert [w for w in second.warnings if w.startswith("the noise lines before this volume are 2 times as loud")]
     gain = [line_like(line, 2 * line.data) for line in again]
-    a, b = reconstruct(header, [*noise, *lines, *louder, *gain], None, make_options({"method": "cg", "device": "cpu", "output": "float32"}))
+    options = make_options({"method": "cg", "device": "cpu", "output": "float32"})
+    a, b = reconstruct(header, [*noise, *lines, *louder, *gain], None, options)
     np.testing.assert_allclose(a.data, b.data, rtol=0, atol=1e-4 * a.data.max())  # the receivers' gain
     other = [line_like(line, 1.1 * line.data[:, ::-1]) for line in noise]
     for items in ([*noise, *lines, *other, *again], [*lines, *noise, *again]):
@@ -584,15 +702,17 @@ def test_noise_lines_serve_the_volumes_after_them(tmp_path):
 
 def test_noise_of_other_coils_is_not_used_and_said(tmp_path):
     header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=2, pattern="full", noise_lines=4))
-    lines = [line_like(line, line.data[:1]) if line.is_flag_set(ismrmrd.ACQ_IS_NOISE_MEASUREMENT) else line for line in lines]
+    lines = [line_like(line, line.data[:1]) if line.flags & NOISE_BIT else line for line in lines]
     scan = gathered(header, lines)
-    assert scan.noise is None and "the noise lines have 1 channels instead of the scan's 2: they were not used" in scan.warnings
+    assert scan.noise is None
+    assert "the noise lines have 1 channels instead of the scan's 2: they were not used" in scan.warnings
 
 
 def test_too_few_noise_samples_are_not_used_and_said(tmp_path):
     header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=2, pattern="full", noise_lines=1))
     scan = gathered(header, [line_like(lines[0], lines[0].data[:, :7]), *lines[1:]])
-    assert scan.noise is None and "the noise lines have 7 samples for 2 channels, too few: they were not used" in scan.warnings
+    assert scan.noise is None
+    assert "the noise lines have 7 samples for 2 channels, too few: they were not used" in scan.warnings
 
 
 def test_memory_is_one_array(tmp_path):
@@ -608,11 +728,17 @@ def test_memory_is_one_array(tmp_path):
     assert peak <= 1.3 * scan.kspace.numel() * 8
 
 
-@pytest.mark.parametrize("changes,said", [
-    ({"center_sample": 500}, "130 lines had a different number of channels or samples than most, no samples or no echo"),
-    ({"kspace_encode_step_2": 900}, "130 lines lay outside the encoded matrix"),
-    ({"discard_pre": 500}, "130 lines had a different number"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes,said",
+    [
+        (
+            {"center_sample": 500},
+            "130 lines had a different number of channels or samples than most, no samples or no echo",
+        ),
+        ({"kspace_encode_step_2": 900}, "130 lines lay outside the encoded matrix"),
+        ({"discard_pre": 500}, "130 lines had a different number"),
+    ],
+)
 def test_a_volume_none_of_whose_lines_can_be_used_is_told(full, changes, said):
     header, lines, _ = full
     images, lost = [], [line_like(line, contrast=1, **changes) for line in lines]
@@ -637,8 +763,13 @@ def test_a_line_without_channels_takes_no_volume_with_it(full, counter):
 def test_what_noise_lines_discard_is_no_noise(tmp_path):
     header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=2, pattern="full", noise_lines=4))
     plain = gathered(header, lines).noise
-    padded = [line_like(line, np.pad(line.data, ((0, 0), (7, 5)), constant_values=1e6), discard_pre=7, discard_post=5) if line.flags & NOISE_BIT else line for line in lines]
-    torch.testing.assert_close(gathered(header, padded).noise, plain)
+
+    def padded(line):
+        data = np.pad(line.data, ((0, 0), (7, 5)), constant_values=1e6)
+        return line_like(line, data, discard_pre=7, discard_post=5)
+
+    lines = [padded(line) if line.flags & NOISE_BIT else line for line in lines]
+    torch.testing.assert_close(gathered(header, lines).noise, plain)
 
 
 @pytest.mark.parametrize("dwell", [0.0, float("nan"), float("inf")])
@@ -650,11 +781,13 @@ def test_a_dwell_time_that_makes_no_sense_is_no_dwell_time(tmp_path, dwell):
 
 @pytest.mark.parametrize("useless", [False, True])
 def test_contrasts_of_another_dwell_time_keep_their_brightness(tmp_path, useless):
-    """The same samples, said to be read twice as slowly, are less noisy, not brighter; with noise lines of no use too."""
+    """The same samples, said to be read half as fast, are less noisy, not brighter; also with useless noise lines."""
     header, lines, _ = load_small_scan(tmp_path, SimulateOptions(coils=2, pattern="full", snr=50, noise_lines=8))
     lines = [line_like(line, 0 * line.data) if useless and line.flags & NOISE_BIT else line for line in lines]
-    slow = [line_like(line, contrast=1, sample_time_us=2 * line.sample_time_us) for line in lines if not line.flags & NOISE_BIT]
-    first, second = reconstruct(header, [*lines, *slow], None, make_options({"method": "cg", "device": "cpu", "output": "float32"}))
+    imaging = [line for line in lines if not line.flags & NOISE_BIT]
+    slow = [line_like(line, contrast=1, sample_time_us=2 * line.sample_time_us) for line in imaging]
+    options = make_options({"method": "cg", "device": "cpu", "output": "float32"})
+    first, second = reconstruct(header, [*lines, *slow], None, options)
     bright = first.data > 0.5 * first.data.max()
     assert second.data[bright].mean() == pytest.approx(first.data[bright].mean(), rel=0.02)
 
@@ -669,20 +802,25 @@ def test_lines_of_other_encodings_alone_are_counted_and_named(full):
     header, lines, _ = full
     navigator = line_like(lines[0], flags=1 << (ismrmrd.ACQ_IS_NAVIGATION_DATA - 1))
     calibration = 1 << (ismrmrd.ACQ_IS_PARALLEL_CALIBRATION - 1)
-    others = [*(line_like(line, encoding_space_ref=1) for line in lines[:70]), *(line_like(line, encoding_space_ref=2, flags=calibration) for line in lines[70:79])]
+    others = [line_like(line, encoding_space_ref=1) for line in lines[:70]]
+    others += [line_like(line, encoding_space_ref=2, flags=calibration) for line in lines[70:79]]
     with pytest.raises(ScanError) as refused:
         list(gather(header, [navigator, *others]))
     assert str(refused.value) == (
-        "the scan holds no imaging line (70 lines of encoding space 1, 9 lines of encoding space 2, 1 other line came): nothing to reconstruct"
+        "the scan holds no imaging line (70 lines of encoding space 1, 9 lines of encoding space 2, "
+        "1 other line came): nothing to reconstruct"
     )
 
 
-@pytest.mark.parametrize("change,message", [
-    (lambda e: setattr(e.encodedSpace.matrixSize, "y", 0), "matrix of at least 1"),
-    (lambda e: setattr(e.reconSpace.fieldOfView_mm, "x", 0.0), "positive, finite field of view"),
-    (lambda e: setattr(e, "trajectory", ismrmrd.xsd.trajectoryType.RADIAL), "cartesian"),
-    (lambda e: setattr(e, "reconSpace", None), "lacks"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (lambda e: setattr(e.encodedSpace.matrixSize, "y", 0), "matrix of at least 1"),
+        (lambda e: setattr(e.reconSpace.fieldOfView_mm, "x", 0.0), "positive, finite field of view"),
+        (lambda e: setattr(e, "trajectory", ismrmrd.xsd.trajectoryType.RADIAL), "cartesian"),
+        (lambda e: setattr(e, "reconSpace", None), "lacks"),
+    ],
+)
 def test_impossible_headers_are_refused(full, change, message):
     header = copy.deepcopy(full[0])
     change(header.encoding[0])

@@ -64,7 +64,8 @@ try:
 except RuntimeError as error:
     print(error)
 for _ in range(2):
-    assert run_chain(sys.argv[1], None, method="cg", device="cuda")[0].meta["ImageComments"].count("the GPU failed") == 1
+    image = run_chain(sys.argv[1], None, method="cg", device="cuda")[0]
+    assert image.meta["ImageComments"].count("the GPU failed") == 1
 assert gpu_lost.is_set()
 print("answered twice")
 """
@@ -82,7 +83,8 @@ from gadgets import solve
 solve.HANG_S = 20
 torch.cuda._sleep(10**11)
 for _ in range(2):
-    assert run_chain(sys.argv[1], None, method="cg", device="cuda")[0].meta["ImageComments"].count("the GPU failed") == 1
+    image = run_chain(sys.argv[1], None, method="cg", device="cuda")[0]
+    assert image.meta["ImageComments"].count("the GPU failed") == 1
 print("answered twice", flush=True)
 os._exit(0)  # as `serve` does: no end of what hangs is waited for
 """
@@ -92,8 +94,10 @@ os._exit(0)  # as `serve` does: no end of what hangs is waited for
 
 def in_a_process(code: str, scan_path: Path) -> subprocess.CompletedProcess:
     """What `code` printed in a process of its own, which may import from the tests."""
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run([sys.executable, "-c", code, str(scan_path)], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=180)
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-c", code, str(scan_path)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
 
 
 def test_the_larger_prior_is_taken_there():

@@ -18,13 +18,20 @@ def changed(old: str, new: str, count: int = 1) -> bytes:
     return XML.replace(old.encode(), new.encode(), count)
 
 
-@pytest.mark.parametrize("xml", [
-    XML, XML.decode(), XML + b"\0", BARE, b"\xef\xbb\xbf" + XML,
-    changed("<encoding>", "<newerThanThisSchema><x>1</x></newerThanThisSchema><encoding>"),
-    changed("<measurementInformation>", "<version>8</version><measurementInformation>"),
-    changed("simulated_3D", "T1 \u00e4"),  # the declaration says ascii
-    XML.replace(b"simulated_3D", "T1 \u00e4".encode("latin-1")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "xml",
+    [
+        XML,
+        XML.decode(),
+        XML + b"\0",
+        BARE,
+        b"\xef\xbb\xbf" + XML,
+        changed("<encoding>", "<newerThanThisSchema><x>1</x></newerThanThisSchema><encoding>"),
+        changed("<measurementInformation>", "<version>8</version><measurementInformation>"),
+        changed("simulated_3D", "T1 \u00e4"),  # the declaration says ascii
+        XML.replace(b"simulated_3D", "T1 \u00e4".encode("latin-1")),
+    ],
+)
 def test_the_same_geometry_is_read(xml):
     assert read_geometry(parse_header(xml)) == read_geometry(parse_header(XML))
 
@@ -38,17 +45,21 @@ def test_letters_beyond_ascii_survive():
 @pytest.mark.filterwarnings("ignore:Failed to convert")
 def test_odd_values_where_nothing_is_needed_are_let_be():
     xml = changed("<H1resonanceFrequency_Hz>123000000<", "<H1resonanceFrequency_Hz>1.23e8<")
-    assert read_geometry(parse_header(xml.replace(b"<patientPosition>", b"<seriesDate>last week</seriesDate><patientPosition>"))).shape == (20, 24, 22)
+    dated = xml.replace(b"<patientPosition>", b"<seriesDate>last week</seriesDate><patientPosition>")
+    assert read_geometry(parse_header(dated)).shape == (20, 24, 22)
 
 
-@pytest.mark.parametrize("xml,message", [
-    (b"", "no element found"),
-    (XML[:900], "cannot be read"),
-    (b"<foo/>", "its ismrmrdHeader lacks experimentalConditions|has no encoding"),
-    (changed("<x>44</x>", "<x>banana</x>"), "expected a number for matrixSize x, got 'banana'"),
-    (changed("<TE>2.5</TE>", "<TE>short</TE>"), "expected a number for sequenceParameters TE, got 'short'"),
-    (b'<!DOCTYPE a [<!ENTITY b "bbbb">]>' + XML, "document type"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "xml,message",
+    [
+        (b"", "no element found"),
+        (XML[:900], "cannot be read"),
+        (b"<foo/>", "its ismrmrdHeader lacks experimentalConditions|has no encoding"),
+        (changed("<x>44</x>", "<x>banana</x>"), "expected a number for matrixSize x, got 'banana'"),
+        (changed("<TE>2.5</TE>", "<TE>short</TE>"), "expected a number for sequenceParameters TE, got 'short'"),
+        (b'<!DOCTYPE a [<!ENTITY b "bbbb">]>' + XML, "document type"),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:Failed to convert")
 def test_what_is_no_header_is_a_sentence(xml, message):
     with pytest.raises(ScanError, match=message) as caught:
@@ -64,12 +75,15 @@ def test_a_missing_element_is_named_where_the_library_wants_it():
         assert str(error) == "the ISMRMRD header cannot be read: its encoding lacks trajectory"
 
 
-@pytest.mark.parametrize("old,new,message", [
-    ("<x>22</x>", "<x>70000</x>", "at most 65535 in each direction, the header says 70000 x 24 x 20"),
-    ("<x>22.0</x>", "<x>INF</x>", "positive, finite field of view, the header says inf x 24.0 x 20.0 mm"),
-    ("<x>22.0</x>", "<x>1e-30</x>", "along x is 44 mm as encoded and 1e-30 mm as reconstructed"),
-    ("<x>44.0</x>", "<x>1e30</x>", "along x is 1e\\+30 mm as encoded and 22 mm as reconstructed"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "old,new,message",
+    [
+        ("<x>22</x>", "<x>70000</x>", "at most 65535 in each direction, the header says 70000 x 24 x 20"),
+        ("<x>22.0</x>", "<x>INF</x>", "positive, finite field of view, the header says inf x 24.0 x 20.0 mm"),
+        ("<x>22.0</x>", "<x>1e-30</x>", "along x is 44 mm as encoded and 1e-30 mm as reconstructed"),
+        ("<x>44.0</x>", "<x>1e30</x>", "along x is 1e\\+30 mm as encoded and 22 mm as reconstructed"),
+    ],
+)
 def test_a_geometry_that_cannot_be_is_refused(old, new, message):
     with pytest.raises(ScanError, match=message):
         read_geometry(parse_header(changed(old, new)))
@@ -90,7 +104,8 @@ def test_images_that_would_take_all_memory_are_refused():
         large = head + f"<{axis}>3000</{axis}>".encode() + tail
     with pytest.raises(ScanError, match="an image of 3000 x 3000 x 3000 voxels; the limit is 64 GiB"):
         read_geometry(parse_header(large))
-    with pytest.raises(ScanError, match="an image of 300 x 300 x 300 voxels needs 0.2 GiB and this server takes 0.1 GiB"):
+    said = "an image of 300 x 300 x 300 voxels needs 0.2 GiB and this server takes 0.1 GiB"
+    with pytest.raises(ScanError, match=said):
         Budget(parse_header(large.replace(b">3000<", b">300<")), 0.1)
 
 
@@ -104,16 +119,19 @@ def test_versions_are_stripped_however_they_are_written():
 def test_numbers_that_are_left_empty_are_not_told(element):
     text = re.sub(f"<{element}>[^<]*<".encode(), f"<{element}><".encode(), XML)
     header = parse_header(text)
-    assert text != XML and getattr(header.acquisitionSystemInformation, element) is None and read_geometry(header).shape == (20, 24, 22)
+    assert text != XML and getattr(header.acquisitionSystemInformation, element) is None
+    assert read_geometry(header).shape == (20, 24, 22)
     with pytest.raises(ScanError, match=f"expected a number for .* {element}, got 'many'"):
         parse_header(text.replace(f"<{element}><".encode(), f"<{element}>many<".encode()))
 
 
 def test_limits_of_nothing_are_none():
     """Converters write 0 to 0 where they know nothing."""
-    geometry = read_geometry(parse_header(re.sub(rb"(<kspace_encoding_step_2>\s*<minimum>0</minimum>\s*)<maximum>19</maximum>\s*<center>10</center>", rb"\1<maximum>0</maximum><center>0</center>", XML)))
+    limits = rb"(<kspace_encoding_step_2>\s*<minimum>0</minimum>\s*)<maximum>19</maximum>\s*<center>10</center>"
+    geometry = read_geometry(parse_header(re.sub(limits, rb"\1<maximum>0</maximum><center>0</center>", XML)))
     assert geometry.limits[1] == (0, 19) and geometry.centre[1] == 10
-    assert geometry.warnings == ("the header's limits of kspace_encoding_step_2 run from 0 to 0: 0 to 19 with centre 10 assumed",)
+    said = "the header's limits of kspace_encoding_step_2 run from 0 to 0: 0 to 19 with centre 10 assumed"
+    assert geometry.warnings == (said,)
 
 
 def test_a_centre_that_was_rounded_down_loses_no_line():
@@ -123,25 +141,47 @@ def test_a_centre_that_was_rounded_down_loses_no_line():
 
 @pytest.mark.filterwarnings("ignore:Failed to convert")
 def test_a_field_of_view_in_metres_is_told_and_a_capital_is_cartesian():
-    small = re.sub(rb"<([xyz])>([\d.]+\.0)</", lambda m: b"<%s>%.4f</" % (m[1], float(m[2]) / 1000), XML).replace(b">cartesian<", b">Cartesian<")
+    def in_metres(found):
+        return b"<%s>%.4f</" % (found[1], float(found[2]) / 1000)
+
+    small = re.sub(rb"<([xyz])>([\d.]+\.0)</", in_metres, XML).replace(b">cartesian<", b">Cartesian<")
     (note,) = read_geometry(parse_header(small)).warnings
     assert "voxels are of 0.001 mm: was its field of view written in metres" in note
 
 
 @pytest.mark.parametrize("factor, told", [(1, False), (3, True)])
 def test_slices_excited_together_are_told(factor, told):
-    band = f"<multiband><spacing><dZ>30.0</dZ></spacing><deltaKz>1.0</deltaKz><multiband_factor>{factor}</multiband_factor><calibration>separable2D</calibration><calibration_encoding>0</calibration_encoding></multiband></parallelImaging>"
+    band = (
+        "<multiband><spacing><dZ>30.0</dZ></spacing><deltaKz>1.0</deltaKz>"
+        f"<multiband_factor>{factor}</multiband_factor><calibration>separable2D</calibration>"
+        "<calibration_encoding>0</calibration_encoding></multiband></parallelImaging>"
+    )
     notes = read_geometry(parse_header(changed("</parallelImaging>", band))).warnings
-    assert [note.split(":")[0] for note in notes] == ["CAUTION"] * told and all("3 slices were excited at once" in note for note in notes)
+    assert [note.split(":")[0] for note in notes] == ["CAUTION"] * told
+    assert all("3 slices were excited at once" in note for note in notes)
 
 
-@pytest.mark.parametrize("count, deep_mm, shown_mm, told", [
-    (20, 20.0, 20.0, ""), (40, 20.0, 20.0, ""), (12, 12.0, 12.0, ""),  # all, interpolated, cropped
-    (20, 1.0, 20.0, "its field of view of 1 mm was taken for the thickness of one"), (16, 1.0, 16.0, "the header wants 16 partitions of 0.062 mm where 20 partitions of 1 mm were encoded"),
-    (40, 0.5, 20.0, "taken for the thickness of one"), (200, 0.1, 20.0, "taken for the thickness of one"),
-    (20, 4.0, 4.0, "CAUTION: the header wants only the central 4 mm of the 20 mm that were encoded"), (5, 5.0, 5.0, "CAUTION: the header wants only the central 5 mm"),
-    (1, 20.0, 20.0, "CAUTION: the header says that 20 partitions of 1 mm were encoded, but wants a single one of 20 mm"), (1, 1.0, 1.0, "wants a single one of 1 mm"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "count, deep_mm, shown_mm, told",
+    [
+        (20, 20.0, 20.0, ""),  # all
+        (40, 20.0, 20.0, ""),  # interpolated
+        (12, 12.0, 12.0, ""),  # cropped
+        (20, 1.0, 20.0, "its field of view of 1 mm was taken for the thickness of one"),
+        (16, 1.0, 16.0, "the header wants 16 partitions of 0.062 mm where 20 partitions of 1 mm were encoded"),
+        (40, 0.5, 20.0, "taken for the thickness of one"),
+        (200, 0.1, 20.0, "taken for the thickness of one"),
+        (20, 4.0, 4.0, "CAUTION: the header wants only the central 4 mm of the 20 mm that were encoded"),
+        (5, 5.0, 5.0, "CAUTION: the header wants only the central 5 mm"),
+        (
+            1,
+            20.0,
+            20.0,
+            "CAUTION: the header says that 20 partitions of 1 mm were encoded, but wants a single one of 20 mm",
+        ),
+        (1, 1.0, 1.0, "wants a single one of 1 mm"),
+    ],
+)
 def test_partitions_that_contradict_the_field_of_view(count, deep_mm, shown_mm, told):
     header = parse_header(XML)
     space = header.encoding[0].reconSpace

@@ -37,8 +37,8 @@ def of_random_lines(shape=(20, 24, 6), sampled=0.5):
     mask[6:14, 8:16] = 1
     operator = Sense(torch.ones(1, *shape, dtype=torch.complex64), mask)
     lines = torch.randn(1, *shape, dtype=torch.complex64, generator=random) * mask[..., None]
-    samples = int(mask.sum()) * shape[2]
-    return Measurement(operator, operator.adjoint(lines), float(lines.abs().square().sum()), samples, 0.7, VOXEL, (8, 8), lines=lines)
+    samples, energy = int(mask.sum()) * shape[2], float(lines.abs().square().sum())
+    return Measurement(operator, operator.adjoint(lines), energy, samples, 0.7, VOXEL, (8, 8), lines=lines)
 
 
 def lines_of(measurement):
@@ -53,13 +53,19 @@ def test_every_line_is_left_out_once_and_the_centre_never():
     expected[6:14, 8:16] = False
     assert torch.equal(torch.stack(left_out).sum(0), expected.long())
     assert max(int(some.sum()) for some in left_out) - min(int(some.sum()) for some in left_out) <= 1
+    ones = torch.ones(1, 20, 24, 6, dtype=torch.complex64)
     for part in map(measurement.part, kept):
-        torch.testing.assert_close(part.adjoint, Sense(torch.ones(1, 20, 24, 6, dtype=torch.complex64), lines_of(part).float()).adjoint(measurement.lines))
-        assert part.energy == pytest.approx(float((measurement.lines * lines_of(part)[..., None]).abs().square().sum()), rel=1e-5)
+        expected = Sense(ones, lines_of(part).float()).adjoint(measurement.lines)
+        torch.testing.assert_close(part.adjoint, expected)
+        energy = (measurement.lines * lines_of(part)[..., None]).abs().square().sum()
+        assert part.energy == pytest.approx(float(energy), rel=1e-5)
 
 
 def test_of_a_mean_it_is_the_textbooks(monkeypatch):
-    """Image: the mean of the lines outside of the centre. With G equal groups of means y_g around y: sum |y_g - y|^2 / (G (G - 1)), no bias."""
+    """Image: the mean of the lines outside of the centre.
+
+    With G equal groups of means y_g around y: sum |y_g - y|^2 / (G (G - 1)), no bias.
+    """
     monkeypatch.setattr(jackknife, "SMOOTHED", 1e-6)
     measurement = of_random_lines(sampled=1.0)
     outer = torch.ones(20, 24, dtype=torch.bool)
@@ -78,9 +84,13 @@ def test_of_a_mean_it_is_the_textbooks(monkeypatch):
 
 
 def test_states_count_all_images():
-    measurement = of_random_lines()
-    states = list(estimated_error(measurement, lambda part: (State(n, 3, 0.0, part.adjoint, 10 * n) for n in (1, 2, 3))))
-    assert [s.sweep for s in states] == list(range(1, 3 * (1 + GROUPS) + 1)) and {s.sweeps for s in states} == {3 * (1 + GROUPS)}
+    measurement, sweeps = of_random_lines(), 3 * (1 + GROUPS)
+
+    def three_sweeps(part):
+        return (State(n, 3, 0.0, part.adjoint, 10 * n) for n in (1, 2, 3))
+
+    states = list(estimated_error(measurement, three_sweeps))
+    assert [s.sweep for s in states] == list(range(1, sweeps + 1)) and {s.sweeps for s in states} == {sweeps}
     assert [s.network_evaluations for s in states][-1] == 30 * (1 + GROUPS)
 
 
@@ -101,18 +111,23 @@ def test_too_few_lines_are_told():
     assert CENTRE == 8
 
 
-@pytest.mark.parametrize("name, fewer", [("diffusion", {"sweeps": 5, "adapt": 0}), ("tv", {"iterations": 30}), ("cg", {})])
+@pytest.mark.parametrize(
+    "name, fewer",
+    [("diffusion", {"sweeps": 5, "adapt": 0}), ("tv", {"iterations": 30}), ("cg", {})],
+)
 def test_it_is_about_the_true_error_and_where_it_is(name, fewer):
     kspace, mask, noise, reference = problem(shape=(32, 36, 30), snr=15.0)
     measurement, method = measure(kspace, mask, VOXEL, noise, keep_lines=True), METHODS[name]
-    prior, config = load_prior("small") if method.uses_prior else None, replace(method.config, **fewer) if method.config else None
+    prior = load_prior("small") if method.uses_prior else None
+    config = replace(method.config, **fewer) if method.config else None
     image_of = lambda part: method.run(part, prior, cg_sense(part), config, 0)  # noqa: E731
     volume, estimate = last(image_of(measurement)).volume, last(estimated_error(measurement, image_of)).volume.real
     inside = object_mask(reference)
     factor = (volume.abs() * reference)[inside].sum() / volume[inside].abs().square().sum()
     error = (volume.abs() - reference / factor).abs()
     local = smoothed(error.square(), inside).sqrt()
-    ratio = float(error[inside].square().mean().sqrt() * 2**0.5 / estimate[inside].square().mean().sqrt())  # of the magnitude, and of real and imaginary part
+    # the error is of the magnitude, the estimate of real and imaginary part
+    ratio = float(error[inside].square().mean().sqrt() * 2**0.5 / estimate[inside].square().mean().sqrt())
     assert 0.5 < ratio < 1.6
     ranks = torch.stack([local[inside], estimate[inside]]).argsort(1).argsort(1).float()
     assert torch.corrcoef(ranks)[0, 1] > 0.4
@@ -121,7 +136,8 @@ def test_it_is_about_the_true_error_and_where_it_is(name, fewer):
 def test_a_volume_that_keeps_its_lines_is_not_learned_from():
     kspace, mask, noise, _ = problem(shape=(32, 36, 30), snr=15.0)
     measurement = measure(kspace, mask, VOXEL, noise, keep_lines=True)
-    states = list(reconstruct_adapted(measurement, load_prior("small"), cg_sense(measurement), VariationalConfig(sweeps=2)))
+    prior, config = load_prior("small"), VariationalConfig(sweeps=2)
+    states = list(reconstruct_adapted(measurement, prior, cg_sense(measurement), config))
     assert len(states) == 2
 
 
@@ -131,8 +147,13 @@ def test_the_chain_sends_it_last(scan_path, prior):
     final, error = images[1:]
     assert "estimated error of slice diffusion" in error.meta["SeriesDescription"]
     preview = torch.from_numpy(images[0].data[0].copy())
-    percent = 100 * float(np.sqrt((error.data[0][object_mask(preview)] ** 2).mean())) / intensity_scale(preview, (2.0, 2.0, 2.0))
-    told = re.search(r"the error is estimated at ([\d.]+) % of tissue brightness, root mean square of the complex image inside the object", error.meta["ImageComment"])
+    mean_square = (error.data[0][object_mask(preview)] ** 2).mean()
+    percent = 100 * float(np.sqrt(mean_square)) / intensity_scale(preview, (2.0, 2.0, 2.0))
+    said = (
+        r"the error is estimated at ([\d.]+) % of tissue brightness, "
+        "root mean square of the complex image inside the object"
+    )
+    told = re.search(said, error.meta["ImageComment"])
     assert float(told[1]) == pytest.approx(percent, rel=0.1)
     assert final.data.shape == error.data.shape and 0 < float(error.data.max()) < float(final.data.max())
     assert [list(getattr(image.getHead(), "position")) for image in (final, error)][0] == list(error.getHead().position)
@@ -142,15 +163,20 @@ def test_its_progress_is_its_own(scan_path, prior):
     display = Display()
     with ScanFile(scan_path) as scan:
         options = make_options({"device": "cpu", "error_map": True, "sweeps": 4})
-        assert len(list(reconstruct(parse_header(scan.header_xml), scan.acquisitions(), prior, options, display.stage))) == 3
+        images = list(reconstruct(parse_header(scan.header_xml), scan.acquisitions(), prior, options, display.stage))
+        assert len(images) == 3
     assert display.facts["sweeps"] == 4 and {"sweeps", "error map"} <= set(display.seconds)
     display.say("error map 3/30")
-    assert {display.bars.tasks[n].description: (display.bars.tasks[n].completed, display.bars.tasks[n].total) for n in display.tasks.values()} == {"sweep": (4, 4), "error map": (3, 10)}
+    tasks = [display.bars.tasks[number] for number in display.tasks.values()]
+    bars = {task.description: (task.completed, task.total) for task in tasks}
+    assert bars == {"sweep": (4, 4), "error map": (3, 10)}
 
 
 def images_until_the_error(path, prior, images, turn=alone, **options):
+    options = make_options({"device": "cpu", "error_map": True, **options})
     with ScanFile(path) as scan:
-        for image in reconstruct(parse_header(scan.header_xml), scan.acquisitions(), prior, make_options({"device": "cpu", "error_map": True, **options}), turn=turn):
+        header = parse_header(scan.header_xml)
+        for image in reconstruct(header, scan.acquisitions(), prior, options, turn=turn):
             images.append(image)
 
 
@@ -180,8 +206,12 @@ def test_memory_that_ran_out_is_let_go(scan_path, prior, monkeypatch):
 
 
 def test_out_of_time_it_is_not_sent_and_told(scan_path, prior):
-    images = []
-    shuts_down = lambda: nullcontext(lambda: "because the server is shutting down" if len(images) == 2 else "")  # noqa: E731
-    with pytest.raises(ReconError, match="the error map was not made: stopped because the server is shutting down (after .* of 10 sweeps|before its first sweep ended)"):
+    images, why = [], "because the server is shutting down"
+
+    def shuts_down():
+        return nullcontext(lambda: why if len(images) == 2 else "")
+
+    said = f"the error map was not made: stopped {why} (after .* of 10 sweeps|before its first sweep ended)"
+    with pytest.raises(ReconError, match=said):
         images_until_the_error(scan_path, prior, images, shuts_down, sweeps=4)
     assert [image.image_series_index for image in images] == [1, 2]
