@@ -16,8 +16,10 @@ from .geometry import ScanError
 NAMESPACE = b'xmlns="http://www.ismrm.org/ISMRMRD"'
 TOLERANT = ParserConfig(fail_on_unknown_properties=False)  # elements of a newer schema are ignored
 NUMBERS = ("matrixSizeType", "fieldOfViewMm", "limitType", "accelerationFactorType")
-MAY_BE_EMPTY = ("receiverChannels", "relativeReceiverNoiseBandwidth", "TE", "TI")  # converters leave unknown values empty
-warnings.filterwarnings("ignore", category=ConverterWarning)  # where text in place of a number matters, it is reported below
+# Converters leave unknown values empty.
+MAY_BE_EMPTY = ("receiverChannels", "relativeReceiverNoiseBandwidth", "TE", "TI")
+# Where text in place of a number matters, it is reported below.
+warnings.filterwarnings("ignore", category=ConverterWarning)
 
 
 def parse_header(xml: bytes | str):
@@ -34,16 +36,22 @@ def parse_header(xml: bytes | str):
 
 
 def _check_numbers(node) -> None:
-    """ScanError for text in place of a required number; elsewhere it is tolerated: anonymised headers have odd dates."""
+    """ScanError for text in place of a required number; tolerated elsewhere: anonymised headers have odd dates."""
     for name, value in vars(node).items():
         if name in MAY_BE_EMPTY:
-            value = [item for item in value if item != ""] if isinstance(value, list) else None if value == "" else value
+            if isinstance(value, list):
+                value = [item for item in value if item != ""]
+            elif value == "":
+                value = None
             setattr(node, name, value)
         for item in value if isinstance(value, list) else [value]:
             if is_dataclass(item):
                 _check_numbers(item)
             elif isinstance(item, str) and (type(node).__name__ in NUMBERS or name in MAY_BE_EMPTY):
-                raise ScanError(f"the ISMRMRD header cannot be read: expected a number for {type(node).__name__.removesuffix('Type')} {name}, got {item!r}")
+                raise ScanError(
+                    "the ISMRMRD header cannot be read: "
+                    f"expected a number for {type(node).__name__.removesuffix('Type')} {name}, got {item!r}"
+                )
 
 
 def strip_version(xml: bytes) -> bytes:
@@ -52,7 +60,7 @@ def strip_version(xml: bytes) -> bytes:
 
 
 def _as_utf8(text: bytes) -> bytes:
-    """As UTF-8 without an XML declaration, which may state the wrong encoding, and with the namespace, as Gadgetron reads it."""
+    """As UTF-8, without an XML declaration, which may state the wrong encoding; with the namespace, for Gadgetron."""
     text = re.sub(rb"^\s*(\xef\xbb\xbf)?\s*<\?xml.*?\?>", b"", text, count=1, flags=re.S)
     text = text if b"xmlns" in text else text.replace(b"<ismrmrdHeader", b"<ismrmrdHeader " + NAMESPACE, 1)
     try:

@@ -17,6 +17,12 @@ from recon_core.ahead import left_behind
 from .address import Listening
 
 log = logging.getLogger("slicediff")
+GAUGES = (
+    ("uptime_s", "seconds since the start"),
+    ("rss_mib", "resident memory in MiB"),
+    ("open_files", "open files"),
+    ("stuck_solvers", "solvers that hung and were left behind"),
+)
 
 
 class HealthError(Exception):
@@ -43,7 +49,8 @@ def process_facts() -> dict:
     facts = {"threads": threading.active_count(), "stuck_solvers": left_behind()}
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        facts |= {"rss_mib": round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1), "open_files": len(list(Path("/proc/self/fd").iterdir()))}
+        open_files = len(list(Path("/proc/self/fd").iterdir()))
+        facts |= {"rss_mib": round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1), "open_files": open_files}
     except OSError:  # not Linux
         facts |= {"rss_mib": None, "open_files": None}
     return facts
@@ -70,7 +77,8 @@ class HealthPage(Listening, ThreadingHTTPServer):
     def handle_error(self, request, client_address) -> None:
         """Log an error; at debug level if a probe merely disconnected before its answer."""
         gone = isinstance(sys.exc_info()[1], OSError)
-        log.log(logging.DEBUG if gone else logging.ERROR, "the health page could not answer %s", client_address[0], exc_info=not gone)
+        level = logging.DEBUG if gone else logging.ERROR
+        log.log(level, "the health page could not answer %s", client_address[0], exc_info=not gone)
 
 
 class _Page(BaseHTTPRequestHandler):
@@ -112,7 +120,9 @@ def metrics_of(facts: Callable[[], dict]) -> Callable[[], bytes]:
         from prometheus_client import CollectorRegistry, generate_latest
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
     except ImportError:
-        raise HealthError("--health-port needs the package prometheus-client: pip install 'gadgetron-slicediff[metrics]'") from None
+        raise HealthError(
+            "--health-port needs the package prometheus-client: pip install 'gadgetron-slicediff[metrics]'"
+        ) from None
 
     class Collector:
         def collect(self):
@@ -125,7 +135,7 @@ def metrics_of(facts: Callable[[], dict]) -> Callable[[], bytes]:
                 present.add_metric([name], now["scans"][name])
             yield from (ended, present)
             yield GaugeMetricFamily("slicediff_ready", "1 while new scans are taken", value=float(now["ready"]))
-            for name, unit in (("uptime_s", "seconds since the start"), ("rss_mib", "resident memory in MiB"), ("open_files", "open files"), ("stuck_solvers", "solvers that hung and were left behind")):
+            for name, unit in GAUGES:
                 if now[name] is not None:
                     yield GaugeMetricFamily(f"slicediff_{name}", unit, value=now[name])
 

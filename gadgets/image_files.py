@@ -31,13 +31,17 @@ class ImageWriter:
         self.path, self.group, self.count = Path(path), group or _new_group(Path(path)), 0
 
     def check(self, series: int, dtype: np.dtype, shape: tuple[int, ...]) -> None:
-        """FileError if images [channels z y x] of this type and size cannot join those already in the series, or the disk is full.
+        """FileError if the series cannot take images [channels z y x] of this type and size, or the disk is full.
 
         HDF5 loses all images of a file if the disk fills up during a write.
         """
-        needed, free = math.prod(shape) * np.dtype(dtype).itemsize + self.ROOM, shutil.disk_usage(self.path.absolute().parent).free
+        needed = math.prod(shape) * np.dtype(dtype).itemsize + self.ROOM
+        free = shutil.disk_usage(self.path.absolute().parent).free
         if free < needed:
-            raise FileError(f"no room for another image: {self.path} needs {needed / 2**20:.1f} MiB more, {free / 2**20:.1f} MiB of its disk are free")
+            raise FileError(
+                f"no room for another image: {self.path} needs {needed / 2**20:.1f} MiB more, "
+                f"{free / 2**20:.1f} MiB of its disk are free"
+            )
         where = f"group {self.group!r} of {self.path}"
         if not self.path.exists():
             return
@@ -45,7 +49,10 @@ class ImageWriter:
             node = _inside(file, f"{self.group}/image_{series}", where)
             found = None if node is None else _kind(node, where)
         if found not in (None, (np.dtype(dtype), tuple(shape))):
-            raise FileError(f"{where} holds {_words(*found)} in series {series}, and {_words(np.dtype(dtype), shape)} came: give another --group or another file")
+            raise FileError(
+                f"{where} holds {_words(*found)} in series {series}, and {_words(np.dtype(dtype), shape)} came: "
+                "give another --group or another file"
+            )
 
     def write(self, image: ismrmrd.Image) -> None:
         """Append one image; written to disk at once, so that a later failure loses nothing.
@@ -71,12 +78,19 @@ def _inside(file: h5py.File, name: str, where: str) -> h5py.Group | None:
 
 
 def _kind(node: h5py.Group, where: str) -> tuple[np.dtype, tuple[int, ...]] | None:
-    """Pixel type and size [channels z y x] of the images of a series, None if it is empty; FileError if it is damaged."""
+    """Pixel type and size [channels z y x] of the images of a series, None if it is empty.
+
+    Raises:
+        FileError: if it is damaged.
+    """
     parts = [node.get(name) for name in ("header", "attributes", "data")]
     if parts == [None] * 3:
         return None
     if None in parts or len({len(part) for part in parts}) > 1 or parts[2].ndim != 5:
-        raise FileError(f"{where} is damaged or holds no images, nothing can be appended to it: give another --group or another file")
+        raise FileError(
+            f"{where} is damaged or holds no images, nothing can be appended to it: "
+            "give another --group or another file"
+        )
     return _pixel_type(parts[2].dtype), parts[2].shape[1:]
 
 
@@ -91,12 +105,16 @@ def _words(dtype: np.dtype, shape: tuple[int, ...]) -> str:
 
 
 def _new_group(path: Path) -> str:
-    """The time, as gadgetron_ismrmrd_client names its groups; with a number if another run in the same second has taken it."""
+    """The time, as gadgetron_ismrmrd_client names its groups.
+
+    With a number if another run in the same second has taken it.
+    """
     name, known = time.strftime("%Y-%m-%d %H:%M:%S"), []
     if path.exists():
         with damage_told(path), open_hdf5(path) as file:
             known = list(file)
-    return next(found for number in itertools.count(1) if (found := f"{name} ({number})" if number > 1 else name) not in known)
+    names = itertools.chain([name], (f"{name} ({number})" for number in itertools.count(2)))
+    return next(found for found in names if found not in known)
 
 
 def _check_writable(path: Path) -> None:
@@ -125,9 +143,10 @@ def _series(node: h5py.Group) -> Iterator[ismrmrd.Image]:
 
 
 def join_partitions(images: Iterable[ismrmrd.Image]) -> list[ismrmrd.Image]:
-    """Whole volumes: the partitions of each joined into one 3D image with the volume's number; whole volumes stay as they are.
+    """Whole volumes: the partitions of each joined into one 3D image with the volume's number.
 
-    The image number in the Meta attributes takes precedence, if there is one: the header's wraps around after 65,535.
+    Whole volumes stay as they are. The image number in the Meta attributes takes precedence, if there is one: the
+    header's wraps around after 65,535.
     """
     volumes: dict[tuple[int, int], list[ismrmrd.Image]] = {}
     for image in images:
@@ -141,7 +160,8 @@ def _join(parts: list[ismrmrd.Image], number: int) -> ismrmrd.Image:
     """One image from partitions in order; its position, of pixel n//2, is that of partition n//2."""
     joined = ismrmrd.Image.from_array(np.concatenate([part.data[0] for part in parts]), transpose=False)
     head, (x, y, z) = parts[len(parts) // 2].getHead(), parts[0].field_of_view
-    head.matrix_size, head.field_of_view, head.image_index = joined.getHead().matrix_size, (x, y, z * len(parts)), number
+    head.matrix_size, head.field_of_view = joined.getHead().matrix_size, (x, y, z * len(parts))
+    head.image_index = number
     joined.setHead(head)
     joined.meta = parts[0].meta
     return joined

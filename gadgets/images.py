@@ -23,7 +23,8 @@ from .volume import Scan
 
 SERIES = {"preview": 1, "final": 2, "error": 3}
 FULL_SCALE = 4095
-CLIPPED = 0.01  # of a volume's voxels: what contrast agent in vessels may cut off rather than change the scale of a series
+# Of a volume's voxels: what contrast agent in vessels may cut off rather than change the scale of a series.
+CLIPPED = 0.01
 SAMPLED = 1_000_000  # voxels, for percentiles: sorting a whole large volume takes longer than converting it to pixels
 BETWEEN_NOTES = "; "
 RIGHT_ANGLE = 1e-2  # tolerance of the directions' dot products against those of orthonormal vectors
@@ -37,7 +38,9 @@ def to_recon_matrix(volume: torch.Tensor, geometry: Geometry) -> torch.Tensor:
     return resample(volume, tuple(reversed(geometry.recon_matrix)), extent, cut_out)
 
 
-def make_images(volume: torch.Tensor, scan: Scan, options: Options, header, series: int, number: int, name: str, notes: list[str]) -> Iterator[ismrmrd.Image]:
+def make_images(
+    volume: torch.Tensor, scan: Scan, options: Options, header, series: int, number: int, name: str, notes: list[str]
+) -> Iterator[ismrmrd.Image]:
     """Images of one reconstructed volume [z y x]: one 3D image, or one per partition.
 
     Images of a series with the same contrast and set share one scale: the first of their volumes fixes it, because
@@ -65,18 +68,29 @@ def make_images(volume: torch.Tensor, scan: Scan, options: Options, header, seri
     pixels, scale, saturated = to_pixels(volume, options.output, earlier)
     if saturated > CLIPPED * pixels.size and earlier is not None:
         pixels, scale, saturated = to_pixels(volume, options.output)
-        notes = [*notes, f"CAUTION: much brighter than the earlier images of its series: from here on, equal pixels mean {earlier / scale:.3g} times the signal (divide pixels by GADGETRON_ScaleRatio)"]
+        brighter = (
+            "CAUTION: much brighter than the earlier images of its series: from here on, equal pixels mean "
+            f"{earlier / scale:.3g} times the signal (divide pixels by GADGETRON_ScaleRatio)"
+        )
+        notes = [*notes, brighter]
     if pixels.any():
         scan.shared.scales[alike] = scale
     if saturated:
-        notes = [*notes, f"{saturated} {'voxel is' if saturated == 1 else 'voxels are'} brighter than {FULL_SCALE} and {'was' if saturated == 1 else 'were'} clipped: the first volume of a contrast sets its scale"]
+        voxels_are, were = ("voxel is", "was") if saturated == 1 else ("voxels are", "were")
+        clipped = (
+            f"{saturated} {voxels_are} brighter than {FULL_SCALE} and {were} clipped: "
+            "the first volume of a contrast sets its scale"
+        )
+        notes = [*notes, clipped]
     frame, assumed = frame_of(scan)
     pixels, frame = orient(pixels, frame, options.orientation)
     notes = [*notes, *assumed]
     meta = make_meta(scan, frame, pixels, scale, name, BETWEEN_NOTES.join([name, *notes]), header)
     parts = [(0, pixels)] if options.layout == "volume" else [(z, pixels[z : z + 1]) for z in range(len(pixels))]
+    partitions = len(pixels) if options.layout == "partitions" else 1
     for z, part in parts:
-        yield _image(part, scan.head, frame, z, len(pixels) if options.layout == "partitions" else 1, series, number * len(parts) + z + 1, meta)
+        index = number * len(parts) + z + 1
+        yield _image(part, scan.head, frame, z, partitions, series, index, meta)
 
 
 def with_echo_phase(volume: torch.Tensor, scan: Scan) -> torch.Tensor:
@@ -99,7 +113,7 @@ def image_kind(geometry: Geometry, options: Options) -> tuple[np.dtype, tuple[in
 
 
 def notes_of(image: ismrmrd.Image) -> list[str]:
-    """Notes for the user in the comment of an image, without its name; empty if it has no comment, as from another server."""
+    """Notes for the user in an image's comment, without its name; empty if it has none, as from another server."""
     comment = image.meta.get("ImageComment", "")
     return (comment if isinstance(comment, str) else BETWEEN_NOTES.join(comment)).split(BETWEEN_NOTES)[1:]
 
@@ -140,12 +154,15 @@ def make_meta(scan: Scan, frame: Frame, pixels: np.ndarray, scale: float, name: 
         "SeriesDescription": _ascii(f"{protocol} {name}".strip()),
         "GADGETRON_WindowCenter": window["Center"], "WindowCenter": window["Center"],
         "GADGETRON_WindowWidth": window["Width"], "WindowWidth": window["Width"],
-        "GADGETRON_ScaleRatio": f"{scale:.9g}", "GADGETRON_ScaleOffset": "0",  # no RescaleSlope: a console would apply the window to the rescaled pixels
+        # No RescaleSlope: a console would apply the window to the rescaled pixels.
+        "GADGETRON_ScaleRatio": f"{scale:.9g}", "GADGETRON_ScaleOffset": "0",
         "ImageRowDir": read, "ImageColumnDir": phase, "ImageSliceNormDir": slices,
         "read_dir": read, "phase_dir": phase, "slice_dir": slices,
         "Keep_image_geometry": "1",
-        "encoded_matrix": [str(n) for n in geometry.encoded_matrix], "encoding_FOV": [f"{v:g}" for v in geometry.encoded_fov_mm],
-        "recon_matrix": [str(n) for n in geometry.recon_matrix], "recon_FOV": [f"{v:g}" for v in geometry.recon_fov_mm],
+        "encoded_matrix": [str(n) for n in geometry.encoded_matrix],
+        "encoding_FOV": [f"{v:g}" for v in geometry.encoded_fov_mm],
+        "recon_matrix": [str(n) for n in geometry.recon_matrix],
+        "recon_FOV": [f"{v:g}" for v in geometry.recon_fov_mm],
         **_about_the_scan(scan, header),
     }  # fmt: skip
 
@@ -153,34 +170,49 @@ def make_meta(scan: Scan, frame: Frame, pixels: np.ndarray, scale: float, name: 
 def _about_the_scan(scan: Scan, header) -> dict:
     """Protocol and timing (ms) from the header, under the names of both conventions."""
     information, sequence = header.measurementInformation, header.sequenceParameters
+    names = {"measurementID": "measurementID", "protocolName": "protocolName", "patientPosition": "patient_position"}
     out = {}
-    for ours, theirs in (("measurementID", "measurementID"), ("protocolName", "protocolName"), ("patientPosition", "patient_position")):
+    for ours, theirs in names.items():
         value = getattr(information, ours, None)
         if value:
             out[theirs] = _ascii(str(getattr(value, "value", value)))
     idx = scan.head.idx
-    inversion = idx.set if idx.set or announced(header).get("set", 1) > 1 else idx.contrast  # with several sets, contrasts are echoes
-    for ours, names, number in (("TE", ("GADGETRON_TE", "EchoTime"), idx.contrast), ("TI", ("GADGETRON_TI", "InversionTime"), inversion)):
+    several_sets = idx.set or announced(header).get("set", 1) > 1  # contrasts are then echoes
+    inversion = idx.set if several_sets else idx.contrast
+    timing = (
+        ("TE", ("GADGETRON_TE", "EchoTime"), idx.contrast),
+        ("TI", ("GADGETRON_TI", "InversionTime"), inversion),
+    )
+    for ours, theirs, number in timing:
         times = list(getattr(sequence, ours, None) or [])
         if len(times) == 1 or number < len(times):  # none rather than another image's
-            out |= dict.fromkeys(names, f"{times[number if number < len(times) else 0]:g}")
+            out |= dict.fromkeys(theirs, f"{times[number if number < len(times) else 0]:g}")
     return out
 
 
 def frame_of(scan: Scan) -> tuple[Frame, list[str]]:
-    """Position and orientation of the volume by its lines, and notes on what was assumed, e.g. if their directions, of any length, are not orthogonal."""
+    """Position and orientation of the volume by its lines, and notes on what was assumed.
+
+    The lines' directions may have any length; something is assumed if, for example, they are not orthogonal.
+    """
     head, notes = scan.head, []
     given = np.array([head.read_dir, head.phase_dir, head.slice_dir], float)
     directions = _of_unit_length(given) if np.isfinite(given).all() else np.zeros((3, 3))
     lacks = [name for name, direction in zip(("read", "phase", "slice"), given) if not direction.any()]
     if np.allclose(directions @ directions.T, np.eye(3), rtol=0, atol=RIGHT_ANGLE):
         if lacks:
-            notes.append(f"the lines have no {lacks[0]} direction: the one at right angles to the others, right-handed, was assumed")
+            notes.append(
+                f"the lines have no {lacks[0]} direction: "
+                "the one at right angles to the others, right-handed, was assumed"
+            )
         elif not np.allclose(given, directions, rtol=0, atol=RIGHT_ANGLE):
             notes.append("the lines' directions are not all of length 1: they were normalised")
     else:
         what = "contradicting" if given.any() else "no"
-        notes.append(f"the lines have {what} directions: read, phase and slice were assumed to point to the patient's left, posterior and superior")
+        notes.append(
+            f"the lines have {what} directions: "
+            "read, phase and slice were assumed to point to the patient's left, posterior and superior"
+        )
         directions = np.eye(3)
     position = np.array(head.position, float)
     if not np.isfinite(position).all():
@@ -190,7 +222,10 @@ def frame_of(scan: Scan) -> tuple[Frame, list[str]]:
 
 
 def _of_unit_length(directions: np.ndarray) -> np.ndarray:
-    """Three directions (rows) normalised to length 1; a single zero direction becomes perpendicular to the others, right-handed."""
+    """Three directions (rows) normalised to length 1.
+
+    A single zero direction becomes perpendicular to the others, right-handed.
+    """
     lengths = np.linalg.norm(directions, axis=1, keepdims=True)
     out = np.divide(directions, lengths, out=np.zeros_like(directions), where=lengths > 0)
     missing = np.flatnonzero(lengths[:, 0] == 0)
@@ -199,7 +234,9 @@ def _of_unit_length(directions: np.ndarray) -> np.ndarray:
     return out
 
 
-def _image(pixels: np.ndarray, head, frame: Frame, z: int, partitions: int, series: int, index: int, meta: dict) -> ismrmrd.Image:
+def _image(
+    pixels: np.ndarray, head, frame: Frame, z: int, partitions: int, series: int, index: int, meta: dict
+) -> ismrmrd.Image:
     """One image from pixels [z y x]; partition z of `partitions` (1: the whole volume)."""
     fov, position = list(frame.fov_mm), frame.position
     if partitions > 1:
@@ -207,7 +244,8 @@ def _image(pixels: np.ndarray, head, frame: Frame, z: int, partitions: int, seri
         position = position + frame.directions[2] * (z - partitions // 2) * fov[2]
     image = ismrmrd.Image.from_array(np.ascontiguousarray(pixels), transpose=False)
     out = image.getHead()
-    for name in ("measurement_uid", "patient_table_position", "acquisition_time_stamp", "physiology_time_stamp", "user_int", "user_float"):
+    origin = ("measurement_uid", "patient_table_position", "acquisition_time_stamp", "physiology_time_stamp")
+    for name in (*origin, "user_int", "user_float"):
         setattr(out, name, getattr(head, name))
     for name in ("average", "slice", "contrast", "phase", "repetition", "set"):
         setattr(out, name, getattr(head.idx, name))
@@ -217,7 +255,8 @@ def _image(pixels: np.ndarray, head, frame: Frame, z: int, partitions: int, seri
     out.image_series_index, out.image_index = series, index
     if partitions > 1:
         out.slice = head.idx.slice * partitions + z
-    image.meta = ismrmrd.Meta({**meta, "GADGETRON_ImageNumber": str(index), "PatientPosition": [f"{v:.6f}" for v in position]})  # Gadgetron's name for the position
+    place = [f"{v:.6f}" for v in position]  # Gadgetron calls it PatientPosition
+    image.meta = ismrmrd.Meta({**meta, "GADGETRON_ImageNumber": str(index), "PatientPosition": place})
     out.attribute_string_len = len(image.attribute_string.encode())
     image.setHead(out)
     return image

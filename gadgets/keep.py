@@ -57,7 +57,8 @@ class FailedScans:
         probe = self.folder / f"probe-{os.getpid()}{SPOOL}"
         probe.touch()
         probe.unlink()
-        self.left_behind = sorted(self.folder.glob(f"scan-*{SPOOL}"))  # none of our own, which could be taken for one before it is locked
+        # Now, before there is one of our own, which could be taken for one left behind before it is locked.
+        self.left_behind = sorted(self.folder.glob(f"scan-*{SPOOL}"))
         self.pruning, self.counting, self.recorded = threading.Lock(), threading.Lock(), 0
 
     def record(self, header_xml: bytes) -> Recording:
@@ -97,7 +98,10 @@ class FailedScans:
         return removed
 
     def recover(self) -> None:
-        """Convert the spool files that a killed server left behind; those of a running one are locked. One that cannot be read is put aside."""
+        """Convert the spool files that a killed server left behind; those of a running one are locked.
+
+        One that cannot be read is put aside.
+        """
         for path in self.left_behind:
             try:
                 with open(path, "rb") as file:
@@ -128,7 +132,8 @@ class Recording:
         self.place, self.bytes, self.lines, self.file = place, 0, 0, None
         self.path = place.folder / f"scan-{os.getpid()}-{time.time_ns()}{SPOOL}"
         try:
-            self.file = open(self.path, "wb", buffering=0, opener=_private)  # unbuffered: nothing is lost if the process is killed
+            # Unbuffered: nothing is lost if the process is killed.
+            self.file = open(self.path, "wb", buffering=0, opener=_private)
             _lock(self.file)
         except OSError as error:
             self._give_up(error)
@@ -140,7 +145,8 @@ class Recording:
             self._add_line(item)
         elif isinstance(item, ReconData) and self.file is not None:
             for buffer in item.buffers():
-                with contextlib.suppress(ReconDataError):  # its lines cannot be told apart; the reconstruction reports it
+                # If its lines cannot be told apart, the reconstruction reports it.
+                with contextlib.suppress(ReconDataError):
                     for block in buffer.blocks():
                         for _, line in lines_of(*block):
                             self._add_line(line)
@@ -156,7 +162,8 @@ class Recording:
             return self.drop()
         try:
             return _convert(self.path, self.place)  # still locked, or another server would take it for one left behind
-        except Exception as error:  # the boundary: no trouble with the folder may disturb a scan; h5py reports a full disk in several ways
+        except Exception as error:  # the boundary: no trouble with the folder may disturb a scan
+            # (h5py reports a full disk in several ways)
             log.error("the raw data of a failed scan could not be kept: %s", _said(error))
             return None
         finally:
@@ -173,7 +180,10 @@ class Recording:
         self.bytes += len(data)
         try:
             if self.place.count(len(data)) > self.place.max_bytes:
-                raise OSError(f"the scans that are running take more than {self.place.max_bytes / 2**30:.3g} GiB, {self.bytes / 2**30:.3g} of them this one")
+                raise OSError(
+                    f"the scans that are running take more than {self.place.max_bytes / 2**30:.3g} GiB, "
+                    f"{self.bytes / 2**30:.3g} of them this one"
+                )
             self._append(data)
         except OSError as error:
             self._give_up(error)
@@ -232,7 +242,8 @@ def _convert(spool: Path, place: FailedScans) -> Path:
     """
     number = spool.name.removesuffix(SPOOL).split("-")[-1]
     target = place.folder / f"failed-{time.strftime('%Y%m%d-%H%M%S')}-{number}.h5"
-    partial = spool.with_suffix(".partial")  # named after the spool file: if this process is killed, the next one begins with it
+    # Named after the spool file: if this process is killed, the next one begins with it.
+    partial = spool.with_suffix(".partial")
     _remove(partial)  # of a killed process: it may hold the room that is needed
     _ensure_room(place, int(1.2 * spool.stat().st_size))
     try:
@@ -282,11 +293,15 @@ def _lines(stream, size: int):
         if samples * (4 * dims + 8 * coils) > size - stream.tell():
             return
         trajectory = np.frombuffer(stream.read(4 * samples * dims), np.float32).reshape(samples, dims)
-        yield ismrmrd.Acquisition(head, np.frombuffer(stream.read(8 * samples * coils), np.complex64).reshape(coils, samples), trajectory)
+        data = np.frombuffer(stream.read(8 * samples * coils), np.complex64).reshape(coils, samples)
+        yield ismrmrd.Acquisition(head, data, trajectory)
 
 
 def _lock(file) -> bool:
-    """Lock a file for as long as it is open; False if another process has it locked. A process id would not do: ids are reused, in containers at once."""
+    """Lock a file for as long as it is open; False if another process has it locked.
+
+    A process id would not do: ids are reused, in containers at once.
+    """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -23,4 +23,5 @@ class Limits:
     def __post_init__(self):
         for name, value in vars(self).items():
             if not 0 < value <= MOST and not (name == "grace_s" and value == 0):
-                raise ValueError(f"the server's limit {name} must be {'at least' if name == 'grace_s' else 'above'} 0 and at most {MOST:g}, got {value:g}")
+                least = "at least" if name == "grace_s" else "above"
+                raise ValueError(f"the server's limit {name} must be {least} 0 and at most {MOST:g}, got {value:g}")

@@ -25,7 +25,8 @@ class NoiseLines:
 
     def __init__(self, header: ismrmrd.xsd.ismrmrdHeader):
         self.lines: list[np.ndarray] = []
-        self.dwell_us = self.power = 0.0  # dwell time of the first noise line; noise power in the first volume relative to the noise lines
+        self.dwell_us = 0.0  # of the first noise line
+        self.power = 0.0  # of the noise in the first volume, relative to the noise lines
         self.before_first: int | None = None  # number of noise lines before the first volume
         self.bandwidth_ratio = noise_bandwidth(header)
 
@@ -33,7 +34,10 @@ class NoiseLines:
         return len(self.lines)
 
     def add(self, line: ismrmrd.Acquisition, readout: Readout) -> None:
-        """Keep a noise line, scaled to the dwell time of the first one that states it: noise power is proportional to 1/dwell."""
+        """Keep a noise line, scaled to the dwell time of the first one that states it.
+
+        Noise power is proportional to 1/dwell.
+        """
         if sum(n.size for n in self.lines) >= MAX_SAMPLES:
             return
         dwell_us = _dwell_us(line) or self.dwell_us  # not stated: that of the first
@@ -48,29 +52,39 @@ class NoiseLines:
         self.before_first = volume.noise_came if self.before_first is None else self.before_first
 
     def of(self, volume: Volume) -> tuple[torch.Tensor | None, float, list[str]]:
-        """Noise [coils samples] scaled to that of one gathered sample (None if unusable), the `gain` of `Scan`, and notes for the user.
+        """Noise [coils samples], the `gain` of `Scan`, and notes for the user.
 
-        Noise power per sample is proportional to 1/dwell; a noise scan sees only the receiver's noise bandwidth of it,
-        whereas the middle of the readout sees all of it (Kellman and McVeigh, MRM 2005).
+        The noise is scaled to that of one gathered sample; it is None if unusable. Noise power per sample is
+        proportional to 1/dwell; a noise scan sees only the receiver's noise bandwidth of it, whereas the middle of the
+        readout sees all of it (Kellman and McVeigh, MRM 2005).
         """
+        if not self.lines:
+            return None, 1.0, []
         coils = len(volume.grid.kspace)
         usable, remarks = self._usable(volume, coils)
         if not usable:
-            return None, 1.0, [f"the noise lines have {self.lines[0].shape[0]} channels instead of the scan's {coils}: they were not used"] if self.lines else []
+            channels = self.lines[0].shape[0]
+            remark = f"the noise lines have {channels} channels instead of the scan's {coils}: they were not used"
+            return None, 1.0, [remark]
         if not _enough(usable, coils):
-            return None, 1.0, [f"the noise lines have {sum(n.shape[1] for n in usable)} samples for {coils} channels, too few: they were not used"]
+            samples = sum(n.shape[1] for n in usable)
+            remark = f"the noise lines have {samples} samples for {coils} channels, too few: they were not used"
+            return None, 1.0, [remark]
         dwell_us = _dwell_us(volume.head or volume.first)
         power = (self.dwell_us / dwell_us if self.dwell_us and dwell_us else 1.0) / self.bandwidth_ratio
         self.power = self.power or power
         return torch.from_numpy(np.concatenate(usable, axis=1)) * power**0.5, (power / self.power) ** 0.5, remarks
 
     def _usable(self, volume: Volume, coils: int) -> tuple[list[np.ndarray], list[str]]:
-        """The noise lines for a volume, and notes for the user: those before the scan's first volume, for a brightness that stays the same.
+        """The noise lines for a volume, and notes for the user.
 
-        Later ones that came before this volume are used if they differ, as another receiver gain does to noise and image; all lines if none came in time.
+        Those before the scan's first volume, for a brightness that stays the same. Later ones that came before this
+        volume are used if they differ, as another receiver gain does to noise and image; all lines if none came in
+        time.
         """
         first = self.before_first or 0
-        early, late = ([n for n in lines if n.shape[0] == coils] for lines in (self.lines[:first], self.lines[first : volume.noise_came]))
+        early = [n for n in self.lines[:first] if n.shape[0] == coils]
+        late = [n for n in self.lines[first : volume.noise_came] if n.shape[0] == coils]
         if not _enough(early, coils):
             return [n for n in self.lines if n.shape[0] == coils], []
         if not _enough(late, coils):
@@ -79,7 +93,11 @@ class NoiseLines:
         louder = after / before if before > 0 else math.nan
         if not 0 < louder < math.inf or 1 / DISAGREE <= louder <= DISAGREE:
             return early, []
-        return late, [f"the noise lines before this volume are {louder:.2g} times as loud as those before the first one: taken for another receiver gain, its brightness is relative to them"]
+        remark = (
+            f"the noise lines before this volume are {louder:.2g} times as loud as those before the first one: "
+            "taken for another receiver gain, its brightness is relative to them"
+        )
+        return late, [remark]
 
 
 def _enough(lines: list[np.ndarray], coils: int) -> bool:

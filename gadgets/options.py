@@ -15,6 +15,8 @@ from .orientation import parse_orientation
 
 PRESETS_DIR = Path(__file__).parent / "presets"
 PLAIN_NAME = re.compile(r"[^/\0]{1,100}(?<!\.safetensors)")
+ForComparison = Literal["faithful", "interpolated", "field", "gaussians", "operator", "dds", "tpdm", "mbir", "pnp"]
+Method = Literal["diffusion", ForComparison, "wavelet", "tv", "cg", "zero-filled"]
 
 
 class OptionsError(ValueError):
@@ -26,25 +28,63 @@ class Options(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    method: Literal["diffusion", "faithful", "interpolated", "field", "gaussians", "operator", "dds", "tpdm", "mbir", "pnp", "wavelet", "tv", "cg", "zero-filled"] = Field(
-        "diffusion", description="the image to compute: diffusion, wavelet, tv, cg or zero-filled; for comparison: faithful, interpolated, field, gaussians, operator, dds, tpdm, mbir, pnp"
+    method: Method = Field(
+        "diffusion",
+        description="the image to compute: diffusion, wavelet, tv, cg or zero-filled; "
+        "for comparison: faithful, interpolated, field, gaussians, operator, dds, tpdm, mbir, pnp",
     )
-    prior: str = Field("auto", description="name of a prior (see `slicediff priors`) or, on the command line, path of a .safetensors file; auto picks the one that suits method and device")
+    prior: str = Field(
+        "auto",
+        description="name of a prior (see `slicediff priors`) or, on the command line, path of a .safetensors file; "
+        "auto picks the one that suits method and device",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto (a GPU if there is one), cpu or cuda")
     preview: bool = Field(True, description="send the CG-SENSE image first, as a separate series")
     coils: int = Field(12, ge=1, le=128, description="maximum number of virtual coils after coil compression")
-    sweeps: int = Field(12, ge=1, le=1000, description="passes over the volume; more is better but slower (diffusion only, other methods have their own settings)")
-    sigma_max: float = Field(0.3, ge=1e-4, le=2, description="noise level of the prior in the first sweep, relative to tissue brightness")
-    sigma_min: float = Field(0.02, ge=1e-4, le=2, description="noise level of the prior in the last sweep; never below half the noise of the data")
-    prior_weight: float = Field(0.7, gt=0, le=100, description="strength of the prior relative to the data; needs no tuning per protocol")
+    sweeps: int = Field(
+        12,
+        ge=1,
+        le=1000,
+        description="passes over the volume; more is better but slower "
+        "(diffusion only, other methods have their own settings)",
+    )
+    sigma_max: float = Field(
+        0.3, ge=1e-4, le=2, description="noise level of the prior in the first sweep, relative to tissue brightness"
+    )
+    sigma_min: float = Field(
+        0.02,
+        ge=1e-4,
+        le=2,
+        description="noise level of the prior in the last sweep; never below half the noise of the data",
+    )
+    prior_weight: float = Field(
+        0.7, gt=0, le=100, description="strength of the prior relative to the data; needs no tuning per protocol"
+    )
     slice_fraction: float = Field(1.0, gt=0, le=1, description="fraction of the slices that is denoised in each sweep")
-    adapt: int = Field(20, ge=0, le=1000, description="rounds of learning from the scan's own lines, for single planes and thin slabs; 0 turns it off")
-    error_map: bool = Field(False, description="also send an estimate of the (complex) error of each voxel, as series 3; adds nearly three times the time of the image itself (five times for methods other than diffusion)")
-    deadline_s: float | None = Field(None, gt=0, description="stop the solver after this many seconds and send the latest image")
+    adapt: int = Field(
+        20,
+        ge=0,
+        le=1000,
+        description="rounds of learning from the scan's own lines, for single planes and thin slabs; 0 turns it off",
+    )
+    error_map: bool = Field(
+        False,
+        description="also send an estimate of the (complex) error of each voxel, as series 3; "
+        "adds nearly three times the time of the image itself (five times for methods other than diffusion)",
+    )
+    deadline_s: float | None = Field(
+        None, gt=0, description="stop the solver after this many seconds and send the latest image"
+    )
     seed: int = Field(0, ge=0, lt=1 << 63, description="seed of the random slices and poses")
-    output: Literal["uint16", "float32", "complex64"] = Field("uint16", description="pixel type: uint16 (12-bit range), float32 or complex64")
-    orientation: str = Field("acquired", description="pixel order: acquired, or any of transpose, flip_x, flip_y, flip_z joined by +")
-    layout: Literal["volume", "partitions"] = Field("volume", description="volume (one 3D image) or partitions (one 2D image per partition)")
+    output: Literal["uint16", "float32", "complex64"] = Field(
+        "uint16", description="pixel type: uint16 (12-bit range), float32 or complex64"
+    )
+    orientation: str = Field(
+        "acquired", description="pixel order: acquired, or any of transpose, flip_x, flip_y, flip_z joined by +"
+    )
+    layout: Literal["volume", "partitions"] = Field(
+        "volume", description="volume (one 3D image) or partitions (one 2D image per partition)"
+    )
 
     @field_validator("orientation")
     @classmethod
@@ -84,12 +124,21 @@ def make_options(*sources: Mapping[str, Any]) -> Options:
 
 
 def from_a_peer(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The same options; OptionsError if they name a file: whoever can connect must not have the server read any file it can."""
+    """The same options; OptionsError if they name a file.
+
+    Whoever can connect must not have the server read any file it can.
+    """
     preset, prior = str(options.get("preset", "default")), str(options.get("prior", "auto"))
     if preset not in preset_names():
-        raise OptionsError(f"no preset {preset[:100]!r}: shipped are {', '.join(preset_names())}; a file of options is taken from the command line of the server only")
+        raise OptionsError(
+            f"no preset {preset[:100]!r}: shipped are {', '.join(preset_names())}; "
+            "a file of options is taken from the command line of the server only"
+        )
     if not PLAIN_NAME.fullmatch(prior):
-        raise OptionsError(f"a scan may ask for a prior by its name only, got {prior[:100]!r}: put the file in a prior folder of the server (SLICEDIFF_PRIORS) and give its name")
+        raise OptionsError(
+            f"a scan may ask for a prior by its name only, got {prior[:100]!r}: "
+            "put the file in a prior folder of the server (SLICEDIFF_PRIORS) and give its name"
+        )
     return dict(options)
 
 
@@ -98,7 +147,8 @@ def read_preset(name_or_path: str) -> dict[str, Any]:
     shipped = PRESETS_DIR / f"{name_or_path}.yaml"
     path = shipped if shipped.is_file() else Path(name_or_path)
     if not path.is_file():
-        raise OptionsError(f"no preset {name_or_path!r}: shipped are {', '.join(preset_names())}, or give the path of a YAML file")
+        shipped_names = ", ".join(preset_names())
+        raise OptionsError(f"no preset {name_or_path!r}: shipped are {shipped_names}, or give the path of a YAML file")
     return read_yaml(path)
 
 
@@ -119,7 +169,10 @@ def preset_names() -> list[str]:
 
 
 def options_from_json(text: str) -> tuple[dict[str, Any], list[str]]:
-    """A peer's options, from a FIRE/OpenRecon parameter message, {"parameters": {name: value}}, and the other names, which are the host's own."""
+    """A peer's options from a FIRE/OpenRecon parameter message, and the other names in it, which are the host's own.
+
+    The message is {"parameters": {name: value}}.
+    """
     try:
         parameters = json.loads(text).get("parameters") or {}
         others = sorted(set(parameters) - set(Options.model_fields) - {"preset"})

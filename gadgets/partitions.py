@@ -18,11 +18,13 @@ def slices_fill_matrix(geometry: Geometry, header: ismrmrd.xsd.ismrmrdHeader) ->
 
 
 class Partitions:
-    """Decides whether the slice counter is really the partition counter; called with a line, returns it with correct counters.
+    """Decides whether the slice counter is really the partition counter.
+
+    Called with a line, it returns it with correct counters.
 
     Slices that lie apart along the slice direction are slices, whatever the matrix: `are_planes` if the header has no
-    encoding steps for its partitions. Otherwise, by the header, slices are partitions if it has several partitions but no
-    encoding steps for them, and as many slices; they are slabs if it has such steps and at most half as many slices.
+    encoding steps for its partitions. Otherwise, by the header, slices are partitions if it has several partitions but
+    no encoding steps for them, and as many slices; they are slabs if it has such steps and at most half as many slices.
     Otherwise the lines decide: slices are partitions if both counters always agree, for at least three slices.
 
     Args:
@@ -37,7 +39,8 @@ class Partitions:
         self.decided = self.are_slices or self.count == 1 or (steps > 0 and 1 < slices <= self.count / 2)
         self.equal: set[int] = set()  # slices whose lines all have the same number as partition
         self.first: ismrmrd.AcquisitionHeader | None = None
-        self.apart_mm: float | None = 0.0 if self.count == 1 else None  # of the first two slices; 0 if they share a position, None as long as there is one
+        # Of the first two slices; 0 if they share a position, None as long as there is one.
+        self.apart_mm: float | None = 0.0 if self.count == 1 else None
         self.closest_slabs_mm = np.inf if steps == 0 else CLOSEST_SLABS * self.fov_mm
         self.are_planes = self.deep = False  # deep: a volume had lines of several partitions
         self.notes: list[str] = []
@@ -45,10 +48,13 @@ class Partitions:
     def __call__(self, line: ismrmrd.Acquisition) -> ismrmrd.Acquisition:
         self._compare(line)
         if self.are_planes:
-            return _counted(line, line.idx.slice, 0) if line.idx.kspace_encode_step_2 and not line.encoding_space_ref else line
+            has_partition = line.idx.kspace_encode_step_2 and not line.encoding_space_ref
+            return _counted(line, line.idx.slice, 0) if has_partition else line
         if not self.are_partitions(line.idx):
             return line
-        self.notes = [f"the slice counter runs over the {self.count} partitions of the matrix: taken for kspace_encode_step_2"]
+        self.notes = [
+            f"the slice counter runs over the {self.count} partitions of the matrix: taken for kspace_encode_step_2"
+        ]
         return _counted(line, 0, line.idx.slice)
 
     def unsure(self, line: ismrmrd.Acquisition) -> bool:
@@ -67,21 +73,36 @@ class Partitions:
 
     def plane(self, geometry: Geometry) -> Geometry:
         """Geometry of a single slice, for slices that lie apart; notes that it is."""
-        thick = self.fov_mm if self.apart_mm > 0.99 * self.fov_mm else self.fov_mm / self.count  # slices of one stack are less than its whole length apart
+        # Slices of one stack are less than its whole length apart.
+        thick = self.fov_mm if self.apart_mm > 0.99 * self.fov_mm else self.fov_mm / self.count
         self.are_planes = self.decided = True
-        self.notes = [f"the slices lie apart along the slice direction: each is taken for a 2D image {thick:.3g} mm thick, although the header's matrix has {self.count} partitions"]
+        note = (
+            f"the slices lie apart along the slice direction: each is taken for a 2D image {thick:.3g} mm thick, "
+            f"although the header's matrix has {self.count} partitions"
+        )
+        self.notes = [note]
         return geometry.plane(thick)
 
     def single(self, counts: list[np.ndarray], slices) -> bool:
-        """Whether volumes with line counts `counts` [z y] are single slices: there are several `slices`, closer together than slabs, and each volume has one partition."""
+        """Whether volumes with line counts `counts` [z y] are single slices.
+
+        They are if there are several `slices`, closer together than slabs, and each volume has one partition.
+        """
         self.deep |= any((one > 0).any(axis=1).sum() > 1 for one in counts)
-        return not self.deep and not self.are_planes and len(slices) > 1 and 0 < (self.apart_mm or 0) < self.closest_slabs_mm
+        close = 0 < (self.apart_mm or 0) < self.closest_slabs_mm
+        return not self.deep and not self.are_planes and len(slices) > 1 and close
 
     def flaw(self, counts: np.ndarray, slices) -> str:
-        """Why k-space with line counts `counts` [z y] is not a volume, if each of several `slices` has a single partition."""
+        """Why k-space with line counts `counts` [z y] is not a volume, or "".
+
+        It is not if each of several `slices` has a single partition.
+        """
         if self.count == 1 or self.are_planes or len(slices) < 2 or (counts > 0).any(axis=1).sum() != 1:
             return ""
-        return f"each of the {len(slices)} slices has one of the matrix' {self.count} partitions: partitions are to be counted by kspace_encode_step_2"
+        return (
+            f"each of the {len(slices)} slices has one of the matrix' {self.count} partitions: "
+            "partitions are to be counted by kspace_encode_step_2"
+        )
 
     def _compare(self, line: ismrmrd.Acquisition) -> None:
         """Compare the positions of the first two slices."""

@@ -7,7 +7,8 @@ import numpy as np
 
 from .geometry import Geometry
 
-SHARE = 2  # for each line that shows oversampling, up to so many without a sign of it are short lines of an oversampled scan
+# For each line that shows oversampling, up to so many without a sign of it are short lines of an oversampled scan.
+SHARE = 2
 BEYOND = 16  # no line extends beyond k-space, on either side, by more than 1/16 of the matrix
 UNEVEN = 0.25  # samples; a trajectory that strays farther from equal spacing blurs and distorts the image
 OVERSAMPLED = 1.5  # times the header's matrix: lines this long have readout oversampling that the header does not state
@@ -38,15 +39,21 @@ class Readout:
 
     @property
     def oversampled(self) -> bool:
-        """Whether enough lines show oversampling for the others to be merely short: it is never removed from only some lines."""
+        """Whether enough lines show oversampling for the others to be merely short.
+
+        It is never removed from only some lines.
+        """
         return SHARE * self.long >= self.bare and self.long > 0
 
     def echo(self, line: ismrmrd.Acquisition) -> tuple[slice, int, bool]:
         """Samples to use, the echo's index among them, and whether that index had to be assumed."""
         first, last = line.discard_pre, max(line.discard_pre, line.number_of_samples - line.discard_post)
         samples, centre = last - first, line.center_sample - first
-        beyond = max(samples - centre - (self.full + 1) // 2, centre - self.full // 2) if 0 <= centre < samples <= self.full else 0
-        middle = beyond > (self.full // BEYOND if line.center_sample else 0)  # too many samples outside k-space: the writer did not know the centre sample
+        beyond = 0
+        if 0 <= centre < samples <= self.full:
+            beyond = max(samples - centre - (self.full + 1) // 2, centre - self.full // 2)
+        # With too many samples outside k-space, the writer did not know the centre sample.
+        middle = beyond > (self.full // BEYOND if line.center_sample else 0)
         return slice(first, last), samples // 2 if middle else centre, middle
 
     def uneven(self, line: ismrmrd.Acquisition) -> bool:

@@ -39,9 +39,19 @@ def alone() -> AbstractContextManager[Hurry]:
     return contextlib.nullcontext(patient)
 
 
-def reconstruct(header, items: Iterable, prior, options: Options, report: Report = lambda stage, facts: None, turn: Turn = alone, ahead: Callable = iter, admit: Admit = no_limit) -> Iterator[ismrmrd.Image]:
-    """Yield the images of a 3D Cartesian scan: for each volume the CG-SENSE preview, the diffusion image and, if requested, its error map.
+def reconstruct(
+    header,
+    items: Iterable,
+    prior,
+    options: Options,
+    report: Report = lambda stage, facts: None,
+    turn: Turn = alone,
+    ahead: Callable = iter,
+    admit: Admit = no_limit,
+) -> Iterator[ismrmrd.Image]:
+    """Yield the images of a 3D Cartesian scan.
 
+    For each volume, these are the CG-SENSE preview, the diffusion image and, if requested, its error map.
     A volume that fails affects neither the others nor its own preview.
 
     Args:
@@ -50,17 +60,21 @@ def reconstruct(header, items: Iterable, prior, options: Options, report: Report
         prior: denoiser D(slices [slices 2 h w], sigma); None for methods without a prior.
         options: validated options.
         report: called with (stage, facts) as the work proceeds.
-        turn: context for computing one volume (a queue for the device); its value is called for a reason to stop early, or "".
+        turn: context for computing one volume (a queue for the device); its value is called for a reason to stop early,
+            or "".
         ahead: wraps the iterator of gathered volumes (to read ahead during computation).
-        admit: called before each new volume with its coils and the number of volumes then gathered at once; may raise for lack of memory.
+        admit: called before each new volume with its coils and the number of volumes then gathered at once; may raise
+            for lack of memory.
 
     Raises:
-        ValueError: if the scan or some images cannot be reconstructed, after all others were yielded; the message is for the user.
+        ValueError: if the scan or some images cannot be reconstructed, after all others were yielded; the message is
+            for the user.
     """
     failures: Failures = {}
     number = 0
     for number, scan in enumerate(ahead(gather(header, items, admit))):
-        report("gathered", {"shape": list(scan.kspace.shape), "sampled": float((scan.counts > 0).float().mean()), "warnings": scan.warnings})
+        sampled = float((scan.counts > 0).float().mean())
+        report("gathered", {"shape": list(scan.kspace.shape), "sampled": sampled, "warnings": scan.warnings})
         volume = volume_name(number, scan.head.idx)
         images = partial(make_images, scan=scan, options=options, header=header, number=number)
         with noted(failures, volume), turn() as hurry:
@@ -69,8 +83,13 @@ def reconstruct(header, items: Iterable, prior, options: Options, report: Report
     raise_if_any(failures, number + 1)
 
 
-def images_of(scan: Scan, prior, options: Options, images: Callable[..., Iterable[ismrmrd.Image]], report: Report, hurry: Hurry) -> Generator[ismrmrd.Image, None, list[str]]:
-    """Yield the images of one volume, of CG-SENSE on the CPU if the GPU is lost before the first; returns why the requested one could not be made, if so."""
+def images_of(
+    scan: Scan, prior, options: Options, images: Callable[..., Iterable[ismrmrd.Image]], report: Report, hurry: Hurry
+) -> Generator[ismrmrd.Image, None, list[str]]:
+    """Yield the images of one volume; returns why the requested one could not be made, if so.
+
+    They are of CG-SENSE on the CPU if the GPU is lost before the first.
+    """
     for again in (False, True):
         made = _images_of(scan, prior, options, images, report, hurry)
         try:
@@ -84,13 +103,23 @@ def images_of(scan: Scan, prior, options: Options, images: Callable[..., Iterabl
     return (yield from made)
 
 
-def _images_of(scan: Scan, prior, options: Options, images: Callable[..., Iterable[ismrmrd.Image]], report: Report, hurry: Hurry) -> Generator[ismrmrd.Image, None, list[str]]:
+def _images_of(
+    scan: Scan, prior, options: Options, images: Callable[..., Iterable[ismrmrd.Image]], report: Report, hurry: Hurry
+) -> Generator[ismrmrd.Image, None, list[str]]:
     """The same on one device. Everything held is freed at the end."""
     measurement, preview = look(scan, options, report, hurry)
 
-    def shown(volume: torch.Tensor, series: str, name: str, remarks: Iterable[str] = (), image_of: Callable = Measurement.image_of) -> list[ismrmrd.Image]:
+    def shown(
+        volume: torch.Tensor,
+        series: str,
+        name: str,
+        remarks: Iterable[str] = (),
+        image_of: Callable = Measurement.image_of,
+    ) -> list[ismrmrd.Image]:
+        make = partial(images, series=SERIES[series], name=name)
+
         def made(there: Measurement, volume: torch.Tensor) -> list[ismrmrd.Image]:
-            return list(images(image_of(there, volume), series=SERIES[series], name=name, notes=[*scan.warnings, *there.warnings, *remarks]))
+            return list(make(image_of(there, volume), notes=[*scan.warnings, *there.warnings, *remarks]))
 
         return result_of(made, report, measurement, volume)
 
@@ -107,7 +136,9 @@ def _images_of(scan: Scan, prior, options: Options, images: Callable[..., Iterab
 
 
 def look(scan: Scan, options: Options, report: Report, hurry: Hurry) -> tuple[Measurement, torch.Tensor]:
-    """The inverse problem and its CG-SENSE image [z y x]; on the CPU, with a warning, if the GPU cannot handle the scan.
+    """The inverse problem and its CG-SENSE image [z y x].
+
+    On the CPU, with a warning, if the GPU cannot handle the scan.
 
     Raises:
         ScanError: if no image can be made of it.
@@ -120,14 +151,16 @@ def look(scan: Scan, options: Options, report: Report, hurry: Hurry) -> tuple[Me
     device, reason = device_of(options), GPU_LOST
     if device.type == "cpu":
         return apart(partial(_look, scan, options, device), report, hurry)
-    for spare in () if gpu_lost.is_set() else (False, True):  # second try, if GPU memory is short: with coil maps on the host
+    # The second try, if GPU memory is short, is with coil maps on the host.
+    for spare in () if gpu_lost.is_set() else (False, True):
         try:
             return apart(partial(_look, scan, options, device, spare=spare), report, hurry, on_gpu=True)
         except RuntimeError as error:
             reason, short = why_the_cpu(error), ran_out_of_memory(error)
             if not reason:
                 raise
-            log_failure("the GPU cannot take it" if spare or not short else "the GPU cannot take it with its coil maps", error)
+            what = "the GPU cannot take it" if spare or not short else "the GPU cannot take it with its coil maps"
+            log_failure(what, error)
         free_gpu_memory()
         if not short:
             break
@@ -136,16 +169,28 @@ def look(scan: Scan, options: Options, report: Report, hurry: Hurry) -> tuple[Me
     return measurement, preview
 
 
-def _look(scan: Scan, options: Options, device: torch.device, report: Report, spare: bool = False, louder: float = 1.0) -> tuple[Measurement, torch.Tensor]:
+def _look(
+    scan: Scan, options: Options, device: torch.device, report: Report, spare: bool = False, louder: float = 1.0
+) -> tuple[Measurement, torch.Tensor]:
     coils, *shape = scan.kspace.shape
     needed, on_cpu = to_compute(coils, shape, options.coils), device.type == "cpu"
     if on_cpu or spare:  # scans that arrived meanwhile may have taken the free memory
         check_memory(needed, "its image needs")
     sets = 1 if spare or (on_cpu and not has_room(TWO_SETS * needed)) else 2
-    how = dict(coils=options.coils, device=device, reference=scan.shared.references.get(coils), louder=louder, keep_lines=options.error_map, gain=scan.gain, on_host=spare, sets=sets)
+    how = dict(
+        coils=options.coils,
+        device=device,
+        reference=scan.shared.references.get(coils),
+        louder=louder,
+        keep_lines=options.error_map,
+        gain=scan.gain,
+        on_host=spare,
+        sets=sets,
+    )
     measurement = measure(scan.kspace, scan.counts, scan.geometry.voxel_mm, scan.noise, scan.calibration, **how)
     scan.shared.references.setdefault(coils, measurement.reference)
-    report("measured", {"coils": measurement.operator.coils, "acs": list(measurement.acs), "warnings": scan.warnings + measurement.warnings})
+    warnings = scan.warnings + measurement.warnings
+    report("measured", {"coils": measurement.operator.coils, "acs": list(measurement.acs), "warnings": warnings})
     preview = cg_sense(measurement)
     excess = measurement.excess_noise(preview)
     if excess > 1 and louder == 1:

@@ -26,7 +26,7 @@ class ReconDataError(ValueError):
 
 @dataclass
 class ReconBuffer:
-    """data [LOC S N CHA E2 E1 E0] complex64, headers [LOC S N E2 E1] (number_of_samples 0 where nothing was acquired)."""
+    """data [LOC S N CHA E2 E1 E0] complex64, headers [LOC S N E2 E1] (number_of_samples 0: nothing was acquired)."""
 
     data: np.ndarray
     headers: np.ndarray
@@ -39,7 +39,10 @@ class ReconBuffer:
         """
         expected = (*self.data.shape[:3], *self.data.shape[4:6])
         if self.headers.shape != expected:
-            raise ReconDataError(f"expected headers of shape {expected} (LOC S N E2 E1) for data of shape {self.data.shape}, got {self.headers.shape}")
+            raise ReconDataError(
+                f"expected headers of shape {expected} (LOC S N E2 E1) for data of shape {self.data.shape}, "
+                f"got {self.headers.shape}"
+            )
         for place in np.ndindex(self.data.shape[:3]):
             yield self.data[place], self.headers[place]
 
@@ -81,7 +84,8 @@ def lines_of(data: np.ndarray, headers: np.ndarray) -> Iterator[tuple[tuple[int,
         head = ismrmrd.AcquisitionHeader.from_buffer_copy(headers[e2, e1].tobytes())
         samples = data[:, e2, e1].copy()
         head.active_channels, head.number_of_samples = samples.shape
-        head.center_sample, head.discard_pre, head.discard_post, head.trajectory_dimensions = samples.shape[1] // 2, 0, 0, 0
+        head.center_sample = samples.shape[1] // 2
+        head.discard_pre = head.discard_post = head.trajectory_dimensions = 0
         yield (int(e2), int(e1)), ismrmrd.Acquisition(head, samples)
 
 
@@ -100,7 +104,10 @@ class ReconDataReader:
         """Read the whole payload; ReconDataError if lengths make no sense."""
         (count,) = struct.unpack("<Q", self.read(8))
         if count > MAX_DIMENSIONS:
-            raise ReconDataError(f"a ReconData of {count} encoding spaces was announced, the limit is {MAX_DIMENSIONS}: the stream is damaged or out of step")
+            raise ReconDataError(
+                f"a ReconData of {count} encoding spaces was announced, the limit is {MAX_DIMENSIONS}: "
+                "the stream is damaged or out of step"
+            )
         return ReconData([ReconBit(self._buffer(), self._optional(self._buffer)) for _ in range(count)])
 
     def _buffer(self) -> ReconBuffer:
@@ -118,11 +125,17 @@ class ReconDataReader:
         """hoNDArray in reversed axis order, writable."""
         (count,) = struct.unpack("<Q", self.read(8))
         if count > MAX_DIMENSIONS:
-            raise ReconDataError(f"an array of {count} dimensions was announced, the limit is {MAX_DIMENSIONS}: the stream is damaged or out of step")
+            raise ReconDataError(
+                f"an array of {count} dimensions was announced, the limit is {MAX_DIMENSIONS}: "
+                "the stream is damaged or out of step"
+            )
         shape = struct.unpack(f"<{count}Q", self.read(8 * count))[::-1]
         nbytes = dtype.itemsize * math.prod(shape)
         if nbytes > self.left:
-            raise ReconDataError(f"an array of {nbytes} bytes was announced where {self.left} are left of the limit: the stream is damaged, or the scan too large")
+            raise ReconDataError(
+                f"an array of {nbytes} bytes was announced where {self.left} are left of the limit: "
+                "the stream is damaged, or the scan too large"
+            )
         self.left -= nbytes
         if not count or not nbytes:
             return np.empty(0, dtype)

@@ -21,7 +21,8 @@ class ScanFile:
     """An ISMRMRD scan in HDF5, read in blocks.
 
     Args:
-        group: of the scan, may be nested (study/scan1); by default `dataset`, or the only top-level group that holds a scan.
+        group: of the scan, may be nested (study/scan1); by default `dataset`, or the only top-level group that holds a
+            scan.
 
     Raises:
         FileError: if the file, its group, its header or its acquisitions are missing, damaged or not in ISMRMRD format.
@@ -51,12 +52,16 @@ class ScanFile:
 
     def _check_table(self) -> None:
         table = self.group["data"]
+        where = f"{self.group.name}/data of {self.file.filename}"
         names = set(table.dtype.names or ()) if isinstance(table, h5py.Dataset) else set()
         if not {"head", "data"} <= names or table.shape[1:] not in ((), (1,)):
-            raise FileError(f"{self.group.name}/data of {self.file.filename} is no table of acquisitions (head, traj, data)")
+            raise FileError(f"{where} is no table of acquisitions (head, traj, data)")
         samples = h5py.check_vlen_dtype(table.dtype["data"]) or table.dtype["data"].base
         if samples != np.float32:  # h5py returns the bytes of other types unchanged and calls them float32
-            raise FileError(f"the samples of {self.group.name}/data of {self.file.filename} are stored as {samples}, expected {np.dtype(np.float32)}: write them as little-endian float32")
+            raise FileError(
+                f"the samples of {where} are stored as {samples}, expected {np.dtype(np.float32)}: "
+                "write them as little-endian float32"
+            )
 
     def _find(self, path: str | Path, group: str | None) -> str:
         """Name of the scan's group."""
@@ -70,7 +75,8 @@ class ScanFile:
             raise FileError(f"{path} holds {len(scans)} scans: say which one with --input-group ({', '.join(scans)})")
         if isinstance(node := self.file.get(wanted), h5py.Group):
             lacking = " and ".join(name for name in ("xml", "data") if name not in node)
-            raise FileError(f"the group {wanted!r} of {path} is no ISMRMRD scan: it lacks {lacking}" + f" (groups with scans: {', '.join(scans)})" * bool(scans))
+            others = f" (groups with scans: {', '.join(scans)})" * bool(scans)
+            raise FileError(f"the group {wanted!r} of {path} is no ISMRMRD scan: it lacks {lacking}{others}")
         raise FileError(f"{path} has no ISMRMRD scan in group {wanted!r} (groups: {', '.join(self.file) or 'none'})")
 
     def __enter__(self) -> ScanFile:
@@ -89,7 +95,8 @@ class ScanFile:
             try:
                 rows = table[first : first + ROWS].reshape(-1)  # some programs write a table of one column
             except DAMAGE as error:
-                lost, reason = lost + min(ROWS, len(self) - first), reason or f"the scan file is damaged near acquisition {first}: {error}"
+                lost += min(ROWS, len(self) - first)
+                reason = reason or f"the scan file is damaged near acquisition {first}: {error}"
                 continue
             heads = by_name(rows["head"], ismrmrd.hdf5.acquisition_header_dtype)
             for number, (head, row) in enumerate(zip(heads, rows), start=first):
@@ -102,8 +109,10 @@ class ScanFile:
 
     def waveforms(self) -> Iterator[ismrmrd.Waveform]:
         """All readable waveforms in order; then FileError if some could not be read."""
+        rows = np.empty(0, ismrmrd.hdf5.waveform_dtype)
         try:
-            rows = self.group["waveforms"][()] if "waveforms" in self.group else np.empty(0, ismrmrd.hdf5.waveform_dtype)
+            if "waveforms" in self.group:
+                rows = self.group["waveforms"][()]
         except DAMAGE as error:
             raise FileError(f"the waveforms of the scan file are damaged and were left out: {error}") from None
         lost = 0
@@ -115,10 +124,15 @@ class ScanFile:
             else:
                 lost += 1
         if lost:
-            raise FileError(f"waveforms of the scan file have other sizes than they announce: {lost} of {len(rows)} were left out")
+            raise FileError(
+                f"waveforms of the scan file have other sizes than they announce: {lost} of {len(rows)} were left out"
+            )
 
     def items(self) -> Iterator[ismrmrd.Acquisition | ismrmrd.Waveform]:
-        """Acquisitions and waveforms, each waveform before the first acquisition that is not earlier; a FileError of either comes at the end."""
+        """Acquisitions and waveforms, each waveform before the first acquisition that is not earlier.
+
+        A FileError of either comes at the end.
+        """
         damage: list[FileError] = []
         waveforms = until_damaged(self.waveforms(), damage)
         waiting = next(waveforms, None)
@@ -153,7 +167,10 @@ def is_scan(node) -> bool:
 
 
 def by_name(rows: np.ndarray, wanted: np.dtype) -> np.ndarray:
-    """Records with their fields laid out as `wanted`: other programs align, order or store them differently. Missing fields are 0."""
+    """Records with their fields laid out as `wanted`; missing fields are 0.
+
+    Other programs align, order or store them differently.
+    """
     if rows.dtype == wanted:
         return rows
     out = np.zeros(rows.shape, wanted)
@@ -165,7 +182,8 @@ def by_name(rows: np.ndarray, wanted: np.dtype) -> np.ndarray:
 def _acquisition(head: np.void, row: np.void, number: int) -> ismrmrd.Acquisition:
     head = ismrmrd.AcquisitionHeader.from_buffer_copy(head.tobytes())
     coils, samples, dims = head.active_channels, head.number_of_samples, head.trajectory_dimensions
-    data, trajectory = (np.asarray(row[name] if name in row.dtype.names else [], np.float32).reshape(-1) for name in ("data", "traj"))
+    parts = (row[name] if name in row.dtype.names else [] for name in ("data", "traj"))
+    data, trajectory = (np.asarray(part, np.float32).reshape(-1) for part in parts)
     if data.size != 2 * coils * samples or trajectory.size != samples * dims:
         raise FileError(f"acquisition {number} announces {coils} x {samples} samples but holds {data.size // 2}")
     return ismrmrd.Acquisition(head, data.view(np.complex64).reshape(coils, samples), trajectory.reshape(samples, dims))
@@ -179,7 +197,9 @@ class ScanWriter:
         self.file = create_hdf5(path)
         group = self.file.create_group("dataset")
         group.create_dataset("xml", (1,), dtype=h5py.special_dtype(vlen=bytes))[0] = header_xml
-        self.table = group.create_dataset("data", (0,), maxshape=(None,), chunks=(64,), dtype=ismrmrd.hdf5.acquisition_dtype)
+        self.table = group.create_dataset(
+            "data", (0,), maxshape=(None,), chunks=(64,), dtype=ismrmrd.hdf5.acquisition_dtype
+        )
         self.group, self.rows, self.waveforms = group, [], []
 
     def __enter__(self) -> ScanWriter:

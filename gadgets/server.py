@@ -1,4 +1,7 @@
-"""The warm server: one process, weights loaded once, for gadgetron_ismrmrd_client, FIRE hosts and Gadgetron's <connect>."""
+"""The warm server: one process, weights loaded once.
+
+It serves gadgetron_ismrmrd_client, FIRE hosts and Gadgetron's <connect>.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,14 @@ class Server(Listening, socketserver.ThreadingTCPServer):
     block_on_close = False
     request_queue_size = 32
 
-    def __init__(self, address, defaults: Mapping[str, Any] = {}, load_prior: Callable = load_prior_for, keep: FailedScans | None = None, **limits):
+    def __init__(
+        self,
+        address,
+        defaults: Mapping[str, Any] = {},
+        load_prior: Callable = load_prior_for,
+        keep: FailedScans | None = None,
+        **limits,
+    ):
         self.defaults, self.keep, self._load, self.limits = dict(defaults), keep, load_prior, Limits(**limits)
         self.options = make_options(self.defaults)
         self.priors: dict = {}
@@ -72,11 +82,15 @@ class Server(Listening, socketserver.ThreadingTCPServer):
             return self.priors[key]
 
     def warm_up(self) -> None:
-        """Load the default prior and run a tiny volume, so that the first scan is not slowed down; PriorError if it cannot be loaded."""
+        """Load the default prior and run a tiny volume, so that the first scan is not slowed down.
+
+        Raises:
+            PriorError: if the prior cannot be loaded.
+        """
         warm_up(self.prior(self.options), self.options)
 
     def retire(self) -> None:
-        """Take no new scans; let running ones finish or, once the grace period is over, send what they have; then stop."""
+        """Take no new scans; let running ones finish or, after the grace period, send what they have; then stop."""
         log.warning("shutting down: no new scans are taken, %d are open", self.counts.open)
         self.retiring.set()
         _wait_while(lambda: self.counts.open, self.limits.grace_s)
@@ -110,9 +124,15 @@ class Server(Listening, socketserver.ThreadingTCPServer):
         scans |= {"receiving": max(0, open_ - running - queued), "queued": queued, "running": running}
         room = open_ < self.limits.connections and len(self.talking) < self.limits.connections + SPARE
         return {
-            "ready": room and not self.retiring.is_set() and not gpu_lost.is_set(), "gpu_lost": gpu_lost.is_set(), "version": version(), "device": str(device_of(self.options)), "prior": prior_of(self.options) or None,
-            "scans": scans, "uptime_s": round(time.monotonic() - self.counts.began, 1), **process_facts(),
-        }  # fmt: skip
+            "ready": room and not self.retiring.is_set() and not gpu_lost.is_set(),
+            "gpu_lost": gpu_lost.is_set(),
+            "version": version(),
+            "device": str(device_of(self.options)),
+            "prior": prior_of(self.options) or None,
+            "scans": scans,
+            "uptime_s": round(time.monotonic() - self.counts.began, 1),
+            **process_facts(),
+        }
 
     def handle_error(self, request, client_address) -> None:
         """Log an exception that a handler did not expect."""
@@ -125,15 +145,19 @@ class Handler(socketserver.BaseRequestHandler):
     server: Server
 
     def setup(self) -> None:
-        threading.current_thread().name = "{}:{}".format(*self.client_address[:2])  # shown in the log; threads of this scan inherit it
+        # The name is shown in the log; threads of this scan inherit it.
+        threading.current_thread().name = "{}:{}".format(*self.client_address[:2])
         limits = self.server.limits
         self.request.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in KEEPALIVE.items():
             if hasattr(socket, name):
                 self.request.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-        self.wire = w.QueuedWire(self.request, min(limits.idle_s, limits.timeout_s), int(limits.max_message_mib * 2**20), int(limits.max_gib * 2**30))
+        timeout_s = min(limits.idle_s, limits.timeout_s)
+        message_bytes, buffer_bytes = int(limits.max_message_mib * 2**20), int(limits.max_gib * 2**30)
+        self.wire = w.QueuedWire(self.request, timeout_s, message_bytes, buffer_bytes)
         self.visit, self.gadgetron = Visit(self.server.counts, self.server.keep), False
-        self.until, self.hung_up = time.monotonic() + limits.idle_s, ""  # for the header to come; why it is not waited for
+        self.until = time.monotonic() + limits.idle_s  # for the header to come
+        self.hung_up = ""  # why it is not waited for
         self.server.talking.add(self)
 
     def handle(self) -> None:
@@ -143,11 +167,13 @@ class Handler(socketserver.BaseRequestHandler):
             self.wire.close()
             self.wire.flush()
             if self.visit.stage is Stage.OPEN:
-                self.visit.leave()  # its place is free at once: the next scan may come before we hear of the arrival of this one
+                # Its place is free at once: the next scan may come before we hear of the arrival of this one.
+                self.visit.leave()
                 await_delivery(self.request, self.server.limits.timeout_s)
                 self.visit.end(well=True)
         except (OSError, w.WireError) as error:
-            log.log(logging.WARNING if self.wire.heard else logging.INFO, "connection from %s ended early: %s", self.client_address, error)
+            level = logging.WARNING if self.wire.heard else logging.INFO
+            log.log(level, "connection from %s ended early: %s", self.client_address, error)
         finally:
             self.visit.end(well=False)  # unless it has ended
             if gpu_lost.is_set():
@@ -173,7 +199,9 @@ class Handler(socketserver.BaseRequestHandler):
         config: tuple[int, str] | None = None
         texts: list[str] = []
         if len(self.server.talking) > self.server.limits.connections + SPARE:
-            return self.wire.send_text(f"ERROR: this server has {len(self.server.talking) - 1} connections already: try again later")
+            return self.wire.send_text(
+                f"ERROR: this server has {len(self.server.talking) - 1} connections already: try again later"
+            )
         try:
             for kind, item in self.wire.messages():
                 if kind == w.QUERY:
@@ -187,7 +215,9 @@ class Handler(socketserver.BaseRequestHandler):
                     self.until = math.inf
                     return self._scan(config, texts, item.encode())
                 else:
-                    raise w.WireError(f"expected a configuration and a header before the data, got message {kind} first")
+                    raise w.WireError(
+                        f"expected a configuration and a header before the data, got message {kind} first"
+                    )
         except Exception as error:  # the boundary: every failure must reach the peer
             self._tell(error if self.visit.stage is Stage.OPEN or not self.hung_up else w.WireError(self.hung_up))
 
@@ -199,14 +229,20 @@ class Handler(socketserver.BaseRequestHandler):
             first, notify = self._more_options(sources, texts, header_xml), self.wire.send_text
         run_scan(self.wire, header_xml, sources, ServerHost(self), notify, first)
 
-    def _more_options(self, sources: list[Mapping[str, Any]], texts: list[str], header_xml: bytes) -> tuple[int, Any] | None:
-        """Add the options in `texts`, and in those that follow the header, to `sources`; returns the first other message, None if the scan ends before."""
+    def _more_options(
+        self, sources: list[Mapping[str, Any]], texts: list[str], header_xml: bytes
+    ) -> tuple[int, Any] | None:
+        """Add the options in `texts`, and in those that follow the header, to `sources`.
+
+        Returns the first other message, None if the scan ends before.
+        """
         for kind, item in itertools.chain(((w.TEXT, text) for text in texts), self.wire.messages()):
             if kind == w.TEXT:
                 found, others = options_from_json(item)
                 sources.append(found)
                 if others:
-                    self.wire.send_text(f"parameters that are not options of this plugin were ignored: {', '.join(others)}"[:1000])
+                    ignored = f"parameters that are not options of this plugin were ignored: {', '.join(others)}"
+                    self.wire.send_text(ignored[:1000])
             elif kind == w.QUERY:
                 self.wire.send_response(item[0], self.answer(item[1]))
             elif kind != w.HEADER or item.encode() != header_xml:  # the same one again does no harm
@@ -215,7 +251,8 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _tell(self, error: Exception) -> None:
         """Send an ERROR to Gadgetron, but a TEXT to clients, which abort on any ERROR."""
-        log_failure("the scan failed" if self.wire.heard else "nothing was asked", error, logging.ERROR if self.wire.heard else logging.INFO)
+        what, level = ("the scan failed", logging.ERROR) if self.wire.heard else ("nothing was asked", logging.INFO)
+        log_failure(what, error, level)
         if self.gadgetron:
             self.visit.end(well=False)
             self.wire.drain()  # it may not read while it still sends
@@ -227,8 +264,14 @@ class Handler(socketserver.BaseRequestHandler):
 
     def answer(self, question: str) -> str:
         """Reply to a query message."""
-        known = {"gadgetron::info": lambda: f"gadgetron-slicediff {version()}", "gadgetron::version": version, "slicediff::health": lambda: json.dumps(self.server.health())}
-        return known[question]() if question in known else f"unknown query {question[:100]!r}; known are {', '.join(known)}"
+        known = {
+            "gadgetron::info": lambda: f"gadgetron-slicediff {version()}",
+            "gadgetron::version": version,
+            "slicediff::health": lambda: json.dumps(self.server.health()),
+        }
+        if question in known:
+            return known[question]()
+        return f"unknown query {question[:100]!r}; known are {', '.join(known)}"
 
 
 class ServerHost(Host):
@@ -247,8 +290,10 @@ class ServerHost(Host):
         if server.retiring.is_set():
             raise ScanError("this server is shutting down and takes no new scan: send it again when the server is back")
         if server.counts.open > server.limits.connections:
-            raise ScanError(f"this server has {server.limits.connections} open scan{'s' * (server.limits.connections != 1)} already: send it again later")
-        self.budget = Budget(header, server.limits.max_gib, server.options.coils if device_of(server.options).type == "cpu" else 0)
+            count = server.limits.connections
+            raise ScanError(f"this server has {count} open scan{'s' * (count != 1)} already: send it again later")
+        on_cpu = device_of(server.options).type == "cpu"
+        self.budget = Budget(header, server.limits.max_gib, server.options.coils if on_cpu else 0)
 
     def admit(self, coils: int, volumes: int) -> None:
         """ScanError if they would exceed the memory limit."""
@@ -276,17 +321,25 @@ class ServerHost(Host):
         """
         if reason := self.give_up():
             raise ReconError(f"the scan was given up {reason}")
-        with self.server.turns.turn(lambda place: tell(f"waiting for the device, number {place} in the queue"), self.give_up):
+
+        def tell_place(place: int) -> None:
+            tell(f"waiting for the device, number {place} in the queue")
+
+        with self.server.turns.turn(tell_place, self.give_up):
             yield
         if device_of(self.server.options).type == "cuda" and not self.server.turns.waiting:
-            SOLVERS.begin(free_gpu_memory, "freeing memory")  # Gadgetron's own gadgets may want the same GPU; which may hang, so nobody waits
+            # Gadgetron's own gadgets may want the same GPU; freeing may hang, so nobody waits.
+            SOLVERS.begin(free_gpu_memory, "freeing memory")
 
 
 def options_of_config(config: tuple[int, str] | None) -> dict[str, Any]:
     """Options that a client's configuration message contains or refers to by name."""
     if config is None:
         raise OptionsError("expected a configuration (name or XML) before the header, got none")
-    return from_a_peer(properties_of(config[1])) if config[0] == w.CONFIG_TEXT and "<" in config[1] else options_of_config_name(config[1].strip())
+    kind, text = config
+    if kind == w.CONFIG_TEXT and "<" in text:
+        return from_a_peer(properties_of(text))
+    return options_of_config_name(text.strip())
 
 
 def _wait_while(busy: Callable[[], Any], longest_s: float) -> None:

@@ -1,4 +1,7 @@
-"""The requested volume, or the preview in its place: supervises the solver, its deadline, and whether its image is finite and credible."""
+"""The requested volume, or the preview in its place.
+
+Supervises the solver, its deadline, and whether its image is finite and credible.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,8 @@ Report = Callable[[str, dict], None]
 Hurry = Callable[[], str]
 PREVIEW = "CG-SENSE preview"
 WATCH_S = 0.2  # polling interval of the solver
-LAST_LOOK_S = 5.0  # for CG-SENSE once there is a reason to stop: most are ready by then, and there would be no other image
+# For CG-SENSE once there is a reason to stop: most are ready by then, and there would be no other image.
+LAST_LOOK_S = 5.0
 HANG_S = 600.0  # a sweep of a 320 x 320 x 256 matrix takes a minute on two CPU cores
 
 log = logging.getLogger("slicediff")
@@ -50,7 +54,10 @@ def patient() -> str:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The volume [z y x] for the requested series, its name, and remarks for the user; `failure` says why if it is the preview, `learned` is a prior it has taught."""
+    """The volume [z y x] for the requested series, its name, and remarks for the user.
+
+    `failure` says why if it is the preview, `learned` is a prior it has taught.
+    """
 
     volume: torch.Tensor
     name: str
@@ -59,12 +66,24 @@ class Outcome:
     learned: torch.nn.Module | None = None
 
 
-def solve(measurement: Measurement, preview: torch.Tensor, prior, options: Options, report: Report, hurry: Hurry = patient, learned: torch.nn.Module | None = None) -> Outcome:
-    """The volume of the requested method; if an iterative one fails, the preview in its place, with the reason. `learned` is what another volume of the scan has taught."""
+def solve(
+    measurement: Measurement,
+    preview: torch.Tensor,
+    prior,
+    options: Options,
+    report: Report,
+    hurry: Hurry = patient,
+    learned: torch.nn.Module | None = None,
+) -> Outcome:
+    """The volume of the requested method; if an iterative one fails, the preview in its place, with the reason.
+
+    `learned` is what another volume of the scan has taught.
+    """
     name = METHODS[options.method].title
     if not METHODS[options.method].iterative:
         on_gpu = measurement.operator.device.type == "cuda"
-        return Outcome(apart(lambda _: next(states(measurement, preview, prior, options)).volume, report, hurry, on_gpu), name)
+        volume = apart(lambda _: next(states(measurement, preview, prior, options)).volume, report, hurry, on_gpu)
+        return Outcome(volume, name)
     try:
         if measurement.operator.device.type != device_of(options).type:
             raise ReconError("the GPU could not take this scan")
@@ -85,8 +104,12 @@ def solve(measurement: Measurement, preview: torch.Tensor, prior, options: Optio
     return Outcome(state.volume, name, remarks, learned=state.learned)
 
 
-def estimate_error(measurement: Measurement, preview: torch.Tensor, prior, options: Options, report: Report, hurry: Hurry = patient) -> Outcome:
-    """Error map of the requested method's image, estimated from reconstructions with half the sweeps and without learning.
+def estimate_error(
+    measurement: Measurement, preview: torch.Tensor, prior, options: Options, report: Report, hurry: Hurry = patient
+) -> Outcome:
+    """Error map of the requested method's image.
+
+    It is estimated from reconstructions with half the sweeps and without learning.
 
     Raises:
         ReconError: if it could not be computed, or not in time.
@@ -96,7 +119,11 @@ def estimate_error(measurement: Measurement, preview: torch.Tensor, prior, optio
     progress = lambda _, facts: report("error map", facts)  # noqa: E731
     try:
         state, stopped = iterate(lambda: estimated_error(measurement, image_of, options.seed), options, progress, hurry)
-        flaw = stopped[0] if stopped else "" if result_of(lambda _, found: finite(found), report, measurement, state.volume) else "it holds NaN or infinity"
+        flaw = ""
+        if stopped:
+            flaw = stopped[0]
+        elif not result_of(lambda _, found: finite(found), report, measurement, state.volume):
+            flaw = "it holds NaN or infinity"
         percent = math.nan if flaw else result_of(_percent, report, measurement, preview, state.volume)
     except Exception as error:  # the boundary: the image itself has been sent
         log_failure("the error map failed", error)
@@ -104,7 +131,11 @@ def estimate_error(measurement: Measurement, preview: torch.Tensor, prior, optio
         raise ReconError(f"the error map was not made: {sentence(error)}") from error
     if flaw:
         raise ReconError(f"the error map was not made: {flaw}")
-    return Outcome(state.volume, f"estimated error of {METHODS[options.method].title}", [f"the error is estimated at {percent:.2g} % of tissue brightness, root mean square of the complex image inside the object"])
+    remark = (
+        f"the error is estimated at {percent:.2g} % of tissue brightness, "
+        "root mean square of the complex image inside the object"
+    )
+    return Outcome(state.volume, f"estimated error of {METHODS[options.method].title}", [remark])
 
 
 def _percent(measurement: Measurement, preview: torch.Tensor, error: torch.Tensor) -> float:
@@ -113,9 +144,10 @@ def _percent(measurement: Measurement, preview: torch.Tensor, error: torch.Tenso
 
 
 def result_of(work: Callable, report: Report, measurement: Measurement, *volumes: torch.Tensor) -> Any:
-    """The result of `work(measurement, *volumes)`, on the host; every look at what was computed goes through here, as on a GPU it may hang.
+    """The result of `work(measurement, *volumes)`, on the host.
 
-    Where the GPU fails for want of memory, or one of its libraries, the CPU does it, and the measurement's warnings say so.
+    Every look at what was computed goes through here, as on a GPU it may hang. Where the GPU fails for want of memory,
+    or one of its libraries, the CPU does it, and the measurement's warnings say so.
 
     Raises:
         GpuHangs: if there is no result within HANG_S.
@@ -143,11 +175,16 @@ def _let_go(error: Exception) -> None:
         free_gpu_memory()
 
 
-def iterate(start: Callable[[], Iterator[State]], options: Options, report: Report, hurry: Hurry) -> tuple[State, list[str]]:
-    """The final state, or the latest one when stopped early or learning failed, with remarks; the sweeps run in a thread that can be abandoned.
+def iterate(
+    start: Callable[[], Iterator[State]], options: Options, report: Report, hurry: Hurry
+) -> tuple[State, list[str]]:
+    """The final state, or the latest one when stopped early or learning failed, with remarks.
+
+    The sweeps run in a thread that can be abandoned.
 
     Raises:
-        Unfinished: if stopped before the first sweep ended, or before the last one of a method without intermediate images.
+        Unfinished: if stopped before the first sweep ended, or before the last one of a method without intermediate
+            images.
         GpuHangs: if no sweep ended on the GPU within HANG_S.
     """
     began, state, solver = time.monotonic(), None, Ahead(finished(start), crew=SOLVERS)
@@ -168,7 +205,10 @@ def iterate(start: Callable[[], Iterator[State]], options: Options, report: Repo
         raise Unfinished(f"stopped {reason} before its first sweep ended")
     early = reason and state.sweep < state.sweeps
     if early and not METHODS[options.method].anytime:
-        raise Unfinished(f"stopped {reason} after {state.sweep} of {state.sweeps} steps, and {METHODS[options.method].title} has no image before its last")
+        raise Unfinished(
+            f"stopped {reason} after {state.sweep} of {state.sweeps} steps, "
+            f"and {METHODS[options.method].title} has no image before its last"
+        )
     remarks = [f"stopped {reason} after {state.sweep} of {state.sweeps} sweeps"] if early else []
     if state.setback is not None:
         log_failure("learning from the scan failed", state.setback, logging.INFO)
@@ -178,7 +218,9 @@ def iterate(start: Callable[[], Iterator[State]], options: Options, report: Repo
 
 
 def apart(work: Callable[[Report], Any], report: Report, hurry: Hurry, on_gpu: bool = False) -> Any:
-    """The result of `work`, run in a solver thread, which can be abandoned; it is given `report`, at which it then ends.
+    """The result of `work`, run in a solver thread, which can be abandoned.
+
+    It is given `report`, at which it then ends.
 
     Raises:
         Unfinished: if there was a reason to stop, and no result within LAST_LOOK_S from then.
@@ -202,7 +244,10 @@ def apart(work: Callable[[Report], Any], report: Report, hurry: Hurry, on_gpu: b
             if not reason and (reason := hurry()):
                 end = time.monotonic() + LAST_LOOK_S
             if on_gpu and time.monotonic() - began > HANG_S:
-                raise GpuHangs(f"the GPU did not answer for {HANG_S:g} s and will not be used again until this process is restarted")
+                raise GpuHangs(
+                    f"the GPU did not answer for {HANG_S:g} s "
+                    "and will not be used again until this process is restarted"
+                )
         raise Unfinished(f"stopped {reason} before its CG-SENSE image was ready")
     finally:
         over.set()
@@ -215,7 +260,10 @@ def items_of(start: Callable[[], Iterable]) -> Iterator:
 
 
 def finished(start: Callable[[], Iterator[State]]) -> Iterator[State]:
-    """The states of `start()`, each once its volume is computed: a GPU is only told what to do, and what it was told would add up beyond the deadline."""
+    """The states of `start()`, each once its volume is computed.
+
+    A GPU is only told what to do, and what it was told would add up beyond the deadline.
+    """
     for state in start():
         if state.volume.is_cuda:
             torch.cuda.synchronize(state.volume.device)
@@ -231,12 +279,18 @@ def _stop(options: Options, began: float, moved: float, hurry: Hurry) -> str:
     return hurry()
 
 
-def states(measurement: Measurement, preview: torch.Tensor, prior, options: Options, learned: torch.nn.Module | None = None) -> Iterator[State]:
-    """The states of the requested method; options such as `sweeps`, and what was `learned`, apply to the method `diffusion` only."""
+def states(
+    measurement: Measurement, preview: torch.Tensor, prior, options: Options, learned: torch.nn.Module | None = None
+) -> Iterator[State]:
+    """The states of the requested method.
+
+    Options such as `sweeps`, and what was `learned`, apply to the method `diffusion` only.
+    """
     method = METHODS[options.method]
     config = method.config
     if options.method == "diffusion":
-        config = VariationalConfig(**{name: getattr(options, name) for name in vars(config) if hasattr(options, name)}, learned=learned)
+        asked = {name: getattr(options, name) for name in vars(config) if hasattr(options, name)}
+        config = VariationalConfig(**asked, learned=learned)
     return method.run(measurement, prior, preview, config, options.seed)
 
 
@@ -251,17 +305,21 @@ def warm_up(prior, options: Options) -> None:
         mask = torch.from_numpy(sampling_mask(shape[:2], 2, acs=8))
         kspace = torch.randn(8, *shape, dtype=torch.complex64, generator=random) * mask[..., None]
         measurement = measure(kspace, mask.float(), (4.0, 4.0, 4.0), device=device)
-        solver = Ahead(itertools.islice(states(measurement, cg_sense(measurement), prior, once), 2), crew=SOLVERS)  # a sweep and a round of learning
+        sweep_and_round = itertools.islice(states(measurement, cg_sense(measurement), prior, once), 2)
+        solver = Ahead(sweep_and_round, crew=SOLVERS)
         for _ in solver:
             pass
         solver.close()
 
 
 def load_prior_for(options: Options) -> Prior | None:
-    """The prior that the options select, on their device; None if the method uses none, or the device is a GPU that is lost: then CG-SENSE stands.
+    """The prior that the options select, on their device; None if the method uses none.
+
+    None as well if the device is a GPU that is lost: then CG-SENSE stands.
 
     Raises:
-        PriorError: if the weights cannot be loaded or do not fit the method, or CUDA was requested but is not available.
+        PriorError: if the weights cannot be loaded or do not fit the method, or CUDA was requested but is not
+            available.
     """
     method = METHODS[options.method]
     if not method.uses_prior or (gpu_lost.is_set() and device_of(options).type == "cuda"):

@@ -1,4 +1,7 @@
-"""Input of `slicediff train`: volumes in files of several formats or folders of them, options from YAML and the command line."""
+"""Input of `slicediff train`.
+
+Volumes in files of several formats or folders of them, options from YAML and the command line.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,9 @@ def _checked(volume: Volume) -> Volume:
 
 
 def find_volumes(paths: Iterable[Path]) -> list[Path]:
-    """The volume files given directly or found in folders, in order, without duplicates; hidden ones (macOS writes ._x beside x) are left out.
+    """The volume files given directly or found in folders, in order, without duplicates.
+
+    Hidden ones (macOS writes ._x beside x) are left out.
 
     Raises:
         FileError: for a path that does not exist or a folder without volumes.
@@ -55,7 +60,9 @@ def find_volumes(paths: Iterable[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise FileError(f"no such volume or folder: {path}")
-        inside = sorted(p for p in path.iterdir() if p.name.endswith(VOLUMES) and not p.name.startswith(".")) if path.is_dir() else [path]
+        inside = [path]
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.name.endswith(VOLUMES) and not p.name.startswith("."))
         if not inside:
             raise FileError(f"the folder {path} holds no volume ({', '.join(VOLUMES)})")
         found += [p.resolve() for p in inside]
@@ -85,21 +92,34 @@ def _load(path: Path) -> list[Volume]:
         with open_hdf5(path) as file:
             if scans_in(file):
                 return _from_scan(path)
-            if any("header" in node for group in file.values() if isinstance(group, h5py.Group) for node in group.values() if isinstance(node, h5py.Group)):
+            if _holds_images(file):
                 return _from_images(path)
             return [_from_array(path, file)]
     except DAMAGE as error:
         raise FileError(f"{path} cannot be read as a volume: {error}") from None
 
 
+def _holds_images(file: h5py.File) -> bool:
+    groups = (group for group in file.values() if isinstance(group, h5py.Group))
+    nodes = (node for group in groups for node in group.values())
+    return any(isinstance(node, h5py.Group) and "header" in node for node in nodes)
+
+
 def _from_scan(path: Path) -> list[Volume]:
     options = make_options({"method": "cg", "output": "complex64", "preview": "false", "device": "cpu"})
     shares: list[float] = []
+
+    def report(stage: str, facts: dict) -> None:
+        if stage == "gathered":
+            shares.append(facts["sampled"])
+
     with ScanFile(path) as scan:
-        images = list(reconstruct(parse_header(scan.header_xml), scan.acquisitions(), None, options, lambda stage, facts: shares.append(facts["sampled"]) if stage == "gathered" else None))
+        images = list(reconstruct(parse_header(scan.header_xml), scan.acquisitions(), None, options, report))
     whole = [(n, image) for n, (image, share) in enumerate(zip(images, shares, strict=True)) if share >= WHOLE]
     if not whole:
-        raise FileError(f"{path} is undersampled ({max(shares):.0%} of k-space was acquired): a prior learns from whole scans")
+        raise FileError(
+            f"{path} is undersampled ({max(shares):.0%} of k-space was acquired): a prior learns from whole scans"
+        )
     if len(whole) < len(images):
         log.warning("of %s only %d of %d volumes are whole: the others were left out", path, len(whole), len(images))
     return [_from_image(f"{path.name}#{n}" if n else path.name, image) for n, image in whole]
@@ -109,8 +129,10 @@ def _from_images(path: Path) -> list[Volume]:
     images = [i for i in read_images(path) if i.data.shape[1] > 1]
     if not images:
         raise FileError(f"{path} holds only single slices; volumes are needed to resample through the plane")
-    if "SliceDiffusion" in images[0].meta.get("ImageProcessingHistory", ()):  # of preview, image and error map, use only one for training
-        images = [i for i in images if i.image_series_index == SERIES["final"]] or [i for i in images if i.image_series_index == SERIES["preview"]]
+    if "SliceDiffusion" in images[0].meta.get("ImageProcessingHistory", ()):
+        # Of preview, image and error map, use only one for training.
+        final = [i for i in images if i.image_series_index == SERIES["final"]]
+        images = final or [i for i in images if i.image_series_index == SERIES["preview"]]
     return [_from_image(f"{path.name}#{n}" if n else path.name, image) for n, image in enumerate(images)]
 
 
@@ -122,7 +144,12 @@ def _from_image(name: str, image) -> Volume:
 
 def _from_array(path: Path, file: h5py.File) -> Volume:
     arrays = []
-    file.visititems(lambda name, node: arrays.append(node) if isinstance(node, h5py.Dataset) and node.ndim == 3 else None)
+
+    def visit(name: str, node) -> None:
+        if isinstance(node, h5py.Dataset) and node.ndim == 3:
+            arrays.append(node)
+
+    file.visititems(visit)
     if len(arrays) != 1:
         raise FileError(f"{path} should hold one array with three dimensions (z, y, x), it holds {len(arrays)}")
     voxel_mm = arrays[0].attrs.get("voxel_mm")

@@ -28,11 +28,14 @@ class Turns:
         return len(self.line)
 
     @contextlib.contextmanager
-    def turn(self, tell: Callable[[int], None] = lambda place: None, give_up: Callable[[], str] = lambda: "") -> Iterator[None]:
+    def turn(
+        self, tell: Callable[[int], None] = lambda place: None, give_up: Callable[[], str] = lambda: ""
+    ) -> Iterator[None]:
         """Wait in the queue, then hold a slot within the context.
 
         Args:
-            tell: called with the place in the queue (1: next) first and whenever it changes; not called if there is no wait.
+            tell: called with the place in the queue (1: next) first and whenever it changes; not called if there is no
+                wait.
             give_up: returns the reason to leave the queue, or "".
 
         Raises:

@@ -25,9 +25,10 @@ DECIDED = 16  # filled places beyond which a volume of short lines is kept as su
 
 @dataclass
 class Shared:
-    """What the volumes of a scan decide for each other, as it must be the same for all its images or need not be found twice.
+    """What the volumes of a scan decide for each other.
 
-    `scales` of pixels by series, contrast and set; `references` by number of coils; `learned` is the prior they have taught.
+    It must be the same for all its images or need not be found twice: `scales` of pixels by series, contrast and set;
+    `references` by number of coils; `learned` is the prior they have taught.
     """
 
     scales: dict[tuple[int, ...], float] = field(default_factory=dict)
@@ -40,10 +41,10 @@ class Scan:
     """One volume: sums of lines [coils z y x] (x in image space), line counts [z y], geometry and header.
 
     `head` is the header of the acquired line nearest the k-space centre, or of the first line if none could be used.
-    `shared` is the same object for all volumes of a scan. `gain` converts an image in noise units to
-    those of the scan's first volume, whose lines may have another dwell time. `flaw` says why no image can be made of
-    the volume, if so. `echo_offset` is the number of samples (without oversampling) by which the echo was found beyond the
-    stated centre and moved back.
+    `shared` is the same object for all volumes of a scan. `gain` converts an image in noise units to those of the
+    scan's first volume, whose lines may have another dwell time. `flaw` says why no image can be made of the volume, if
+    so. `echo_offset` is the number of samples (without oversampling) by which the echo was found beyond the stated
+    centre and moved back.
     """
 
     geometry: Geometry
@@ -68,12 +69,17 @@ class Grid:
     def __init__(self, geometry: Geometry, coils: int, kspace: np.ndarray | None = None):
         nbytes = 8 * coils * int(np.prod(geometry.shape))
         if nbytes > MAX_VOLUME_BYTES:
-            raise ScanError(f"the header asks for {nbytes / 2**30:.0f} GiB of k-space ({coils} coils, matrix {geometry.shape}); the limit is {MAX_VOLUME_BYTES >> 30} GiB")
+            raise ScanError(
+                f"the header asks for {nbytes / 2**30:.0f} GiB of k-space ({coils} coils, matrix {geometry.shape}); "
+                f"the limit is {MAX_VOLUME_BYTES >> 30} GiB"
+            )
         self.kspace = np.zeros((coils, *geometry.shape), np.complex64) if kspace is None else kspace
-        self.counts, self.energy = (np.zeros(geometry.shape[:2], np.float32) for _ in range(2))  # energy of the strongest line at each place
+        self.counts = np.zeros(geometry.shape[:2], np.float32)
+        self.energy = np.zeros(geometry.shape[:2], np.float32)  # of the strongest line at each place
         self.lines = self.filled = self.outside = self.unfit = self.uncentred = self.empty = self.reversed = 0
         self.echo_moved = False
-        self.lengths: dict[str, int] = {}  # what was assumed about lines longer or shorter than the header says, and of how many
+        # What was assumed about lines longer or shorter than the header says, and of how many.
+        self.lengths: dict[str, int] = {}
         self.foreign = self.renumbered = False  # of another encoding; with a numbering of their own
         self.head: ismrmrd.AcquisitionHeader | None = None  # of the first line; for calibration only
 
@@ -100,7 +106,10 @@ class Grid:
         self.lines, self.filled = int(self.counts.sum()), int((self.counts > 0).sum())
 
     def centre_lines(self) -> None:
-        """Move calibration lines whose strongest ones lie far from the middle of the matrix there: they count from another one."""
+        """Move calibration lines to the middle of the matrix if the strongest lie far from it.
+
+        Such lines count from another middle.
+        """
         offset, own = centre_offset(self.energy), not self.foreign
         if offset is None and too_few(find_acs(torch.from_numpy(self.counts)), self.counts.shape):
             offset = block_offset(self.energy)
@@ -115,7 +124,10 @@ class Grid:
         self.counts, self.energy = (array[z : z + 1] for array in (self.counts, self.energy))
 
     def centre_echo(self, offset: int | None = None) -> int:
-        """Centre the echo, by `offset` samples or as the lines themselves show; returns the offset. Acts only once, then returns 0."""
+        """Centre the echo, by `offset` samples or as the lines themselves show; returns the offset.
+
+        Acts only once, then returns 0.
+        """
         if self.echo_moved:
             return 0
         offset = echo_offset(self.kspace, self.energy) if offset is None else offset
@@ -125,7 +137,10 @@ class Grid:
         return offset
 
     def add(self, line: ismrmrd.Acquisition, place: tuple[int, int], readout: Readout, oversampling: int) -> bool:
-        """Add a line at its place, flipped if its readout is reversed; if it does not fit, it is counted and False returned."""
+        """Add a line at its place, flipped if its readout is reversed.
+
+        Returns whether it fitted; if not, it is only counted.
+        """
         there, centre, assumed = readout.echo(line)
         data = line.data[:, there]
         samples = data.shape[1]
@@ -140,11 +155,13 @@ class Grid:
         if line.flags & REVERSE_BIT:
             self.reversed += 1
             data, centre = data[:, ::-1], samples - 1 - centre
-        if samples > readout.full:
-            done = f"{oversampling}-fold readout oversampling was assumed" if oversampling > 1 else "the outer ones were cut"
-            self._of_another_length(f"{{have}} {samples} samples instead of the {readout.full} in the header: {done}")
+        have = f"{{have}} {samples} samples instead of the {readout.full} in the header"
+        if samples > readout.full and oversampling > 1:
+            self._of_another_length(f"{have}: {oversampling}-fold readout oversampling was assumed")
+        elif samples > readout.full:
+            self._of_another_length(f"{have}: the outer ones were cut")
         elif not oversampling and samples < readout.cut:
-            self._of_another_length(f"{{have}} {samples} samples instead of the {readout.full} in the header: oversampling was assumed to be removed already")
+            self._of_another_length(f"{have}: oversampling was assumed to be removed already")
         readout.add(data, centre, self.kspace[(slice(None), *place)], oversampling)
         self.filled += not self.counts[place]
         self.counts[place] += 1
@@ -160,20 +177,26 @@ class Grid:
         if self.outside:
             out.append(of_lines(self.outside, "{lines} lay outside the encoded matrix and {were} left out", kind))
         if self.unfit:
-            out.append(of_lines(self.unfit, "{lines} had a different number of channels or samples than most, no samples or no echo and {were} left out", kind))
+            text = (
+                "{lines} had a different number of channels or samples than most, no samples or no echo "
+                "and {were} left out"
+            )
+            out.append(of_lines(self.unfit, text, kind))
         if self.empty:
             out.append(of_lines(self.empty, "{lines} held only zeros and {were} treated as not acquired", kind))
         out += [of_lines(count, f"{{lines}} {text}", kind) for text, count in self.lengths.items()]
         if self.uncentred:
-            out.append(of_lines(self.uncentred, "{lines} had a centre sample that would put others outside k-space: the middle was assumed", kind))
+            text = "{lines} had a centre sample that would put others outside k-space: the middle was assumed"
+            out.append(of_lines(self.uncentred, text, kind))
         return out
 
 
 def shifted(array: np.ndarray, shift: tuple[int, int]) -> np.ndarray:
     """Array [z y] moved by `shift`, filled with zeros (or False)."""
     out = np.zeros_like(array)
-    there, here = ([slice(max(0, sign * n), len_ + min(0, sign * n)) for n, len_ in zip(shift, array.shape)] for sign in (1, -1))
-    out[tuple(there)] = array[tuple(here)]
+    there = tuple(slice(max(0, n), length + min(0, n)) for n, length in zip(shift, array.shape))
+    here = tuple(slice(max(0, -n), length + min(0, -n)) for n, length in zip(shift, array.shape))
+    out[there] = array[here]
     return out
 
 
@@ -197,7 +220,8 @@ class Volume:
         self.calibrating = np.zeros(self.geometry.shape[:2], bool)
         self.head: ismrmrd.AcquisitionHeader | None = None
         self.nearest, self.judged = np.inf, (0, False)
-        self.other_nearest, self.other_head = np.inf, None  # with respect to the alternative centre, where the header's is in doubt
+        # With respect to the alternative centre, where the header's is in doubt.
+        self.other_nearest, self.other_head = np.inf, None
         self.averages = self.duplicates = self.certain = 0
         self.strange: set[tuple[int, int]] = set()  # places of lines unlike the others
 
@@ -221,9 +245,10 @@ class Volume:
             self.note(line.idx.average, line.flags, place, line.getHead)
 
     def _is_one_of_us(self, coils: int, oversampling: int, may_be_short: bool, place: tuple[int, int]) -> bool:
-        """Whether a line has the channels and oversampling of the others; the first lines may have been the odd ones out.
+        """Whether a line has the channels and oversampling of the others.
 
-        A short line of an oversampled scan has lower resolution. Places count, not lines: unflagged noise lines share one.
+        The first lines may have been the odd ones out. A short line of an oversampled scan has lower resolution. Places
+        count, not lines: unflagged noise lines share one.
         """
         ours = coils == len(self.grid.kspace)
         if ours and oversampling == self.oversampling:
@@ -282,13 +307,15 @@ class Volume:
     def lacks_nothing(self, averages: int) -> bool:
         """Whether as many lines and averages came as the header announces; cached until another line comes."""
         if self.judged[0] != self.grid.lines:
-            self.judged = self.grid.lines, self.averages >= averages and not missing_lines(self.geometry.settled(), self.grid.counts)
+            complete = self.averages >= averages and not missing_lines(self.geometry.settled(), self.grid.counts)
+            self.judged = self.grid.lines, complete
         return self.judged[1]
 
     def scan(self, noise: torch.Tensor | None, calibration: Grid | None) -> Scan:
         """The finished volume, with notes for the user."""
         self.geometry = self.geometry.settled()
-        scan = Scan(self.geometry, torch.from_numpy(self.grid.kspace), torch.from_numpy(self.grid.counts), self.head or self.first, noise)
+        kspace, counts = torch.from_numpy(self.grid.kspace), torch.from_numpy(self.grid.counts)
+        scan = Scan(self.geometry, kspace, counts, self.head or self.first, noise)
         scan.warnings += [*self.geometry.warnings, *self.grid.warnings("")]
         if self.duplicates:
             scan.warnings.append(of_lines(self.duplicates, "{lines} came more than once and {were} averaged"))
@@ -300,32 +327,58 @@ class Volume:
         if self.grid.filled and hole_at_centre(self.grid.counts).any():
             scan.warnings.append(NO_CENTRE)
         if min(self.grid.reversed, self.grid.lines - self.grid.reversed) > BOTH_WAYS * self.grid.lines:
-            scan.warnings.append("CAUTION: this image is made from lines of both readout directions, as in EPI, without any correction: expect ghosts")
+            scan.warnings.append(
+                "CAUTION: this image is made from lines of both readout directions, as in EPI, "
+                "without any correction: expect ghosts"
+            )
         if self.grid.outside > self.grid.lines > 0:
-            scan.flaw = f"{self.grid.outside} lines lay outside the encoded matrix and only {self.grid.lines} inside: the header does not belong to these lines"
+            scan.flaw = (
+                f"{self.grid.outside} lines lay outside the encoded matrix and only {self.grid.lines} inside: "
+                "the header does not belong to these lines"
+            )
         return scan
 
     def _take_centre(self, calibration: Grid) -> list[str]:
-        """Use calibration lines for the image too if it has none of them and the header names no calibration mode, or to fill a hole at its centre."""
+        """Use calibration lines for the image too; returns a remark for the user, if so.
+
+        Only if it has none of them and the header names no calibration mode, or to fill a hole at its centre.
+        """
         if calibration.foreign or not self.grid.lines:
             return []
         there = calibration.counts > 0
         if self.lacks(calibration):
-            remark = "the calibration lines are used for the image too: it has no lines of its own there, and the header names no calibration mode"
+            remark = (
+                "the calibration lines are used for the image too: it has no lines of its own there, "
+                "and the header names no calibration mode"
+            )
         else:
             there &= self._hole()
-            if not there.any() or not np.isfinite(energy := np.square(np.abs(calibration.kspace[:, there])).sum()) or not energy:
+            if not there.any():
                 return []
-            remark = "no image line was received at the centre of k-space: calibration lines are used there and determine brightness and contrast"
+            energy = np.square(np.abs(calibration.kspace[:, there])).sum()
+            if not np.isfinite(energy) or not energy:
+                return []
+            remark = (
+                "no image line was received at the centre of k-space: "
+                "calibration lines are used there and determine brightness and contrast"
+            )
         self.grid.kspace[:, there], self.grid.counts[there] = calibration.kspace[:, there], calibration.counts[there]
         return [remark]
 
     def lacks(self, calibration: Grid) -> bool:
-        """Whether the image has no lines where the calibration has some, and the header names no calibration mode: these then belong to it."""
-        return self.geometry.calibration in ("", "other") and not self.calibrating.any() and not (self.grid.counts[calibration.counts > 0] > 0).any()
+        """Whether the image has no lines where the calibration has some, and the header names no calibration mode.
+
+        These then belong to it.
+        """
+        if self.geometry.calibration not in ("", "other") or self.calibrating.any():
+            return False
+        return not (self.grid.counts[calibration.counts > 0] > 0).any()
 
     def _hole(self) -> np.ndarray:
-        """Places [z y] of a hole at the centre that calibration lines of the same scan may fill; none if more than the hole is missing."""
+        """Places [z y] of a hole at the centre that calibration lines of the same scan may fill.
+
+        There are none if more than the hole is missing.
+        """
         if self.geometry.calibration == "external" or missing_lines(self.geometry, self.grid.counts):
             return np.zeros(self.grid.counts.shape, bool)
         return hole_at_centre(self.grid.counts)
@@ -335,6 +388,7 @@ class Volume:
         kspace, counts = grid.kspace, grid.counts
         shared = self.calibrating & (counts == 0)
         if self.geometry.calibration not in ("separate", "external") and shared.any():
-            kspace, counts = kspace.copy(), counts.copy()  # other volumes, with imaging lines of their own, use the same calibration
+            # Copies, as other volumes, with imaging lines of their own, use the same calibration.
+            kspace, counts = kspace.copy(), counts.copy()
             kspace[:, shared], counts[shared] = self.grid.kspace[:, shared], self.grid.counts[shared]
         return torch.from_numpy(kspace), torch.from_numpy(counts)

@@ -31,7 +31,16 @@ PAUSE_S = 0.5
 MAX_TEXT_BYTES = 64 << 20
 MAX_ITEM_BYTES = 4 << 30
 BLOCK_BYTES = 4 << 20  # memory grows with what arrives, not with what was announced
-PIXEL_TYPES = {1: np.uint16, 2: np.int16, 3: np.uint32, 4: np.int32, 5: np.float32, 6: np.float64, 7: np.complex64, 8: np.complex128}
+PIXEL_TYPES = {
+    1: np.uint16,
+    2: np.int16,
+    3: np.uint32,
+    4: np.int32,
+    5: np.float32,
+    6: np.float64,
+    7: np.complex64,
+    8: np.complex128,
+}
 COMPRESSED_BITS = (1 << 52) | (1 << 53)
 
 
@@ -53,7 +62,13 @@ class Wire:
         max_buffer_bytes: largest ReconData, which can be a whole scan.
     """
 
-    def __init__(self, sock: socket.socket, timeout_s: float | None = None, max_bytes: int = MAX_ITEM_BYTES, max_buffer_bytes: int = MAX_ARRAY_BYTES):
+    def __init__(
+        self,
+        sock: socket.socket,
+        timeout_s: float | None = None,
+        max_bytes: int = MAX_ITEM_BYTES,
+        max_buffer_bytes: int = MAX_ARRAY_BYTES,
+    ):
         sock.settimeout(timeout_s)
         self.sock, self.timeout_s, self.max_bytes, self.max_buffer_bytes = sock, timeout_s, max_bytes, max_buffer_bytes
         self.stream = sock.makefile("rb", buffering=1 << 20)
@@ -98,7 +113,10 @@ class Wire:
             raise WireError("the stream ended before its CLOSE message: the peer is gone or the scan was cut off")
 
     def messages(self) -> Iterator[tuple[int, object]]:
-        """(id, item) until CLOSE: text as str, queries and responses as (correlation id, text), the rest as ismrmrd objects or ReconData."""
+        """(id, item) of each message until CLOSE.
+
+        Text as str, queries and responses as (correlation id, text), the rest as ismrmrd objects or ReconData.
+        """
         readers = {
             CONFIG_FILE: lambda: _decode(self.read(CONFIG_FILE_BYTES).split(b"\0")[0]),
             CONFIG_TEXT: self._read_text,
@@ -119,7 +137,9 @@ class Wire:
                 self.ended = True
                 return
             if kind not in readers:
-                raise self._out_of_step(f"received message id {kind}, which is unknown here or out of step: the stream cannot be read on")
+                raise self._out_of_step(
+                    f"received message id {kind}, which is unknown here or out of step: the stream cannot be read on"
+                )
             item = readers[kind]()
             if self.tap is not None and kind in SCAN_ITEMS:
                 self.tap(item)
@@ -214,7 +234,10 @@ class Wire:
         self._send(struct.pack("<H", CLOSE))
 
     def _send_text(self, text: str | bytes, form: str, *numbers: int) -> None:
-        """Send `numbers` and the length of the text in the struct's `form`, then the text; what UTF-8 cannot hold (half of a pair in a host's JSON, a byte of a file's name) is escaped."""
+        """Send `numbers` and the length of the text in the struct's `form`, then the text.
+
+        What UTF-8 cannot hold (half of a pair in a host's JSON, a byte of a file's name) is escaped.
+        """
         data = text.encode(errors="backslashreplace") if isinstance(text, str) else text
         self._send(struct.pack(form, *numbers, len(data)) + data)
 
@@ -223,7 +246,10 @@ class Wire:
             self._deliver(data)
 
     def _deliver(self, data: bytes) -> None:
-        """Send all of it, with the timeout for each piece: sendall would apply it to the whole message, and a slow peer takes large images piece by piece."""
+        """Send all of it, with the timeout for each piece.
+
+        sendall would apply it to the whole message, and a slow peer takes large images piece by piece.
+        """
         rest = memoryview(data)
         while rest:
             rest = rest[self.sock.send(rest) :]
@@ -243,7 +269,9 @@ class Wire:
     def _read_acquisition(self) -> ismrmrd.Acquisition:
         head = ismrmrd.AcquisitionHeader.from_buffer_copy(self.read(ctypes.sizeof(ismrmrd.AcquisitionHeader)))
         if head.flags & COMPRESSED_BITS:
-            raise self._out_of_step("the acquisitions are compressed, which is not supported here: send them without -P or -T")
+            raise self._out_of_step(
+                "the acquisitions are compressed, which is not supported here: send them without -P or -T"
+            )
         samples, coils, dims = head.number_of_samples, head.active_channels, head.trajectory_dimensions
         self._check(samples * (4 * dims + 8 * coils), self.max_bytes, "line")
         trajectory = self.read_array((samples, dims), np.float32)
@@ -261,14 +289,18 @@ class Wire:
         head = ismrmrd.ImageHeader.from_buffer_copy(self.read(ctypes.sizeof(ismrmrd.ImageHeader)))
         attributes = self._read_text("<Q")
         if head.data_type not in PIXEL_TYPES:
-            raise self._out_of_step(f"an image of the unknown pixel type {head.data_type} came: the stream is damaged or out of step")
+            raise self._out_of_step(
+                f"an image of the unknown pixel type {head.data_type} came: the stream is damaged or out of step"
+            )
         pixel = np.dtype(PIXEL_TYPES[head.data_type])
         nbytes = math.prod((head.channels, *head.matrix_size)) * pixel.itemsize
         self._check(nbytes, self.max_bytes, "image")
         try:
             image = ismrmrd.Image(head, attributes)
         except Exception as error:  # invalid attribute XML raises various exceptions
-            raise self._out_of_step(f"the attributes of an image cannot be read: {' '.join(str(error).split())[:200]}") from error
+            raise self._out_of_step(
+                f"the attributes of an image cannot be read: {' '.join(str(error).split())[:200]}"
+            ) from error
         image.data.ravel()[:] = np.frombuffer(self.read(nbytes), pixel)
         return image
 
@@ -280,7 +312,9 @@ class Wire:
 
     def _check(self, length: int, limit: int, what: str) -> None:
         if length > limit:
-            raise self._out_of_step(f"a {what} of {length} bytes was announced, the limit is {limit}: the stream is damaged or out of step")
+            raise self._out_of_step(
+                f"a {what} of {length} bytes was announced, the limit is {limit}: the stream is damaged or out of step"
+            )
 
 
 class QueuedWire(Wire):
