@@ -30,7 +30,8 @@ def add_options(parser: argparse.ArgumentParser, without: Collection[str] = ()) 
         if name in without:
             continue
         default = "none" if field.default is None else field.default
-        group.add_argument(f"--{name.replace('_', '-')}", metavar="VALUE", help=f"{field.description} (default: {default})")
+        description = f"{field.description} (default: {default})"
+        group.add_argument(f"--{name.replace('_', '-')}", metavar="VALUE", help=description)
 
 
 def given_options(arguments: argparse.Namespace) -> dict[str, str]:

@@ -19,7 +19,9 @@ def run(arguments: argparse.Namespace) -> None:
     places = [root / "tests" / "benchmarks" / "bench.py" for root in (Path.cwd(), Path(__file__).resolve().parents[2])]
     program = next((p for p in places if p.is_file()), None)
     if program is None:
-        raise FileNotFoundError("the benchmarks are not installed with the package: run `slicediff bench` in a checkout of the project")
+        raise FileNotFoundError(
+            "the benchmarks are not installed with the package: run `slicediff bench` in a checkout of the project"
+        )
     sys.argv = [str(program), *arguments.rest]
     sys.path.insert(0, str(program.parent))
     runpy.run_path(str(program), run_name="__main__")

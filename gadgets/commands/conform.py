@@ -11,7 +11,9 @@ from .arguments import port
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add its arguments."""
-    parser.add_argument("--host", help="test the server there (default: this machine, or one of its own if there is no --port)")
+    parser.add_argument(
+        "--host", help="test the server there (default: this machine, or one of its own if there is no --port)"
+    )
     parser.add_argument("--port", type=port, help="test the server there (default: 9002 with --host)")
     parser.add_argument("--case", action="append", metavar="NAME", help="run only this case; may be given again")
     parser.add_argument("--json", action="store_true", help="end stdout with one line of JSON")
@@ -32,9 +34,14 @@ def run(arguments: argparse.Namespace) -> int:
         for result in conform(address, arguments.case, status.update):
             table.add_row(result.name, result.promise, f"{result.verdict}: {result.happened}", f"{result.seconds:.1f}")
             results.append(result)
-    Console(width=None if sys.stdout.isatty() else 200, markup=False, emoji=False).print(table)  # a server's sentence may hold brackets
+    # no markup: a server's sentence may hold brackets
+    Console(width=None if sys.stdout.isatty() else 200, markup=False, emoji=False).print(table)
     counts = {verdict: sum(r.verdict == verdict for r in results) for verdict in ("passed", "failed", "skipped")}
-    print(f"{len(results)} case{'s' * (len(results) != 1)}: {counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped, {sum(r.seconds for r in results):.1f} s")
+    print(
+        f"{len(results)} case{'s' * (len(results) != 1)}: "
+        f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped, "
+        f"{sum(r.seconds for r in results):.1f} s"
+    )
     if arguments.json:
         print(json.dumps([vars(result) for result in results]))
     return 0 if counts["passed"] and not counts["failed"] else 1

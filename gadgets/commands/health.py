@@ -23,6 +23,8 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         ready = json.loads(answer)["ready"]
     except (ValueError, TypeError, KeyError):  # Gadgetron itself has port 9002, too
-        raise SendError(f"the server at {arguments.host} port {arguments.port} is another one: it answered {answer[:100]!r}") from None
+        raise SendError(
+            f"the server at {arguments.host} port {arguments.port} is another one: it answered {answer[:100]!r}"
+        ) from None
     print(answer)
     return 0 if ready else 1

@@ -25,5 +25,8 @@ def run(arguments: argparse.Namespace) -> int:
             continue
         training = card.get("training", {})
         voxels = " to ".join(f"{mm:g}" for mm in dict.fromkeys(training.get("voxel_mm", ()))) or "unknown"
-        print(f"{card['name']}: {card['parameters'] / 1e6:.1f} M parameters, voxels {voxels} mm, {training.get('steps_done', 'unknown')} steps, sha256 {card['sha256'][:12]}")
+        print(
+            f"{card['name']}: {card['parameters'] / 1e6:.1f} M parameters, voxels {voxels} mm, "
+            f"{training.get('steps_done', 'unknown')} steps, sha256 {card['sha256'][:12]}"
+        )
     return 0 if any("error" not in card for card in cards) else 1

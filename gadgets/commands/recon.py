@@ -24,9 +24,18 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Add its arguments."""
     parser.add_argument("scan", type=Path, help="ISMRMRD file")
     parser.add_argument("images", type=Path, help="HDF5 file to append the images to")
-    parser.add_argument("--input-group", metavar="NAME", help="HDF5 group of the scan (default: dataset, or the only one that holds a scan)")
+    parser.add_argument(
+        "--input-group",
+        metavar="NAME",
+        help="HDF5 group of the scan (default: dataset, or the only one that holds a scan)",
+    )
     parser.add_argument("--group", help="HDF5 group of the images (default: date and time)")
-    parser.add_argument("--nifti", type=Path, metavar="DIR", help="also write each volume as NIfTI into this folder, which may hold none of an earlier run")
+    parser.add_argument(
+        "--nifti",
+        type=Path,
+        metavar="DIR",
+        help="also write each volume as NIfTI into this folder, which may hold none of an earlier run",
+    )
     parser.add_argument("--png", type=Path, metavar="FILE", help="also draw the last volume in three orientations")
     parser.add_argument("--json", action="store_true", help="end stdout with one line of JSON")
     parser.set_defaults(run=run)
@@ -57,7 +66,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_places(arguments: argparse.Namespace) -> None:
-    """FileError for an output that could not be written, or told from an earlier run's, raised now and not after the reconstruction."""
+    """FileError for an output that could not be written, or told from an earlier run's.
+
+    Raised now and not after the reconstruction.
+    """
     from ..files import FileError, check_apart, check_folder, check_picture
 
     check_apart(arguments.scan, arguments.images)
@@ -65,12 +77,17 @@ def _check_places(arguments: argparse.Namespace) -> None:
         check_folder(arguments.nifti)
         earlier = min(arguments.nifti.glob("series*_*.nii.gz"), default=None)
         if earlier:
-            raise FileError(f"{earlier} is there from an earlier run, and its volumes could not be told from this one's: give another folder to --nifti, or empty it")
+            raise FileError(
+                f"{earlier} is there from an earlier run, and its volumes could not be told from this one's: "
+                "give another folder to --nifti, or empty it"
+            )
     if arguments.png:
         check_picture(arguments.png)
 
 
-def _reconstruct(arguments: argparse.Namespace, options: Options, display: Display, writer: ImageWriter) -> Iterator[ismrmrd.Image]:
+def _reconstruct(
+    arguments: argparse.Namespace, options: Options, display: Display, writer: ImageWriter
+) -> Iterator[ismrmrd.Image]:
     """Reconstruct the scan and write its images one by one; each is yielded once it is written.
 
     Raises:
@@ -127,7 +144,8 @@ def _tell(arguments: argparse.Namespace, display: Display, count: int) -> None:
         print(f"slicediff: note: {note}", file=sys.stderr)
     print(of_images(count, "{images} written to ") + str(arguments.images))
     if arguments.json:
-        print(json.dumps({**display.facts, "images": count, "seconds": display.seconds, "peak_memory_mib": peak_memory_mib()}))
+        used = {"seconds": display.seconds, "peak_memory_mib": peak_memory_mib()}
+        print(json.dumps({**display.facts, "images": count, **used}))
 
 
 def peak_memory_mib() -> float:

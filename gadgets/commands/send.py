@@ -16,11 +16,22 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", type=Path, help="HDF5 file to append the images to")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=port, default=9002)
-    parser.add_argument("--config", default="default", metavar="NAME|FILE", help="a configuration of the server, or a chain XML to send")
-    parser.add_argument("--input-group", metavar="NAME", help="HDF5 group of the scan (default: dataset, or the only one that holds a scan)")
+    parser.add_argument(
+        "--config", default="default", metavar="NAME|FILE", help="a configuration of the server, or a chain XML to send"
+    )
+    parser.add_argument(
+        "--input-group",
+        metavar="NAME",
+        help="HDF5 group of the scan (default: dataset, or the only one that holds a scan)",
+    )
     parser.add_argument("--group", help="HDF5 group of the images (default: date and time)")
     parser.add_argument("--realtime", action="store_true", help="send each line at its time stamp, as the scanner did")
-    parser.add_argument("--expect", type=count, metavar="N", help="fail if fewer images come (default: the scan's volumes, in every series)")
+    parser.add_argument(
+        "--expect",
+        type=count,
+        metavar="N",
+        help="fail if fewer images come (default: the scan's volumes, in every series)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -39,7 +50,9 @@ def run(arguments: argparse.Namespace) -> int:
         with ScanFile(arguments.scan, arguments.input_group) as scan, display:
             total = len(scan)
             sent = lambda count: display.count("sent", count, total)  # noqa: E731
-            for image in send_scan(scan, arguments.host, arguments.port, arguments.config, display.say, sent, realtime=arguments.realtime, expect=arguments.expect):
+            server = (arguments.host, arguments.port, arguments.config)
+            how = {"realtime": arguments.realtime, "expect": arguments.expect}
+            for image in send_scan(scan, *server, display.say, sent, **how):
                 writer.write(image)
                 display.note(notes_of(image))
     finally:  # also show the notes when images are missing

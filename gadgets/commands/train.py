@@ -10,14 +10,37 @@ from recon_core.train_options import TrainOptions
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add its arguments."""
-    parser.add_argument("volumes", type=Path, nargs="+", help="NIfTI, .npy, HDF5 or ISMRMRD volumes, magnitude or complex, or folders of them")
-    parser.add_argument("--out", type=Path, required=True, help=".safetensors file to write; its .checkpoint is resumed from")
-    parser.add_argument("--validate", type=Path, nargs="+", default=[], metavar="VOLUME", help="volumes to measure on; they are not trained on")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of training options; the options below win over it")
+    parser.add_argument(
+        "volumes",
+        type=Path,
+        nargs="+",
+        help="NIfTI, .npy, HDF5 or ISMRMRD volumes, magnitude or complex, or folders of them",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help=".safetensors file to write; its .checkpoint is resumed from"
+    )
+    parser.add_argument(
+        "--validate",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="VOLUME",
+        help="volumes to measure on; they are not trained on",
+    )
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="YAML file of training options; the options below win over it"
+    )
     for name, field in TrainOptions.model_fields.items():
         pair = isinstance(field.default, tuple)
-        default = "" if field.default is None else f" (default: {' '.join(map(str, field.default)) if pair else field.default})"
-        parser.add_argument(f"--{name.replace('_', '-')}", nargs=2 if pair else None, metavar=("LOW", "HIGH") if pair else "VALUE", help=field.description + default)
+        default = ""
+        if field.default is not None:
+            default = f" (default: {' '.join(map(str, field.default)) if pair else field.default})"
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            nargs=2 if pair else None,
+            metavar=("LOW", "HIGH") if pair else "VALUE",
+            help=field.description + default,
+        )
     parser.set_defaults(run=run)
 
 
@@ -30,12 +53,23 @@ def run(arguments: argparse.Namespace) -> int:
     from ..training import find_volumes, load_volumes, make_train_options
 
     check_out(arguments.out)  # before reading the volumes, which may take minutes
-    options = make_train_options(arguments.config, {n: v for n in TrainOptions.model_fields if (v := getattr(arguments, n)) is not None})
+    given = {n: v for n in TrainOptions.model_fields if (v := getattr(arguments, n)) is not None}
+    options = make_train_options(arguments.config, given)
     held_out = find_volumes(arguments.validate)
     learned_from = [v for v in find_volumes(arguments.volumes) if v not in held_out]
     if not learned_from:
-        raise FileError("nothing is left to learn from: --validate holds out every volume given; give more volumes, or hold out fewer")
+        raise FileError(
+            "nothing is left to learn from: --validate holds out every volume given; "
+            "give more volumes, or hold out fewer"
+        )
     volumes = load_volumes(learned_from)
     picture = arguments.out.with_suffix(".png")
-    train(volumes, arguments.out, options, lambda line: print(line, flush=True), load_volumes(held_out), lambda step, images: draw_denoising(images.numpy(), f"step {step}", picture))
+    train(
+        volumes,
+        arguments.out,
+        options,
+        lambda line: print(line, flush=True),
+        load_volumes(held_out),
+        lambda step, images: draw_denoising(images.numpy(), f"step {step}", picture),
+    )
     return 0

@@ -24,9 +24,11 @@ from .case import Broken
 
 SWEEPS = 2
 SOON_S = 10.0
-COMMAND = [sys.executable, "-W", "ignore", "-c", "from gadgets.cli import command; command()", "serve", "--port", "0", "--test-faults"]
+PROGRAM = "from gadgets.cli import command; command()"
+COMMAND = [sys.executable, "-W", "ignore", "-c", PROGRAM, "serve", "--port", "0", "--test-faults"]
 QUICK = ["--timeout-s", "2", "--idle-s", "2", "--grace-s", "1", "--max-gib", "0.5", "--max-message-mib", "64"]
-ONE_ARENA = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "131072"}  # else per-thread heaps hide a leak behind +-20 MiB
+# else per-thread heaps hide a leak behind +-20 MiB
+ONE_ARENA = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 
 class Bench:
@@ -71,7 +73,8 @@ class Bench:
         except (OSError, UnicodeError) as error:
             raise Broken(f"no server answers at {self.address[0]} port {self.address[1]}: {error}") from None
         if len(answer.images) != 2:
-            raise Broken(f"a correct scan gave {len(answer.images)} images and not a preview and a final one {answer.complaint}".rstrip())
+            gave = f"{len(answer.images)} images and not a preview and a final one {answer.complaint}".rstrip()
+            raise Broken(f"a correct scan gave {gave}")
         return answer.images
 
     def start(self) -> None:
@@ -79,7 +82,10 @@ class Bench:
         if self.process is not None:
             self._reap()
         command = [*COMMAND, *QUICK, "--keep-failed", str(self.kept)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ, **ONE_ARENA})
+        environment = {**os.environ, **ONE_ARENA}
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+        )
         words = self.process.stdout.readline().split()
         if not words:
             raise Broken("the server did not start")
@@ -101,16 +107,20 @@ class Bench:
             return p.gadgetron_config("".join(f'<property name="{n}" value="{v}"/>' for n, v in options.items())) + head
         return p.config_name("default") + head + p.text_message(p.TEXT, json.dumps({"parameters": options}))
 
-    def scan(self, lines: list[bytes] | None = None, header: bytes | None = None, gadgetron: bool = False, **options) -> p.Answer:
+    def scan(
+        self, lines: list[bytes] | None = None, header: bytes | None = None, gadgetron: bool = False, **options
+    ) -> p.Answer:
         """Send a whole scan; returns the answer."""
+        lines = self.messages if lines is None else lines
         with self.peer() as peer:
-            peer.send(self.opening(header, gadgetron, **options), *(self.messages if lines is None else lines), p.close())
+            peer.send(self.opening(header, gadgetron, **options), *lines, p.close())
             return peer.answer()
 
     def simulated(self, **options) -> tuple[bytes, list, np.ndarray]:
         """Header and acquisitions of the tiny object scanned with another protocol, and the object [z y x]."""
         path, reference = (Path(self.folder.name) / name for name in ("other.h5", "other.nii"))
-        simulate(self.path.with_name("object.npy"), path, SimulateOptions(**{"coils": 4, "acceleration": 2, "acs": 12, "noise_lines": 8, "snr": 60, **options}), reference)
+        protocol = {"coils": 4, "acceleration": 2, "acs": 12, "noise_lines": 8, "snr": 60, **options}
+        simulate(self.path.with_name("object.npy"), path, SimulateOptions(**protocol), reference)
         with ScanFile(path) as scan:
             return scan.header_xml, list(scan.acquisitions()), np.asarray(nibabel.load(reference).dataobj).T
 

@@ -19,7 +19,10 @@ class Broken(AssertionError):
 
 @dataclass(frozen=True)
 class Case:
-    """A promise to test; `needs` is "", "faults" (a server that fails on purpose) or "process" (a server that may be killed)."""
+    """A promise to test.
+
+    `needs` is "", "faults" (a server that fails on purpose) or "process" (a server that may be killed).
+    """
 
     name: str
     promise: str

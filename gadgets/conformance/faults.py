@@ -1,4 +1,7 @@
-"""Priors that fail on purpose, to test that nothing is lost when a real one does; off unless a server is started with --test-faults."""
+"""Priors that fail on purpose, to test that nothing is lost when a real one does.
+
+Off unless a server is started with --test-faults.
+"""
 
 from __future__ import annotations
 
@@ -49,6 +52,11 @@ def _forgets_the_data(x: torch.Tensor, sigma: float) -> torch.Tensor:
 
 
 FAULTS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
-    "test-hang": _hangs, "test-slow": _is_slow, "test-raise": _raises, "test-memory": _exhausts_memory, "test-gpu-lost": _loses_the_gpu,
-    "test-nan": _is_nan, "test-drift": _forgets_the_data,
-}  # fmt: skip
+    "test-hang": _hangs,
+    "test-slow": _is_slow,
+    "test-raise": _raises,
+    "test-memory": _exhausts_memory,
+    "test-gpu-lost": _loses_the_gpu,
+    "test-nan": _is_nan,
+    "test-drift": _forgets_the_data,
+}

@@ -1,8 +1,8 @@
 """A peer on a raw socket, written from the wire format alone: it shares no code with the reader and writer it tests.
 
-All numbers are little-endian. A message is a u16 id and a payload. The payload of an acquisition is its 340-byte header,
-the trajectory and the samples [coils samples] as pairs of float32; that of an image is its 198-byte header, a u64 length,
-that many bytes of attributes, and the pixels.
+All numbers are little-endian. A message is a u16 id and a payload. The payload of an acquisition is its 340-byte
+header, the trajectory and the samples [coils samples] as pairs of float32; that of an image is its 198-byte header, a
+u64 length, that many bytes of attributes, and the pixels.
 """
 
 from __future__ import annotations
@@ -11,13 +11,17 @@ import socket
 import struct
 from dataclasses import dataclass, field
 
-CONFIG_NAME, CONFIG, HEADER, CLOSE, TEXT, QUERY, RESPONSE, ERROR, ACQUISITION, IMAGE = 1, 2, 3, 4, 5, 6, 7, 8, 1008, 1022
+CONFIG_NAME, CONFIG, HEADER, CLOSE, TEXT, QUERY, RESPONSE, ERROR = 1, 2, 3, 4, 5, 6, 7, 8
+ACQUISITION, IMAGE = 1008, 1022
 PIXEL_BYTES = {1: 2, 2: 2, 3: 4, 4: 4, 5: 4, 6: 8, 7: 8, 8: 16}
 
 
 @dataclass
 class Answer:
-    """What a server sent: images as (header, attributes, pixels), texts, errors, replies; `closed` if it ended with CLOSE."""
+    """What a server sent: images as (header, attributes, pixels), texts, errors, replies.
+
+    `closed` if it ended with CLOSE.
+    """
 
     images: list[tuple[bytes, bytes, bytes]] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
@@ -69,12 +73,17 @@ def close() -> bytes:
 def acquisition(line) -> bytes:
     """One acquisition, field by field; `line` is an ismrmrd.Acquisition, used only for its values."""
     head, idx = line.getHead(), line.getHead().idx
-    steps = (idx.kspace_encode_step_1, idx.kspace_encode_step_2, idx.average, idx.slice, idx.contrast, idx.phase, idx.repetition, idx.set, idx.segment)
-    out = struct.pack("<HQIII3I", head.version, head.flags, head.measurement_uid, head.scan_counter, head.acquisition_time_stamp, *head.physiology_time_stamp)
-    out += struct.pack("<HHH16Q", head.number_of_samples, head.available_channels, head.active_channels, *head.channel_mask)
-    out += struct.pack("<5H", head.discard_pre, head.discard_post, head.center_sample, head.encoding_space_ref, head.trajectory_dimensions)
-    out += struct.pack("<f3f3f3f3f3f", head.sample_time_us, *head.position, *head.read_dir, *head.phase_dir, *head.slice_dir, *head.patient_table_position)
-    out += struct.pack("<9H8H8i8f", *steps, *idx.user, *head.user_int, *head.user_float)
+    times = (head.acquisition_time_stamp, *head.physiology_time_stamp)
+    channels = (head.available_channels, head.active_channels, *head.channel_mask)
+    discarded = (head.discard_pre, head.discard_post)
+    place = (*head.position, *head.read_dir, *head.phase_dir, *head.slice_dir, *head.patient_table_position)
+    steps = (idx.kspace_encode_step_1, idx.kspace_encode_step_2)
+    counters = (idx.average, idx.slice, idx.contrast, idx.phase, idx.repetition, idx.set, idx.segment)
+    out = struct.pack("<HQIII3I", head.version, head.flags, head.measurement_uid, head.scan_counter, *times)
+    out += struct.pack("<HHH16Q", head.number_of_samples, *channels)
+    out += struct.pack("<5H", *discarded, head.center_sample, head.encoding_space_ref, head.trajectory_dimensions)
+    out += struct.pack("<f3f3f3f3f3f", head.sample_time_us, *place)
+    out += struct.pack("<9H8H8i8f", *steps, *counters, *idx.user, *head.user_int, *head.user_float)
     samples = [part for channel in line.data.tolist() for value in channel for part in (value.real, value.imag)]
     return struct.pack("<H", ACQUISITION) + out + struct.pack(f"<{len(samples)}f", *samples)
 

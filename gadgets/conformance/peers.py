@@ -21,8 +21,14 @@ def golden_bytes(bench: Bench) -> str:
     for head, attributes, pixels in answer.images:
         version, kind = struct.unpack_from("<HH", head)
         expect((version, kind) == (1, 1), f"image version {version}, pixel type {kind}")
-        expect(struct.unpack_from("<I", head, 194)[0] == len(attributes), "the header holds another length of the attributes")
-        expect(len(pixels) == 2 * 20 * 24 * 22 and max(struct.unpack(f"<{len(pixels) // 2}H", pixels)) <= 4095, "pixels of another number or size")
+        expect(
+            struct.unpack_from("<I", head, 194)[0] == len(attributes),
+            "the header holds another length of the attributes",
+        )
+        expect(
+            len(pixels) == 2 * 20 * 24 * 22 and max(struct.unpack(f"<{len(pixels) // 2}H", pixels)) <= 4095,
+            "pixels of another number or size",
+        )
     return "2 images, series 1 and 2"
 
 
@@ -44,8 +50,13 @@ def dribble(bench: Bench) -> str:
 def every_front_end(bench: Bench) -> str:
     same(bench.scan(gadgetron=True), bench)
     with bench.peer() as peer:
-        script = '<configuration><version>2</version><stream><external><connect port="1"/><configuration><property name="sweeps" value="2"/></configuration></external></stream></configuration>'
-        peer.send(p.text_message(p.CONFIG, script), p.text_message(p.HEADER, bench.header + b"\0"), *bench.messages, p.close())
+        script = (
+            '<configuration><version>2</version><stream><external><connect port="1"/>'
+            '<configuration><property name="sweeps" value="2"/></configuration>'
+            "</external></stream></configuration>"
+        )
+        head = p.text_message(p.HEADER, bench.header + b"\0")
+        peer.send(p.text_message(p.CONFIG, script), head, *bench.messages, p.close())
         same(peer.answer(), bench)
     return "same images three times"
 
@@ -110,10 +121,16 @@ def fifty_scans(bench: Bench) -> str:
         same(bench.scan(gadgetron=bool(number % 2)), bench)
         facts.append(bench.health())
     floor = lambda name, part: min(f[name] for f in part)  # noqa: E731 - what is freed between scans does not count
-    grown = {name: round(floor(name, facts[-20:]) - floor(name, facts[5:25]), 1) for name in ("rss_mib", "open_files", "threads")}
-    most = 4 if bench.process is not None else 16  # MiB; a server not started by the suite has several heaps, which come and go
-    expect(grown["rss_mib"] < most and grown["open_files"] <= 0 and grown["threads"] <= 0, f"between scans 6-25 and 31-50 the least grew by {grown}")
-    return f"between scans 6-25 and 31-50 the least grew by {grown['rss_mib']:g} MiB, {grown['open_files']} files, {grown['threads']} threads"
+    counted = ("rss_mib", "open_files", "threads")
+    grown = {name: round(floor(name, facts[-20:]) - floor(name, facts[5:25]), 1) for name in counted}
+    # MiB; a server not started by the suite has several heaps, which come and go
+    most = 4 if bench.process is not None else 16
+    flat = grown["rss_mib"] < most and grown["open_files"] <= 0 and grown["threads"] <= 0
+    expect(flat, f"between scans 6-25 and 31-50 the least grew by {grown}")
+    return (
+        f"between scans 6-25 and 31-50 the least grew by {grown['rss_mib']:g} MiB, "
+        f"{grown['open_files']} files, {grown['threads']} threads"
+    )
 
 
 # peers and networks that fail
@@ -148,7 +165,9 @@ def half_open(bench: Bench) -> str:
         return refused(peer.send(bench.opening(), *bench.messages[:50]).answer(), "sent nothing for 2 s")
 
 
-@case("a cable pulled late in the scan: images of what came, with a warning, and a sentence", limit_s=15, needs="process")
+@case(
+    "a cable pulled late in the scan: images of what came, with a warning, and a sentence", limit_s=15, needs="process"
+)
 def half_open_late(bench: Bench) -> str:
     with bench.peer() as peer:
         answer = peer.send(bench.opening(), *bench.messages[:-20]).answer()
@@ -167,7 +186,8 @@ def second_header(bench: Bench) -> str:
 @case("an error that the peer tells late in the scan: images of what came, with a warning, and a sentence")
 def error_of_the_peer(bench: Bench) -> str:
     with bench.peer() as peer:
-        answer = peer.send(bench.opening(), *bench.messages[:-20], struct.pack("<HQ", p.ERROR, 12) + b"no gradients", p.close()).answer()
+        error = struct.pack("<HQ", p.ERROR, 12) + b"no gradients"
+        answer = peer.send(bench.opening(), *bench.messages[:-20], error, p.close()).answer()
     expect(answer.series == [1, 2] and "broke off" in answer.comment(), f"series {answer.series}")
     return "2 images; " + told(answer, "the peer told of an error: no gradients")
 

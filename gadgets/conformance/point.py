@@ -23,9 +23,13 @@ SLABS = {
     "partial Fourier E1, E2": dict(encoded=(33, 20, 17), fov=(64, 40, 32), first=(6, 5)),
     "asymmetric echo": dict(encoded=(32, 20, 16), fov=(64, 40, 32), early=9),
     "cropped": dict(encoded=(32, 24, 20), fov=(64, 48, 40), recon=(32, 20, 16), recon_fov=(64, 40, 32)),
-    "cropped by parts of a voxel": dict(encoded=(32, 24, 20), fov=(64, 48, 40), recon=(32, 20, 16), recon_fov=(64, 40.7, 31.1)),
+    "cropped by parts of a voxel": dict(
+        encoded=(32, 24, 20), fov=(64, 48, 40), recon=(32, 20, 16), recon_fov=(64, 40.7, 31.1)
+    ),
     "interpolated": dict(encoded=(32, 20, 16), fov=(64, 40, 32), recon=(64, 41, 32)),
-    "interpolated and cropped": dict(encoded=(48, 25, 21), fov=(96, 50, 42), recon=(65, 40, 32), recon_fov=(64, 40, 32)),
+    "interpolated and cropped": dict(
+        encoded=(48, 25, 21), fov=(96, 50, 42), recon=(65, 40, 32), recon_fov=(64, 40, 32)
+    ),
     "smaller matrix": dict(encoded=(48, 30, 24), fov=(64, 40, 32), recon=(32, 20, 17)),
     "wider than acquired": dict(encoded=(32, 20, 16), fov=(64, 40, 32), recon=(40, 24, 20), recon_fov=(80, 48, 40)),
     "one partition more": dict(encoded=(32, 20, 15), fov=(64, 40, 33), recon=(32, 20, 16)),
@@ -50,24 +54,39 @@ def point_scan(encoded, fov, recon=None, recon_fov=None, first=(0, 0), early=0):
     lines = []
     for z in range(first[1], encoded[2]):
         for y in range(first[0], encoded[1]):
-            line = ismrmrd.Acquisition.from_array((1e3 * along[0] * along[1][y] * along[2][z])[None, early:].astype(np.complex64))
+            samples = (1e3 * along[0] * along[1][y] * along[2][z])[None, early:]
+            line = ismrmrd.Acquisition.from_array(samples.astype(np.complex64))
             line.center_sample = encoded[0] // 2 - early
             line.idx.kspace_encode_step_1, line.idx.kspace_encode_step_2 = y - first[0], z - first[1]
-            line.position, line.read_dir, line.phase_dir, line.slice_dir = tuple(POSITION_MM), *(tuple(d) for d in DIRECTIONS)
+            line.position = tuple(POSITION_MM)
+            line.read_dir, line.phase_dir, line.slice_dir = (tuple(d) for d in DIRECTIONS)
             lines.append(line)
     return header, lines, np.array(voxel)
 
 
 def _header(encoded, fov, recon, recon_fov, first):
-    space = lambda n, mm: x.encodingSpaceType(matrixSize=x.matrixSizeType(x=n[0], y=n[1], z=n[2]), fieldOfView_mm=x.fieldOfViewMm(x=mm[0], y=mm[1], z=mm[2]))  # noqa: E731
     limit = lambda n, gone: x.limitType(minimum=0, maximum=n - 1 - gone, center=n // 2 - gone)  # noqa: E731
-    limits = x.encodingLimitsType(kspace_encoding_step_1=limit(encoded[1], first[0]), kspace_encoding_step_2=limit(encoded[2], first[1]))
-    encoding = x.encodingType(encodedSpace=space(encoded, fov), reconSpace=space(recon, recon_fov), encodingLimits=limits, trajectory=x.trajectoryType.CARTESIAN)
-    return x.ismrmrdHeader(experimentalConditions=x.experimentalConditionsType(H1resonanceFrequency_Hz=1), encoding=[encoding])
+
+    def space(n, mm):
+        matrix, field = x.matrixSizeType(x=n[0], y=n[1], z=n[2]), x.fieldOfViewMm(x=mm[0], y=mm[1], z=mm[2])
+        return x.encodingSpaceType(matrixSize=matrix, fieldOfView_mm=field)
+
+    e1, e2 = (limit(n, gone) for n, gone in zip(encoded[1:], first))
+    encoding = x.encodingType(
+        encodedSpace=space(encoded, fov),
+        reconSpace=space(recon, recon_fov),
+        encodingLimits=x.encodingLimitsType(kspace_encoding_step_1=e1, kspace_encoding_step_2=e2),
+        trajectory=x.trajectoryType.CARTESIAN,
+    )
+    conditions = x.experimentalConditionsType(H1resonanceFrequency_Hz=1)
+    return x.ismrmrdHeader(experimentalConditions=conditions, encoding=[encoding])
 
 
 def error_voxels(images: list[tuple[bytes, bytes]], voxel: np.ndarray) -> float:
-    """Distance of the spot from its true position, in voxels along the worst axis; images are (header, uint16 pixels) as on the wire."""
+    """Distance of the spot from its true position, in voxels along the worst axis.
+
+    `images` are (header, uint16 pixels) as on the wire.
+    """
     total, weight = np.zeros(3), 0.0
     for head, pixels in images:
         places, values = _voxels(head, pixels)

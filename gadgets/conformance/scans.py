@@ -27,7 +27,9 @@ def truncated_header(bench: Bench) -> str:
 @case("an unknown message id is named")
 def unknown_message(bench: Bench) -> str:
     with bench.peer() as peer:
-        return refused(peer.send(bench.opening(), *bench.messages[:50], struct.pack("<H", 13968), b"\xff" * 64).half_close().answer(), "message id 13968")
+        stray = struct.pack("<H", 13968) + b"\xff" * 64
+        answer = peer.send(bench.opening(), *bench.messages[:50], stray).half_close().answer()
+        return refused(answer, "message id 13968")
 
 
 @case("what is no MRD at all is answered")
@@ -60,7 +62,8 @@ def absurd_lengths(bench: Bench) -> str:
 def wrong_endianness(bench: Bench) -> str:
     with bench.peer() as peer:
         name = struct.pack(">H1024s", p.CONFIG_NAME, b"default")
-        return refused(peer.send(name, struct.pack(">HI", p.HEADER, len(bench.header)), bench.header).half_close().answer(), "message id 256")
+        head = struct.pack(">HI", p.HEADER, len(bench.header)) + bench.header
+        return refused(peer.send(name, head).half_close().answer(), "message id 256")
 
 
 # impossible scans
@@ -81,7 +84,8 @@ def zero_coils(bench: Bench) -> str:
 
 @case("a scan of one line: no image or one with a warning, and no crash")
 def one_line(bench: Bench) -> str:
-    middle = next(i for i in bench.lines if (i.idx.kspace_encode_step_1, i.idx.kspace_encode_step_2) == (12, 10) and not i.flags & 1 << 18)
+    at_centre = [i for i in bench.lines if (i.idx.kspace_encode_step_1, i.idx.kspace_encode_step_2) == (12, 10)]
+    middle = next(i for i in at_centre if not i.flags & 1 << 18)
     answer = bench.scan([p.acquisition(middle)])
     if answer.images:
         expect("incomplete" in answer.comment(), f"the comment does not say so: {answer.comment()}")
@@ -112,13 +116,15 @@ def dead_coil(bench: Bench) -> str:
         line.data[1] = 0
     answer = bench.scan([p.acquisition(line) for line in lines])
     expect(answer.series == [1, 2] and not answer.complaint, answer.complaint or f"series {answer.series}")
-    expect("coil 1 (counted from 0) has no noise" in answer.comment(), f"the comment does not say so: {answer.comment()}")
+    said = answer.comment()
+    expect("coil 1 (counted from 0) has no noise" in said, f"the comment does not say so: {said}")
     return "2 images; the comment names the coil"
 
 
 @case("k-space beyond --max-gib is refused by its size, before a line is stored", needs="process")
 def too_large(bench: Bench) -> str:
-    return refused(bench.scan(header=bench.header.replace(b"<y>24</y>", b"<y>2400</y>").replace(b"<z>20</z>", b"<z>2000</z>")), "k-space needs .* GiB .* --max-gib")
+    huge = bench.header.replace(b"<y>24</y>", b"<y>2400</y>").replace(b"<z>20</z>", b"<z>2000</z>")
+    return refused(bench.scan(header=huge), "k-space needs .* GiB .* --max-gib")
 
 
 # invalid options
@@ -127,15 +133,22 @@ def too_large(bench: Bench) -> str:
 @case("an unknown option is refused by name, to Gadgetron and to clients")
 def unknown_option(bench: Bench) -> str:
     with bench.peer() as peer:
-        script = '<configuration><version>2</version><stream><external><connect port="1"/><configuration><property name="sweps" value="2"/></configuration></external></stream></configuration>'
-        refused(peer.send(p.text_message(p.CONFIG, script), p.text_message(p.HEADER, bench.header), *bench.messages, p.close()).answer(), "unknown option 'sweps'")
+        script = (
+            '<configuration><version>2</version><stream><external><connect port="1"/>'
+            '<configuration><property name="sweps" value="2"/></configuration>'
+            "</external></stream></configuration>"
+        )
+        opening = p.text_message(p.CONFIG, script) + p.text_message(p.HEADER, bench.header)
+        refused(peer.send(opening, *bench.messages, p.close()).answer(), "unknown option 'sweps'")
     return refused(bench.scan(gadgetron=True, sweps=2), "unknown option 'sweps'")
 
 
 @case("an unknown configuration is refused by name")
 def unknown_configuration(bench: Bench) -> str:
     with bench.peer() as peer:
-        return refused(peer.send(p.config_name("Generic.xml"), p.text_message(p.HEADER, bench.header), *bench.messages, p.close()).answer(), "unknown configuration 'Generic.xml'")
+        opening = p.config_name("Generic.xml") + p.text_message(p.HEADER, bench.header)
+        answer = peer.send(opening, *bench.messages, p.close()).answer()
+        return refused(answer, "unknown configuration 'Generic.xml'")
 
 
 @case("missing weights are named, to Gadgetron and to clients")
@@ -151,7 +164,10 @@ def missing_weights(bench: Bench) -> str:
 def error_map(bench: Bench) -> str:
     answer = bench.scan(error_map=True)
     expect(answer.series == [1, 2, 3] and not answer.complaint, answer.complaint or f"series {answer.series}")
-    expect(answer.images[:2] == bench.expected and "estimated error" in answer.comment(), "the image is another one, or the map does not say what it is")
+    expect(
+        answer.images[:2] == bench.expected and "estimated error" in answer.comment(),
+        "the image is another one, or the map does not say what it is",
+    )
     return "3 images; " + re.search(r"[0-9.]+ % of tissue brightness[^;<]*", answer.comment()).group()
 
 
@@ -191,15 +207,18 @@ def solver_makes_nan(bench: Bench) -> str:
 def failing_without_preview(bench: Bench) -> str:
     answer = bench.scan(prior="test-raise", preview=False)
     expect(answer.series == [2], f"series {answer.series}")
-    expect(answer.images[0][2] == bench.expected[0][2] and "a fault on purpose" in answer.comment() and "_CG-SENSE preview" in answer.comment(), "it is not the CG-SENSE image, or does not say so")
+    labelled = "a fault on purpose" in answer.comment() and "_CG-SENSE preview" in answer.comment()
+    same_image = answer.images[0][2] == bench.expected[0][2]
+    expect(same_image and labelled, "it is not the CG-SENSE image, or does not say so")
     return "1 image, labelled; " + told(answer, "preview stands")
 
 
 @case("an image that explains the data worse than the preview carries a warning", needs="faults")
 def drifting_solver(bench: Bench) -> str:
     answer = bench.scan(prior="test-drift", prior_weight=0.06)
-    expect(answer.series == [1, 2] and "CAUTION" in answer.comment(), f"series {answer.series}, no warning in: {answer.comment()}")
-    return re.search("CAUTION: [^;<]*", answer.comment()).group()
+    said = answer.comment()
+    expect(answer.series == [1, 2] and "CAUTION" in said, f"series {answer.series}, no warning in: {said}")
+    return re.search("CAUTION: [^;<]*", said).group()
 
 
 @case("an image that left the data is not sent: the preview, and a sentence", needs="faults")
@@ -230,7 +249,11 @@ def disk_full(bench: Bench) -> str:
     return "same images, nothing kept"
 
 
-@case("SIGTERM in the middle of scans: what there is is handed out, new scans are refused, exit code 0", limit_s=30, needs="process")
+@case(
+    "SIGTERM in the middle of scans: what there is is handed out, new scans are refused, exit code 0",
+    limit_s=30,
+    needs="process",
+)
 def sigterm(bench: Bench) -> str:
     with bench.peer() as computing, bench.peer() as sending, bench.peer() as late:
         computing.send(bench.opening(prior="test-slow", sweeps=1000), *bench.messages, p.close())
@@ -248,7 +271,11 @@ def sigterm(bench: Bench) -> str:
     return f"{len(answer.images)} images of the running scan, exit code 0"
 
 
-@case("SIGKILL in the middle of a scan: the peer sees the end; a new server keeps the scan's raw data and works", limit_s=30, needs="process")
+@case(
+    "SIGKILL in the middle of a scan: the peer sees the end; a new server keeps the scan's raw data and works",
+    limit_s=30,
+    needs="process",
+)
 def sigkill(bench: Bench) -> str:
     before = set(bench.kept.glob("failed-*.h5"))
     with bench.peer() as peer:

@@ -29,7 +29,9 @@ class Result:
     seconds: float
 
 
-def conform(address: tuple[str, int] | None, only: list[str] | None = None, show: Callable[[str], None] = lambda name: None) -> Iterator[Result]:
+def conform(
+    address: tuple[str, int] | None, only: list[str] | None = None, show: Callable[[str], None] = lambda name: None
+) -> Iterator[Result]:
     """Run the suite on the server at `address` (host, port), or on our own if None, and yield a result per case.
 
     Raises:

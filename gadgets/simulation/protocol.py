@@ -18,12 +18,20 @@ def samples_of(options: SimulateOptions, nx: int) -> int:
     """Samples of a full readout for an image `nx` wide; ValueError if a line cannot hold them."""
     samples = int(2 * round(nx * options.oversampling / 2)) if options.oversampling > 1 else nx
     if samples > MAX_MATRIX:
-        raise ValueError(f"simulation option oversampling cannot be {options.oversampling:g}: a readout would have {samples} samples, and a line holds {MAX_MATRIX}")
+        raise ValueError(
+            f"simulation option oversampling cannot be {options.oversampling:g}: "
+            f"a readout would have {samples} samples, and a line holds {MAX_MATRIX}"
+        )
     return samples
 
 
-def make_header(matrix: tuple[int, int, int], voxel_mm: tuple[float, float, float], dropped: list[int], options: SimulateOptions) -> str:
-    """ISMRMRD header XML; `matrix` is x, y, z, `voxel_mm` z, y, x, `dropped` the number of missing lines along E1, E2."""
+def make_header(
+    matrix: tuple[int, int, int], voxel_mm: tuple[float, float, float], dropped: list[int], options: SimulateOptions
+) -> str:
+    """ISMRMRD header XML.
+
+    `matrix` is x, y, z, `voxel_mm` z, y, x, `dropped` the number of missing lines along E1, E2.
+    """
     nx, ny, nz = matrix
     size = [n * mm for n, mm in zip(matrix, reversed(voxel_mm))]
     samples = samples_of(options, nx)
@@ -31,10 +39,18 @@ def make_header(matrix: tuple[int, int, int], voxel_mm: tuple[float, float, floa
     encodings = [_encoding(((samples, ny, nz), wide), (matrix, size), dropped, options)]
     if options.calibration == "external" and options.apart:
         square = (min(options.acs, ny), min(options.acs, nz))
-        encodings.append(_encoding(((_half(samples), *square), wide), ((_half(nx), *square), size), [0, 0], SimulateOptions(pattern="full")))
+        encoded, recon = ((_half(samples), *square), wide), ((_half(nx), *square), size)
+        encodings.append(_encoding(encoded, recon, [0, 0], SimulateOptions(pattern="full")))
     header = x.ismrmrdHeader(
-        measurementInformation=x.measurementInformationType(measurementID="1_1_1_1", patientPosition=x.patientPositionType.HFS, protocolName="simulated_3D"),
-        acquisitionSystemInformation=x.acquisitionSystemInformationType(systemVendor="simulated", systemFieldStrength_T=3.0, relativeReceiverNoiseBandwidth=1.0, receiverChannels=options.coils),
+        measurementInformation=x.measurementInformationType(
+            measurementID="1_1_1_1", patientPosition=x.patientPositionType.HFS, protocolName="simulated_3D"
+        ),
+        acquisitionSystemInformation=x.acquisitionSystemInformationType(
+            systemVendor="simulated",
+            systemFieldStrength_T=3.0,
+            relativeReceiverNoiseBandwidth=1.0,
+            receiverChannels=options.coils,
+        ),
         experimentalConditions=x.experimentalConditionsType(H1resonanceFrequency_Hz=123_000_000),
         encoding=encodings,
         sequenceParameters=x.sequenceParametersType(TE=[ECHO_SPACING_MS * (n + 1) for n in range(options.contrasts)]),
@@ -44,26 +60,36 @@ def make_header(matrix: tuple[int, int, int], voxel_mm: tuple[float, float, floa
 
 def _encoding(encoded, recon, dropped: list[int], options: SimulateOptions):
     """One encoding from (matrix, field of view) pairs as encoded and as reconstructed."""
-    space = lambda n, fov: x.encodingSpaceType(  # noqa: E731
-        matrixSize=x.matrixSizeType(x=n[0], y=n[1], z=n[2]), fieldOfView_mm=x.fieldOfViewMm(x=fov[0], y=fov[1], z=fov[2])
-    )
+
+    def space(n, fov):
+        matrix, field = x.matrixSizeType(x=n[0], y=n[1], z=n[2]), x.fieldOfViewMm(x=fov[0], y=fov[1], z=fov[2])
+        return x.encodingSpaceType(matrixSize=matrix, fieldOfView_mm=field)
+
     step = lambda n, miss: x.limitType(minimum=0, maximum=n - 1 - miss, center=n // 2 - miss)  # noqa: E731
     counter = lambda count: x.limitType(minimum=0, maximum=count - 1, center=0)  # noqa: E731
     _, ny, nz = encoded[0]
     first, second = announced_factors(options, nz)
-    mode = {"integrated": x.calibrationModeType.EMBEDDED, "separate": x.calibrationModeType.SEPARATE, "external": x.calibrationModeType.EXTERNAL}
+    mode = {
+        "integrated": x.calibrationModeType.EMBEDDED,
+        "separate": x.calibrationModeType.SEPARATE,
+        "external": x.calibrationModeType.EXTERNAL,
+    }
     return x.encodingType(
         encodedSpace=space(*encoded),
         reconSpace=space(*recon),
         encodingLimits=x.encodingLimitsType(
-            kspace_encoding_step_1=step(ny, dropped[0]), kspace_encoding_step_2=step(nz, dropped[1]),
-            repetition=counter(options.repetitions), contrast=counter(options.contrasts), average=counter(options.averages),
+            kspace_encoding_step_1=step(ny, dropped[0]),
+            kspace_encoding_step_2=step(nz, dropped[1]),
+            repetition=counter(options.repetitions),
+            contrast=counter(options.contrasts),
+            average=counter(options.averages),
         ),
         trajectory=x.trajectoryType.CARTESIAN,
         parallelImaging=x.parallelImagingType(
-            accelerationFactor=x.accelerationFactorType(kspace_encoding_step_1=first, kspace_encoding_step_2=second), calibrationMode=mode[options.calibration]
+            accelerationFactor=x.accelerationFactorType(kspace_encoding_step_1=first, kspace_encoding_step_2=second),
+            calibrationMode=mode[options.calibration],
         ),
-    )  # fmt: skip
+    )
 
 
 def _half(samples: int) -> int:
@@ -71,7 +97,10 @@ def _half(samples: int) -> int:
 
 
 def announced_factors(options: SimulateOptions, partitions: int) -> tuple[int, int]:
-    """Acceleration along E1, E2 for the header: the lattice of a regular scan; with random sampling, no fewer lines come than this implies."""
+    """Acceleration along E1, E2 for the header: the lattice of a regular scan.
+
+    With random sampling, no fewer lines come than this implies.
+    """
     if options.pattern == "full" or options.acceleration <= 1:
         return (1, 1)
     second = max(1, int(options.acceleration**0.5)) if partitions > 1 else 1

@@ -27,14 +27,16 @@ from .sequence import Noise, Sequence
 DECAY_PER_CONTRAST = 0.4  # of the brightest tissue; darker tissue decays less
 
 
-def simulate(volume: str | Path, scan: str | Path, options: SimulateOptions, reference: str | Path | None = None) -> dict:
+def simulate(
+    volume: str | Path, scan: str | Path, options: SimulateOptions, reference: str | Path | None = None
+) -> dict:
     """Write the scan of `volume` (NIfTI, .npy, or "phantom") to `scan`; returns facts about it.
 
     Args:
         reference: NIfTI file to write, with the noise-free, fully sampled root sum of squares of the first contrast.
 
     Raises:
-        FileError: if the volume cannot be read, the scan or the reference cannot be written, or two of the files are the same.
+        FileError: if the volume cannot be read, scan or reference cannot be written, or two of the files are the same.
         ValueError: for impossible options.
     """
     if reference is not None:
@@ -45,7 +47,8 @@ def simulate(volume: str | Path, scan: str | Path, options: SimulateOptions, ref
     images, voxel_mm = coil_images(data, voxel_mm, options)
     truth = images.abs().square().sum(0).sqrt()
     nz, ny, nx = truth.shape
-    mask = sampling_mask((nz, ny), options.acceleration, options.pattern, 0 if options.apart else options.acs, options.seed)
+    acs = 0 if options.apart else options.acs
+    mask = sampling_mask((nz, ny), options.acceleration, options.pattern, acs, options.seed)
     dropped = [n - max(1, round(n * f)) for n, f in zip((ny, nz), options.partial_fourier)]
     mask[: dropped[1]] = mask[:, : dropped[0]] = False
     if options.oblique:
@@ -59,7 +62,13 @@ def simulate(volume: str | Path, scan: str | Path, options: SimulateOptions, ref
             writer.append(item)
     if reference is not None:
         write_reference(truth, voxel_mm, directions, centre, reference)
-    return {"matrix": [nx, ny, nz], "voxel_mm": [round(v, 4) for v in reversed(voxel_mm)], "coils": len(images), "lines": lines, "acceleration": round(mask.size / mask.sum(), 3)}
+    return {
+        "matrix": [nx, ny, nz],
+        "voxel_mm": [round(v, 4) for v in reversed(voxel_mm)],
+        "coils": len(images),
+        "lines": lines,
+        "acceleration": round(mask.size / mask.sum(), 3),
+    }
 
 
 class _Contrasts:
@@ -73,11 +82,14 @@ class _Contrasts:
         if contrast != self.contrast:
             nz, ny, nx = self.images.shape[1:]
             images = self.images * torch.exp(-contrast * self.decay) if contrast else self.images
-            self.contrast, self.kspace = contrast, fft(centre_crop_or_pad(images, (nz, ny, samples_of(self.options, nx))), (1, 2, 3)).numpy()
+            padded = centre_crop_or_pad(images, (nz, ny, samples_of(self.options, nx)))
+            self.contrast, self.kspace = contrast, fft(padded, (1, 2, 3)).numpy()
         return self.kspace
 
 
-def load_object(volume: str | Path) -> tuple[torch.Tensor, tuple[float, float, float], np.ndarray, tuple[float, float, float]]:
+def load_object(
+    volume: str | Path,
+) -> tuple[torch.Tensor, tuple[float, float, float], np.ndarray, tuple[float, float, float]]:
     """Volume [z y x], voxel_mm (z y x), directions of x, y, z (rows, LPS) and the LPS position of voxel n//2.
 
     The volume is complex64 if the file's is complex, otherwise its magnitude, float32.
@@ -101,8 +113,13 @@ def load_object(volume: str | Path) -> tuple[torch.Tensor, tuple[float, float, f
     return data, voxel_mm, directions, tuple((lps @ [*middle, 1])[:3])
 
 
-def coil_images(data: torch.Tensor, voxel_mm, options: SimulateOptions) -> tuple[torch.Tensor, tuple[float, float, float]]:
-    """Complex coil images [coils z y x], cropped in k-space to the requested voxel size, and their exact voxel size; real `data` are given a smooth phase."""
+def coil_images(
+    data: torch.Tensor, voxel_mm, options: SimulateOptions
+) -> tuple[torch.Tensor, tuple[float, float, float]]:
+    """Complex coil images [coils z y x] and their exact voxel size.
+
+    They are cropped in k-space to the requested voxel size; real `data` are given a smooth phase.
+    """
     shape = list(data.shape)
     if options.voxel_mm is not None:
         shape = [max(1, min(n, round(n * mm / options.voxel_mm))) for n, mm in zip(shape, voxel_mm)]
@@ -116,7 +133,8 @@ def coil_images(data: torch.Tensor, voxel_mm, options: SimulateOptions) -> tuple
 
 def _check_apart(**paths: str | Path | None) -> None:
     """FileError if two of the files are the same: what is written would replace the other."""
-    files = {name: Path(path).absolute().resolve() for name, path in paths.items() if path is not None and str(path) != "phantom"}
+    given = {name: path for name, path in paths.items() if path is not None and str(path) != "phantom"}
+    files = {name: Path(path).absolute().resolve() for name, path in given.items()}
     for one, other in itertools.combinations(files, 2):
         if files[one] == files[other]:
             raise FileError(f"{one} and {other} are the same file, {paths[one]}: each needs a file of its own")

@@ -20,18 +20,23 @@ LINES_PER_WAVEFORM = 40
 
 
 class Noise:
-    """Receiver noise with unequal gains and correlated coils; `sigma` is the image noise of a full scan, per real or imaginary part."""
+    """Receiver noise with unequal gains and correlated coils.
+
+    `sigma` is the image noise of a full scan, per real or imaginary part.
+    """
 
     def __init__(self, coils: int, sigma: float, seed: int):
         self.random = np.random.default_rng([seed, 20])
-        mix = np.eye(coils) + 0.15 * (self.random.standard_normal((coils, coils)) + 1j * self.random.standard_normal((coils, coils))) / coils**0.5
+        mix = np.eye(coils) + 0.15 * self._normal((coils, coils)) / coils**0.5
         mix /= np.sqrt((np.abs(mix) ** 2).sum() / coils)
         self.mix = (sigma * mix).astype(np.complex64)
 
     def draw(self, samples: int) -> np.ndarray:
         """Noise [coils samples], complex64."""
-        shape = (len(self.mix), samples)
-        return self.mix @ (self.random.standard_normal(shape) + 1j * self.random.standard_normal(shape)).astype(np.complex64)
+        return self.mix @ self._normal((len(self.mix), samples)).astype(np.complex64)
+
+    def _normal(self, shape: tuple[int, int]) -> np.ndarray:
+        return self.random.standard_normal(shape) + 1j * self.random.standard_normal(shape)
 
 
 @dataclass
@@ -75,12 +80,16 @@ class Sequence:
     def _noise_lines(self) -> Iterator[ismrmrd.Acquisition]:
         for _ in range(self.options.noise_lines):
             self.count += 1
-            line = ismrmrd.Acquisition.from_array(self.noise.draw(NOISE_SAMPLES), sample_time_us=DWELL_US, scan_counter=self.count)
+            noise = self.noise.draw(NOISE_SAMPLES)
+            line = ismrmrd.Acquisition.from_array(noise, sample_time_us=DWELL_US, scan_counter=self.count)
             line.setFlag(ismrmrd.ACQ_IS_NOISE_MEASUREMENT)
             yield line
 
     def _calibration_lines(self) -> Iterator[ismrmrd.Acquisition]:
-        """The calibration square, before the scan; an external one has half the resolution along the readout and is brighter."""
+        """The calibration square, before the scan.
+
+        An external one has half the resolution along the readout and is brighter.
+        """
         external, kspace = self.options.calibration == "external", self.kspace(0)
         places = np.argwhere(self._square(whole=external))
         low = places[0] if external else self.dropped[::-1]
@@ -104,7 +113,8 @@ class Sequence:
                 missing = round(kspace.shape[-1] * (1 - self.options.partial_echo))
                 for z, y in np.argwhere(self.mask):
                     line = self._line(kspace[:, z, y, missing:], kspace.shape[-1] // 2 - missing)
-                    line.idx.kspace_encode_step_1, line.idx.kspace_encode_step_2 = int(y) - self.dropped[0], int(z) - self.dropped[1]
+                    line.idx.kspace_encode_step_1 = int(y) - self.dropped[0]
+                    line.idx.kspace_encode_step_2 = int(z) - self.dropped[1]
                     line.idx.repetition, line.idx.average, line.idx.contrast = repetition, average, contrast
                     if both[z, y]:
                         line.setFlag(ismrmrd.ACQ_IS_PARALLEL_CALIBRATION_AND_IMAGING)
@@ -124,13 +134,15 @@ class Sequence:
         """A line, after what else is measured at its time: a navigator with the same counters, a waveform."""
         every = self.options.navigators
         if every and line.scan_counter % every == 0:
-            navigator = ismrmrd.Acquisition.from_array(100 * self.noise.draw(line.number_of_samples), sample_time_us=DWELL_US, idx=line.idx)
+            noise = 100 * self.noise.draw(line.number_of_samples)
+            navigator = ismrmrd.Acquisition.from_array(noise, sample_time_us=DWELL_US, idx=line.idx)
             navigator.scan_counter, navigator.acquisition_time_stamp = line.scan_counter, line.acquisition_time_stamp
             navigator.setFlag(ismrmrd.ACQ_IS_NAVIGATION_DATA)
             yield navigator
         if self.options.waveforms and line.scan_counter % LINES_PER_WAVEFORM == 0:
             pulse = (2048 + 1000 * np.sin(2 * np.pi * np.arange(100) / TICKS_PER_HEARTBEAT)).astype(np.uint32)
-            yield ismrmrd.Waveform.from_array(np.stack([pulse, pulse // 2]), time_stamp=line.acquisition_time_stamp, sample_time_us=2500.0, waveform_id=0)
+            samples, time_stamp = np.stack([pulse, pulse // 2]), line.acquisition_time_stamp
+            yield ismrmrd.Waveform.from_array(samples, time_stamp=time_stamp, sample_time_us=2500.0, waveform_id=0)
         yield line
 
     def _square(self, whole: bool = False) -> np.ndarray:

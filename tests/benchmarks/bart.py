@@ -22,8 +22,12 @@ def available() -> bool:
     return shutil.which("bart") is not None
 
 
-def wavelet(kspace: Tensor, strengths: Sequence[float], left_out: Tensor | None = None, iterations: int = 50, acs: int = 24) -> dict[float, tuple[Tensor, dict[str, float]]]:
-    """strength -> (|image| [z y x], {"seconds", "cpu_s", "peak_gib"} of maps and image) of kspace [coils z y x], x in image space.
+def wavelet(
+    kspace: Tensor, strengths: Sequence[float], left_out: Tensor | None = None, iterations: int = 50, acs: int = 24
+) -> dict[float, tuple[Tensor, dict[str, float]]]:
+    """l1-wavelet images of kspace [coils z y x], x in image space: strength -> (|image| [z y x], costs).
+
+    The costs are {"seconds", "cpu_s", "peak_gib"} of maps and image.
 
     With the lines `left_out` [coils z y x] also "unseen", their relative error as image and maps predict them.
     """
@@ -46,20 +50,33 @@ def make_maps(path: Path, kspace: Tensor, acs: int) -> tuple[float, float, float
     return 0.0, 0.0, 0.0
 
 
-def _wavelet(path: Path, strength: float, iterations: int, shape: tuple[int, ...], calibrate: tuple) -> tuple[Tensor, dict[str, float]]:
-    axes = sum(1 << i for i, n in enumerate(reversed(shape)) if n >= 16)  # 7, all three; its random shifts abort on short axes
-    solve = run(["pics", "-R", f"W:{axes}:0:{strength:g}", "-i", str(iterations), path / "kspace", path / "maps", path / "image"])
+def _wavelet(
+    path: Path, strength: float, iterations: int, shape: tuple[int, ...], calibrate: tuple
+) -> tuple[Tensor, dict[str, float]]:
+    # 7 is all three axes; its random shifts abort on short ones
+    axes = sum(1 << i for i, n in enumerate(reversed(shape)) if n >= 16)
+    how = ["-R", f"W:{axes}:0:{strength:g}", "-i", str(iterations)]
+    solve = run(["pics", *how, path / "kspace", path / "maps", path / "image"])
     image = torch.from_numpy(np.abs(read_cfl(path / "image").squeeze().T.reshape(shape)))
     odd = [axis for axis, n in enumerate(image.shape) if n % 2 and n > 1]
-    image = torch.roll(image, [-1] * len(odd), odd) if odd else image  # BART's image centre on odd axes is one voxel further
-    return image, {"seconds": calibrate[0] + solve[0], "cpu_s": calibrate[1] + solve[1], "peak_gib": max(calibrate[2], solve[2])}
+    if odd:  # BART's image centre on odd axes is one voxel further
+        image = torch.roll(image, [-1] * len(odd), odd)
+    return image, {
+        "seconds": calibrate[0] + solve[0],
+        "cpu_s": calibrate[1] + solve[1],
+        "peak_gib": max(calibrate[2], solve[2]),
+    }
 
 
 def _unseen(path: Path, kspace: Tensor, left_out: Tensor) -> float:
-    """Relative error of the lines left out as the last image and the maps predict them, after the complex factor that fits the others best."""
+    """Relative error of the lines left out as the last image and the maps predict them.
+
+    The prediction has the complex factor with which it fits the others best.
+    """
     run(["fmac", path / "maps", path / "image", path / "coils"])
     run(["fft", "-u", "6", path / "coils", path / "predicted"])
-    predicted = torch.from_numpy(read_cfl(path / "predicted").reshape(tuple(reversed(kspace.shape)))).permute(3, 2, 1, 0)
+    predicted = torch.from_numpy(read_cfl(path / "predicted").reshape(tuple(reversed(kspace.shape))))
+    predicted = predicted.permute(3, 2, 1, 0)
     given, rest = (lines.abs().sum(dim=(0, 3)) > 0 for lines in (kspace, left_out))
     fitted, measured = predicted[:, given].flatten(), kspace[:, given].flatten()
     factor = torch.vdot(fitted, measured) / torch.vdot(fitted, fitted)
@@ -79,7 +96,8 @@ def run(arguments: list) -> tuple[float, float, float]:
 
 def write_cfl(path: Path, array: np.ndarray) -> None:
     """BART's file pair, first axis fastest."""
-    path.with_suffix(".hdr").write_text("# Dimensions\n" + " ".join(map(str, [*array.shape, *[1] * (16 - array.ndim)])) + "\n")
+    dims = [*array.shape, *[1] * (16 - array.ndim)]
+    path.with_suffix(".hdr").write_text("# Dimensions\n" + " ".join(map(str, dims)) + "\n")
     array.astype(np.complex64).ravel(order="F").tofile(path.with_suffix(".cfl"))
 
 

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/batch_speed.py VOLUMES... [--batch 32] [--steps 120] [--workers 0 1 2 4] [--launches 1000]
 
-Between two batches the loop does what it does beside a GPU: it launches `--launches` small operations. `loop` is how long
-that takes, which whoever else wants the interpreter prolongs. The first batch waits for the whole pool; it is timed by
-itself. Prints only: the numbers are those of the volumes given.
+Between two batches the loop does what it does beside a GPU: it launches `--launches` small operations. `loop` is how
+long that takes, which whoever else wants the interpreter prolongs. The first batch waits for the whole pool; it is
+timed by itself. Prints only: the numbers are those of the volumes given.
 """
 
 from __future__ import annotations
@@ -36,7 +36,11 @@ def main() -> None:
         batches = Batches(SlicePool(volumes, options.voxel_mm, options.crop), options.batch)
         first_s, rest_s, loop_s = measure(batches, arguments.steps, workers, elsewhere, arguments.launches)
         where = "in a process of their own" if elsewhere else "beside the loop"
-        print(f"{workers} threads {where}: first batch {first_s:.1f} s, then {arguments.steps / rest_s:.1f} batches/s, loop {1000 * loop_s / arguments.steps:.1f} ms", flush=True)
+        print(
+            f"{workers} threads {where}: first batch {first_s:.1f} s, then {arguments.steps / rest_s:.1f} batches/s, "
+            f"loop {1000 * loop_s / arguments.steps:.1f} ms",
+            flush=True,
+        )
 
 
 def measure(batches: Batches, steps: int, workers: int, elsewhere: bool, launches: int) -> tuple[float, float, float]:

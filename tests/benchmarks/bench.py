@@ -4,14 +4,14 @@
 
 Volumes are seen by simulated coils (k-space crops of each coil's own image, correlated noise, maps estimated from the
 calibration lines); --raw adds the measured scans. PSNR and 3D SSIM of the magnitude inside the object after the
-least-squares factor, complex NRMSE after the least-squares complex factor; of measured scans `unseen`, the relative error
-of the lines left out as our coil maps predict them (complex images; BART's with its own maps), and `floor`, that of the best fit to all lines. `bart` is BART's `pics -R W:7:0:lambda`
-with maps of its own ecalib, `sigpy` its L1WaveletRecon with our maps; their lambda comes from --tune VOLUME (best of
---lambdas there, per voxel size and R). `bart-oracle` takes the best of --lambdas on the tested scan itself.
---set METHOD.FIELD=VALUE changes a setting of one of our methods. A volume coarser than --voxel-mm is scanned, and its
-rows are labelled, with the voxels it has (if these are no cubes, with the side of a cube of the same volume).
-Every row is printed as it comes and kept in OUT/bench.csv, pictures beside it; rows of an earlier run there stay, but for
-those of the same scan and method.
+least-squares factor, complex NRMSE after the least-squares complex factor; of measured scans `unseen`, the relative
+error of the lines left out as our coil maps predict them (complex images; BART's with its own maps), and `floor`, that
+of the best fit to all lines. `bart` is BART's `pics -R W:7:0:lambda` with maps of its own ecalib, `sigpy` its
+L1WaveletRecon with our maps; their lambda comes from --tune VOLUME (best of --lambdas there, per voxel size and R).
+`bart-oracle` takes the best of --lambdas on the tested scan itself. --set METHOD.FIELD=VALUE changes a setting of one
+of our methods. A volume coarser than --voxel-mm is scanned, and its rows are labelled, with the voxels it has (if these
+are no cubes, with the side of a cube of the same volume). Every row is printed as it comes and kept in OUT/bench.csv,
+pictures beside it; rows of an earlier run there stay, but for those of the same scan and method.
 """
 
 from __future__ import annotations
@@ -45,26 +45,61 @@ from recon_core.prior import PriorError, load_prior
 PEERS = {"bart": bart, "bart-oracle": bart, "sigpy": sigpy_peer}
 KEY = ("volume", "voxel_mm", "coils", "R", "snr", "acs", "seed", "matrix", "method")
 COLUMNS = ("psnr", "ssim", "nrmse", "unseen", "seconds", "cpu_s", "peak_gib", "evaluations", "misfit")
-KINDS = {bool: ({"true": True, "false": False}.__getitem__, "true or false"), int: (int, "a whole number"), float: (float, "a number")}  # of settings, how to read them
+# of settings, how to read them
+KINDS = {
+    bool: ({"true": True, "false": False}.__getitem__, "true or false"),
+    int: (int, "a whole number"),
+    float: (float, "a number"),
+}
 
 
 def main() -> None:
     """Run all methods on all problems."""
-    parser = argparse.ArgumentParser(prog="slicediff bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="slicediff bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("volumes", type=Path, nargs="*")
     parser.add_argument("--raw", type=Path, help="folder of measured k-space")
-    parser.add_argument("--methods", nargs="+", default=["zero-filled", "cg", "tv", "wavelet", "bart", "diffusion"], choices=[*METHODS, *PEERS])
-    parser.add_argument("--accelerations", type=float, nargs="+", help="default: 8 for volumes, all that a measured scan is undersampled at")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=["zero-filled", "cg", "tv", "wavelet", "bart", "diffusion"],
+        choices=[*METHODS, *PEERS],
+    )
+    parser.add_argument(
+        "--accelerations",
+        type=float,
+        nargs="+",
+        help="default: 8 for volumes, all that a measured scan is undersampled at",
+    )
     parser.add_argument("--voxel-mm", type=float, nargs="+", default=[2.0])
     parser.add_argument("--coils", type=int, default=8)
     parser.add_argument("--snr", type=float, default=30.0)
     parser.add_argument("--acs", type=int, default=20)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of sampling and, for volumes, coils and noise: each scan once for each")
-    parser.add_argument("--readout", type=int, help="only so many readout positions, in the middle of the volume (1 mm volumes in less time)")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0],
+        help="of sampling and, for volumes, coils and noise: each scan once for each",
+    )
+    parser.add_argument(
+        "--readout",
+        type=int,
+        help="only so many readout positions, in the middle of the volume (1 mm volumes in less time)",
+    )
     parser.add_argument("--prior", default="auto", help="of all methods; auto is the one that suits each")
     parser.add_argument("--tune", type=Path, help="volume to choose the peers' lambda on; not one of the tested")
-    parser.add_argument("--lambdas", type=float, nargs="+", default=[0.001, 0.003, 0.005, 0.01, 0.02], help="of the peers, relative to their own scaling")
-    parser.add_argument("--set", nargs="+", default=[], metavar="METHOD.FIELD=VALUE", help="for example faithful.weight=0.05")
+    parser.add_argument(
+        "--lambdas",
+        type=float,
+        nargs="+",
+        default=[0.001, 0.003, 0.005, 0.01, 0.02],
+        help="of the peers, relative to their own scaling",
+    )
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="METHOD.FIELD=VALUE", help="for example faithful.weight=0.05"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("bench"))
     arguments = parser.parse_args()
@@ -77,7 +112,12 @@ def main() -> None:
         configs = configured(arguments.set)
     except ValueError as error:
         parser.error(str(error))
-    priors = {m: load_prior(METHODS[m].suitable_prior(arguments.device) if arguments.prior == "auto" else arguments.prior, arguments.device) for m in arguments.methods if m in METHODS and METHODS[m].uses_prior}
+    priors = {}
+    for method in arguments.methods:
+        if method in METHODS and METHODS[method].uses_prior:
+            auto = arguments.prior == "auto"
+            name = METHODS[method].suitable_prior(arguments.device) if auto else arguments.prior
+            priors[method] = load_prior(name, arguments.device)
     try:
         for method, prior in priors.items():
             METHODS[method].check(prior)
@@ -89,9 +129,13 @@ def main() -> None:
     for problem in problems(arguments):
         images = {}
         for method in arguments.methods:
-            images[method], costs = run_peer(method, problem, arguments, tuned) if method in PEERS else run(method, problem, priors.get(method), configs[method])
+            if method in PEERS:
+                image, costs = run_peer(method, problem, arguments, tuned)
+            else:
+                image, costs = run(method, problem, priors.get(method), configs[method])
+            images[method] = image
             unseen = costs.pop("unseen", None)
-            row = {**problem.facts, "seed": problem.seed, "method": method, **costs, **quality(images[method], problem, unseen)}
+            row = {**problem.facts, "seed": problem.seed, "method": method, **costs, **quality(image, problem, unseen)}
             rows.append(row)
             print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
         save(arguments.out / "bench.csv", rows, earlier)
@@ -102,7 +146,10 @@ def main() -> None:
 
 
 def problems(arguments) -> Iterator[Problem]:
-    """All scans asked for, each once; a protocol whose calibration lines leave no room is left out, and said, as are voxels that a volume does not have."""
+    """All scans asked for, each once.
+
+    Left out, and said, are a protocol whose calibration lines leave no room, and voxels that a volume does not have.
+    """
     for seed in arguments.seeds:
         for path in arguments.volumes:
             yield from scans_of(path, seed, arguments)
@@ -116,15 +163,23 @@ def scans_of(path: Path, seed: int, arguments) -> Iterator[Problem]:
     for voxel_mm in arguments.voxel_mm:
         for acceleration in arguments.accelerations or [8.0]:
             try:
-                problem = simulated(path, voxel_mm, arguments.coils, acceleration, arguments.snr, arguments.acs, seed, arguments.readout, arguments.device)
+                protocol = (arguments.coils, acceleration, arguments.snr, arguments.acs)
+                problem = simulated(path, voxel_mm, *protocol, seed, arguments.readout, arguments.device)
             except ValueError as error:
                 print(f"{path.name} {voxel_mm:g} mm: {error}")
                 continue
             size = problem.measurement.voxel_mm
             if problem.facts["voxel_mm"] != voxel_mm:
-                _note(f"{path.name} has no voxels as small as {voxel_mm:g} mm: the scan at R = {acceleration:g} has {' x '.join(f'{mm:.3g}' for mm in reversed(size))} mm")
+                voxel = " x ".join(f"{mm:.3g}" for mm in reversed(size))
+                _note(
+                    f"{path.name} has no voxels as small as {voxel_mm:g} mm: "
+                    f"the scan at R = {acceleration:g} has {voxel} mm"
+                )
             if (acceleration, size) in made:
-                _note(f"{path.name} at {voxel_mm:g} mm and R = {acceleration:g} is a scan that was reconstructed already: it is left out")
+                _note(
+                    f"{path.name} at {voxel_mm:g} mm and R = {acceleration:g} is a scan that was reconstructed "
+                    "already: it is left out"
+                )
                 continue
             made.add((acceleration, size))
             yield problem
@@ -146,9 +201,11 @@ def configured(changes: list[str]) -> dict[str, object]:
         name, _, field = target.partition(".")
         if name not in configs:
             raise ValueError(f"--set {change}: there is no method {name!r}; known are {', '.join(configs)}")
-        known = {f.name: value for f in fields(configs[name]) if type(value := getattr(configs[name], f.name)) in KINDS} if configs[name] else {}
+        settings = fields(configs[name]) if configs[name] else ()
+        known = {f.name: value for f in settings if type(value := getattr(configs[name], f.name)) in KINDS}
         if field not in known:
-            raise ValueError(f"--set {change}: {name} has no setting {field!r}; " + (f"known are {', '.join(known)}" if known else "it has none"))
+            there = f"known are {', '.join(known)}" if known else "it has none"
+            raise ValueError(f"--set {change}: {name} has no setting {field!r}; {there}")
         read, kind = KINDS[type(known[field])]
         try:
             configs[name] = replace(configs[name], **{field: read(text)})
@@ -165,15 +222,21 @@ def run(name: str, problem: Problem, prior, config) -> tuple[Tensor, dict]:
         for state in method.run(problem.measurement, prior, start, config, 0):
             evaluations = state.network_evaluations
         volume = state.volume.cpu()
-    return volume, {**meter.costs, "evaluations": evaluations, "misfit": round(problem.measurement.misfit(state.volume), 3), "lambda": ""}
+    misfit = round(problem.measurement.misfit(state.volume), 3)
+    return volume, {**meter.costs, "evaluations": evaluations, "misfit": misfit, "lambda": ""}
 
 
 def run_peer(name: str, problem: Problem, arguments, tuned: dict) -> tuple[Tensor, dict]:
     """A peer's magnitude and what it cost, BART's coil maps included; the oracle's costs are those of one lambda."""
-    found = peer_images(name, problem, arguments.lambdas if name == "bart-oracle" else [peer_strength(name, problem, arguments, tuned)])
+    if name == "bart-oracle":
+        strengths = arguments.lambdas
+    else:
+        strengths = [peer_strength(name, problem, arguments, tuned)]
+    found = peer_images(name, problem, strengths)
     best = max(found, key=lambda s: psnr(found[s][0], problem.truth, problem.inside))
     image, costs = found[best]
-    return image, {**{k: round(v, 4 if k == "unseen" else 2) for k, v in costs.items()}, "evaluations": 0, "misfit": "", "lambda": best}
+    costs = {k: round(v, 4 if k == "unseen" else 2) for k, v in costs.items()}
+    return image, {**costs, "evaluations": 0, "misfit": "", "lambda": best}
 
 
 def peer_images(name: str, problem: Problem, strengths: list[float]) -> dict:
@@ -186,28 +249,40 @@ def peer_images(name: str, problem: Problem, strengths: list[float]) -> dict:
 def peer_strength(name: str, problem: Problem, arguments, tuned: dict) -> float:
     """The lambda that is best on the volume for tuning at this voxel size and acceleration; the middle one without.
 
-    For a measured scan that volume is seen with its number of coils; --snr, --acs and --readout should be like the scan's.
+    For a measured scan that volume is seen with its number of coils; --snr, --acs and --readout should be like the
+    scan's.
     """
     voxel_mm, acceleration = problem.facts["voxel_mm"], float(round(problem.facts["R"]))
+    coils = problem.facts["coils"]
+    key = (name, voxel_mm, acceleration, coils)
     if arguments.tune is None:
         return arguments.lambdas[len(arguments.lambdas) // 2]
-    if (name, voxel_mm, acceleration, problem.facts["coils"]) not in tuned:
-        trial = simulated(arguments.tune, voxel_mm, problem.facts["coils"], acceleration, arguments.snr, arguments.acs, readout=arguments.readout)
-        scores = {s: psnr(image, trial.truth, trial.inside) for s, (image, _) in peer_images(name, trial, arguments.lambdas).items()}
-        print(name, "tuned on", arguments.tune.name, voxel_mm, acceleration, {s: round(v, 2) for s, v in scores.items()}, flush=True)
-        tuned[name, voxel_mm, acceleration, problem.facts["coils"]] = max(scores, key=scores.get)
-    return tuned[name, voxel_mm, acceleration, problem.facts["coils"]]
+    if key not in tuned:
+        protocol = (coils, acceleration, arguments.snr, arguments.acs)
+        trial = simulated(arguments.tune, voxel_mm, *protocol, readout=arguments.readout)
+        scores = {}
+        for strength, (image, _) in peer_images(name, trial, arguments.lambdas).items():
+            scores[strength] = psnr(image, trial.truth, trial.inside)
+        shown = {s: round(v, 2) for s, v in scores.items()}
+        print(name, "tuned on", arguments.tune.name, voxel_mm, acceleration, shown, flush=True)
+        tuned[key] = max(scores, key=scores.get)
+    return tuned[key]
 
 
 def quality(image: Tensor, problem: Problem, unseen: float | None = None) -> dict[str, float | str]:
-    """PSNR and SSIM of the magnitude inside the object; of complex volumes NRMSE there, or the error of lines left out (a peer's is `unseen`), as far as known."""
+    """PSNR and SSIM of the magnitude inside the object.
+
+    Of complex volumes also NRMSE there, or the error of lines left out (a peer's is `unseen`), as far as known.
+    """
     truth, inside = problem.truth, problem.inside
     magnitude = image.abs()
     magnitude = magnitude * (magnitude * truth)[inside].sum() / magnitude[inside].square().sum()
     similarity = ssim(magnitude, truth, float(truth[inside].max()))
-    out = {"psnr": round(psnr(image, truth, inside), 2), "ssim": round(float(similarity[inside].mean()), 4), "nrmse": "", "unseen": "", "floor": ""}
+    out = {"psnr": round(psnr(image, truth, inside), 2), "ssim": round(float(similarity[inside].mean()), 4)}
+    out |= {"nrmse": "", "unseen": "", "floor": ""}
     if problem.left_out is not None and (image.is_complex() or unseen is not None):
-        out |= {"unseen": round(problem.unseen(image), 4) if unseen is None else unseen, "floor": round(problem.floor, 4)}
+        out["unseen"] = round(problem.unseen(image), 4) if unseen is None else unseen
+        out["floor"] = round(problem.floor, 4)
     if image.is_complex() and problem.phased is not None:
         image, phased = image[inside], problem.phased.cpu()[inside]
         factor = torch.vdot(image, phased) / torch.vdot(image, image)
@@ -237,7 +312,11 @@ class Meter:
         self.done.set()
         self.watch.join()
         peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else self.peak - self.before
-        self.costs = {"seconds": round(time.monotonic() - self.began, 2), "cpu_s": round(time.process_time() - self.cpu, 2), "peak_gib": round(peak / 2**30, 2)}
+        self.costs = {
+            "seconds": round(time.monotonic() - self.began, 2),
+            "cpu_s": round(time.process_time() - self.cpu, 2),
+            "peak_gib": round(peak / 2**30, 2),
+        }
 
     def _watch(self) -> None:
         while not self.done.wait(0.02):
@@ -279,7 +358,8 @@ def table(rows: list[dict]) -> Table:
         best[key] = max(best.get(key, 0), row["psnr"])
     for row in rows:
         top = row["psnr"] == best[(row["volume"], row["voxel_mm"], row["R"])]
-        out.add_row(*map(str, (row["volume"], row["voxel_mm"], row["R"], row["method"], *(row[c] for c in COLUMNS))), style="bold" if top else None)
+        cells = (row["volume"], row["voxel_mm"], row["R"], row["method"], *(row[c] for c in COLUMNS))
+        out.add_row(*map(str, cells), style="bold" if top else None)
     return out
 
 
@@ -292,7 +372,9 @@ def draw(images: dict[str, Tensor], problem: Problem, rows: list[dict], out: Pat
         shown[name] = (magnitude * (magnitude * truth).sum() / magnitude.square().sum()).numpy()
     matrix = np.diag([*reversed(problem.measurement.voxel_mm), 1.0])
     captions = {name: f"{row['psnr']} dB" for name, row in zip(images, rows)}
-    name = "_".join(str(problem.facts[k]).replace(" ", "_") for k in ("volume", "voxel_mm", "R")) + (f"_{problem.seed}" if problem.seed else "")
+    name = "_".join(str(problem.facts[k]).replace(" ", "_") for k in ("volume", "voxel_mm", "R"))
+    if problem.seed:
+        name += f"_{problem.seed}"
     draw_comparison({**shown, "reference": truth.numpy()}, matrix, out / f"{name}.png", captions, "reference", errors=3)
 
 

@@ -1,14 +1,16 @@
 """The whole chain at the size of a scan, stage by stage, beside what the hardware would allow; made for a GPU.
 
-    python tests/benchmarks/chain_speed.py [--matrix 320 320 256] [--coils 12] [--acceleration 8] [--device cuda] [--methods diffusion faithful diffusion:base]
+    python tests/benchmarks/chain_speed.py [--matrix 320 320 256] [--coils 12] [--acceleration 8] [--device cuda]
+                                           [--methods diffusion faithful diffusion:base]
 
-A phantom's acquisitions (x y z matrix, twofold readout oversampling, Poisson disc, noise lines) are gathered on the host,
-then coil maps and A^H y, CG-SENSE, and each of --methods with its default settings, with --prior or the one named after a colon. `after_last_line_s` runs from the last
-line to the end of the stage, for the first method. `floor_s` is the roofline: the larger of bytes that must move over the
-bandwidth, and operations over the rate, both measured here first (copy of a large array; matrix product in the precision of the
-network). Bytes: gathering writes each sample once (host bandwidth); a normal operator reads the maps once and its volume, and writes one;
-operations are those of the network's convolutions. FFTs and the network's activations are not in it: it is a bound, not a goal.
-`process_gib` is the most memory the process has had in the host so far. One run after a small one that warms up.
+A phantom's acquisitions (x y z matrix, twofold readout oversampling, Poisson disc, noise lines) are gathered on the
+host, then coil maps and A^H y, CG-SENSE, and each of --methods with its default settings, with --prior or the one named
+after a colon. `after_last_line_s` runs from the last line to the end of the stage, for the first method. `floor_s` is
+the roofline: the larger of bytes that must move over the bandwidth, and operations over the rate, both measured here
+first (copy of a large array; matrix product in the precision of the network). Bytes: gathering writes each sample once
+(host bandwidth); a normal operator reads the maps once and its volume, and writes one; operations are those of the
+network's convolutions. FFTs and the network's activations are not in it: it is a bound, not a goal. `process_gib` is
+the most memory the process has had in the host so far. One run after a small one that warms up.
 """
 
 from __future__ import annotations
@@ -50,18 +52,25 @@ def main() -> None:
     parser.add_argument("--prior", default="small")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
-    methods = [(title, METHODS[title.partition(":")[0]], load_prior(title.partition(":")[2] or arguments.prior, arguments.device)) for title in arguments.methods]
+    methods = []
+    for title in arguments.methods:
+        name, _, prior = title.partition(":")
+        methods.append((title, METHODS[name], load_prior(prior or arguments.prior, arguments.device)))
     machine = Machine.measured(arguments.device, torch.bfloat16 if methods[0][2].in_bf16 else torch.float32)
     print(machine, flush=True)
     run(Scan((48, 48, 40), arguments.coils, 2.0), machine, methods, lambda row: None)
     rows = []
-    run(Scan(tuple(arguments.matrix), arguments.coils, arguments.acceleration), machine, methods, lambda row: (rows.append(row), print(row, flush=True)))
+    scan = Scan(tuple(arguments.matrix), arguments.coils, arguments.acceleration)
+    run(scan, machine, methods, lambda row: (rows.append(row), print(row, flush=True)))
     print(save_table(f"chain_speed_{torch.device(arguments.device).type}", rows, show=False))
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where it runs, and its rates: bytes per second of the host and of the device, operations per second of the device."""
+    """Where it runs, and its rates.
+
+    Bytes per second of the host and of the device, operations per second of the device.
+    """
 
     device: str
     name: str
@@ -76,7 +85,8 @@ class Machine:
         host, there = (torch.ones(1 << 26, device=d) for d in ("cpu", device))
         square = torch.ones((8192 if cuda else 2048,) * 2, dtype=precision, device=device)
         copies = [2 * 4 * t.numel() / best_of(lambda t=t: t.clone(), device) for t in (host, there)]
-        return cls(device, torch.cuda.get_device_name() if cuda else "CPU", *copies, 2 * len(square) ** 3 / best_of(lambda: square @ square, device))
+        rate = 2 * len(square) ** 3 / best_of(lambda: square @ square, device)
+        return cls(device, torch.cuda.get_device_name() if cuda else "CPU", *copies, rate)
 
 
 def best_of(work: Callable[[], object], device: str, repeats: int = 5) -> float:
@@ -95,7 +105,8 @@ class Scan:
     def __init__(self, matrix: tuple[int, int, int], coils: int, acceleration: float):
         self.matrix, self.coils = matrix, coils
         x, y, z = matrix
-        self.header = parse_header(make_header(matrix, (1.0, 1.0, 1.0), [0, 0], SimulateOptions(coils=coils, acs=ACS, acceleration=acceleration, oversampling=2)))
+        options = SimulateOptions(coils=coils, acs=ACS, acceleration=acceleration, oversampling=2)
+        self.header = parse_header(make_header(matrix, (1.0, 1.0, 1.0), [0, 0], options))
         self.mask = sampling_mask((z, y), acceleration, "poisson", ACS)
         self.random = np.random.default_rng(0)
         self.lines = np.empty((int(self.mask.sum()), coils, 2 * x), np.complex64)
@@ -108,7 +119,8 @@ class Scan:
             line += self._noise(2 * x)
 
     def _noise(self, samples: int) -> np.ndarray:
-        return (NOISE * self.random.standard_normal((self.coils, samples, 2), dtype=np.float32)).view(np.complex64)[..., 0]
+        noise = NOISE * self.random.standard_normal((self.coils, samples, 2), dtype=np.float32)
+        return noise.view(np.complex64)[..., 0]
 
     def items(self) -> Iterator[ismrmrd.Acquisition]:
         """Noise lines, then all others."""
@@ -123,7 +135,9 @@ class Scan:
             yield line
 
 
-def run(scan: Scan, machine: Machine, methods: list[tuple[str, Method, Prior]], report: Callable[[dict], object]) -> None:
+def run(
+    scan: Scan, machine: Machine, methods: list[tuple[str, Method, Prior]], report: Callable[[dict], object]
+) -> None:
     """Every stage once, of methods (title, method, prior); `report` is given a row as each ends."""
     device, (x, y, z) = machine.device, scan.matrix
     volume, last_line = 8 * x * y * z, None
@@ -134,17 +148,35 @@ def run(scan: Scan, machine: Machine, methods: list[tuple[str, Method, Prior]], 
             result = work()
             ended = clock(device)
         seconds, floor = ended - began, floor_s(result)
-        row = {"matrix": f"{x}x{y}x{z}", "coils": scan.coils, "stage": name, "seconds": round(seconds, 3), "floor_s": round(floor, 4), "over_floor": round(seconds / floor, 1)}
-        row["after_last_line_s"] = round(ended - last_line, 3) if last_line else ""
-        row |= {"evaluations": getattr(result, "network_evaluations", ""), "peak_gib": meter.costs["peak_gib"], "process_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2), "device": machine.name}
+        row = {
+            "matrix": f"{x}x{y}x{z}",
+            "coils": scan.coils,
+            "stage": name,
+            "seconds": round(seconds, 3),
+            "floor_s": round(floor, 4),
+            "over_floor": round(seconds / floor, 1),
+            "after_last_line_s": round(ended - last_line, 3) if last_line else "",
+            "evaluations": getattr(result, "network_evaluations", ""),
+            "peak_gib": meter.costs["peak_gib"],
+            "process_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+            "device": machine.name,
+        }
         report(row)
         return result
 
-    (gathered,) = stage("gather", lambda: list(gather(scan.header, scan.items())), lambda _: scan.lines.nbytes / 2 / machine.host_bandwidth)
+    (gathered,) = stage(
+        "gather",
+        lambda: list(gather(scan.header, scan.items())),
+        lambda _: scan.lines.nbytes / 2 / machine.host_bandwidth,
+    )
     last_line = clock(device)
     inputs = (gathered.kspace, gathered.counts, gathered.geometry.voxel_mm, gathered.noise, gathered.calibration)
     scan.lines = None  # which the source of a scan does not keep either
-    measurement = stage("coil maps", lambda: measure(*inputs, device=device), lambda m: (scan.coils + 2 * m.operator.coils) * volume / machine.bandwidth)
+    measurement = stage(
+        "coil maps",
+        lambda: measure(*inputs, device=device),
+        lambda m: (scan.coils + 2 * m.operator.coils) * volume / machine.bandwidth,
+    )
     normal = (measurement.operator.coils + 2) * volume / machine.bandwidth
     preview = stage("preview", lambda: cg_sense(measurement, PREVIEW_ITERATIONS), lambda _: PREVIEW_ITERATIONS * normal)
     for name, method, prior in methods:

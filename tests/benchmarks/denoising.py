@@ -1,6 +1,7 @@
 """How well the prior denoises: noise level x voxel size x orientation, on volumes left out of training.
 
-    python tests/benchmarks/denoising.py VOLUMES... [--priors small other.safetensors] [--voxel-mm 1 2 4] [--sigmas 0.05 0.1 0.2 0.5] [--card CARD.json]
+    python tests/benchmarks/denoising.py VOLUMES... [--priors small other.safetensors] [--voxel-mm 1 2 4]
+                                         [--sigmas 0.05 0.1 0.2 0.5] [--card CARD.json]
 
 Beside the noisy slice stands the better of two classical denoisers that are told the noise level (non-local
 means and cycle-spun wavelet shrinkage of scikit-image, real and imaginary part as channels). PSNR of the
@@ -48,13 +49,14 @@ def main() -> None:
         for voxel_mm in arguments.voxel_mm:
             volume, size = complex_volume(path, voxel_mm)
             peak = float(np.percentile(volume.abs(), 99.9))
+            voxel = " x ".join(f"{v:.2g}" for v in size)
+            facts = {"volume": path.name.split(".")[0], "voxel_mm": voxel_mm, "voxel": voxel}
             for axis, orientation in enumerate(ORIENTATIONS):
                 n = volume.shape[axis]
                 planes = volume.movedim(axis, 0)[np.linspace(0.35 * n, 0.65 * n, arguments.slices).astype(int)]
                 for sigma in arguments.sigmas:
                     db = denoised_db(planes, sigma, peak, priors)
-                    voxel = " x ".join(f"{v:.2g}" for v in size)
-                    rows.append({"volume": path.name.split(".")[0], "voxel_mm": voxel_mm, "voxel": voxel, "orientation": orientation, "sigma": sigma, **db})
+                    rows.append({**facts, "orientation": orientation, "sigma": sigma, **db})
         print(path.name, "done", flush=True)
     print(save_table(arguments.name, rows))
     means = averages(rows, ("noisy", "classical", *priors))
@@ -62,10 +64,17 @@ def main() -> None:
         print(case, values)
     if arguments.card:
         card = json.loads(arguments.card.read_text())
+        what = (
+            "denoising, PSNR in dB, mean over volumes left out of training and three orientations "
+            "(tests/benchmarks/denoising.py)"
+        )
         card["measured"] = {
-            "what": "denoising, PSNR in dB, mean over volumes left out of training and three orientations (tests/benchmarks/denoising.py)",
+            "what": what,
             "volumes": sorted({row["volume"] for row in rows}),
-            "psnr": {case: {"noisy": v["noisy"], "classical": v["classical"], "prior": v[next(iter(priors))]} for case, v in means.items()},
+            "psnr": {
+                case: {"noisy": v["noisy"], "classical": v["classical"], "prior": v[next(iter(priors))]}
+                for case, v in means.items()
+            },
         }
         arguments.card.write_text(json.dumps(card, indent=2) + "\n")
 
@@ -75,12 +84,16 @@ def averages(rows: list[dict], columns: tuple[str, ...]) -> dict[str, dict[str, 
     out = {}
     for voxel_mm, sigma in dict.fromkeys((row["voxel_mm"], row["sigma"]) for row in rows):
         of = [row for row in rows if (row["voxel_mm"], row["sigma"]) == (voxel_mm, sigma)]
-        out[f"{voxel_mm:g} mm, sigma {sigma:g}"] = {k: round(float(np.mean([row[k] for row in of])), 2) for k in columns}
+        means = {k: round(float(np.mean([row[k] for row in of])), 2) for k in columns}
+        out[f"{voxel_mm:g} mm, sigma {sigma:g}"] = means
     return out
 
 
 def complex_volume(path: Path, voxel_mm: float):
-    """Volume [z y x] of tissue brightness 1 with smooth phase, resampled as near to voxel_mm as it allows, and its voxel size."""
+    """Volume [z y x] of tissue brightness 1 with smooth phase, and its voxel size.
+
+    It is resampled as near to voxel_mm as it allows.
+    """
     data, size = read_volume(path)
     volume, size = to_voxel_mm(torch.from_numpy(np.asarray(data, np.float32)), size, [voxel_mm] * 3)
     return torch.polar(volume / intensity_scale(volume, size), smooth_phase(tuple(volume.shape), seed=1)), size
@@ -93,19 +106,23 @@ def denoised_db(planes: torch.Tensor, sigma: float, peak: float, priors: dict) -
     db = lambda image: round(20 * np.log10(peak / float((image - clean).square().sum(1).mean().sqrt())), 2)  # noqa: E731
     with torch.no_grad():
         learned = {name: db(prior(noisy, sigma)) for name, prior in priors.items()}
-    return {"noisy": db(noisy), "classical": max(db(classical(noisy, sigma, method)) for method in (nl_means, wavelet)), **learned}
+    told = max(db(classical(noisy, sigma, method)) for method in (nl_means, wavelet))
+    return {"noisy": db(noisy), "classical": told, **learned}
 
 
 def classical(noisy: torch.Tensor, sigma: float, method) -> torch.Tensor:
     """A classical method slice by slice; [slices 2 h w]."""
-    return torch.from_numpy(np.stack([method(image.permute(1, 2, 0).numpy(), sigma).transpose(2, 0, 1) for image in noisy]))
+    planes = [method(image.permute(1, 2, 0).numpy(), sigma) for image in noisy]
+    return torch.from_numpy(np.stack([plane.transpose(2, 0, 1) for plane in planes]))
 
 
 def nl_means(image: np.ndarray, sigma: float) -> np.ndarray:
     """Non-local means of [h w 2]."""
     from skimage.restoration import denoise_nl_means  # here: other programs use this file without it
 
-    return denoise_nl_means(image, patch_size=5, patch_distance=6, h=0.8 * sigma, sigma=sigma, fast_mode=True, channel_axis=-1)
+    return denoise_nl_means(
+        image, patch_size=5, patch_distance=6, h=0.8 * sigma, sigma=sigma, fast_mode=True, channel_axis=-1
+    )
 
 
 def wavelet(image: np.ndarray, sigma: float) -> np.ndarray:

@@ -2,11 +2,12 @@
 
     python tests/benchmarks/error_map.py VOLUMES... [--voxel-mm 4 2 1] [--methods diffusion wavelet cg] [--snr 30]
 
-Complex images: `error` and `estimate` are root mean squares inside the object in % of tissue brightness; `rank` is Spearman's
-correlation over its voxels of the estimate and the true error, both over the neighbourhood that the estimate is smoothed over;
-`within_1` and `within_2` the share of voxels whose own error is below once and twice the estimate (complex Gaussian errors of
-that size: 63 % and 98 %). Of measured planes (--raw) magnitudes, against the image of all lines, whose noise is in `error`. Made as the chain makes it: half the sweeps, nothing learned from the scan. A picture of each scan
-in OUT, the table in results/.
+Complex images: `error` and `estimate` are root mean squares inside the object in % of tissue brightness; `rank` is
+Spearman's correlation over its voxels of the estimate and the true error, both over the neighbourhood that the estimate
+is smoothed over; `within_1` and `within_2` the share of voxels whose own error is below once and twice the estimate
+(complex Gaussian errors of that size: 63 % and 98 %). Of measured planes (--raw) magnitudes, against the image of all
+lines, whose noise is in `error`. Made as the chain makes it: half the sweeps, nothing learned from the scan. A picture
+of each scan in OUT, the table in results/.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from recon_core.methods import METHODS
 from recon_core.prior import load_prior
 from recon_core.scale import intensity_scale
 
-PROTOCOLS = {4.0: (4.0, 12, None), 2.0: (8.0, 20, 48), 1.0: (8.0, 24, 24)}  # voxel size: acceleration, calibration lines, readout positions
+# voxel size: acceleration, calibration lines, readout positions
+PROTOCOLS = {4.0: (4.0, 12, None), 2.0: (8.0, 20, 48), 1.0: (8.0, 24, 24)}
 
 
 def main() -> None:
@@ -39,16 +41,21 @@ def main() -> None:
     parser.add_argument("--voxel-mm", type=float, nargs="+", default=[4.0, 2.0], choices=list(PROTOCOLS))
     parser.add_argument("--methods", nargs="+", default=["diffusion"], choices=list(METHODS))
     parser.add_argument("--snr", type=float, default=30.0)
-    parser.add_argument("--prior-weight", type=float, help="of slice diffusion, to see what the estimate makes of a prior that pulls too hard")
+    parser.add_argument(
+        "--prior-weight",
+        type=float,
+        help="of slice diffusion, to see what the estimate makes of a prior that pulls too hard",
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("bench"))
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    table = {tuple(row[k] for k in ("volume", "voxel_mm", "R", "snr", "method")): row for row in read_table("error_map")}
+    protocol = ("volume", "voxel_mm", "R", "snr")
+    table = {tuple(row[k] for k in (*protocol, "method")): row for row in read_table("error_map")}
     for problem in problems(arguments):
         for name in arguments.methods:
             label = f"{name}, prior_weight {arguments.prior_weight:g}" if arguments.prior_weight else name
-            key = (*(str(problem.facts[k]) for k in ("volume", "voxel_mm", "R", "snr")), label)
+            key = (*(str(problem.facts[k]) for k in protocol), label)
             if key in table:
                 continue
             maps = images(problem, name, arguments.prior_weight)
@@ -64,20 +71,22 @@ def problems(arguments) -> Iterator[Problem]:
     for path in arguments.volumes:
         for voxel_mm in arguments.voxel_mm:
             acceleration, acs, readout = PROTOCOLS[voxel_mm]
-            yield simulated(path, voxel_mm, 8, acceleration, arguments.snr, acs, readout=readout, device=arguments.device, keep_lines=True)
+            how = {"readout": readout, "device": arguments.device, "keep_lines": True}
+            yield simulated(path, voxel_mm, 8, acceleration, arguments.snr, acs, **how)
     if arguments.raw:
         yield from (problem for problem in measured(arguments.raw) if problem.facts["coils"] > 1)
 
 
 def images(problem: Problem, name: str, prior_weight: float | None) -> tuple[Tensor, Tensor]:
     """The image, and its estimated error [z y x]."""
-    method, config = METHODS[name], METHODS[name].config
+    method, config, measurement = METHODS[name], METHODS[name].config, problem.measurement
     config = replace(config, prior_weight=prior_weight) if prior_weight else config
-    prior = load_prior(method.suitable_prior(problem.measurement.operator.device), problem.measurement.operator.device) if method.uses_prior else None
+    device = measurement.operator.device
+    prior = load_prior(method.suitable_prior(device), device) if method.uses_prior else None
     quick = replace(config, sweeps=config.sweeps // 2, adapt=0) if name == "diffusion" else config
-    for final in method.run(problem.measurement, prior, cg_sense(problem.measurement), config, 0):
+    for final in method.run(measurement, prior, cg_sense(measurement), config, 0):
         pass
-    for estimate in estimated_error(problem.measurement, lambda part: method.run(part, prior, cg_sense(part), quick, 0)):
+    for estimate in estimated_error(measurement, lambda part: method.run(part, prior, cg_sense(part), quick, 0)):
         pass
     return final.volume.cpu(), estimate.volume.real.cpu()
 
@@ -92,19 +101,25 @@ def compare(problem: Problem, image: Tensor, estimate: Tensor) -> dict[str, floa
     local, percent = smoothed(error.square(), inside).sqrt(), 100 / intensity_scale(truth, problem.measurement.voxel_mm)
     size = lambda values: round(percent * float(values[inside].square().mean().sqrt()), 2)  # noqa: E731
     within = {f"within_{n}": round(float((error < n * estimate)[inside].float().mean()), 3) for n in (1, 2)}
-    return {"error": size(error), "estimate": size(estimate), "rank": round(float(spearmanr(local[inside], estimate[inside])[0]), 3), **within}
+    rank = round(float(spearmanr(local[inside], estimate[inside])[0]), 3)
+    return {"error": size(error), "estimate": size(estimate), "rank": rank, **within}
 
 
 def draw(problem: Problem, image: Tensor, estimate: Tensor, path: Path) -> None:
     """Image, estimated and true error of the middle slices of three orientations."""
     scale = intensity_scale(problem.phased.cpu(), problem.measurement.voxel_mm)
     error = smoothed((image - problem.phased.cpu()).abs().square(), problem.inside).sqrt()
-    shown = ((image.abs(), "slice diffusion", 1.8), (estimate * problem.inside, "estimated error, x 5", 0.36), (error, "true error, same smoothing, x 5", 0.36))
+    shown = (
+        (image.abs(), "slice diffusion", 1.8),
+        (estimate * problem.inside, "estimated error, x 5", 0.36),
+        (error, "true error, same smoothing, x 5", 0.36),
+    )
     figure = Figure(figsize=(9, 3 * sum(image.shape[a] > 1 for a in range(3))))
     axes = figure.subplots(3, 3)
     for axis, row in enumerate(axes):
         for ax, (volume, title, top) in zip(row, shown):
-            ax.imshow((volume.select(axis, volume.shape[axis] // 2).flip(0) / scale).numpy(), cmap="gray" if title == "slice diffusion" else "inferno", vmin=0, vmax=top)
+            plane = volume.select(axis, volume.shape[axis] // 2).flip(0) / scale
+            ax.imshow(plane.numpy(), cmap="gray" if title == "slice diffusion" else "inferno", vmin=0, vmax=top)
             ax.set_title(title if axis == 0 else "", fontsize=9)
             ax.axis("off")
     figure.tight_layout()

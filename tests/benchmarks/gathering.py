@@ -1,7 +1,10 @@
-"""Acquisitions per second from memory, from a socket and from a ReconData buffer, and the memory that it takes: `python tests/benchmarks/gathering.py`.
+"""Acquisitions per second from memory, from a socket and from a ReconData buffer, and the memory that it takes.
 
-One CPU core gathers (each way in a process of its own, bound to one core); the sender of the socket runs on
-another. On a machine that others use too, lines_per_cpu_s is the figure: it leaves out the waiting. Peak memory is what the process grew by, over the k-space's size, with everything else loaded before.
+    python tests/benchmarks/gathering.py
+
+One CPU core gathers (each way in a process of its own, bound to one core); the sender of the socket runs on another. On
+a machine that others use too, lines_per_cpu_s is the figure: it leaves out the waiting. Peak memory is what the process
+grew by, over the k-space's size, with everything else loaded before.
 """
 
 from __future__ import annotations
@@ -81,7 +84,8 @@ def send_buffer(address, coils: int, samples: int, steps: tuple[int, int]) -> No
         sock.sendall(struct.pack("<HQQ7Q", w.RECON_DATA, 1, 7, samples // 2, *steps, coils, 1, 1, 1))
         for _ in range(coils * steps[1]):
             sock.sendall(plane)
-        sock.sendall(bytes(2) + struct.pack("<Q5Q", 5, *steps, 1, 1, 1) + b"".join(payloads(coils, samples // 2, steps)))
+        headers = b"".join(payloads(coils, samples // 2, steps))
+        sock.sendall(bytes(2) + struct.pack("<Q5Q", 5, *steps, 1, 1, 1) + headers)
         sock.sendall(bytes(56) + bytes(1) + struct.pack("<H", w.CLOSE))
 
 
@@ -93,7 +97,9 @@ def measure(source: str, coils: int, samples: int, steps: tuple[int, int], out) 
     with contextlib.ExitStack() as stack:
         if source != "memory":
             listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-            multiprocessing.get_context("spawn").Process(target=send if source == "socket" else send_buffer, args=(listener.getsockname(), coils, samples, steps)).start()
+            sender = send if source == "socket" else send_buffer
+            given = (listener.getsockname(), coils, samples, steps)
+            multiprocessing.get_context("spawn").Process(target=sender, args=given).start()
             items = from_socket(stack.enter_context(listener.accept()[0]))
         else:
             items = from_memory(coils, samples, steps)
@@ -118,17 +124,26 @@ def main() -> None:
     for source in ("memory", "socket", "recon_data"):
         queue, found = context.Queue(), []
         for _ in range(arguments.repeats):
-            process = context.Process(target=measure, args=(source, arguments.coils, arguments.samples, tuple(arguments.steps), queue))
+            given = (source, arguments.coils, arguments.samples, tuple(arguments.steps), queue)
+            process = context.Process(target=measure, args=given)
             process.start()
             found.append(queue.get())
             process.join()
         seconds, cpu, grown, kspace = min(found, key=lambda f: f[1])
         lines = arguments.steps[0] * arguments.steps[1]
-        rows.append({
-            "source": source, "coils": arguments.coils, "samples": arguments.samples, "lines": lines,
-            "lines_per_s": round(lines / seconds), "lines_per_cpu_s": round(lines / cpu), "kspace_mib": round(kspace), "peak_growth_mib": round(grown), "peak_over_kspace": round(grown / kspace, 2),
-        })  # fmt: skip
-        print(rows[-1], flush=True)
+        row = {
+            "source": source,
+            "coils": arguments.coils,
+            "samples": arguments.samples,
+            "lines": lines,
+            "lines_per_s": round(lines / seconds),
+            "lines_per_cpu_s": round(lines / cpu),
+            "kspace_mib": round(kspace),
+            "peak_growth_mib": round(grown),
+            "peak_over_kspace": round(grown / kspace, 2),
+        }
+        rows.append(row)
+        print(row, flush=True)
     arguments.out.parent.mkdir(exist_ok=True)
     with arguments.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])

@@ -78,7 +78,9 @@ def execute(stream: Stream, properties: str) -> tuple:
     """A process started for the scan, as <execute> does; its start counts, because the scan waits for it."""
     with socket.create_server(("localhost", 0)) as listener:
         began = time.monotonic()
-        process = subprocess.Popen([sys.executable, "-W", "ignore", "-m", "gadgetron", str(listener.getsockname()[1]), "gadgets", "slice_diffusion"], stderr=subprocess.DEVNULL)
+        port = str(listener.getsockname()[1])
+        command = [sys.executable, "-W", "ignore", "-m", "gadgetron", port, "gadgets", "slice_diffusion"]
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         sock, _ = listener.accept()
         peer = Peer.__new__(Peer)
         peer.sock, peer.stream = sock, sock.makefile("rb")
@@ -92,7 +94,8 @@ def execute(stream: Stream, properties: str) -> tuple:
 def offline_command(path: Path, sweeps: int, out: Path) -> tuple:
     """`slicediff recon` as a process; the file is there at once, so all its time is after the last line."""
     began = time.monotonic()
-    command = [sys.executable, "-W", "ignore", "-m", "gadgets.cli", "recon", str(path), str(out), "--sweeps", str(sweeps)]
+    program = [sys.executable, "-W", "ignore", "-m", "gadgets.cli"]
+    command = [*program, "recon", str(path), str(out), "--sweeps", str(sweeps)]
     subprocess.run(command, check=True, capture_output=True)
     end = time.monotonic() - began
     return 0.0, float("nan"), end, end
@@ -102,7 +105,8 @@ def offline_in_process(path: Path, prior, sweeps: int) -> tuple:
     """The chain on the file in a process that is warm: what the server is measured against."""
     began, times = time.monotonic(), []
     with ScanFile(path) as scan:
-        for _ in reconstruct(parse_header(scan.header_xml), scan.acquisitions(), prior, make_options({"sweeps": sweeps})):
+        header, options = parse_header(scan.header_xml), make_options({"sweeps": sweeps})
+        for _ in reconstruct(header, scan.acquisitions(), prior, options):
             times.append(time.monotonic() - began)
     return 0.0, times[0], times[1], times[1]
 
@@ -140,14 +144,23 @@ def main() -> None:
 def write(measured: dict[str, list], facts: dict, arguments: argparse.Namespace) -> None:
     """The table, and each way's total over that of the warm offline process (median of the repeats' ratios)."""
     rows = []
+    offline = measured["offline, warm process"]
     for name, times in measured.items():
         sent, first, last, _ = (statistics.median(column) for column in zip(*times))
-        over = statistics.median(mine[2] / offline[2] for mine, offline in zip(times, measured["offline, warm process"]))
-        rows.append({
-            "way": name, "first_image_after_last_line_s": "" if first != first else round(first - sent, 2),
-            "last_image_after_last_line_s": round(last - sent, 2), "first_image_s": "" if first != first else round(first, 2), "total_s": round(last, 2), "total_over_offline_percent": round(100 * (over - 1), 1),
-            "matrix": "x".join(map(str, facts["matrix"])), "lines": facts["lines"], "sweeps": arguments.sweeps, "repeats": arguments.repeats,
-        })  # fmt: skip
+        over = statistics.median(mine[2] / theirs[2] for mine, theirs in zip(times, offline))
+        row = {
+            "way": name,
+            "first_image_after_last_line_s": "" if first != first else round(first - sent, 2),
+            "last_image_after_last_line_s": round(last - sent, 2),
+            "first_image_s": "" if first != first else round(first, 2),
+            "total_s": round(last, 2),
+            "total_over_offline_percent": round(100 * (over - 1), 1),
+            "matrix": "x".join(map(str, facts["matrix"])),
+            "lines": facts["lines"],
+            "sweeps": arguments.sweeps,
+            "repeats": arguments.repeats,
+        }
+        rows.append(row)
     save_table("latency", rows)
 
 

@@ -1,9 +1,10 @@
-"""Seconds of a round in which a prior learns from a single plane, and of one that evaluates the network twice per sweep.
+"""Seconds of a round in which a prior learns from a single plane, and of one that evaluates the network twice a sweep.
 
     python tests/benchmarks/learning_speed.py [VOLUME] [--voxel-mm 2] [--priors small base] [--rounds 3]
 
-Learning takes the evaluation that a sweep makes anyway; `twice` makes another one for it, as a solver that knows nothing
-of learning would have to. Both learn the same, in turns, on the scan's own mesh and on the finer one (`all` is a pair of rounds).
+Learning takes the evaluation that a sweep makes anyway; `twice` makes another one for it, as a solver that knows
+nothing of learning would have to. Both learn the same, in turns, on the scan's own mesh and on the finer one (`all` is
+a pair of rounds).
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="on each mesh, of which the least counts")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
-    problem, rows = simulated(arguments.volume, arguments.voxel_mm, 8, 8.0, 30.0, 20, readout=1, device=arguments.device), []
+    how = {"readout": 1, "device": arguments.device}
+    problem, rows = simulated(arguments.volume, arguments.voxel_mm, 8, 8.0, 30.0, 20, **how), []
     for name in arguments.priors:
         prior, start = load_prior(name, arguments.device), cg_sense(problem.measurement)
         pupils = {way: Pupil(problem.measurement, prior, start, VariationalConfig(), 0) for way in (once, twice)}
@@ -62,8 +64,14 @@ def main() -> None:
         least = {way: [min(taken[1:]) for taken in meshes] for way, meshes in seconds.items()}  # the first warms up
         device = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
         facts = {"device": device, "matrix": problem.facts["matrix"], "coils": 8, "prior": name}
-        costs = {"own_mesh_s": least[once][0], "finer_mesh_s": least[once][1], "all_s": sum(least[once]), "twice_all_s": sum(least[twice])}
-        rows.append({**facts, **{k: round(v, 3) for k, v in costs.items()}, "ratio": round(sum(least[once]) / sum(least[twice]), 2)})
+        costs = {
+            "own_mesh_s": least[once][0],
+            "finer_mesh_s": least[once][1],
+            "all_s": sum(least[once]),
+            "twice_all_s": sum(least[twice]),
+        }
+        facts |= {k: round(v, 3) for k, v in costs.items()}
+        rows.append({**facts, "ratio": round(sum(least[once]) / sum(least[twice]), 2)})
     print(save_table(f"learning_speed_{arguments.device}", rows))
 
 

@@ -30,7 +30,10 @@ METHODS = ("zero-filled", "cg", "diffusion")
 
 
 def cases(raw: Path, seed: int = 0):
-    """(name, kspace [contrasts coils kz ky kx], mask, voxel_mm, acceleration, unacquired partitions, has reference); `seed` is that of the masks."""
+    """(name, kspace, mask, voxel_mm, acceleration, unacquired partitions, has reference) of each case.
+
+    `kspace` is [contrasts coils kz ky kx]; `seed` is that of the masks.
+    """
     knee = np.load(raw / "knee_lowfield_3d.npy")[None]
     acquired = np.zeros(knee.shape[2:4], bool)
     acquired[:18] = True
@@ -49,7 +52,8 @@ def cases(raw: Path, seed: int = 0):
             yield name, planes, mask, (1.0, 1.0, 1.0), acceleration, 0, True
     for path in sorted(raw.glob("ulf_*.npy")):
         slices = to_kspace(np.load(path), 1)[None]
-        mask = np.repeat(sampling_mask((1, slices.shape[3]), 2, "poisson", 16, seed), slices.shape[2], axis=0)  # ky only
+        along_ky = sampling_mask((1, slices.shape[3]), 2, "poisson", 16, seed)
+        mask = np.repeat(along_ky, slices.shape[2], axis=0)
         yield path.stem, slices, mask, (5.0, 1.8, 1.8), 2, 0, True
 
 
@@ -78,12 +82,17 @@ def main() -> None:
             images[method], seconds[method] = recon(scan, out, method)
         for contrast in range(len(kspace)):
             reference = torch.from_numpy(np.array(references[contrast].data[0]))
+            volumes = {method: images[method][contrast].data[0] for method in METHODS}
             row = {"scan": name, "contrast": contrast, "coils": kspace.shape[1], "R": round(mask.size / mask.sum(), 2)}
             if has_reference:
                 inside = object_mask(reference, 0.15)
-                row |= {m: round(psnr(torch.from_numpy(np.array(images[m][contrast].data[0])), reference, inside), 2) for m in METHODS}
-            rows.append({**row, **({} if has_reference else dict.fromkeys(METHODS, "")), "diffusion_s": seconds["diffusion"]})
-            draw({m: images[m][contrast].data[0] for m in METHODS}, reference if has_reference else None, out / f"{name}_R{acceleration}_{contrast}.png")
+                for method, volume in volumes.items():
+                    row[method] = round(psnr(torch.from_numpy(np.array(volume)), reference, inside), 2)
+            else:
+                row |= dict.fromkeys(METHODS, "")
+            rows.append({**row, "diffusion_s": seconds["diffusion"]})
+            picture = out / f"{name}_R{acceleration}_{contrast}.png"
+            draw(volumes, reference if has_reference else None, picture)
     print(save_table("measured", rows))
 
 

@@ -33,7 +33,11 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 96, 128, 192])
     arguments = parser.parse_args()
     rows = [peers(arguments.side, arguments.coils)]
-    rows += [{"side": n, "coils": arguments.coils, "ours_s": (s := ours(*problem(n, arguments.coils))), "ours_ns_per_coil_voxel": round(1e9 * s / n**3 / arguments.coils, 1)} for n in arguments.sizes]
+    for side in arguments.sizes:
+        seconds = ours(*problem(side, arguments.coils))
+        ns = round(1e9 * seconds / side**3 / arguments.coils, 1)
+        row = {"side": side, "coils": arguments.coils, "ours_s": seconds, "ours_ns_per_coil_voxel": ns}
+        rows.append(row)
     columns = list(dict.fromkeys(k for row in rows for k in row))
     print(save_table("operator_speed", [{k: row.get(k, "") for k in columns} for row in rows]))
 
@@ -69,7 +73,8 @@ def sigpy_normal(maps: torch.Tensor, mask: torch.Tensor) -> float | None:
         import sigpy.mri as mri
     except ImportError:
         return None
-    operator = mri.linop.Sense(maps.numpy(), weights=np.ascontiguousarray(np.broadcast_to(mask.numpy()[..., None], maps.shape[1:])))
+    weights = np.ascontiguousarray(np.broadcast_to(mask.numpy()[..., None], maps.shape[1:]))
+    operator = mri.linop.Sense(maps.numpy(), weights=weights)
     volume = maps[0].numpy()
     return best(lambda: operator.H(operator(volume)))
 
@@ -85,7 +90,9 @@ def bart_iteration(maps: torch.Tensor, mask: torch.Tensor, few: int = 5, many: i
         bart.write_cfl(path / "maps", maps.permute(3, 2, 1, 0).numpy())
 
         def run(iterations: int) -> None:
-            subprocess.run(["bart", "pics", "-l2", "-r", "0.001", "-i", str(iterations), path / "kspace", path / "maps", path / "out"], check=True, capture_output=True)
+            how = ["-l2", "-r", "0.001", "-i", str(iterations)]
+            command = ["bart", "pics", *how, path / "kspace", path / "maps", path / "out"]
+            subprocess.run(command, check=True, capture_output=True)
 
         return (best(lambda: run(many), 3) - best(lambda: run(few), 3)) / (many - few)
 

@@ -35,14 +35,23 @@ def main() -> None:
         print(json.dumps(measure(*arguments.case, arguments.side, arguments.slices)))
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = ["--side", str(arguments.side), "--slices", str(arguments.slices)]
     rows = []
     for architecture in ARCHITECTURES:
         for precision in PRECISIONS:
             for mode in ("eager", "compiled") if device == "cuda" else ("eager",):
-                command = [sys.executable, __file__, "--side", str(arguments.side), "--slices", str(arguments.slices), "--case", architecture, precision, mode]
-                found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+                command = [sys.executable, __file__, *size, "--case", architecture, precision, mode]
+                said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
                 name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-                rows.append({"device": name, "architecture": architecture, "precision": precision, "mode": mode, "side": arguments.side, "slices": arguments.slices, **found})
+                row = {
+                    "device": name,
+                    "architecture": architecture,
+                    "precision": precision,
+                    "mode": mode,
+                    "side": arguments.side,
+                    "slices": arguments.slices,
+                }
+                rows.append({**row, **json.loads(said.splitlines()[-1])})
     print(save_table(f"prior_speed_{device}", rows))
 
 

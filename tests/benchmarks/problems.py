@@ -31,9 +31,9 @@ class Problem:
     """A measurement with its answer.
 
     `truth` [z y x] is the magnitude without noise (or with the noise of the scan, if it was measured), `phased` the
-    same as the measurement's coil maps combine it, None if unknown; `kspace` [coils z y x] is what the measurement was made
-    of, whitened and mixed to virtual coils, x in image space: what peers are given; `left_out` is the rest of a measured
-    scan's lines, None for a simulated one; `seed` is that of the sampling and of all that is simulated.
+    same as the measurement's coil maps combine it, None if unknown; `kspace` [coils z y x] is what the measurement was
+    made of, whitened and mixed to virtual coils, x in image space: what peers are given; `left_out` is the rest of a
+    measured scan's lines, None for a simulated one; `seed` is that of the sampling and of all that is simulated.
     """
 
     facts: dict
@@ -68,11 +68,25 @@ class Problem:
         return self.unseen(operator.solve(operator.adjoint(every), 1e-6, iterations=60))
 
 
-def simulated(path: Path, voxel_mm: float, coils: int, acceleration: float, snr: float, acs: int, seed: int = 0, readout: int | None = None, device: str = "cpu", keep_lines: bool = False, extent: tuple[float, float] | None = None, sets: int = 1) -> Problem:
-    """A volume with phase, seen by each coil at its own resolution, cropped in k-space to `voxel_mm`, with correlated noise.
+def simulated(
+    path: Path,
+    voxel_mm: float,
+    coils: int,
+    acceleration: float,
+    snr: float,
+    acs: int,
+    seed: int = 0,
+    readout: int | None = None,
+    device: str = "cpu",
+    keep_lines: bool = False,
+    extent: tuple[float, float] | None = None,
+    sets: int = 1,
+) -> Problem:
+    """A volume with phase as coils see it, cropped in k-space to `voxel_mm`, with correlated noise.
 
-    With `readout` only so many positions along x are kept, in the middle: the readout is fully sampled, so they are a scan of their own.
-    With `extent`, the field of view is only so much of the object's own extent along z and y, and what lies beyond it wraps around.
+    Each coil sees it at the volume's own resolution. With `readout` only so many positions along x are kept, in the
+    middle: the readout is fully sampled, so they are a scan of their own. With `extent`, the field of view is only so
+    much of the object's own extent along z and y, and what lies beyond it wraps around.
     """
     data, size, _, _ = load_object(path)
     images, size = coil_images(data, size, SimulateOptions(voxel_mm=voxel_mm, coils=coils, seed=seed))
@@ -86,13 +100,25 @@ def simulated(path: Path, voxel_mm: float, coils: int, acceleration: float, snr:
     kspace[:, mask] += torch.from_numpy(noise.draw(int(mask.sum()) * truth.shape[2]).reshape(coils, -1, truth.shape[2]))
     lines = torch.from_numpy(noise.draw(4096))
     measurement = measure(kspace, mask.float(), size, lines, device=device, keep_lines=keep_lines, sets=sets)
-    phased = torch.linalg.vecdot(measurement.operator.coil_maps(), _mix(measurement.mixing.cpu(), images).to(device), dim=0)
-    facts = {"volume": path.name.split(".")[0], "voxel_mm": size_label(voxel_mm, size), "matrix": "x".join(map(str, reversed(truth.shape))), "coils": coils, "R": round(mask.numel() / int(mask.sum()), 1), "snr": snr, "acs": acs}
-    return Problem(facts, measurement, truth, phased, object_mask(truth), _mix(measurement.mixing.cpu(), kspace), seed=seed)
+    mixing = measurement.mixing.cpu()
+    phased = torch.linalg.vecdot(measurement.operator.coil_maps(), _mix(mixing, images).to(device), dim=0)
+    facts = {
+        "volume": path.name.split(".")[0],
+        "voxel_mm": size_label(voxel_mm, size),
+        "matrix": "x".join(map(str, reversed(truth.shape))),
+        "coils": coils,
+        "R": round(mask.numel() / int(mask.sum()), 1),
+        "snr": snr,
+        "acs": acs,
+    }
+    return Problem(facts, measurement, truth, phased, object_mask(truth), _mix(mixing, kspace), seed=seed)
 
 
 def wrapped(images: Tensor, shares: tuple[float, float]) -> Tensor:
-    """Coil images [coils z y x] in a field of view of `shares` (z, y) of the object's extent; what lies beyond it is added at the opposite side."""
+    """Coil images [coils z y x] in a field of view of `shares` (z, y) of the object's extent.
+
+    What lies beyond it is added at the opposite side.
+    """
     for axis, share in enumerate(shares, start=1):
         profile = images.norm(dim=0).amax(dim=[a for a in range(3) if a != axis - 1])
         there = (profile > EDGE * profile.max()).nonzero()[:, 0]
@@ -105,7 +131,7 @@ def wrapped(images: Tensor, shares: tuple[float, float]) -> Tensor:
 
 
 def size_label(asked_mm: float, size: tuple[float, float, float]) -> float:
-    """The voxel size asked for or, if the scan's own `size` is above 1.2 times that, the side of a cube of the same volume."""
+    """The voxel size asked for; the side of a cube of the same volume if the scan's `size` is above 1.2 times it."""
     return asked_mm if round(max(size), 4) <= 1.2 * asked_mm else round(math.prod(size) ** (1 / 3), 2)
 
 
@@ -116,7 +142,7 @@ def middle(length: int, kept: int | None) -> slice:
 
 
 def measured(raw: Path, accelerations: Sequence[float] | None = None, seed: int = 0) -> Iterator[Problem]:
-    """The measured scans that have a reference: all lines, combined by CG-SENSE, noise included; and the lines left out.
+    """Measured scans that have a reference: all lines, combined by CG-SENSE, noise included; and the lines left out.
 
     Only those at `accelerations`, all if None; `seed` is that of the sampling.
     """
@@ -127,8 +153,18 @@ def measured(raw: Path, accelerations: Sequence[float] | None = None, seed: int 
             kspace = whole * lines[..., None]
             truth = cg_sense(measure(whole, torch.from_numpy(acquired_lines(planes)).float(), voxel_mm)).abs()
             measurement = measure(kspace, lines.float(), voxel_mm)
-            facts = {"volume": f"{name} {contrast}", "voxel_mm": voxel_mm[1], "matrix": "x".join(map(str, reversed(truth.shape))), "coils": len(kspace), "R": acceleration, "snr": "", "acs": ""}
-            yield Problem(facts, measurement, truth, None, object_mask(truth, 0.15), _mix(measurement.mixing, kspace), _mix(measurement.mixing, whole - kspace), seed)
+            facts = {
+                "volume": f"{name} {contrast}",
+                "voxel_mm": voxel_mm[1],
+                "matrix": "x".join(map(str, reversed(truth.shape))),
+                "coils": len(kspace),
+                "R": acceleration,
+                "snr": "",
+                "acs": "",
+            }
+            inside, mixing = object_mask(truth, 0.15), measurement.mixing
+            given, left_out = _mix(mixing, kspace), _mix(mixing, whole - kspace)
+            yield Problem(facts, measurement, truth, None, inside, given, left_out, seed)
 
 
 def _mix(matrix: Tensor, data: Tensor) -> Tensor:

@@ -30,12 +30,14 @@ def main() -> None:
     parser.add_argument("--voxel-mm", type=float, default=2.0)
     parser.add_argument("--pixels", type=int, default=24, help="per noise level")
     arguments = parser.parse_args()
-    prior, (volume, _), rows = load_prior(arguments.prior, half=False), complex_volume(arguments.volume, arguments.voxel_mm), []
+    prior, rows = load_prior(arguments.prior, half=False), []
+    volume, _ = complex_volume(arguments.volume, arguments.voxel_mm)
     for sigma in SIGMAS:
         random = torch.Generator().manual_seed(0)
         rings = sum(ring_energy(prior, volume, sigma, n % 3, random) for n in range(arguments.pixels))
         held = rings.cumsum(0) / rings.sum()
-        rows.append({"voxel_mm": arguments.voxel_mm, "sigma": sigma, **{f"pixels_{share:.0%}": int((held < share).sum()) for share in SHARES}})
+        pixels = {f"pixels_{share:.0%}": int((held < share).sum()) for share in SHARES}
+        rows.append({"voxel_mm": arguments.voxel_mm, "sigma": sigma, **pixels})
     print(save_table("receptive_field", rows))
 
 

@@ -1,13 +1,16 @@
-"""A prior of one voxel size, a prior of all, and what is tried in place of the latter: interpolation, neural fields, Gaussians, function space.
+"""A prior of one voxel size, a prior of all, and what is tried in place of the latter.
 
-    python tests/benchmarks/resolution.py VOLUME --one ONE.safetensors --all ALL.safetensors [--voxel-mm 1 2 4] [--one-mm 2]
+In its place: interpolation, neural fields, Gaussians, function space.
+
+    python tests/benchmarks/resolution.py VOLUME --one ONE.safetensors --all ALL.safetensors [--voxel-mm 1 2 4]
+                                          [--one-mm 2]
 
 The two priors are trained alike but for the voxel sizes (`slicediff train` with `voxel_mm` in a --config file). Slice
 diffusion, and the method as published on voxels, with each; then, with the prior of one size, the published method on
-representations that let the prior see the volume in voxels of its own size, and with the shipped prior in function space,
-which was trained on voxels of 2 mm and is told those of the scan. Slabs in the middle of the volume, so that a
-CPU can do it; PSNR of the magnitude inside the object.
-Rows are kept as they come; a run goes on with the table of its --name, and one with another --one and --one-mm adds to it.
+representations that let the prior see the volume in voxels of its own size, and with the shipped prior in function
+space, which was trained on voxels of 2 mm and is told those of the scan. Slabs in the middle of the volume, so that a
+CPU can do it; PSNR of the magnitude inside the object. Rows are kept as they come; a run goes on with the table of its
+--name, and one with another --one and --one-mm adds to it.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ WAYS = {  # method, its priors, whether they see voxels of the size they know
     "Gaussians": ("gaussians", ("one",), True),
     "function space": ("operator", ("operator",), False),
 }
-PROTOCOLS = {4.0: (4.0, 12, 24), 2.0: (8.0, 20, 48), 1.0: (8.0, 24, 32)}  # voxel size: acceleration, calibration lines, readout positions
+# voxel size: acceleration, calibration lines, readout positions
+PROTOCOLS = {4.0: (4.0, 12, 24), 2.0: (8.0, 20, 48), 1.0: (8.0, 24, 32)}
 
 
 def main() -> None:
@@ -48,11 +52,15 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--name", default="resolution")
     arguments = parser.parse_args()
-    table = {(row["volume"], float(row["voxel_mm"]), row["way"], row["prior"]): row for row in read_table(arguments.name)}
-    priors = {name: load_prior(path, arguments.device) for name, path in (("one", arguments.one), ("all", arguments.all), ("operator", "operator"))}
+    table = {}
+    for row in read_table(arguments.name):
+        table[row["volume"], float(row["voxel_mm"]), row["way"], row["prior"]] = row
+    paths = {"one": arguments.one, "all": arguments.all, "operator": "operator"}
+    priors = {name: load_prior(path, arguments.device) for name, path in paths.items()}
     for voxel_mm in arguments.voxel_mm:
         acceleration, acs, readout = PROTOCOLS[voxel_mm]
-        problem = simulated(arguments.volume, voxel_mm, 8, acceleration, 30.0, acs, readout=readout, device=arguments.device)
+        how = {"readout": readout, "device": arguments.device}
+        problem = simulated(arguments.volume, voxel_mm, 8, acceleration, 30.0, acs, **how)
         for way in arguments.ways:
             method, known, resamples = WAYS[way]
             for name in known:
@@ -73,7 +81,8 @@ def run(problem: Problem, method: Method, prior, prior_voxel_mm: float) -> dict:
     for state in method.run(problem.measurement, prior, start, config, 0):
         pass
     classical = cg_sense(problem.measurement, strength=STRENGTH_AS_IMAGE)
-    found = {"cg": round(psnr(classical.cpu(), problem.truth, problem.inside), 2), "psnr": round(psnr(state.volume.cpu(), problem.truth, problem.inside), 2)}
+    score = lambda volume: round(psnr(volume.cpu(), problem.truth, problem.inside), 2)  # noqa: E731
+    found = {"cg": score(classical), "psnr": score(state.volume)}
     return {**found, "evaluations": state.network_evaluations, "seconds": round(time.monotonic() - began, 1)}
 
 

@@ -1,10 +1,10 @@
 """One setting for every protocol: gain over CG-SENSE, and what tuning the prior's weight by the answer would add.
 
-    python tests/benchmarks/robustness.py VOLUMES... [--coils 1 4 12 32] [--snr 8 20 50] [--accelerations 2 4 8 12] [--voxel-mm 1 2 4]
-                                          [--weights 0.35 0.7 1.4]
+    python tests/benchmarks/robustness.py VOLUMES... [--coils 1 4 12 32] [--snr 8 20 50] [--accelerations 2 4 8 12]
+                                          [--voxel-mm 1 2 4] [--weights 0.35 0.7 1.4]
 
-The rules of VariationalConfig come from this table on heads left out of training; test volumes have no place here.
-PSNR of the magnitude inside the object. Every row is kept as it comes; a run goes on with the table of its --name: other
+The rules of VariationalConfig come from this table on heads left out of training; test volumes have no place here. PSNR
+of the magnitude inside the object. Every row is kept as it comes; a run goes on with the table of its --name: other
 weights, readout or prior want another name.
 """
 
@@ -38,12 +38,14 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--name", default="robustness")
     arguments = parser.parse_args()
-    grid = list(itertools.product(arguments.volumes, arguments.voxel_mm, arguments.coils, arguments.accelerations, arguments.snr))
-    prior, table = load_prior(arguments.prior, arguments.device), {cell_of(row): row for row in read_table(arguments.name)}
-    for path, voxel_mm, coils, acceleration, snr in grid:
+    axes = (arguments.volumes, arguments.voxel_mm, arguments.coils, arguments.accelerations, arguments.snr)
+    prior = load_prior(arguments.prior, arguments.device)
+    table = {cell_of(row): row for row in read_table(arguments.name)}
+    how = {"readout": arguments.readout, "device": arguments.device}
+    for path, voxel_mm, coils, acceleration, snr in itertools.product(*axes):
         acs = 12 if voxel_mm > 3 else 16 if voxel_mm > 1.5 else 24
         try:
-            problem = simulated(path, voxel_mm, coils, acceleration, snr, acs, readout=arguments.readout, device=arguments.device)
+            problem = simulated(path, voxel_mm, coils, acceleration, snr, acs, **how)
         except ValueError as error:  # calibration lines alone exceed what the acceleration leaves
             print(path.name, voxel_mm, coils, acceleration, snr, error)
             continue
@@ -56,8 +58,12 @@ def main() -> None:
 
 
 def cell_of(row: dict) -> tuple:
-    """The protocol that a row of the table is of: volume, voxel size, coils, acceleration asked for, SNR. Also of a problem's facts."""
-    return (row["volume"], *(float(row[k]) for k in ("voxel_mm", "coils")), float(round(float(row["R"]))), float(row["snr"]))
+    """The protocol of a row of the table, or of a problem's facts.
+
+    Volume, voxel size, coils, acceleration asked for, SNR.
+    """
+    voxel_mm, coils, acceleration, snr = (float(row[k]) for k in ("voxel_mm", "coils", "R", "snr"))
+    return (row["volume"], voxel_mm, coils, float(round(acceleration)), snr)
 
 
 def run(prior, problem: Problem, weights: list[float]) -> dict:
@@ -66,7 +72,8 @@ def run(prior, problem: Problem, weights: list[float]) -> dict:
     classical = cg_sense(problem.measurement, strength=STRENGTH_AS_IMAGE)
     row = {**problem.facts, "cg": round(psnr(classical.cpu(), problem.truth, problem.inside), 2)}
     for weight in weights:
-        for state in reconstruct_variational(problem.measurement, prior, preview, VariationalConfig(prior_weight=weight)):
+        config = VariationalConfig(prior_weight=weight)
+        for state in reconstruct_variational(problem.measurement, prior, preview, config):
             pass
         row[f"weight {weight:g}"] = round(psnr(state.volume.cpu(), problem.truth, problem.inside), 2)
         row[f"misfit {weight:g}"] = round(problem.measurement.misfit(state.volume), 3)
@@ -81,7 +88,8 @@ def summarise(rows: list[dict], weights: list[float]) -> None:
         short = [b - row[f"weight {weight:g}"] for b, row in zip(best, rows)]
         gain = [row[f"weight {weight:g}"] - row["cg"] for row in rows]
         print(
-            f"weight {weight:g}: gain over CG-SENSE {min(gain):.2f} to {max(gain):.2f} dB, median {np.median(gain):.2f}; "
+            f"weight {weight:g}: gain over CG-SENSE {min(gain):.2f} to {max(gain):.2f} dB, "
+            f"median {np.median(gain):.2f}; "
             f"short of the best weight by {np.median(short):.2f} dB in the median, {max(short):.2f} at most"
         )
 

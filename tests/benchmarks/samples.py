@@ -40,10 +40,12 @@ def main() -> None:
         clean = torch.view_as_real(plane).permute(2, 0, 1)[None]
         shown = {"clean": clean}
         for sigma in arguments.sigmas:
-            shown[f"+ noise {sigma:g}"] = clean + sigma * torch.randn(clean.shape, generator=torch.Generator().manual_seed(axis))
+            random = torch.Generator().manual_seed(axis)
+            shown[f"+ noise {sigma:g}"] = clean + sigma * torch.randn(clean.shape, generator=random)
             shown[f"drawn from {sigma:g}"] = sample(prior, shown[f"+ noise {sigma:g}"], sigma)
+        aspect = "auto" if axis and max(size) > 1.5 * min(size) else None
         for ax, (title, image) in zip(row, shown.items()):
-            ax.imshow(np.flipud(image[0].norm(dim=0)), cmap="gray", vmin=0, vmax=1.8, aspect="auto" if axis and max(size) > 1.5 * min(size) else None)
+            ax.imshow(np.flipud(image[0].norm(dim=0)), cmap="gray", vmin=0, vmax=1.8, aspect=aspect)
             ax.set_title(title, fontsize=8)
             ax.axis("off")
     figure.tight_layout()

@@ -17,7 +17,9 @@ from recon_core.fft import fft
 RESULTS = Path(__file__).parent / "results"
 
 
-def write_scan(path: Path, kspace: np.ndarray, mask: np.ndarray, voxel_mm: tuple[float, float, float], dropped_after: int = 0) -> None:
+def write_scan(
+    path: Path, kspace: np.ndarray, mask: np.ndarray, voxel_mm: tuple[float, float, float], dropped_after: int = 0
+) -> None:
     """Write measured k-space as a scan.
 
     Args:
@@ -28,13 +30,16 @@ def write_scan(path: Path, kspace: np.ndarray, mask: np.ndarray, voxel_mm: tuple
     """
     nz, ny, nx = kspace.shape[2:]
     xml = make_header((nx, ny, nz), voxel_mm, [0, 0], SimulateOptions(coils=kspace.shape[1], oversampling=1))
-    xml = xml.replace(f"<maximum>{nz - 1}</maximum>", f"<maximum>{nz - 1 - dropped_after}</maximum>") if dropped_after else xml
+    if dropped_after:
+        xml = xml.replace(f"<maximum>{nz - 1}</maximum>", f"<maximum>{nz - 1 - dropped_after}</maximum>")
     with ScanWriter(path, xml) as writer:
         for contrast in range(len(kspace)):
             for z, y in np.argwhere(mask):
-                line = ismrmrd.Acquisition.from_array(np.ascontiguousarray(kspace[contrast, :, z, y]), sample_time_us=5.0)
+                samples = np.ascontiguousarray(kspace[contrast, :, z, y])
+                line = ismrmrd.Acquisition.from_array(samples, sample_time_us=5.0)
                 line.center_sample = nx // 2
-                line.idx.kspace_encode_step_1, line.idx.kspace_encode_step_2, line.idx.contrast = int(y), int(z), contrast
+                line.idx.kspace_encode_step_1, line.idx.kspace_encode_step_2 = int(y), int(z)
+                line.idx.contrast = contrast
                 line.read_dir, line.phase_dir, line.slice_dir = (1.0, 0, 0), (0, 1.0, 0), (0, 0, 1.0)
                 writer.append(line)
 

@@ -1,9 +1,12 @@
-"""Volumes of one scan that are single planes or thin slabs: each learned from by itself, and as a series, which hands on what it has learned.
+"""Volumes of one scan that are single planes or thin slabs: each learned from by itself, and as a series.
+
+A series hands on what it has learned.
 
     python tests/benchmarks/series.py HEAD [--raw FOLDER] [--repetitions 4]
 
-Repetitions: the middle readout positions of the head at 2 mm, 8 coils, R = 6, SNR 20, each with a sampling pattern and noise of its own.
-With --raw also the measured plane of two flip angles at R = 8. PSNR inside the object of the first image and after learning, and the seconds in between.
+Repetitions: the middle readout positions of the head at 2 mm, 8 coils, R = 6, SNR 20, each with a sampling pattern and
+noise of its own. With --raw also the measured plane of two flip angles at R = 8. PSNR inside the object of the first
+image and after learning, and the seconds in between.
 """
 
 from __future__ import annotations
@@ -33,9 +36,12 @@ def main() -> None:
     parser.add_argument("--raw", type=Path)
     parser.add_argument("--repetitions", type=int, default=4)
     arguments = parser.parse_args()
-    scans = [[simulated(arguments.head, 2.0, 8, 6, 20.0, 20, seed=seed, readout=readout) for seed in range(arguments.repetitions)] for readout in POSITIONS]
+    scans, seeds = [], range(arguments.repetitions)
+    for readout in POSITIONS:
+        scans.append([simulated(arguments.head, 2.0, 8, 6, 20.0, 20, seed=seed, readout=readout) for seed in seeds])
     if arguments.raw:
-        scans.append([problem for problem in measured(arguments.raw) if problem.facts["volume"].startswith("brain_13ch") and problem.facts["R"] == 8])
+        planes = (p for p in measured(arguments.raw) if p.facts["volume"].startswith("brain_13ch"))
+        scans.append([plane for plane in planes if plane.facts["R"] == 8])
     rows = []
     for scan in scans:
         for row in compared(scan):
@@ -51,11 +57,23 @@ def compared(scan: list[Problem]) -> Iterator[dict]:
         alone, taught = image_of(problem, prior, None)
         series, taught = (alone, taught) if number == 0 else image_of(problem, prior, learned)
         learned = learned if taught is None else taught
-        yield problem.facts | {"number": number, "first": alone[0], "alone": alone[1], "alone_s": alone[2], "series": series[1], "series_s": series[2]}
+        yield problem.facts | {
+            "number": number,
+            "first": alone[0],
+            "alone": alone[1],
+            "alone_s": alone[2],
+            "series": series[1],
+            "series_s": series[2],
+        }
 
 
-def image_of(problem: Problem, prior: torch.nn.Module, learned: torch.nn.Module | None) -> tuple[tuple[float, float, float], torch.nn.Module | None]:
-    """PSNR of the first and of the last image and the seconds between them; and what was learned, if `learned` is where learning begins."""
+def image_of(
+    problem: Problem, prior: torch.nn.Module, learned: torch.nn.Module | None
+) -> tuple[tuple[float, float, float], torch.nn.Module | None]:
+    """PSNR of the first and of the last image and the seconds between them; and what was learned.
+
+    Learning begins with `learned`, if given.
+    """
     measurement = problem.measurement
     score = lambda state: round(psnr(measurement.image_of(state.volume), problem.truth, problem.inside), 2)  # noqa: E731
     config = VariationalConfig(learned=learned)

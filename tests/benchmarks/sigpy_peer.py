@@ -18,7 +18,9 @@ def available() -> bool:
     return importlib.util.find_spec("sigpy") is not None
 
 
-def wavelet(kspace: Tensor, coil_maps: Tensor, strengths: Sequence[float], iterations: int = 50) -> dict[float, tuple[Tensor, dict[str, float]]]:
+def wavelet(
+    kspace: Tensor, coil_maps: Tensor, strengths: Sequence[float], iterations: int = 50
+) -> dict[float, tuple[Tensor, dict[str, float]]]:
     """strength -> (|image| [z y x], {"seconds", "cpu_s", "peak_gib"}) of kspace [coils z y x], x in image space.
 
     lambda is strength times the brightest voxel of the zero-filled image. Its own ESPIRiT takes minutes in 3D, so the

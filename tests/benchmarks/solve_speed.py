@@ -2,8 +2,8 @@
 
     python tests/benchmarks/solve_speed.py [--sizes 64 96 128 192] [--coils 8] [--beside-bart 96] [--device cpu]
 
-A phantom in a cube, Poisson disc R = 4, noise lines. Stages: gathered k-space to coil maps and A^H y, CG-SENSE, 12 sweeps.
-BART: ecalib and `pics -R W:7:0:0.01 -i 50` on the same data. One run each after a small one that warms up.
+A phantom in a cube, Poisson disc R = 4, noise lines. Stages: gathered k-space to coil maps and A^H y, CG-SENSE, 12
+sweeps. BART: ecalib and `pics -R W:7:0:0.01 -i 50` on the same data. One run each after a small one that warms up.
 `peak_over_kspace` is the memory beside the k-space of all coils, in units of it (on a GPU, of its own memory).
 """
 
@@ -40,7 +40,13 @@ def main() -> None:
     ours(prior, *scan(48, arguments.coils), arguments.device)
     for side in arguments.sizes:
         kspace, mask, noise = scan(side, arguments.coils)
-        row = {"side": side, "coils": arguments.coils, **ours(prior, kspace, mask, noise, arguments.device), "bart_s": "", "ours_over_bart": ""}
+        row = {
+            "side": side,
+            "coils": arguments.coils,
+            **ours(prior, kspace, mask, noise, arguments.device),
+            "bart_s": "",
+            "ours_over_bart": "",
+        }
         row["peak_over_kspace"] = round(row.pop("peak_gib") * 2**30 / (8 * kspace.numel()), 2)
         row["us_per_voxel"] = round(1e6 * row["total_s"] / side**3, 2)
         if side == arguments.beside_bart and bart.available():

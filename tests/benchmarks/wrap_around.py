@@ -2,9 +2,10 @@
 
     python tests/benchmarks/wrap_around.py VOLUMES...
 
-The field of view is that share of the object's own extent along z or y (1: it just fits), so that the ends of the object lie over
-its opposite sides. PSNR of CG-SENSE and of slice diffusion with `small` against the root sum of squares of the noise-free coils,
-inside the object; `overlap` is the share of the object that the calibration lines show to lie over other parts of it.
+The field of view is that share of the object's own extent along z or y (1: it just fits), so that the ends of the
+object lie over its opposite sides. PSNR of CG-SENSE and of slice diffusion with `small` against the root sum of squares
+of the noise-free coils, inside the object; `overlap` is the share of the object that the calibration lines show to lie
+over other parts of it.
 """
 
 from __future__ import annotations
@@ -39,13 +40,17 @@ def main() -> None:
             except ValueError as error:  # so small a field of view has no room for the calibration lines
                 print(f"{path.name} in {shares}: {error}", flush=True)
                 continue
-            rows.append({"volume": path.name.split(".")[0], "voxel_mm": arguments.voxel_mm, "fov_z": shares[0], "fov_y": shares[1]} | found)
+            facts = {"volume": path.name.split(".")[0], "voxel_mm": arguments.voxel_mm}
+            rows.append({**facts, "fov_z": shares[0], "fov_y": shares[1], **found})
             print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
             save_table("wrap_around", rows, show=False)
 
 
 def compared(path: Path, voxel_mm: float, shares: tuple[float, float], prior) -> dict[str, float | str]:
-    """Matrix, overlap and PSNR with one and two sets of maps in a field of view of `shares` (z, y) of the object's extent."""
+    """Matrix, overlap and PSNR with one and two sets of maps.
+
+    The field of view is `shares` (z, y) of the object's extent.
+    """
     found = {}
     for sets in (1, 2):
         problem = simulated(path, voxel_mm, COILS, ACCELERATION, SNR, ACS, extent=shares, sets=sets)
@@ -55,7 +60,8 @@ def compared(path: Path, voxel_mm: float, shares: tuple[float, float], prior) ->
         for state in reconstruct_variational(scan, prior, start):
             pass
         found |= {"matrix": problem.facts["matrix"], "overlap": int(told[1]) / 100 if told else ""}
-        found |= {f"{name}_{sets}": round(psnr(scan.image_of(volume), problem.truth, problem.inside), 2) for name, volume in (("cg", start), ("diffusion", state.volume))}
+        for name, volume in (("cg", start), ("diffusion", state.volume)):
+            found[f"{name}_{sets}"] = round(psnr(scan.image_of(volume), problem.truth, problem.inside), 2)
     return found
 
 
