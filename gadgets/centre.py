@@ -40,7 +40,7 @@ def centre_offset(energy: np.ndarray) -> tuple[int, int] | None:
         return 0, 0
     z, y = np.indices(energy.shape)
     about = energy[(abs(z - middle[0]) <= ABOUT) & (abs(y - middle[1]) <= ABOUT)]
-    # without any line near the middle, the true centre may have been lost, or has not come yet
+    # With no line near the middle, the true centre was lost or has not come yet; with strong ones, it is there.
     if not 0 < STRONGER * about.max() <= np.median(energy[tuple(strong.T)]):
         return None
     return tuple(

@@ -16,14 +16,14 @@ from recon_core.metrics import object_mask, psnr
 
 from .client import send_scan
 from .figure import draw_comparison
-from .image_files import ImageWriter, affine, write_nifti
-from .scan_files import ScanFile
 from .header import parse_header
+from .image_files import ImageWriter, affine, write_nifti
 from .images import SERIES
 from .options import make_options
-from .simulation.protocol import SimulateOptions
 from .recon import reconstruct
+from .scan_files import ScanFile
 from .server import Server
+from .simulation.protocol import SimulateOptions
 from .simulation.scan import simulate
 
 EXAMPLE = Path(__file__).parent / "example" / "head_2mm.nii.gz"

@@ -264,7 +264,7 @@ def _convert(spool: Path, place: FailedScans) -> Path:
 
 def _ensure_room(place: FailedScans, nbytes: int) -> None:
     """FolderFull unless so much is free, or becomes free without the oldest scans."""
-    free = lambda: shutil.disk_usage(place.folder).free  # noqa: E731
+    free = lambda: shutil.disk_usage(place.folder).free
     if free() < nbytes:
         place.make_room(nbytes)
     if free() < nbytes:

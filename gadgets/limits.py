@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-
 MOST = 1e6  # GiB, seconds, connections: more than anyone needs, less than sockets and clocks can handle
 
 

@@ -115,8 +115,8 @@ def estimate_error(
         ReconError: if it could not be computed, or not in time.
     """
     quick = options.model_copy(update={"sweeps": max(1, options.sweeps // 2), "adapt": 0})
-    image_of = lambda part: states(part, cg_sense(part), prior, quick)  # noqa: E731
-    progress = lambda _, facts: report("error map", facts)  # noqa: E731
+    image_of = lambda part: states(part, cg_sense(part), prior, quick)
+    progress = lambda _, facts: report("error map", facts)
     try:
         state, stopped = iterate(lambda: estimated_error(measurement, image_of, options.seed), options, progress, hurry)
         flaw = ""

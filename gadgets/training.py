@@ -18,12 +18,12 @@ from recon_core.train_options import TrainOptions
 from recon_core.volumes import Volume, emptiness, load_volume
 
 from .files import DAMAGE, FileError, open_hdf5
-from .image_files import read_images
-from .scan_files import ScanFile, scans_in
 from .header import parse_header
+from .image_files import read_images
 from .images import SERIES
 from .options import OptionsError, error_sentence, make_options, read_yaml
 from .recon import reconstruct
+from .scan_files import ScanFile, scans_in
 
 WHOLE = 0.7  # fraction of k-space: the corners, or a part of one side, may be missing
 log = logging.getLogger("slicediff")

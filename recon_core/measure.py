@@ -103,7 +103,7 @@ def measure(
         arrays = WORK_ARRAYS + KEPT_ARRAYS * keep_lines
         home = _home(mixing.shape[0], kspace.shape[1:], torch.device(device), warnings, arrays)
     data = _mix_lines(mixing, kspace, factor, home)
-    all_lines = lambda: _mix_lines(mixing, centre, centre_factor * (lines > 0), home)  # noqa: E731
+    all_lines = lambda: _mix_lines(mixing, centre, centre_factor * (lines > 0), home)
     least = least_overlap(sets, reference)
     maps = make_coil_maps(found, kspace.shape[1:], lines.to(home), all_lines, folding(counts), least)
     warnings += maps.warnings

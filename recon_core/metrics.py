@@ -41,7 +41,7 @@ def ssim(image: Tensor, reference: Tensor, peak: float) -> Tensor:
     samples = 3**reference.ndim
     unbiased = samples / (samples - 1) if narrow else 1.0
     x, y = (v.double().numpy() for v in (image, reference))
-    mean = lambda v: _windowed(v, window / window.sum())  # noqa: E731
+    mean = lambda v: _windowed(v, window / window.sum())
     mx, my, a, b = mean(x), mean(y), (0.01 * peak) ** 2, (0.03 * peak) ** 2
     variances = unbiased * (mean(x * x) - mx * mx + mean(y * y) - my * my)
     covariance = unbiased * (mean(x * y) - mx * my)

@@ -142,7 +142,7 @@ class Pupil:
                 pass
             volumes.append(kspace_crop(state.volume, answer.operator.shape))
             self.spent += state.network_evaluations
-        score = lambda volume: float(unexplained(answer.operator, volume, answer.lines, self.importance))  # noqa: E731
+        score = lambda volume: float(unexplained(answer.operator, volume, answer.lines, self.importance))
         single = [((mesh,), score(volume)) for mesh, volume in zip(self.meshes, volumes)]
         return [*single, (self.meshes, score(sum(volumes) / len(volumes)))]
 
@@ -199,7 +199,7 @@ def unexplained(operator: Sense, volume: Tensor, lines: Tensor, weights: Tensor)
 
     Both norms are weighted by `weights` [z y].
     """
-    energy = lambda what: (what.abs().square() * weights[..., None].to(what.device)).sum()  # noqa: E731
+    energy = lambda what: (what.abs().square() * weights[..., None].to(what.device)).sum()
     return energy(operator.forward(volume) - lines) / energy(lines)
 
 

@@ -111,7 +111,7 @@ def loop_field(grid: Tensor, centre: np.ndarray, moment: np.ndarray, radius: flo
     moment is pi R^2 times the current, mu0 / 4 pi is left out. (3 (m.r) r + m (2 R^2 - r^2)) / (r^2 + R^2)^(5/2): exact
     on the loop's axis, a dipole's field far away (Jackson, section 5.5, without terms odd in r).
     """
-    column = lambda v: torch.as_tensor(v, dtype=torch.float32).reshape(3, *[1] * (grid.ndim - 1))  # noqa: E731
+    column = lambda v: torch.as_tensor(v, dtype=torch.float32).reshape(3, *[1] * (grid.ndim - 1))
     away, m = grid - column(centre), column(moment)
     squared = away.square().sum(0)
     return (3 * (m * away).sum(0) * away + m * (2 * radius**2 - squared)) / (squared + radius**2) ** 2.5

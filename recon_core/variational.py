@@ -88,7 +88,7 @@ def reconstruct_variational(
     random = torch.Generator().manual_seed(seed)
     scale, noise, x, target = measurement.in_tissue_units(start)
     box = object_box(measurement.operator.support)
-    across = lambda volume, axis: volume[box].movedim(axis, 0)  # noqa: E731
+    across = lambda volume, axis: volume[box].movedim(axis, 0)
     usable = usable_axes(tuple(s.stop - s.start for s in box))
     alone = len(usable) == 1
     weight = prior_weight(measurement, noise, config, config.alone if alone else 0.0)

@@ -18,12 +18,12 @@ import pytest
 import torch
 
 from gadgets.cli import main
-from gadgets.scan_files import ScanFile
 from gadgets.gather import gather
 from gadgets.header import parse_header
 from gadgets.options import make_options
-from gadgets.simulation.protocol import SimulateOptions
 from gadgets.recon import reconstruct
+from gadgets.scan_files import ScanFile
+from gadgets.simulation.protocol import SimulateOptions
 from gadgets.simulation.scan import simulate
 from recon_core.prior import Prior
 

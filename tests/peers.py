@@ -12,8 +12,8 @@ import ismrmrd
 
 from gadgets import wire as w
 from gadgets.conformance.buffers import recon_data
-from gadgets.scan_files import ScanFile
 from gadgets.header import parse_header
+from gadgets.scan_files import ScanFile
 
 
 def buckets(lines):

@@ -299,7 +299,7 @@ def test_the_image_on_a_finer_mesh_comes_back_on_the_own(untrained, monkeypatch)
 def test_each_pass_has_slices_and_poses_of_its_own(untrained, monkeypatch):
     """Their mean would gain nothing if all were the same."""
     seeds = []
-    noted = lambda *arguments: seeds.append(arguments[4]) or reconstruct_variational(*arguments)  # noqa: E731
+    noted = lambda *arguments: seeds.append(arguments[4]) or reconstruct_variational(*arguments)
     monkeypatch.setattr("recon_core.adaptation.reconstruct_variational", noted)
     measurement, _ = plane()
     last(reconstruct_adapted(measurement, untrained, cg_sense(measurement), QUICK, 7))

@@ -31,6 +31,12 @@ def test_no_bare_except(path):
     assert all(h.type is not None for h in handlers)
 
 
+def test_lines_fit_120_columns():
+    code = [*SOURCES, *(ROOT / "tests").rglob("*.py"), ROOT / "setup.py"]
+    lines = ((path, number, line) for path in code for number, line in enumerate(path.read_text().splitlines(), 1))
+    assert [f"{path}:{number}" for path, number, line in lines if len(line) > 120] == []
+
+
 def test_nobody_prints_but_the_command_line():
     for path in SOURCES:
         calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]

@@ -154,7 +154,7 @@ def test_lines_that_alternate_between_repetitions_are_calibrated_together(tmp_pa
     """As in TSENSE: a repetition has every third line, another third each time; from the third on their sum is full."""
     header, lines = fully_sampled(tmp_path, repetitions=4)
     header.encoding[0].parallelImaging.calibrationMode = ismrmrd.xsd.calibrationModeType("interleaved")
-    noise = lambda line: line.is_flag_set(ismrmrd.ACQ_IS_NOISE_MEASUREMENT)  # noqa: E731
+    noise = lambda line: line.is_flag_set(ismrmrd.ACQ_IS_NOISE_MEASUREMENT)
     scan = [line for line in lines if noise(line) or line.idx.kspace_encode_step_1 % 3 == line.idx.repetition % 3]
     volumes = list(gather(header, scan))
     assert [volume.calibration is not None for volume in volumes] == [False, False, True, True]

@@ -24,10 +24,10 @@ from gadgets import version
 from gadgets.cli import main
 from gadgets.demo import EXAMPLE
 from gadgets.files import FileError
-from gadgets.image_files import ImageWriter, read_images, save_nifti
-from gadgets.scan_files import ScanFile, ScanWriter
 from gadgets.flags import NOISE_BIT
 from gadgets.header import parse_header
+from gadgets.image_files import ImageWriter, read_images, save_nifti
+from gadgets.scan_files import ScanFile, ScanWriter
 from gadgets.simulation.protocol import SimulateOptions
 from recon_core.prior import Prior
 from recon_core.simulate import phantom

@@ -14,7 +14,7 @@ from conftest import line_like, load_small_scan
 from peers import GadgetronPeer
 
 from gadgets.cli import main
-from gadgets.client import SendError, send_scan, _Pace
+from gadgets.client import SendError, _Pace, send_scan
 from gadgets.flags import NOISE_BIT
 from gadgets.scan_files import ScanFile, ScanWriter
 from gadgets.simulation.protocol import SimulateOptions
@@ -39,7 +39,7 @@ def a_server(answers: bytes, received: list):
     def serve():
         sock, _ = listener.accept()
         with sock, sock.makefile("rb") as stream:
-            exactly = lambda n: GadgetronPeer._exactly(stream, int(n))  # noqa: E731
+            exactly = lambda n: GadgetronPeer._exactly(stream, int(n))
             while True:
                 (kind,) = struct.unpack("<H", exactly(2))
                 received.append((time.monotonic(), kind))

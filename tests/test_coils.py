@@ -8,6 +8,7 @@ import torch
 from benchmarks.bart import read_cfl
 from conftest import random_complex
 
+from recon_core.cg_sense import cg_sense
 from recon_core.coils import (
     MATRICES_AT_ONCE,
     compression_matrix,
@@ -22,7 +23,6 @@ from recon_core.coils import (
     second_maps,
     signal_operators,
 )
-from recon_core.cg_sense import cg_sense
 from recon_core.fft import centre_crop_or_pad, fft
 from recon_core.measure import measure
 from recon_core.metrics import object_mask, psnr
@@ -201,7 +201,7 @@ def test_the_noise_of_the_calibration_lines_keeps_its_level(acs):
     noise = random_complex(2, 40, 44, 50)
     block = cut_acs(noise, (acs, acs))
     assert block.shape == (2, acs, acs, 24)
-    level = lambda v: float(v.abs().square().mean().sqrt())  # noqa: E731
+    level = lambda v: float(v.abs().square().mean().sqrt())
     assert abs(level(block) / level(noise) - 1) < 0.05
 
 

@@ -90,7 +90,7 @@ def test_an_undersampled_scan_is_complete(tmp_path):
 def test_a_hole_at_the_centre_of_k_space_is_told(full):
     """From one line on, of any shape, in the whole k-space and in every second row of it."""
     header, lines, _ = full
-    at = lambda line: (line.idx.kspace_encode_step_1 - 6, line.idx.kspace_encode_step_2 - 5)  # noqa: E731
+    at = lambda line: (line.idx.kspace_encode_step_1 - 6, line.idx.kspace_encode_step_2 - 5)
     for step in (1, 2):
         rows = [line_like(line, flags=0) for line in lines if at(line)[0] % step == 0]
         assert NO_CENTRE not in gathered(header, rows).warnings

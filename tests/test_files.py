@@ -15,9 +15,9 @@ from test_mouths import running
 from gadgets.client import SendError, send_scan
 from gadgets.files import FileError
 from gadgets.image_files import join_partitions, read_images
-from gadgets.scan_files import ScanFile, ScanWriter
 from gadgets.images import make_images
 from gadgets.options import make_options
+from gadgets.scan_files import ScanFile, ScanWriter
 from gadgets.simulation.protocol import SimulateOptions
 
 

@@ -56,7 +56,7 @@ def golden():
     wave = ismrmrd.Waveform.from_array(np.ones((2, 5), np.uint32))
     image = ismrmrd.Image.from_array(np.ones((3, 4, 5), np.float32), transpose=False)
     image.meta = ismrmrd.Meta({"ImageComments": "x"})
-    text = lambda kind, words: struct.pack("<HI", kind, len(words)) + words  # noqa: E731
+    text = lambda kind, words: struct.pack("<HI", kind, len(words)) + words
     parts = [
         struct.pack("<H1024s", 1, b"default"),
         text(2, b"<configuration/>"),

@@ -13,8 +13,8 @@ from gadgets.flags import FIRST_BIT, NOISE_BIT
 from gadgets.gather import gather
 from gadgets.geometry import ScanError, read_geometry
 from gadgets.options import make_options
-from gadgets.simulation.protocol import SimulateOptions
 from gadgets.recon import reconstruct
+from gadgets.simulation.protocol import SimulateOptions
 
 
 def test_full_scan_is_complete_and_clean(full):

@@ -38,7 +38,7 @@ def test_the_gpu_gives_the_cpus_image_and_its_error_map(scan_path, method):
         prior = load_prior("small", device, half=False)  # bf16 differs by more, and not every CPU has it
         image, error_map = run_chain(scan_path, prior, **options)
         images[device], maps[device] = np.array(image.data), np.array(error_map.data)
-    away = lambda of: np.linalg.norm(of["cuda"] - of["cpu"]) / np.linalg.norm(of["cpu"])  # noqa: E731
+    away = lambda of: np.linalg.norm(of["cuda"] - of["cpu"]) / np.linalg.norm(of["cpu"])
     assert away(images) < 5e-3, "TF32 convolutions may differ by this much"
     assert away(maps) < 5e-2
 

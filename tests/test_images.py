@@ -7,13 +7,13 @@ import pytest
 import torch
 from conftest import line_like, load_small_scan, run_chain
 
-from gadgets.image_files import affine, write_nifti, write_png
 from gadgets.flags import NOISE_BIT
 from gadgets.geometry import Geometry
+from gadgets.image_files import affine, write_nifti, write_png
 from gadgets.images import make_images, to_pixels, to_recon_matrix
 from gadgets.options import make_options
-from gadgets.simulation.protocol import SimulateOptions
 from gadgets.recon import reconstruct
+from gadgets.simulation.protocol import SimulateOptions
 from gadgets.volume import Scan
 
 HEADER = ismrmrd.xsd.ismrmrdHeader(

@@ -12,10 +12,10 @@ from test_variational import VOXEL, last, problem
 
 from gadgets.display import Display
 from gadgets.failure import ReconError
-from gadgets.scan_files import ScanFile
 from gadgets.header import parse_header
 from gadgets.options import make_options
 from gadgets.recon import alone, reconstruct
+from gadgets.scan_files import ScanFile
 from recon_core import jackknife
 from recon_core.adaptation import reconstruct_adapted
 from recon_core.cg_sense import cg_sense
@@ -120,7 +120,7 @@ def test_it_is_about_the_true_error_and_where_it_is(name, fewer):
     measurement, method = measure(kspace, mask, VOXEL, noise, keep_lines=True), METHODS[name]
     prior = load_prior("small") if method.uses_prior else None
     config = replace(method.config, **fewer) if method.config else None
-    image_of = lambda part: method.run(part, prior, cg_sense(part), config, 0)  # noqa: E731
+    image_of = lambda part: method.run(part, prior, cg_sense(part), config, 0)
     volume, estimate = last(image_of(measurement)).volume, last(estimated_error(measurement, image_of)).volume.real
     inside = object_mask(reference)
     factor = (volume.abs() * reference)[inside].sum() / volume[inside].abs().square().sum()
@@ -156,7 +156,7 @@ def test_the_chain_sends_it_last(scan_path, prior):
     told = re.search(said, error.meta["ImageComment"])
     assert float(told[1]) == pytest.approx(percent, rel=0.1)
     assert final.data.shape == error.data.shape and 0 < float(error.data.max()) < float(final.data.max())
-    assert [list(getattr(image.getHead(), "position")) for image in (final, error)][0] == list(error.getHead().position)
+    assert list(final.getHead().position) == list(error.getHead().position)
 
 
 def test_its_progress_is_its_own(scan_path, prior):

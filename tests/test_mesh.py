@@ -39,7 +39,7 @@ def test_interpolated_coil_maps_explain_the_scan_nearly_as_well():
     assert finer.misfit(kspace_crop(start, finer.operator.shape)) < 1.1 * measurement.misfit(start)
     size = finer.operator.coil_maps().abs().square().sum(0)
     assert bool(((size - 1).abs() < 1e-5).logical_or(size == 0).all())
-    support = lambda m: float(m.operator.support.float().mean())  # noqa: E731
+    support = lambda m: float(m.operator.support.float().mean())
     assert support(finer) == pytest.approx(support(measurement), rel=0.03)
     inside = object_mask(reference)
     own, fine = (psnr(kspace_crop(image, reference.shape), reference, inside) for image in (start, cg_sense(finer)))
@@ -53,7 +53,7 @@ def test_interpolated_coil_maps_explain_the_scan_nearly_as_well():
 def test_only_what_lies_in_the_slices_is_made_finer(shape, fine):
     measurement, finer, _, _ = on_both(shape)
     assert finer.operator.shape == fine == tuple(finer.adjoint.shape) == tuple(finer.lines.shape[1:])
-    extent = lambda m: [mm * n for mm, n in zip(m.voxel_mm, m.operator.shape)]  # noqa: E731
+    extent = lambda m: [mm * n for mm, n in zip(m.voxel_mm, m.operator.shape)]
     assert extent(finer) == pytest.approx(extent(measurement))
 
 

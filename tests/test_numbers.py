@@ -83,7 +83,7 @@ def test_other_methods_with_a_prior():
 
 def test_strength_of_cg_sense():
     table = rows("cg_strength")
-    mean = lambda strength, some: statistics.mean(float(row[f"strength {strength}"]) for row in some)  # noqa: E731
+    mean = lambda strength, some: statistics.mean(float(row[f"strength {strength}"]) for row in some)
     finest = [row for row in table if float(row["voxel_mm"]) < 1.5]
     gap, finer = (max(mean(s, some) for s in (5, 10, 14, 20, 30, 50)) - mean(20, some) for some in (table, finest))
     check(
@@ -172,7 +172,7 @@ def test_other_sampling_patterns():
                 method = title if row["method"] == "diffusion" else row["method"]
                 found.setdefault((row["volume"], row.get("seed", "0")), {})[method] = row
     assert len(found) == 15
-    error = lambda row: (float(row["unseen"]) ** 2 - float(row["floor"]) ** 2) ** 0.5  # noqa: E731
+    error = lambda row: (float(row["unseen"]) ** 2 - float(row["floor"]) ** 2) ** 0.5
     ours, gains = ("diffusion", "base"), {}
     for title in ours:
         ratios = [error(methods["bart"]) / error(methods[title]) for methods in found.values()]
@@ -228,7 +228,7 @@ def test_lesions():
     for row in rows("lesions"):
         kind = (row["volume"].startswith("knee"), float(row["voxel_mm"]), row["method"])
         table.setdefault(kind, []).append(row)
-    some = lambda knee, mm, method, column: [float(row[column]) for row in table[knee, mm, method]]  # noqa: E731
+    some = lambda knee, mm, method, column: [float(row[column]) for row in table[knee, mm, method]]
     more, like, of_cg, kept = {}, [], [], {}
     for mm in (4.0, 2.0, 1.0):
         both = zip(some(False, mm, "diffusion", "kept"), some(False, mm, "wavelet", "kept"))
@@ -257,9 +257,9 @@ def test_lesions():
 
 def test_estimated_errors():
     table = [row for row in rows("error_map") if row["volume"] != "head_2mm"]
-    of = lambda snr, *methods: [row for row in table if row["method"] in methods and row["snr"] == snr]  # noqa: E731
-    ratio = lambda some: extent((float(row["estimate"]) / float(row["error"]) for row in some), 2)  # noqa: E731
-    rank = lambda some: extent((float(row["rank"]) for row in some), 2)  # noqa: E731
+    of = lambda snr, *methods: [row for row in table if row["method"] in methods and row["snr"] == snr]
+    ratio = lambda some: extent((float(row["estimate"]) / float(row["error"]) for row in some), 2)
+    rank = lambda some: extent((float(row["rank"]) for row in some), 2)
     loud, quiet, measured = of("10.0", "diffusion"), of("30.0", "diffusion"), of("", "diffusion")
     classical, cg = of("30.0", "wavelet", "tv"), of("30.0", "cg")
     check(README, f"the estimate is {ratio(quiet)} times the true error at SNR 30 and {ratio(loud)} times at SNR 10")

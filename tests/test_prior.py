@@ -202,7 +202,7 @@ def test_a_pose_there_and_back_is_nothing_and_the_prior_sees_it():
         denoise = draw_pose(random).seen_by(lambda s, sigma: seen.append(s) or sigma * s)
         torch.testing.assert_close(denoise(x, 0.5), 0.5 * x)
         assert seen[0].shape[2] in range(15, 30) and float(seen[0].norm()) == pytest.approx(float(x.norm()), rel=1e-5)
-    left_half = lambda s, sigma: s * (torch.arange(s.shape[3]) < s.shape[3] // 2)  # noqa: E731
+    left_half = lambda s, sigma: s * (torch.arange(s.shape[3]) < s.shape[3] // 2)
     halves = [draw_pose(random).seen_by(left_half)(x, 0.5) for _ in range(8)]
     assert len({tuple((h[0].norm(dim=0) > 0).flatten().tolist()) for h in halves}) > 3
 

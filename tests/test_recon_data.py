@@ -14,12 +14,12 @@ from conftest import gathered, line_like, load_small_scan, run_chain
 from peers import GadgetronPeer, run_execute, same_images
 
 from gadgets.conformance.buffers import recon_data
-from gadgets.scan_files import ScanFile
 from gadgets.gather import gather
 from gadgets.keep import FailedScans
-from gadgets.simulation.protocol import SimulateOptions
 from gadgets.recon_data import ReconBuffer, ReconData, ReconDataError, ReconDataReader
+from gadgets.scan_files import ScanFile
 from gadgets.server import Server
+from gadgets.simulation.protocol import SimulateOptions
 from gadgets.wire import RECON_DATA, Wire, WireError
 
 

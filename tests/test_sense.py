@@ -180,8 +180,8 @@ def test_bad_operators_are_refused_in_a_sentence():
 
 @pytest.mark.parametrize("n,m", [(8, 4), (9, 4), (9, 5), (8, 5), (7, 12), (8, 13)])
 def test_kspace_crop_keeps_a_slow_wave_in_place(n, m):
-    position = lambda size: (torch.arange(size) - size // 2) / size  # noqa: E731
-    wave = lambda size: 2 + torch.cos(2 * torch.pi * position(size) + 0.3)  # noqa: E731
+    position = lambda size: (torch.arange(size) - size // 2) / size
+    wave = lambda size: 2 + torch.cos(2 * torch.pi * position(size) + 0.3)
     out = kspace_crop(wave(n)[None, None], (1, 1, m))
     torch.testing.assert_close(out.real[0, 0], wave(m), atol=1e-5, rtol=1e-5)
 
@@ -205,7 +205,7 @@ def test_beyond_the_old_field_of_view_is_nothing():
 
 def test_what_crosses_the_edge_of_the_new_field_of_view_leaves_no_ripples_there():
     # in old voxels: the new field of view ends at 15.5
-    blob = lambda place: torch.exp(-((place - 14) ** 2) / 12)  # noqa: E731
+    blob = lambda place: torch.exp(-((place - 14) ** 2) / 12)
     old, new = blob(torch.arange(40.0) - 20), blob((torch.arange(64) - 32) / 64 * 32.0)
     found = resample(old.to(torch.complex64)[:, None, None], (64, 1, 1), (0.8, 1, 1)).real[:, 0, 0]
     torch.testing.assert_close(found, new, atol=0.01, rtol=0)
@@ -214,7 +214,7 @@ def test_what_crosses_the_edge_of_the_new_field_of_view_leaves_no_ripples_there(
 @pytest.mark.parametrize("n,size", [(24, 48), (25, 40), (24, 31), (24, 20)])
 def test_what_was_cut_off_along_the_readout_leaves_no_ripples(n, size):
     # in old voxels: cut off at the end
-    blob = lambda place: torch.exp(-((place - 0.4 * n) ** 2) / 18) + torch.exp(-((place + 3) ** 2) / 18)  # noqa: E731
+    blob = lambda place: torch.exp(-((place - 0.4 * n) ** 2) / 18) + torch.exp(-((place + 3) ** 2) / 18)
     old, new = blob(torch.arange(float(n)) - n // 2), blob((torch.arange(size) - size // 2) / size * n)
     old = old.to(torch.complex64)[None, None]
     images = (resample(old, (1, 1, size), (1, 1, 1), cut_out).real[0, 0] for cut_out in ([], [2]))

@@ -28,13 +28,13 @@ from gadgets.address import AddressError
 from gadgets.budget import Budget, free_memory, worth_an_image
 from gadgets.cli import main
 from gadgets.failure import ReconError
-from gadgets.scan_files import ScanFile, ScanWriter
 from gadgets.flags import LAST_BIT, NOISE_BIT
 from gadgets.gather import ScanError, gather
 from gadgets.header import parse_header
 from gadgets.health import Counts, HealthPage
 from gadgets.keep import FailedScans
 from gadgets.limits import Limits
+from gadgets.scan_files import ScanFile, ScanWriter
 from gadgets.server import Server
 from gadgets.turns import Turns
 from gadgets.visit import Visit
@@ -208,7 +208,7 @@ def test_addresses(host, reachable, prior):
 
 def test_a_moment_without_descriptors_ends_no_address(prior, monkeypatch, caplog):
     both = ("127.0.0.1", "127.0.0.2")
-    resolve = lambda host, port: [(socket.AF_INET, (address, port)) for address in both]  # noqa: E731
+    resolve = lambda host, port: [(socket.AF_INET, (address, port)) for address in both]
     monkeypatch.setattr("gadgets.address.resolve", resolve)
     troubles, accept = [errno.EMFILE] * 3 + [errno.ECONNABORTED], socket.socket.accept
 
@@ -379,7 +379,7 @@ def test_raw_data_are_for_the_servers_user_alone(scan_path, tmp_path, monkeypatc
         recording = place.record(scan.header_xml)
         for line in scan.acquisitions():
             recording.add(line)
-    private = lambda: [path.stat().st_mode & 0o077 for path in (tmp_path / "kept").rglob("*")]  # noqa: E731
+    private = lambda: [path.stat().st_mode & 0o077 for path in (tmp_path / "kept").rglob("*")]
     assert private() and not any(private())
     append, during = ScanWriter.append, []
     monkeypatch.setattr(ScanWriter, "append", lambda writer, line: during.extend(private()) or append(writer, line))
@@ -423,7 +423,7 @@ def test_a_kill_in_the_middle_of_the_conversion_leaves_nothing_behind_for_good(s
         patch.setattr("gadgets.keep.Recording._close", lambda self: self.file.close())
         recording.keep()
     assert {path.suffix for path in tmp_path.iterdir()} == {".spool", ".partial"}
-    free = lambda folder: SimpleNamespace(free=0 if list(tmp_path.glob("*.partial")) else 1 << 30)  # noqa: E731
+    free = lambda folder: SimpleNamespace(free=0 if list(tmp_path.glob("*.partial")) else 1 << 30)
     monkeypatch.setattr("gadgets.keep.shutil.disk_usage", free)  # what is left of the first conversion takes the room
     FailedScans(tmp_path).recover()
     (found,) = tmp_path.iterdir()
@@ -719,7 +719,7 @@ def test_the_oldest_scans_make_room_on_a_full_disk(scan_path, tmp_path, monkeypa
     for number in range(3):
         (tmp_path / f"failed-{number}.h5").write_bytes(b"x" * 100_000)
         os.utime(tmp_path / f"failed-{number}.h5", (number + 1, number + 1))
-    here = lambda: sorted(path.name for path in tmp_path.glob("failed-?.h5"))  # noqa: E731
+    here = lambda: sorted(path.name for path in tmp_path.glob("failed-?.h5"))
 
     class FullOnce:
         def __init__(self, file):

@@ -7,12 +7,12 @@ import pytest
 import torch
 from conftest import line_like, run_chain, small_object
 
-from gadgets.image_files import affine
-from gadgets.scan_files import ScanFile
 from gadgets.header import parse_header
+from gadgets.image_files import affine
 from gadgets.options import make_options
-from gadgets.simulation.protocol import SimulateOptions, tilt
 from gadgets.recon import reconstruct
+from gadgets.scan_files import ScanFile
+from gadgets.simulation.protocol import SimulateOptions, tilt
 from gadgets.simulation.scan import simulate
 from recon_core.fft import ifft
 from recon_core.simulate import loop_field, loop_sensitivities, random_phantom, smooth_phase

@@ -104,7 +104,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(volumes, tmp_path, shor
 )
 def test_a_checkpoint_of_another_run_is_refused(volumes, tmp_path, changes, names, difference):
     """Its weights would get a card that names volumes and options they do not come from."""
-    named = lambda letters: [Volume(name, volumes[0].data, volumes[0].voxel_mm) for name in letters]  # noqa: E731
+    named = lambda letters: [Volume(name, volumes[0].data, volumes[0].voxel_mm) for name in letters]
     out = tmp_path / "p.safetensors"
     train(named("ab"), out, QUICK.model_copy(update={"steps": 1}), log=lambda s: None)
     written = out.read_bytes(), out.with_suffix(".csv").read_bytes()
@@ -245,7 +245,7 @@ train([load_volume(p) for p in sys.argv[2:]], Path(sys.argv[1]), options, log=la
 def test_the_curve_tells_losses_and_validation(volumes, tmp_path):
     options = TrainOptions(steps=4, batch=4, crop=16, validate_every=2)
     shown, lines = [], []
-    show = lambda step, images: shown.append((step, images.shape))  # noqa: E731
+    show = lambda step, images: shown.append((step, images.shape))
     train(volumes[:1], tmp_path / "p.safetensors", options, lines.append, volumes[1:], show)
     assert [step for step, _ in shown] == [2, 4] and shown[0][1] == (3, 6, 96, 96)
     assert "held out: psnr 1 mm sigma 0.05" in lines[0] and "loss mm<" in lines[2]
@@ -363,7 +363,7 @@ def test_training_slices_have_phase_of_air_beside_tissue_and_keep_their_magnitud
 @pytest.mark.parametrize("start", [0, 17])
 def test_batches_made_ahead_are_the_same_to_the_bit_and_in_order(volumes, start):
     """From a step in the middle too, as a resumed run asks for them; volumes are replaced on the way."""
-    make = lambda: SlicePool(volumes, crop=16, size=3, refresh=4, seed=2)  # noqa: E731
+    make = lambda: SlicePool(volumes, crop=16, size=3, refresh=4, seed=2)
     one, steps = make(), range(start, 40)
     known = [one.batch(step, 3)[0] for step in steps]
     for workers in (0, 1, 3):
@@ -375,7 +375,7 @@ def test_batches_made_ahead_are_the_same_to_the_bit_and_in_order(volumes, start)
 
 
 def test_batches_of_a_process_of_their_own_are_the_same_to_the_bit(volumes, one_thread):
-    make = lambda: Batches(SlicePool(volumes, crop=16, size=3, refresh=4, seed=2), 3, seed=5)  # noqa: E731
+    make = lambda: Batches(SlicePool(volumes, crop=16, size=3, refresh=4, seed=2), 3, seed=5)
     known, steps = make(), range(5, 17)
     with make().ahead(steps, 2, elsewhere=True) as batches:
         for step, batch in zip(steps, batches, strict=True):

@@ -13,11 +13,11 @@ from conftest import load_small_scan, random_complex, run_chain, small_object
 
 from gadgets import recon, solve
 from gadgets.failure import ReconError, gpu_lost, sentence
-from gadgets.scan_files import ScanFile
 from gadgets.flags import NOISE_BIT
 from gadgets.header import parse_header
 from gadgets.images import notes_of
 from gadgets.options import make_options
+from gadgets.scan_files import ScanFile
 from gadgets.simulation.protocol import SimulateOptions
 from gadgets.simulation.scan import simulate
 from recon_core.ahead import Ahead, Crew, left_behind
@@ -86,8 +86,6 @@ def test_a_hanging_solver_is_left_behind_at_the_deadline(scan_path):
 
 
 def test_a_volume_that_fails_does_not_take_the_others(tmp_path, prior):
-    from gadgets.simulation.scan import SimulateOptions, simulate
-
     np.save(tmp_path / "o.npy", small_object((16, 18, 16)))
     simulate(tmp_path / "o.npy", tmp_path / "s.h5", SimulateOptions(coils=2, pattern="full", repetitions=3))
     with ScanFile(tmp_path / "s.h5") as scan:
@@ -225,7 +223,7 @@ def test_an_image_that_explains_the_data_worse_than_the_preview_is_told_apart():
     best = measurement.adjoint
     assert measurement.misfit(best) < 0.01
     direction = torch.ones_like(best)
-    drifted = lambda misfit: best + direction * misfit * 2**0.5 * measurement.sigma  # noqa: E731
+    drifted = lambda misfit: best + direction * misfit * 2**0.5 * measurement.sigma
     assert measurement.misfit(drifted(1.0)) == pytest.approx(1.0, abs=0.02)
     bars = {trust: unexplained for trust, (_, unexplained) in BARS.items()}
     for misfit, trust in (

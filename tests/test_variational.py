@@ -1,7 +1,6 @@
 """The solver against optima that are known in closed form."""
 
 import itertools
-
 from dataclasses import replace
 
 import numpy as np
@@ -194,7 +193,7 @@ def test_each_orientation_has_its_turn_in_an_order_that_the_seed_draws(prior, sh
     config, orders = VariationalConfig(sweeps=6), []
     for seed in range(4):
         asked = []
-        noted = lambda volume, prior, sigma, axis, chosen, pose: asked.append(axis) or len(chosen)  # noqa: E731, B023
+        noted = lambda volume, prior, sigma, axis, chosen, pose: asked.append(axis) or len(chosen)
         last(reconstruct_variational(measurement, prior, cg_sense(measurement), config, seed, noted))
         assert set(asked[:3]) == set(asked[3:]) == usable
         orders.append(tuple(asked))
@@ -471,7 +470,7 @@ def test_a_lattice_that_misses_the_centre_keeps_its_brightness(step, first, wave
     separate = (turned * calibration[..., None], calibration)
     measurement = measure(kspace * lattice[..., None], lattice, VOXEL, noise, separate, keep_lines=True)
     inside, truth = reference > 0.3, reference / float(noise.abs().square().mean().sqrt() / 2**0.5)
-    bright = lambda image: float((image.abs() / truth)[inside].mean())  # noqa: E731
+    bright = lambda image: float((image.abs() / truth)[inside].mean())
     blind = measurement.operator.solve(measurement.adjoint, 1e-4, iterations=15)
     image = cg_sense(measurement)
     assert bright(image) == pytest.approx(1, abs=0.06)
@@ -506,7 +505,7 @@ def test_a_noisy_lattice_keeps_its_brightness():
     separate = (kspace * calibration[..., None], calibration)
     measurement = measure(kspace * lattice[..., None], lattice, VOXEL, noise, separate)
     inside, truth = reference > 0.3, reference / float(noise.abs().square().mean().sqrt() / 2**0.5)
-    bright = lambda image: float((image.abs() * truth)[inside].sum() / truth[inside].square().sum())  # noqa: E731
+    bright = lambda image: float((image.abs() * truth)[inside].sum() / truth[inside].square().sum())
     assert bright(cg_sense(measurement)) == pytest.approx(1, abs=0.1)
     assert bright(cg_sense(replace(measurement, calibrated=None))) < 0.5
 
@@ -517,7 +516,7 @@ def test_a_lattice_far_from_the_centre_with_a_calibration_of_another_contrast_is
     kspace, _, noise, reference = problem(coils=8, acceleration=1.0)
     calibration, lattice = torch.zeros(24, 28), torch.zeros(24, 28)
     calibration[5:19, 7:21] = 1
-    lattice[:, {4: 0, 3: 0}[step] :: step] = 1  # at step 3 a line lies next to k = 0
+    lattice[:, ::step] = 1  # at step 3 a line lies next to k = 0
     other = fft(ifft(kspace, (1, 2)) * (1 - reference / reference.max()).square(), (1, 2)) if negative else kspace
     separate = (other * calibration[..., None], calibration)
     measurement = measure(kspace * lattice[..., None], lattice, VOXEL, noise, separate)

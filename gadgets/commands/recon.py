@@ -95,11 +95,11 @@ def _reconstruct(
     """
     from ..failure import sentence
     from ..files import FileError
-    from ..scan_files import ScanFile, until_damaged
     from ..geometry import read_geometry
     from ..header import parse_header
     from ..images import SERIES, image_kind, notes_of
     from ..recon import reconstruct
+    from ..scan_files import ScanFile, until_damaged
     from ..solve import load_prior_for
 
     with ScanFile(arguments.scan, arguments.input_group) as scan, display:

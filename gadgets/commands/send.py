@@ -41,15 +41,15 @@ def run(arguments: argparse.Namespace) -> int:
     from ..failure import of_images
     from ..files import check_apart
     from ..image_files import ImageWriter
-    from ..scan_files import ScanFile
     from ..images import notes_of
+    from ..scan_files import ScanFile
 
     check_apart(arguments.scan, arguments.images)
     display, writer = Display(), ImageWriter(arguments.images, arguments.group)
     try:
         with ScanFile(arguments.scan, arguments.input_group) as scan, display:
             total = len(scan)
-            sent = lambda count: display.count("sent", count, total)  # noqa: E731
+            sent = lambda count: display.count("sent", count, total)
             server = (arguments.host, arguments.port, arguments.config)
             how = {"realtime": arguments.realtime, "expect": arguments.expect}
             for image in send_scan(scan, *server, display.say, sent, **how):

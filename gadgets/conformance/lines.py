@@ -10,8 +10,8 @@ import numpy as np
 
 from ..header import parse_header
 from . import peer as p
-from .buffers import recon_data
 from .bench import Bench
+from .buffers import recon_data
 from .case import case, expect, same, told
 from .point import SLABS, error_voxels, point_scan
 
@@ -151,7 +151,7 @@ def odd_lines(bench: Bench) -> str:
 def lost_centre(bench: Bench) -> str:
     encoding = parse_header(bench.header).encoding[0].encodingLimits
     e1, e2 = encoding.kspace_encoding_step_1.center, encoding.kspace_encoding_step_2.center
-    lost = lambda idx: abs(idx.kspace_encode_step_1 - e1) <= 1 and idx.kspace_encode_step_2 == e2  # noqa: E731
+    lost = lambda idx: abs(idx.kspace_encode_step_1 - e1) <= 1 and idx.kspace_encode_step_2 == e2
     answer = scan(bench, [line for line in bench.lines if line.flags & NOISE or not lost(line.idx)])
     expect(answer.closed and len(answer.images) == len(bench.expected), f"{len(answer.images)} images")
     said = comment(answer)

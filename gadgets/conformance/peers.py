@@ -120,7 +120,7 @@ def fifty_scans(bench: Bench) -> str:
     for number in range(50):
         same(bench.scan(gadgetron=bool(number % 2)), bench)
         facts.append(bench.health())
-    floor = lambda name, part: min(f[name] for f in part)  # noqa: E731 - what is freed between scans does not count
+    floor = lambda name, part: min(f[name] for f in part)  # what is freed between scans does not count
     counted = ("rss_mib", "open_files", "threads")
     grown = {name: round(floor(name, facts[-20:]) - floor(name, facts[5:25]), 1) for name in counted}
     # MiB; a server not started by the suite has several heaps, which come and go

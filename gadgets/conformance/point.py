@@ -49,7 +49,7 @@ def point_scan(encoded, fov, recon=None, recon_fov=None, first=(0, 0), early=0):
     kx, ky, kz = ((np.arange(n) - n // 2) / mm for n, mm in zip(encoded, fov))
     voxel = [mm / n for n, mm in zip(recon, recon_fov)]
     width = [max(size, mm / n) for size, n, mm in zip(voxel, encoded, fov)]
-    spot = lambda k, mm, size: np.exp(-2j * np.pi * k * mm - 2 * (np.pi * k * size) ** 2)  # noqa: E731
+    spot = lambda k, mm, size: np.exp(-2j * np.pi * k * mm - 2 * (np.pi * k * size) ** 2)
     along = [spot(k, mm, size) for k, mm, size in zip((kx, ky, kz), OFFSET_MM, width)]
     lines = []
     for z in range(first[1], encoded[2]):
@@ -65,7 +65,7 @@ def point_scan(encoded, fov, recon=None, recon_fov=None, first=(0, 0), early=0):
 
 
 def _header(encoded, fov, recon, recon_fov, first):
-    limit = lambda n, gone: x.limitType(minimum=0, maximum=n - 1 - gone, center=n // 2 - gone)  # noqa: E731
+    limit = lambda n, gone: x.limitType(minimum=0, maximum=n - 1 - gone, center=n // 2 - gone)
 
     def space(n, mm):
         matrix, field = x.matrixSizeType(x=n[0], y=n[1], z=n[2]), x.fieldOfViewMm(x=mm[0], y=mm[1], z=mm[2])

@@ -65,8 +65,8 @@ def _encoding(encoded, recon, dropped: list[int], options: SimulateOptions):
         matrix, field = x.matrixSizeType(x=n[0], y=n[1], z=n[2]), x.fieldOfViewMm(x=fov[0], y=fov[1], z=fov[2])
         return x.encodingSpaceType(matrixSize=matrix, fieldOfView_mm=field)
 
-    step = lambda n, miss: x.limitType(minimum=0, maximum=n - 1 - miss, center=n // 2 - miss)  # noqa: E731
-    counter = lambda count: x.limitType(minimum=0, maximum=count - 1, center=0)  # noqa: E731
+    step = lambda n, miss: x.limitType(minimum=0, maximum=n - 1 - miss, center=n // 2 - miss)
+    counter = lambda count: x.limitType(minimum=0, maximum=count - 1, center=0)
     _, ny, nz = encoded[0]
     first, second = announced_factors(options, nz)
     mode = {

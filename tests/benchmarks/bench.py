@@ -340,7 +340,7 @@ def save(path: Path, rows: list[dict], earlier: list[dict]) -> None:
     """Earlier rows that were not measured again and all rows so far as CSV, with the machine named."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}{gpu}"
-    key = lambda row: tuple(str(row.get(k, 0)) for k in KEY)  # noqa: E731
+    key = lambda row: tuple(str(row.get(k, 0)) for k in KEY)
     again = {key(row) for row in rows}
     kept = [row for row in earlier if key(row) not in again]
     with path.open("w", newline="") as file:

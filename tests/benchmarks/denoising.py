@@ -103,7 +103,7 @@ def denoised_db(planes: torch.Tensor, sigma: float, peak: float, priors: dict) -
     """PSNR of the noisy planes [slices h w], the classical and each prior's result."""
     clean = torch.view_as_real(planes).permute(0, 3, 1, 2)
     noisy = clean + sigma * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
-    db = lambda image: round(20 * np.log10(peak / float((image - clean).square().sum(1).mean().sqrt())), 2)  # noqa: E731
+    db = lambda image: round(20 * np.log10(peak / float((image - clean).square().sum(1).mean().sqrt())), 2)
     with torch.no_grad():
         learned = {name: db(prior(noisy, sigma)) for name, prior in priors.items()}
     told = max(db(classical(noisy, sigma, method)) for method in (nl_means, wavelet))

@@ -99,7 +99,7 @@ def compare(problem: Problem, image: Tensor, estimate: Tensor) -> dict[str, floa
         image, estimate = factor * image.abs(), factor * estimate / 2**0.5
     error = (image - truth).abs()
     local, percent = smoothed(error.square(), inside).sqrt(), 100 / intensity_scale(truth, problem.measurement.voxel_mm)
-    size = lambda values: round(percent * float(values[inside].square().mean().sqrt()), 2)  # noqa: E731
+    size = lambda values: round(percent * float(values[inside].square().mean().sqrt()), 2)
     within = {f"within_{n}": round(float((error < n * estimate)[inside].float().mean()), 3) for n in (1, 2)}
     rank = round(float(spearmanr(local[inside], estimate[inside])[0]), 3)
     return {"error": size(error), "estimate": size(estimate), "rank": rank, **within}

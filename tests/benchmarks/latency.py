@@ -23,10 +23,10 @@ from scans import save_table
 from gadgets.conformance.peer import ACQUISITION, CLOSE, IMAGE, Peer, close, config_name, gadgetron_config, text_message
 from gadgets.conformance.peer import HEADER as HEADER_ID
 from gadgets.demo import EXAMPLE
-from gadgets.scan_files import ScanFile
 from gadgets.header import parse_header
 from gadgets.options import make_options
 from gadgets.recon import reconstruct
+from gadgets.scan_files import ScanFile
 from gadgets.server import Server
 from gadgets.simulation.scan import SimulateOptions, simulate
 

@@ -90,7 +90,7 @@ def separately_calibrated(
     images = images[..., middle(images.shape[3], READOUT)].contiguous()
     truth = images.norm(dim=0)
     noise = Noise(COILS, intensity_scale(truth, size) / snr, 0)
-    noisy = lambda coils: fft(coils, (1, 2)) + torch.from_numpy(noise.draw(truth.numel()).reshape(COILS, *truth.shape))  # noqa: E731
+    noisy = lambda coils: fft(coils, (1, 2)) + torch.from_numpy(noise.draw(truth.numel()).reshape(COILS, *truth.shape))
     lattice = torch.zeros(truth.shape[:2])
     lattice[tuple(slice((n // 2 + away) % step, None, step) for n, step, away in zip(lattice.shape, steps, offset))] = 1
     square = centre_block(lattice.shape, ACS).float()
@@ -113,7 +113,7 @@ def other_phase(shape: tuple[int, int]) -> Tensor:
 def judged(name: str, image: Tensor, whole: Tensor, truth: Tensor) -> dict:
     """PSNR of an image, and its brightness over that of the image of all lines."""
     inside = object_mask(truth)
-    like = lambda volume: float((volume.abs() * truth)[inside].sum())  # noqa: E731
+    like = lambda volume: float((volume.abs() * truth)[inside].sum())
     return {
         f"{name} psnr": round(psnr(image, truth, inside), 2),
         f"{name} brightness": round(like(image) / like(whole), 3),

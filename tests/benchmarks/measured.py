@@ -113,7 +113,7 @@ def draw(volumes: dict, reference, path: Path) -> None:
 
     shape = next(iter(volumes.values())).shape
     axis = int(np.argmin(shape))
-    cut = lambda v: np.take(np.asarray(v), v.shape[axis] // 2, axis)  # noqa: E731
+    cut = lambda v: np.take(np.asarray(v), v.shape[axis] // 2, axis)
     columns = {name: cut(v) for name, v in volumes.items()}
     if reference is not None:
         truth = cut(reference.numpy())

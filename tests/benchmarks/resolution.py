@@ -81,7 +81,7 @@ def run(problem: Problem, method: Method, prior, prior_voxel_mm: float) -> dict:
     for state in method.run(problem.measurement, prior, start, config, 0):
         pass
     classical = cg_sense(problem.measurement, strength=STRENGTH_AS_IMAGE)
-    score = lambda volume: round(psnr(volume.cpu(), problem.truth, problem.inside), 2)  # noqa: E731
+    score = lambda volume: round(psnr(volume.cpu(), problem.truth, problem.inside), 2)
     found = {"cg": score(classical), "psnr": score(state.volume)}
     return {**found, "evaluations": state.network_evaluations, "seconds": round(time.monotonic() - began, 1)}
 

@@ -75,7 +75,7 @@ def image_of(
     Learning begins with `learned`, if given.
     """
     measurement = problem.measurement
-    score = lambda state: round(psnr(measurement.image_of(state.volume), problem.truth, problem.inside), 2)  # noqa: E731
+    score = lambda state: round(psnr(measurement.image_of(state.volume), problem.truth, problem.inside), 2)
     config = VariationalConfig(learned=learned)
     for state in reconstruct_adapted(measurement, prior, cg_sense(measurement), config):
         if state.sweep == config.sweeps:

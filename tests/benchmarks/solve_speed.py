@@ -62,7 +62,7 @@ def scan(side: int, coils: int) -> tuple[Tensor, Tensor, Tensor]:
     shape, random = (side,) * 3, torch.Generator().manual_seed(0)
     mask = torch.from_numpy(sampling_mask(shape[:2], ACCELERATION, "poisson", ACS)).float()
     images = torch.stack([coil_sensitivity(c, coils, shape) for c in range(coils)]).mul_(phantom(shape))
-    noise = lambda *size: 0.03 * torch.randn(size, dtype=torch.complex64, generator=random)  # noqa: E731
+    noise = lambda *size: 0.03 * torch.randn(size, dtype=torch.complex64, generator=random)
     return fft(images, (1, 2)).add_(noise(*images.shape)).mul_(mask[..., None]), mask, noise(coils, 4096)
 
 

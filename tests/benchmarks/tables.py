@@ -185,7 +185,7 @@ def scans_of(name: str, base: str) -> dict[tuple[str, str], dict[str, dict]]:
                 if row["volume"] in MEASURED:
                     method = BASE if table == base else row["method"]
                     out.setdefault((row["volume"], row["R"]), {})[method] = row
-    place = lambda key: (list(MEASURED).index(key[0]), key[1])  # noqa: E731
+    place = lambda key: (list(MEASURED).index(key[0]), key[1])
     return {key: out[key] for key in sorted(out, key=place)}
 
 
