@@ -12,7 +12,7 @@ from recon_core.measure import WORK_ARRAYS
 
 from .geometry import ScanError, announced, read_geometry
 from .partitions import slices_fill_matrix
-from .volume import Scan
+from .volume import GatheredVolume
 
 CENTRE = 8  # lines along each phase-encode axis
 FEWEST = 0.02  # of all lines: R = 16, aborted after a third
@@ -131,7 +131,7 @@ def _left_to_groups(root: Path) -> Iterator[int]:
                 yield max(0, most - now + int(droppable[1] if droppable else 0))
 
 
-def worth_an_image(scan: Scan) -> bool:
+def worth_an_image(scan: GatheredVolume) -> bool:
     """Whether an aborted scan has enough lines for an image.
 
     That is, some in each quadrant of the k-space centre, and not too few in all.

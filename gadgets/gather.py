@@ -33,7 +33,7 @@ from .noise_lines import NoiseLines
 from .partitions import Partitions
 from .readout import Readout
 from .recon_data import ReconBit, ReconData, ReconDataError, take_lines
-from .volume import Grid, Scan, Shared, Volume
+from .volume import GatheredVolume, Grid, OpenVolume, Shared
 
 DOUBTFUL = 2  # lines; up to this many do not move the k-space centre
 STRAYS = 8  # late lines; up to this many do not mean that repetitions are interleaved
@@ -56,7 +56,7 @@ def no_limit(coils: int, volumes: int) -> None:
     """Admit every volume."""
 
 
-def gather(header: ismrmrd.xsd.ismrmrdHeader, items: Iterable, admit: Admit = no_limit) -> Iterator[Scan]:
+def gather(header: ismrmrd.xsd.ismrmrdHeader, items: Iterable, admit: Admit = no_limit) -> Iterator[GatheredVolume]:
     """Yield each volume once its last line has arrived (a later repetition began, or the input ended).
 
     Volumes differ in slice (slab), contrast, repetition, set or phase; averages are summed.
@@ -90,7 +90,7 @@ class Gatherer:
         self.header, self.promised = header, announced(header)
         self.readout = Readout(self.geometry)
         self.partitions = Partitions(self.geometry, header)
-        self.volumes: dict[tuple[int, ...], Volume] = {}
+        self.volumes: dict[tuple[int, ...], OpenVolume] = {}
         self.calibrations = Calibrations(header, self.geometry, self.readout)
         self.centres = Centres()
         self.noise = NoiseLines(header)
@@ -113,13 +113,13 @@ class Gatherer:
         self.offered: tuple[tuple[int, ...], np.ndarray] | None = None
         self.shared = Shared()
 
-    def take(self, item) -> Iterator[Scan]:
+    def take(self, item) -> Iterator[GatheredVolume]:
         """Take one item of any kind; yield complete volumes of earlier repetitions."""
         if isinstance(item, ismrmrd.Acquisition):
             return self.add(item)
         return self.add_buffers(item) if isinstance(item, ReconData) else iter(())
 
-    def add_buffers(self, message: ReconData) -> Iterator[Scan]:
+    def add_buffers(self, message: ReconData) -> Iterator[GatheredVolume]:
         """Take the lines out of a ReconData message; a block of the size of a volume becomes that volume's array."""
         self.buffered = True
         for bit in message.bits:
@@ -155,7 +155,7 @@ class Gatherer:
         if stays:
             self.offered = tuple(int(n) for n in keys[0]), data
 
-    def add(self, line: ismrmrd.Acquisition) -> Iterator[Scan]:
+    def add(self, line: ismrmrd.Acquisition) -> Iterator[GatheredVolume]:
         """Take one acquisition; yield complete volumes of earlier repetitions."""
         flags = line.flags
         if flags & NOISE_BIT:
@@ -197,7 +197,7 @@ class Gatherer:
             else:
                 self._image(line, key)
 
-    def _release(self) -> Iterator[Scan]:
+    def _release(self) -> Iterator[GatheredVolume]:
         """Take the lines that waited for those of another slice."""
         if self.partitions.are_planes:
             self._flatten()
@@ -205,14 +205,14 @@ class Gatherer:
         for line in waiting:
             yield from self.add(line)
 
-    def _flatten(self, *finished: Volume) -> None:
+    def _flatten(self, *finished: OpenVolume) -> None:
         """Continue with single slices instead of volumes, also for the `finished` ones."""
         self.geometry, self.offered = self.partitions.plane(self.geometry), None
         for volume in (*finished, *self.volumes.values()):
             volume.flatten(self.geometry)
         self.calibrations.flatten(self.geometry)
 
-    def _doubt(self, line: ismrmrd.Acquisition, key: tuple[int, ...]) -> Iterator[Scan]:
+    def _doubt(self, line: ismrmrd.Acquisition, key: tuple[int, ...]) -> Iterator[GatheredVolume]:
         """Keep a line that supports a k-space centre other than the header's.
 
         Once there are too many to be strays, use that centre for the whole scan.
@@ -245,7 +245,7 @@ class Gatherer:
         told = [of_lines(count, "{lines}" + which, kind) for count, kind, which in found if count > 0]
         return ", ".join(told or ["no line"]) + " came"
 
-    def finish(self, before: int | None = None) -> Iterator[Scan]:
+    def finish(self, before: int | None = None) -> Iterator[GatheredVolume]:
         """Yield and release all volumes, or those of repetitions below `before`."""
         if before is None and self.waiting:
             self.partitions.apart_mm = self.partitions.apart_mm or 0.0
@@ -279,10 +279,10 @@ class Gatherer:
         """The block that volume `key` may be gathered into, if there is one."""
         return self.offered[1] if self.offered and self.offered[0] == key and len(self.offered[1]) == coils else None
 
-    def _volume(self, key: tuple[int, ...], coils: int, kspace: np.ndarray | None = None) -> Volume:
+    def _volume(self, key: tuple[int, ...], coils: int, kspace: np.ndarray | None = None) -> OpenVolume:
         volumes = (len(self.volumes) + 1) * self.geometry.shape[0] / self.partitions.count  # of the header's matrix
         self.admit(coils, math.ceil(volumes))
-        volume = self.volumes[key] = Volume(self.geometry, coils, kspace)
+        volume = self.volumes[key] = OpenVolume(self.geometry, coils, kspace)
         self.noise.begin(volume)
         for name, value in zip(KEY, key):
             self.seen.setdefault(name, set()).add(value)
@@ -290,7 +290,7 @@ class Gatherer:
         self.ended.discard(key[2])
         return volume
 
-    def _settled(self, repetition: int) -> Iterator[Scan]:
+    def _settled(self, repetition: int) -> Iterator[GatheredVolume]:
         """Volumes of repetitions before this line's, in order, once none of their lines can follow.
 
         Repetitions may be interleaved.
@@ -323,7 +323,7 @@ class Gatherer:
         lacking = self.flags[repetition] & FIRST_BIT or any(volume.averages < averages for volume in volumes)
         return self.lines - self.newest[repetition] > (SINCE_LACKING if lacking else SINCE) * size
 
-    def _scan(self, volume: Volume, key: tuple[int, ...], notes: list[str]) -> Scan:
+    def _scan(self, volume: OpenVolume, key: tuple[int, ...], notes: list[str]) -> GatheredVolume:
         counts = [one.grid.counts for one in (volume, *self.volumes.values())]
         if self.partitions.single(counts, self.seen.get("slice", ())):
             self._flatten(volume)
@@ -345,7 +345,7 @@ class Gatherer:
         scan.shared, scan.gain, scan.echo_offset = self.shared, gain, self.echoes[key[1]]
         return scan
 
-    def _remarks(self, volume: Volume, calibration: Grid | None) -> list[str]:
+    def _remarks(self, volume: OpenVolume, calibration: Grid | None) -> list[str]:
         """What the user should know about the lines of a volume, and about those of the scan that were left out."""
         remarks = []
         if volume.geometry.calibration == "interleaved" and calibration is None:
@@ -380,14 +380,14 @@ class Gatherer:
             )
         return remarks
 
-    def _seems_narrow(self, volume: Volume) -> bool:
+    def _seems_narrow(self, volume: OpenVolume) -> bool:
         """Whether lines that came without the oversampling that the header has give an image empty on both sides."""
         oversampled = self.readout.full_length > self.readout.cut_length  # by the header
         if self.buffered or volume.grid.lengths or not oversampled:
             return False
         return narrow(volume.grid.kspace, volume.grid.energy)
 
-    def _centre_lines(self, volume: Volume) -> None:
+    def _centre_lines(self, volume: OpenVolume) -> None:
         """Move k = 0 to the strongest lines, for the whole scan, if they are far from the header's centre.
 
         The first volume with a clear result decides.
@@ -402,7 +402,7 @@ class Gatherer:
                 one.move(self.geometry)
             self.calibrations.move(self.geometry)
 
-    def _centre_echoes(self, volume: Volume, contrast: int, calibration: Grid | None) -> list[str]:
+    def _centre_echoes(self, volume: OpenVolume, contrast: int, calibration: Grid | None) -> list[str]:
         """Centre the echo if the lines misstate its position; returns notes for the user.
 
         The shift is the same for all volumes of a contrast.

@@ -19,7 +19,7 @@ from recon_core.trust import finite
 from .geometry import Geometry, announced
 from .options import Options
 from .orientation import Frame, orient, parse_orientation
-from .volume import Scan
+from .volume import GatheredVolume
 
 SERIES = {"preview": 1, "final": 2, "error": 3}
 FULL_SCALE = 4095
@@ -39,7 +39,14 @@ def to_recon_matrix(volume: torch.Tensor, geometry: Geometry) -> torch.Tensor:
 
 
 def make_images(
-    volume: torch.Tensor, scan: Scan, options: Options, header, series: int, number: int, name: str, notes: list[str]
+    volume: torch.Tensor,
+    scan: GatheredVolume,
+    options: Options,
+    header,
+    series: int,
+    number: int,
+    name: str,
+    notes: list[str],
 ) -> Iterator[ismrmrd.Image]:
     """Images of one reconstructed volume [z y x]: one 3D image, or one per partition.
 
@@ -93,7 +100,7 @@ def make_images(
         yield _image(part, scan.head, frame, z, partitions, series, index, meta)
 
 
-def with_echo_phase(volume: torch.Tensor, scan: Scan) -> torch.Tensor:
+def with_echo_phase(volume: torch.Tensor, scan: GatheredVolume) -> torch.Tensor:
     """`volume` [z y x] of the reconstructed matrix with the linear phase along x that centring the echo has removed.
 
     A field gradient gives it to late echoes; without it, phases of contrasts could not be compared.
@@ -138,7 +145,9 @@ def to_pixels(volume: torch.Tensor, output: str, scale: float | None = None) -> 
     return scaled.clamp_(max=FULL_SCALE).to(torch.int16).cpu().numpy().view(np.uint16), scale, saturated
 
 
-def make_meta(scan: Scan, frame: Frame, pixels: np.ndarray, scale: float, name: str, comment: str, header) -> dict:
+def make_meta(
+    scan: GatheredVolume, frame: Frame, pixels: np.ndarray, scale: float, name: str, comment: str, header
+) -> dict:
     """Meta attributes under Gadgetron's and FIRE's names, ASCII only."""
     geometry, protocol = scan.geometry, getattr(header.measurementInformation, "protocolName", None) or ""
     top = float(np.percentile(np.abs(evenly(pixels, SAMPLED)), 99.5))
@@ -167,7 +176,7 @@ def make_meta(scan: Scan, frame: Frame, pixels: np.ndarray, scale: float, name: 
     }  # fmt: skip
 
 
-def _about_the_scan(scan: Scan, header) -> dict:
+def _about_the_scan(scan: GatheredVolume, header) -> dict:
     """Protocol and timing (ms) from the header, under the names of both conventions."""
     information, sequence = header.measurementInformation, header.sequenceParameters
     names = {"measurementID": "measurementID", "protocolName": "protocolName", "patientPosition": "patient_position"}
@@ -190,7 +199,7 @@ def _about_the_scan(scan: Scan, header) -> dict:
     return out
 
 
-def frame_of(scan: Scan) -> tuple[Frame, list[str]]:
+def frame_of(scan: GatheredVolume) -> tuple[Frame, list[str]]:
     """Position and orientation of the volume by its lines, and notes on what was assumed.
 
     The lines' directions may have any length; something is assumed if, for example, they are not orthogonal.

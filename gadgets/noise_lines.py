@@ -10,7 +10,7 @@ import torch
 
 from .geometry import noise_bandwidth
 from .readout import Readout
-from .volume import Volume
+from .volume import OpenVolume
 
 DISAGREE = 1.2  # times as loud: noise lines of other receiver settings
 MAX_SAMPLES = 1 << 24  # more do not improve the covariance
@@ -46,13 +46,13 @@ class NoiseLines:
         there, _, _ = readout.echo(line)
         self.lines.append(np.array(line.data[:, there]) if scale == 1.0 else line.data[:, there] * np.float32(scale))
 
-    def begin(self, volume: Volume) -> None:
+    def begin(self, volume: OpenVolume) -> None:
         """Remember which noise lines came before `volume`."""
         volume.noise_came = len(self.lines)
         self.before_first = volume.noise_came if self.before_first is None else self.before_first
 
-    def of(self, volume: Volume) -> tuple[torch.Tensor | None, float, list[str]]:
-        """Noise [coils samples], the `gain` of `Scan`, and notes for the user.
+    def of(self, volume: OpenVolume) -> tuple[torch.Tensor | None, float, list[str]]:
+        """Noise [coils samples], the `gain` of `GatheredVolume`, and notes for the user.
 
         The noise is scaled to that of one gathered sample; it is None if unusable. Noise power per sample is
         proportional to 1/dwell; a noise scan sees only the receiver's noise bandwidth of it, whereas the middle of the
@@ -75,7 +75,7 @@ class NoiseLines:
         self.power = self.power or power
         return torch.from_numpy(np.concatenate(usable, axis=1)) * power**0.5, (power / self.power) ** 0.5, remarks
 
-    def _usable(self, volume: Volume, coils: int) -> tuple[list[np.ndarray], list[str]]:
+    def _usable(self, volume: OpenVolume, coils: int) -> tuple[list[np.ndarray], list[str]]:
         """The noise lines for a volume, and notes for the user.
 
         Those before the scan's first volume, for a brightness that stays the same. Later ones that came before this

@@ -28,7 +28,7 @@ from .geometry import ScanError
 from .images import SERIES, make_images
 from .options import Options
 from .solve import PREVIEW, Hurry, Report, apart, device_of, estimate_error, patient, result_of, solve
-from .volume import Scan
+from .volume import GatheredVolume
 
 TWO_SETS = 1.25  # times the memory of one, for an object that reaches beyond the field of view
 Turn = Callable[[], AbstractContextManager[Hurry]]
@@ -84,7 +84,12 @@ def reconstruct(
 
 
 def images_of(
-    scan: Scan, prior, options: Options, images: Callable[..., Iterable[ismrmrd.Image]], report: Report, hurry: Hurry
+    scan: GatheredVolume,
+    prior,
+    options: Options,
+    images: Callable[..., Iterable[ismrmrd.Image]],
+    report: Report,
+    hurry: Hurry,
 ) -> Generator[ismrmrd.Image, None, list[str]]:
     """Yield the images of one volume; returns why the requested one could not be made, if so.
 
@@ -104,7 +109,12 @@ def images_of(
 
 
 def _images_of(
-    scan: Scan, prior, options: Options, images: Callable[..., Iterable[ismrmrd.Image]], report: Report, hurry: Hurry
+    scan: GatheredVolume,
+    prior,
+    options: Options,
+    images: Callable[..., Iterable[ismrmrd.Image]],
+    report: Report,
+    hurry: Hurry,
 ) -> Generator[ismrmrd.Image, None, list[str]]:
     """The same on one device. Everything held is freed at the end."""
     measurement, preview = look(scan, options, report, hurry)
@@ -135,7 +145,7 @@ def _images_of(
     return outcome.failure
 
 
-def look(scan: Scan, options: Options, report: Report, hurry: Hurry) -> tuple[Measurement, torch.Tensor]:
+def look(scan: GatheredVolume, options: Options, report: Report, hurry: Hurry) -> tuple[Measurement, torch.Tensor]:
     """The inverse problem and its CG-SENSE image [z y x].
 
     On the CPU, with a warning, if the GPU cannot handle the scan.
@@ -170,7 +180,12 @@ def look(scan: Scan, options: Options, report: Report, hurry: Hurry) -> tuple[Me
 
 
 def _look(
-    scan: Scan, options: Options, device: torch.device, report: Report, spare: bool = False, louder: float = 1.0
+    scan: GatheredVolume,
+    options: Options,
+    device: torch.device,
+    report: Report,
+    spare: bool = False,
+    louder: float = 1.0,
 ) -> tuple[Measurement, torch.Tensor]:
     coils, *shape = scan.kspace.shape
     needed, on_cpu = to_compute(coils, shape, options.coils), device.type == "cpu"

@@ -37,7 +37,7 @@ class Shared:
 
 
 @dataclass
-class Scan:
+class GatheredVolume:
     """One volume: sums of lines [coils z y x] (x in image space), line counts [z y], geometry and header.
 
     `head` is the header of the acquired line nearest the k-space centre, or of the first line if none could be used.
@@ -205,7 +205,7 @@ def shift_between(old: Geometry, new: Geometry) -> tuple[int, int]:
     return tuple(before - after for before, after in zip(old.centre[::-1], new.centre[::-1]))
 
 
-class Volume:
+class OpenVolume:
     """One volume under construction: its grid, and what its lines have shown."""
 
     def __init__(self, geometry: Geometry, coils: int, kspace: np.ndarray | None = None):
@@ -311,11 +311,11 @@ class Volume:
             self.judged = self.grid.lines, complete
         return self.judged[1]
 
-    def scan(self, noise: torch.Tensor | None, calibration: Grid | None) -> Scan:
+    def scan(self, noise: torch.Tensor | None, calibration: Grid | None) -> GatheredVolume:
         """The finished volume, with notes for the user."""
         self.geometry = self.geometry.settled()
         kspace, counts = torch.from_numpy(self.grid.kspace), torch.from_numpy(self.grid.counts)
-        scan = Scan(self.geometry, kspace, counts, self.head or self.first, noise)
+        scan = GatheredVolume(self.geometry, kspace, counts, self.head or self.first, noise)
         scan.warnings += [*self.geometry.warnings, *self.grid.warnings("")]
         if self.duplicates:
             scan.warnings.append(of_lines(self.duplicates, "{lines} came more than once and {were} averaged"))

@@ -14,7 +14,7 @@ from gadgets.images import make_images, to_pixels, to_recon_matrix
 from gadgets.options import make_options
 from gadgets.recon import reconstruct
 from gadgets.simulation.protocol import SimulateOptions
-from gadgets.volume import Scan
+from gadgets.volume import GatheredVolume
 
 HEADER = ismrmrd.xsd.ismrmrdHeader(
     experimentalConditions=ismrmrd.xsd.experimentalConditionsType(H1resonanceFrequency_Hz=1)
@@ -24,13 +24,13 @@ FLOAT32 = make_options({"output": "float32"})
 ZERO_FILLED = make_options({"method": "zero-filled", "device": "cpu"})
 
 
-def a_scan(matrix=(12, 10, 8), recon=None, fov=(24.0, 30.0, 16.0), recon_fov=None) -> Scan:
+def a_scan(matrix=(12, 10, 8), recon=None, fov=(24.0, 30.0, 16.0), recon_fov=None) -> GatheredVolume:
     geometry = Geometry(matrix, fov, recon or matrix, recon_fov or fov, (0, 0), ((0, 1), (0, 1)), matrix[0])
     head = ismrmrd.AcquisitionHeader()
     head.position, head.read_dir, head.phase_dir, head.slice_dir = (5.0, -7.0, 11.0), *(tuple(d) for d in DIRECTIONS)
     head.acquisition_time_stamp, head.measurement_uid, head.patient_table_position = 1234, 77, (0.0, 0.0, -3.0)
     head.idx.contrast, head.physiology_time_stamp = 2, (7, 8, 9)
-    return Scan(geometry, torch.empty(0), torch.empty(0), head)
+    return GatheredVolume(geometry, torch.empty(0), torch.empty(0), head)
 
 
 def point(shape, place):
