@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import NamedTuple
 
 import ismrmrd
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from recon_core.coils import MAX_ACS, find_acs, folding, too_few
 
 from .failure import of_lines
+from .flags import VolumeKey
 from .geometry import Geometry, ScanError, read_geometry
 from .readout import Readout
 from .volume import Grid, shift_between
@@ -19,7 +21,15 @@ from .volume import Grid, shift_between
 Centre = tuple[np.ndarray, np.ndarray]
 ENOUGH = 0.5  # of the lines of the fullest calibration; those with fewer are strays
 AWAY_MM, TURNED_DEGREES = 5.0, 3.0  # tolerated between calibration and image; coil maps are smooth
-Place = tuple[int, int, int, int]  # slice, contrast, set, phase
+
+
+class Group(NamedTuple):
+    """The counters that the repetitions of a volume share."""
+
+    slice: int
+    contrast: int
+    set: int
+    phase: int
 
 
 class Calibrations:
@@ -36,13 +46,13 @@ class Calibrations:
     def __init__(self, header: ismrmrd.xsd.ismrmrdHeader, image: Geometry, readout: Readout):
         self.header, self.image = header, image
         self.encodings: dict[int, tuple[Geometry, Readout] | None] = {0: (image, readout)}
-        self.grids: dict[Place, dict[int, Grid]] = {}
-        self.unsure: list[tuple[ismrmrd.Acquisition, tuple[int, ...]]] = []  # before the image's first line
+        self.grids: dict[Group, dict[int, Grid]] = {}  # by repetition
+        self.unsure: list[tuple[ismrmrd.Acquisition, VolumeKey]] = []  # before the image's first line
         self.oversampling: dict[int, int] = {}  # of the image's lines, by contrast
         self.notes: list[str] = []
         self.foreign = 0
 
-    def add(self, line: ismrmrd.Acquisition, key: tuple[int, ...]) -> None:
+    def add(self, line: ismrmrd.Acquisition, key: VolumeKey) -> None:
         """Add a line of volume `key`.
 
         A short one waits for the image's first line, which shows whether both are oversampled.
@@ -58,7 +68,7 @@ class Calibrations:
         grid = self._grid(key, line.active_channels)
         where = grid.place(line, own[0], self.image)
         if where is not None:
-            its = max(oversampling, self._of_image(key[1])) if own[0] is self.image else oversampling
+            its = max(oversampling, self._of_image(key.contrast)) if own[0] is self.image else oversampling
             grid.add(line, where, own[1], its)
             grid.head = grid.head or line.getHead()
 
@@ -83,24 +93,24 @@ class Calibrations:
             grid.flatten()
         self.image, self.encodings = image, {0: (image, self.encodings[0][1])}
 
-    def of(self, key: tuple[int, ...], coils: int) -> tuple[Grid | None, list[str]]:
+    def of(self, key: VolumeKey, coils: int) -> tuple[Grid | None, list[str]]:
         """Calibration lines for volume `key`, and notes for the user.
 
         The newest from its own or an earlier repetition, with its contrast, set and phase if possible, else with others
         of its slice; a few stray lines do not count as a newer calibration.
         """
 
-        def rank(found: tuple[Place, int, Grid]) -> tuple:
-            place, repetition, _ = found
-            return repetition > key[2], place != _place(key), abs(repetition - key[2]), place
+        def rank(found: tuple[Group, int, Grid]) -> tuple:
+            group, repetition, _ = found
+            return repetition > key.repetition, group != _group(key), abs(repetition - key.repetition), group
 
         filled = [
-            (place, repetition, grid)
-            for place, grids in self.grids.items()
+            (group, repetition, grid)
+            for group, grids in self.grids.items()
             for repetition, grid in grids.items()
             if grid.filled
         ]
-        here = [found for found in filled if found[0][0] == key[0]]
+        here = [found for found in filled if found[0].slice == key.slice]
         fitting = [found for found in here if len(found[2].kspace) == coils]
         fitting = [found for found in fitting if found[2].filled >= ENOUGH * max(grid.filled for _, _, grid in fitting)]
         remarks = list(self.notes)
@@ -131,13 +141,13 @@ class Calibrations:
                 if repetition != kept:
                     del grids[repetition]
 
-    def _grid(self, key: tuple[int, ...], coils: int) -> Grid:
+    def _grid(self, key: VolumeKey, coils: int) -> Grid:
         """Grid for a line; started afresh once most lines have another number of channels."""
-        grids = self.grids.setdefault(_place(key), {})
-        grid = grids.get(key[2])
+        grids = self.grids.setdefault(_group(key), {})
+        grid = grids.get(key.repetition)
         if grid is None or (len(grid.kspace) != coils and grid.unfit >= grid.lines):
             unfit = grid.unfit + grid.lines if grid else 0
-            grid = grids[key[2]] = Grid(self.image, coils)
+            grid = grids[key.repetition] = Grid(self.image, coils)
             grid.unfit = unfit
         return grid
 
@@ -167,10 +177,10 @@ class Centres:
 
     def __init__(self):
         self.full: dict[int, Centre] = {}  # the latest of each slab
-        self.together: dict[Place, Centre] = {}  # sums over repetitions
+        self.together: dict[Group, Centre] = {}  # sums over repetitions
 
     def serve(
-        self, key: tuple[int, ...], kspace: np.ndarray, counts: np.ndarray, keep: bool
+        self, key: VolumeKey, kspace: np.ndarray, counts: np.ndarray, keep: bool
     ) -> tuple[tuple[torch.Tensor, torch.Tensor] | None, str]:
         """Calibration (kspace [coils z y x], counts [z y]) for volume `key`, and a note for the user.
 
@@ -181,14 +191,14 @@ class Centres:
         own = kspace[:, middle[0], middle[1]], counts[middle]
         if not too_few(find_acs(torch.from_numpy(own[1])), counts.shape):
             if keep:
-                self.full[key[0]] = own[0].copy(), own[1].copy()
+                self.full[key.slice] = own[0].copy(), own[1].copy()
             return None, ""
         if len(kspace) == 1:
             return None, ""
         lattice = folding(torch.from_numpy(counts)) > 1
-        found, note = self.full.get(key[0]), "those of an earlier volume"
+        found, note = self.full.get(key.slice), "those of an earlier volume"
         if lattice and (found is None or len(found[0]) != len(kspace)):
-            found, note = self._with_others(_place(key), own, keep), "the lines of several repetitions"
+            found, note = self._with_others(_group(key), own, keep), "the lines of several repetitions"
         if found is None or len(found[0]) != len(kspace) or too_few(find_acs(torch.from_numpy(found[1])), counts.shape):
             return None, ""
         whole, came = np.zeros_like(kspace), np.zeros_like(counts)
@@ -197,14 +207,14 @@ class Centres:
         calibration = torch.from_numpy(whole), torch.from_numpy(came)
         return calibration, f"{why} calibration lines: the coil maps are made from {note}"
 
-    def _with_others(self, place: Place, own: Centre, keep: bool) -> Centre | None:
+    def _with_others(self, group: Group, own: Centre, keep: bool) -> Centre | None:
         """The sum of this centre and those of earlier repetitions, None if there are none of these."""
-        before = self.together.get(place)
+        before = self.together.get(group)
         if before is not None and len(before[0]) == len(own[0]):
-            self.together[place] = before[0] + own[0], before[1] + own[1]
-            return self.together[place]
+            self.together[group] = before[0] + own[0], before[1] + own[1]
+            return self.together[group]
         if keep:
-            self.together[place] = own[0].copy(), own[1].copy()
+            self.together[group] = own[0].copy(), own[1].copy()
         return None
 
 
@@ -228,5 +238,5 @@ def lies_elsewhere(image: ismrmrd.AcquisitionHeader, calibration: ismrmrd.Acquis
     return [f"the calibration lines were acquired {' and '.join(found)} from the image: the coil maps do not fit it"]
 
 
-def _place(key: tuple[int, ...]) -> Place:
-    return (key[0], key[1], key[3], key[4])
+def _group(key: VolumeKey) -> Group:
+    return Group(key.slice, key.contrast, key.set, key.phase)

@@ -15,7 +15,7 @@ import ismrmrd
 
 from . import wire as w
 from .failure import of_images, sentence
-from .flags import NOISE_BIT, SKIP_BITS, is_calibration_only, volume_key
+from .flags import NOISE_BIT, SKIP_BITS, VolumeKey, is_calibration_only, volume_key
 from .geometry import ScanError, read_geometry
 from .header import parse_header
 from .partitions import Partitions
@@ -140,7 +140,7 @@ class _Sender(threading.Thread):
         self.pace = _Pace() if realtime else None
         self.stop = threading.Event()
         self.given_up = False
-        self.seen: set[tuple[int, ...]] = set()
+        self.seen: set[VolumeKey] = set()
         self.partitions = None  # if the header cannot be read, the server says so
         with contextlib.suppress(ScanError):
             header = parse_header(scan.header_xml)

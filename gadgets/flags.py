@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import ismrmrd
 
 
@@ -30,12 +32,21 @@ PAIRS = (  # name, its first line, its last line
     ("repetition", FIRST_BIT, LAST_BIT),
     ("slice", _bits(ismrmrd.ACQ_FIRST_IN_SLICE), _bits(ismrmrd.ACQ_LAST_IN_SLICE)),
 )
-KEY = ("slice", "contrast", "repetition", "set", "phase")  # the counters that identify a volume
 
 
-def volume_key(idx) -> tuple[int, int, int, int, int]:
+class VolumeKey(NamedTuple):
+    """The counters that identify a volume."""
+
+    slice: int
+    contrast: int
+    repetition: int
+    set: int
+    phase: int
+
+
+def volume_key(idx) -> VolumeKey:
     """Which volume a line belongs to, by its counters."""
-    return (idx.slice, idx.contrast, idx.repetition, idx.set, idx.phase)
+    return VolumeKey(idx.slice, idx.contrast, idx.repetition, idx.set, idx.phase)
 
 
 def volume_name(number: int, idx) -> str:
@@ -43,8 +54,8 @@ def volume_name(number: int, idx) -> str:
 
     Counters at 0 are omitted.
     """
-    counters = [f"{name} {value}" for name in KEY if (value := getattr(idx, name))]
-    return f"volume {number + 1}" + f" ({', '.join(counters)})" * bool(counters)
+    counters = [f"{name} {value}" for name, value in volume_key(idx)._asdict().items() if value]
+    return f"volume {number + 1} ({', '.join(counters)})" if counters else f"volume {number + 1}"
 
 
 def is_calibration_only(flags: int) -> bool:

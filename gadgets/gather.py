@@ -21,10 +21,10 @@ from .flags import (
     BOTH_BIT,
     CALIBRATION_BIT,
     FIRST_BIT,
-    KEY,
     LAST_BIT,
     NOISE_BIT,
     SKIP_BITS,
+    VolumeKey,
     is_calibration_only,
     volume_key,
 )
@@ -90,7 +90,7 @@ class Gatherer:
         self.header, self.promised = header, announced(header)
         self.readout = Readout(self.geometry)
         self.partitions = Partitions(self.geometry, header)
-        self.volumes: dict[tuple[int, ...], OpenVolume] = {}
+        self.volumes: dict[VolumeKey, OpenVolume] = {}
         self.calibrations = Calibrations(header, self.geometry, self.readout)
         self.centres = Centres()
         self.noise = NoiseLines(header)
@@ -107,10 +107,10 @@ class Gatherer:
         self.waiting: list[ismrmrd.Acquisition] = []  # lines of the first slice, which may be a partition
         self.centred = False  # whether a volume has shown where k = 0 lies
         self.echoes: dict[int, int] = {}  # for each contrast: by how many samples its lines misstate the echo position
-        self.given: set[tuple[int, ...]] = set()
+        self.given: set[VolumeKey] = set()
         self.buffered = False  # whether the lines come in Gadgetron's buffers, which fill the whole readout
         # a block of lines that may become the array of its volume
-        self.offered: tuple[tuple[int, ...], np.ndarray] | None = None
+        self.offered: tuple[VolumeKey, np.ndarray] | None = None
         self.shared = Shared()
 
     def take(self, item) -> Iterator[GatheredVolume]:
@@ -147,13 +147,13 @@ class Gatherer:
         """Offer the block itself as the array to gather into, if all its lines are already in place."""
         acquired = headers[headers["number_of_samples"] > 0]
         idx = acquired["idx"]
-        keys = np.unique(np.stack([idx[name] for name in KEY], axis=-1), axis=0) if acquired.size else []
+        keys = np.unique(np.stack([idx[name] for name in VolumeKey._fields], axis=-1), axis=0) if acquired.size else []
         if len(keys) != 1 or data.shape[1:] != self.geometry.shape:
             return
         z, y = self.geometry.place(idx["kspace_encode_step_1"].astype(int), idx["kspace_encode_step_2"].astype(int))
         stays = np.array_equal(np.stack([z, y], axis=-1), np.argwhere(headers["number_of_samples"] > 0))
         if stays:
-            self.offered = tuple(int(n) for n in keys[0]), data
+            self.offered = VolumeKey(*keys[0].tolist()), data
 
     def add(self, line: ismrmrd.Acquisition) -> Iterator[GatheredVolume]:
         """Take one acquisition; yield complete volumes of earlier repetitions."""
@@ -212,7 +212,7 @@ class Gatherer:
             volume.flatten(self.geometry)
         self.calibrations.flatten(self.geometry)
 
-    def _doubt(self, line: ismrmrd.Acquisition, key: tuple[int, ...]) -> Iterator[GatheredVolume]:
+    def _doubt(self, line: ismrmrd.Acquisition, key: VolumeKey) -> Iterator[GatheredVolume]:
         """Keep a line that supports a k-space centre other than the header's.
 
         Once there are too many to be strays, use that centre for the whole scan.
@@ -254,16 +254,16 @@ class Gatherer:
         if self.partitions.are_slices:
             promised.pop("slice", None)
         notes = missing_volumes(promised, self.seen) if before is None else []
-        for key in sorted(key for key in self.volumes if before is None or key[2] < before):
+        for key in sorted(key for key in self.volumes if before is None or key.repetition < before):
             volume = self.volumes.pop(key)
             self.given.add(key)
             whole = before is not None and volume.lacks_nothing(self.promised.get("average", 1))
             # of a whole volume, the last line may be one of another set, yet to come
-            ends = [] if whole else missing_ends(self.flags[key[2]])
+            ends = [] if whole else missing_ends(self.flags[key.repetition])
             yield self._scan(volume, key, [*ends, *notes])
         self.calibrations.forget(before or 0)
 
-    def _image(self, line: ismrmrd.Acquisition, key: tuple[int, ...]) -> None:
+    def _image(self, line: ismrmrd.Acquisition, key: VolumeKey) -> None:
         coils = line.active_channels
         volume = self.volumes.get(key) or self._volume(key, coils, self._offer(key, coils))
         begins = volume.first is None
@@ -273,21 +273,21 @@ class Gatherer:
             self.seen["average"].add(line.idx.average)
         volume.add(line, self.readout)
         if volume.oversampling is not None:
-            self.calibrations.image_has(key[1], volume.oversampling)
+            self.calibrations.image_has(key.contrast, volume.oversampling)
 
-    def _offer(self, key: tuple[int, ...], coils: int) -> np.ndarray | None:
+    def _offer(self, key: VolumeKey, coils: int) -> np.ndarray | None:
         """The block that volume `key` may be gathered into, if there is one."""
         return self.offered[1] if self.offered and self.offered[0] == key and len(self.offered[1]) == coils else None
 
-    def _volume(self, key: tuple[int, ...], coils: int, kspace: np.ndarray | None = None) -> OpenVolume:
+    def _volume(self, key: VolumeKey, coils: int, kspace: np.ndarray | None = None) -> OpenVolume:
         volumes = (len(self.volumes) + 1) * self.geometry.shape[0] / self.partitions.count  # of the header's matrix
         self.admit(coils, math.ceil(volumes))
         volume = self.volumes[key] = OpenVolume(self.geometry, coils, kspace)
         self.noise.begin(volume)
-        for name, value in zip(KEY, key):
+        for name, value in key._asdict().items():
             self.seen.setdefault(name, set()).add(value)
         # if repetition is the inner loop of another counter, it recurs for each value of that counter
-        self.ended.discard(key[2])
+        self.ended.discard(key.repetition)
         return volume
 
     def _settled(self, repetition: int) -> Iterator[GatheredVolume]:
@@ -300,7 +300,7 @@ class Gatherer:
         self.streak = self.streak + 1 if repetition == self.repetition else 0
         self.back += repetition < self.repetition
         self.repetition = max(self.repetition, repetition)
-        earlier = sorted({key[2] for key in self.volumes if key[2] < repetition})
+        earlier = sorted({key.repetition for key in self.volumes if key.repetition < repetition})
         still_open = next((number for number in earlier if not self._over(number)), repetition)
         if earlier and earlier[0] < still_open:
             yield from self.finish(still_open)
@@ -313,7 +313,7 @@ class Gatherer:
         """
         if repetition in self.ended or self.back > STRAYS:
             return repetition in self.ended
-        volumes = [volume for key, volume in self.volumes.items() if key[2] == repetition]
+        volumes = [volume for key, volume in self.volumes.items() if key.repetition == repetition]
         size = max(SETTLED, sum(volume.grid.lines for volume in volumes))
         if self.streak <= IN_A_ROW * size:
             return False
@@ -323,26 +323,27 @@ class Gatherer:
         lacking = self.flags[repetition] & FIRST_BIT or any(volume.averages < averages for volume in volumes)
         return self.lines - self.newest[repetition] > (SINCE_LACKING if lacking else SINCE) * size
 
-    def _scan(self, volume: OpenVolume, key: tuple[int, ...], notes: list[str]) -> GatheredVolume:
+    def _scan(self, volume: OpenVolume, key: VolumeKey, notes: list[str]) -> GatheredVolume:
         counts = [one.grid.counts for one in (volume, *self.volumes.values())]
         if self.partitions.single(counts, self.seen.get("slice", ())):
             self._flatten(volume)
         self._centre_lines(volume)
         noise, gain, remarks = self.noise.of(volume)
         calibration, told = self.calibrations.of(key, len(volume.grid.kspace))
-        remarks += self._centre_echoes(volume, key[1], calibration)
+        remarks += self._centre_echoes(volume, key.contrast, calibration)
         scan = volume.scan(noise, calibration)
         remarks += told
         if scan.calibration is None:
-            more = self.repetition > key[2] or any(self.promised.get(name, 1) > 1 for name in KEY[1:])
-            scan.calibration, note = self.centres.serve(key, volume.grid.kspace, volume.grid.counts, keep=more)
+            more = any(self.promised.get(name, 1) > 1 for name in VolumeKey._fields if name != "slice")
+            keep = more or self.repetition > key.repetition
+            scan.calibration, note = self.centres.serve(key, volume.grid.kspace, volume.grid.counts, keep)
             remarks += [note] * bool(note)
         if calibration is not None and scan.calibration is not None and calibration.head is not None:
             remarks += lies_elsewhere(scan.head, calibration.head)
         remarks += self._remarks(volume, calibration)
         scan.warnings += [*self.notes, *self.partitions.notes, *remarks, *notes]
         scan.flaw = scan.flaw or self.partitions.flaw(volume.grid.counts, self.seen.get("slice", ()))
-        scan.shared, scan.gain, scan.echo_offset = self.shared, gain, self.echoes[key[1]]
+        scan.shared, scan.gain, scan.echo_offset = self.shared, gain, self.echoes[key.contrast]
         return scan
 
     def _remarks(self, volume: OpenVolume, calibration: Grid | None) -> list[str]:
