@@ -162,9 +162,10 @@ class Gatherer:
             self.noise.add(line, self.readout)
             return
         idx = line.idx
-        self.flags[idx.repetition] = self.flags.get(idx.repetition, 0) | flags
-        if flags & LAST_BIT and not line.encoding_space_ref:  # other encodings have counters of their own
-            self.ended.add(idx.repetition)
+        if not line.encoding_space_ref:  # other encodings have counters of their own
+            self.flags[idx.repetition] = self.flags.get(idx.repetition, 0) | flags
+            if flags & LAST_BIT:
+                self.ended.add(idx.repetition)
         if flags & SKIP_BITS:
             self.skipped += 1
             return

@@ -15,7 +15,6 @@ from gadgets.simulation.protocol import SimulateOptions
 
 def incomplete(scan):
     return [w.removeprefix("the scan seems incomplete: ") for w in scan.warnings if "incomplete" in w]
-    return [w.removeprefix("the scan seems incomplete: ") for w in scan.warnings if "incomplete" in w]
 
 
 def inside(line):
@@ -52,6 +51,19 @@ def test_a_repetition_whose_last_line_never_came(full):
     ]
     ended = line_like(lines[-1], flags=1 << (ismrmrd.ACQ_LAST_IN_MEASUREMENT - 1))
     assert incomplete(gathered(header, [*lines[:-1], ended])) == []
+
+
+def test_flags_of_another_encoding_neither_begin_nor_end_a_repetition(full):
+    """Its repetition 0 is not the image's."""
+    header, lines, _ = full
+    others = [line_like(line, encoding_space_ref=1, flags=0) for line in lines if inside(line)]
+    others[0].setFlag(ismrmrd.ACQ_FIRST_IN_REPETITION)
+    unflagged = [line_like(line, flags=0) for line in lines]
+    assert incomplete(gathered(header, [*others, *unflagged])) == []
+    others[-1].setFlag(ismrmrd.ACQ_LAST_IN_REPETITION)
+    assert incomplete(gathered(header, [*others, *lines[:-1]])) == [
+        "the first line of a repetition was flagged, but its last line never came"
+    ]
 
 
 def test_the_last_line_of_a_repetition_may_be_one_of_a_later_set(full):
