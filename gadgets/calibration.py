@@ -162,7 +162,8 @@ class Calibrations:
                 own = read_geometry(self.header, number).refitted((True, True))
                 fits = all(abs(a / b - 1) < 0.01 for a, b in zip(own.encoded_fov_mm[1:], self.image.encoded_fov_mm[1:]))
                 self.encodings[number] = (own, Readout(self.image, own)) if fits else None
-                self.notes += [f"of the calibration, {note}" for note in own.warnings] if fits else []
+                if fits:
+                    self.notes += [f"of the calibration, {note}" for note in own.warnings]
             except (ScanError, IndexError):
                 self.encodings[number] = None
         return self.encodings[number]
@@ -232,7 +233,11 @@ def lies_elsewhere(image: ismrmrd.AcquisitionHeader, calibration: ismrmrd.Acquis
     lengths = np.prod([np.linalg.norm(frame[1:], axis=1) for frame in frames], axis=0)
     cosines = np.divide((frames[0][1:] * frames[1][1:]).sum(1), lengths, out=np.ones(3), where=lengths > 0)
     turned = float(np.degrees(np.arccos(cosines.clip(-1, 1))).max())
-    found = [f"{away:.0f} mm away"] * (away > AWAY_MM) + [f"turned by {turned:.0f} degrees"] * (turned > TURNED_DEGREES)
+    found = []
+    if away > AWAY_MM:
+        found.append(f"{away:.0f} mm away")
+    if turned > TURNED_DEGREES:
+        found.append(f"turned by {turned:.0f} degrees")
     if not found:
         return []
     return [f"the calibration lines were acquired {' and '.join(found)} from the image: the coil maps do not fit it"]

@@ -11,6 +11,7 @@ def _bits(*flags: int) -> int:
     return sum(1 << (flag - 1) for flag in flags)
 
 
+# Of lines without image data or noise: they are not gathered, and the client counts no volumes by them.
 SKIP_BITS = _bits(
     ismrmrd.ACQ_IS_NAVIGATION_DATA,
     ismrmrd.ACQ_IS_PHASECORR_DATA,
