@@ -183,10 +183,17 @@ class _Sender(threading.Thread):
             if isinstance(item, ismrmrd.Acquisition):
                 count += 1
                 if _is_of_an_image(item):
-                    self.seen.add(volume_key(self.partitions(item).idx if self.partitions else item.idx))
+                    self.seen.add(self._key(item))
                 if self.pace or count % 256 == 0:
                     self.on_sent(count)
         return True
+
+    def _key(self, line: ismrmrd.Acquisition) -> VolumeKey:
+        """Which volume an image's line belongs to."""
+        if self.partitions:
+            self.partitions.see(line)
+            line = self.partitions.recounted(line)
+        return volume_key(line.idx)
 
 
 class _Pace:

@@ -35,14 +35,13 @@ from .readout import Readout
 from .recon_data import ReconBit, ReconData, ReconDataError, take_lines
 from .volume import GatheredVolume, Grid, OpenVolume, Shared
 
-DOUBTFUL = 2  # lines; up to this many do not move the k-space centre
-STRAYS = 8  # late lines; up to this many do not mean that repetitions are interleaved
-SETTLED = 128  # lines; minimum size of a repetition in the rules below
-# times its size: after more consecutive lines of a later one,
-# a repetition complete by the header but for its last-line flag is over
-IN_A_ROW = 0.5
-SINCE = 4  # times its size: after more lines since its last one, a repetition that may or may not be complete is over
-SINCE_LACKING = 8  # the same for one known to lack averages, or its last-line flag (its first line was flagged)
+DOUBTFUL = 2  # lines that lie inside the matrix only with another k-space centre than the header's; more move it
+# A repetition whose last line was not flagged is over after so many lines, as multiples of its own size (see `_over`):
+IN_A_ROW = 0.5  # of the latest repetition in a row: always needed, and enough if it is complete by the header
+SINCE = 4  # since its own last one, if it may or may not be complete
+SINCE_LACKING = 8  # since its own last one, if it lacks averages, or its last-line flag although its first was flagged
+SETTLED = 128  # lines; a smaller repetition counts as one of this size
+STRAYS = 8  # lines of earlier repetitions; more mean that repetitions are interleaved, and only the flag ends them
 AS_LONG = "the lines are too short for the readout oversampling that other lines of the scan have"
 UNEVEN = (
     "CAUTION: the lines' trajectories are not uniform (ramp sampling?), but this server reads the samples as equally "
@@ -72,12 +71,12 @@ def gather(header: ismrmrd.xsd.ismrmrdHeader, items: Iterable, admit: Admit = no
     gatherer = Gatherer(header, admit)
     found = 0
     for item in items:
-        for scan in gatherer.take(item):
+        for volume in gatherer.take(item):
             found += 1
-            yield scan
-    for scan in gatherer.finish():
+            yield volume
+    for volume in gatherer.finish():
         found += 1
-        yield scan
+        yield volume
     if not found:
         raise ScanError(f"the scan holds no imaging line ({gatherer.what_came()}): nothing to reconstruct")
 
@@ -95,10 +94,17 @@ class Gatherer:
         self.centres = Centres()
         self.noise = NoiseLines(header)
         self.others: Counter[int] = Counter()  # lines of each encoding space other than the image's
-        self.skipped = self.foreign = self.late = self.channelless = self.calibrating = self.lines = self.streak = 0
+        self.skipped = 0  # lines with one of SKIP_BITS
+        self.channelless = 0
+        self.calibration_lines = 0
+        self.foreign = 0  # lines of another encoding space that are no calibration
+        self.late = 0  # imaging lines whose volume had been yielded
+        self.lines = 0  # imaging lines
+        self.latest = -1  # repetition
+        self.streak = 0  # lines of the latest repetition in a row
         self.back = 0  # lines of a repetition that came after a later one had begun
-        self.repetition, self.flags = -1, {}  # the latest; for each one, the flags of all its lines combined
-        self.newest: dict[int, int] = {}  # for each repetition: number of lines received up to its last one
+        self.lines_until: dict[int, int] = {}  # for each repetition: `lines` when its last line so far came
+        self.flags: dict[int, int] = {}  # for each repetition: those of all its lines combined
         self.ended: set[int] = set()  # repetitions whose last line was flagged, with no new volume since
         self.seen: dict[str, set[int]] = {name: set() for name in self.promised}
         self.notes: list[str] = []
@@ -107,7 +113,7 @@ class Gatherer:
         self.waiting: list[ismrmrd.Acquisition] = []  # lines of the first slice, which may be a partition
         self.centred = False  # whether a volume has shown where k = 0 lies
         self.echoes: dict[int, int] = {}  # for each contrast: by how many samples its lines misstate the echo position
-        self.given: set[VolumeKey] = set()
+        self.given: set[VolumeKey] = set()  # volumes that were yielded
         self.buffered = False  # whether the lines come in Gadgetron's buffers, which fill the whole readout
         # a block of lines that may become the array of its volume
         self.offered: tuple[VolumeKey, np.ndarray] | None = None
@@ -161,38 +167,44 @@ class Gatherer:
         if flags & NOISE_BIT:
             self.noise.add(line, self.readout)
             return
-        idx = line.idx
         if not line.encoding_space_ref:  # other encodings have counters of their own
-            self.flags[idx.repetition] = self.flags.get(idx.repetition, 0) | flags
+            repetition = line.idx.repetition
+            self.flags[repetition] = self.flags.get(repetition, 0) | flags
             if flags & LAST_BIT:
-                self.ended.add(idx.repetition)
+                self.ended.add(repetition)
         if flags & SKIP_BITS:
             self.skipped += 1
             return
         if line.active_channels < 1:
             self.channelless += 1
             return
+        self.partitions.see(line)
         if self.partitions.unsure(line):
             self.waiting.append(line)
             return
         if self.waiting:
             yield from self._release()
-        line = self.partitions(line) if idx.slice or self.partitions.are_planes or not self.partitions.decided else line
-        idx, key = line.idx, volume_key(line.idx)
-        if line.encoding_space_ref:
-            self.others[line.encoding_space_ref] += 1
+        yield from self._sort_in(self.partitions.recounted(line))
+
+    def _sort_in(self, line: ismrmrd.Acquisition) -> Iterator[GatheredVolume]:
+        """Add a line to the volume or calibration that it belongs to; yield complete volumes of earlier repetitions."""
+        key, space = volume_key(line.idx), line.encoding_space_ref
+        if space:
+            self.others[space] += 1
         elif self.geometry.fitting != (None, None) and any(self.geometry.beyond(_steps(line))):
             yield from self._doubt(line, key)
             return
-        external = line.encoding_space_ref and self.geometry.calibration == "external"  # whether flagged or not
-        if external or (is_calibration_only(flags) and self.geometry.calibration not in INTEGRATED):
-            self.calibrating += 1
+        external = space and self.geometry.calibration == "external"  # whether flagged or not
+        if external or (is_calibration_only(line.flags) and self.geometry.calibration not in INTEGRATED):
+            self.calibration_lines += 1
             self.calibrations.add(line, key)
-        elif line.encoding_space_ref:
+        elif space:
             self.foreign += 1
         else:
-            yield from self._settled(idx.repetition)
-            line = self.partitions(line) if self.partitions.are_planes else line  # perhaps only since then
+            self._count(key.repetition)
+            yield from self._finish_earlier(key.repetition)
+            if self.partitions.are_planes:  # perhaps only since then
+                line = self.partitions.recounted(line)
             if key in self.given:
                 self.late += 1
             else:
@@ -238,7 +250,7 @@ class Gatherer:
         """Which lines came that are not image lines, in words."""
         found = [(count, "", f" of encoding space {number}") for number, count in sorted(self.others.items())]
         found += [
-            (self.calibrating - sum(self.others.values()), "calibration ", ""),
+            (self.calibration_lines - sum(self.others.values()), "calibration ", ""),
             (self.channelless, "", " without channels"),
             (len(self.noise), "noise ", ""),
             (self.skipped, "other ", ""),
@@ -261,7 +273,7 @@ class Gatherer:
             whole = before is not None and volume.lacks_nothing(self.promised.get("average", 1))
             # of a whole volume, the last line may be one of another set, yet to come
             ends = [] if whole else missing_ends(self.flags[key.repetition])
-            yield self._scan(volume, key, [*ends, *notes])
+            yield self._close(volume, key, [*ends, *notes])
         self.calibrations.forget(before or 0)
 
     def _image(self, line: ismrmrd.Acquisition, key: VolumeKey) -> None:
@@ -291,20 +303,19 @@ class Gatherer:
         self.ended.discard(key.repetition)
         return volume
 
-    def _settled(self, repetition: int) -> Iterator[GatheredVolume]:
-        """Volumes of repetitions before this line's, in order, once none of their lines can follow.
-
-        Repetitions may be interleaved.
-        """
+    def _count(self, repetition: int) -> None:
+        """Count an imaging line of this repetition."""
         self.lines += 1
-        self.newest[repetition] = self.lines
-        self.streak = self.streak + 1 if repetition == self.repetition else 0
-        self.back += repetition < self.repetition
-        self.repetition = max(self.repetition, repetition)
+        self.lines_until[repetition] = self.lines
+        self.streak = self.streak + 1 if repetition == self.latest else 0
+        self.back += repetition < self.latest
+        self.latest = max(self.latest, repetition)
+
+    def _finish_earlier(self, repetition: int) -> Iterator[GatheredVolume]:
+        """Yield and release the volumes of earlier repetitions, up to the first that is not over."""
         earlier = sorted({key.repetition for key in self.volumes if key.repetition < repetition})
         still_open = next((number for number in earlier if not self._over(number)), repetition)
-        if earlier and earlier[0] < still_open:
-            yield from self.finish(still_open)
+        return self.finish(still_open) if earlier and earlier[0] < still_open else iter(())
 
     def _over(self, repetition: int) -> bool:
         """Whether a repetition is over: its last line was flagged, or enough lines of later repetitions have come.
@@ -322,9 +333,13 @@ class Gatherer:
         if all(volume.lacks_nothing(averages) for volume in volumes):
             return True
         lacking = self.flags[repetition] & FIRST_BIT or any(volume.averages < averages for volume in volumes)
-        return self.lines - self.newest[repetition] > (SINCE_LACKING if lacking else SINCE) * size
+        return self.lines - self.lines_until[repetition] > (SINCE_LACKING if lacking else SINCE) * size
 
-    def _scan(self, volume: OpenVolume, key: VolumeKey, notes: list[str]) -> GatheredVolume:
+    def _close(self, volume: OpenVolume, key: VolumeKey, notes: list[str]) -> GatheredVolume:
+        """Finish a volume that was just taken off `volumes`.
+
+        It may first flatten or recentre all open ones too, each once in a scan: when its lines show the need for it.
+        """
         counts = [one.grid.counts for one in (volume, *self.volumes.values())]
         if self.partitions.single(counts, self.seen.get("slice", ())):
             self._flatten(volume)
@@ -332,20 +347,21 @@ class Gatherer:
         noise, gain, remarks = self.noise.of(volume)
         calibration, told = self.calibrations.of(key, len(volume.grid.kspace))
         remarks += self._centre_echoes(volume, key.contrast, calibration)
-        scan = volume.scan(noise, calibration)
+        gathered = volume.finished(noise, calibration)
         remarks += told
-        if scan.calibration is None:
+        if gathered.calibration is None:
             more = any(self.promised.get(name, 1) > 1 for name in VolumeKey._fields if name != "slice")
-            keep = more or self.repetition > key.repetition
-            scan.calibration, note = self.centres.serve(key, volume.grid.kspace, volume.grid.counts, keep)
-            remarks += [note] * bool(note)
-        if calibration is not None and scan.calibration is not None and calibration.head is not None:
-            remarks += lies_elsewhere(scan.head, calibration.head)
+            keep = more or self.latest > key.repetition
+            gathered.calibration, note = self.centres.serve(key, volume.grid.kspace, volume.grid.counts, keep)
+            if note:
+                remarks.append(note)
+        if calibration is not None and gathered.calibration is not None and calibration.head is not None:
+            remarks += lies_elsewhere(gathered.head, calibration.head)
         remarks += self._remarks(volume, calibration)
-        scan.warnings += [*self.notes, *self.partitions.notes, *remarks, *notes]
-        scan.flaw = scan.flaw or self.partitions.flaw(volume.grid.counts, self.seen.get("slice", ()))
-        scan.shared, scan.gain, scan.echo_offset = self.shared, gain, self.echoes[key.contrast]
-        return scan
+        gathered.warnings += [*self.notes, *self.partitions.notes, *remarks, *notes]
+        gathered.flaw = gathered.flaw or self.partitions.flaw(volume.grid.counts, self.seen.get("slice", ()))
+        gathered.shared, gathered.gain, gathered.echo_offset = self.shared, gain, self.echoes[key.contrast]
+        return gathered
 
     def _remarks(self, volume: OpenVolume, calibration: Grid | None) -> list[str]:
         """What the user should know about the lines of a volume, and about those of the scan that were left out."""

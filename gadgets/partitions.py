@@ -20,7 +20,7 @@ def slices_fill_matrix(geometry: Geometry, header: ismrmrd.xsd.ismrmrdHeader) ->
 class Partitions:
     """Decides whether the slice counter is really the partition counter.
 
-    Called with a line, it returns it with correct counters.
+    Let it `see` each line; once it is no longer `unsure` of it, `recounted` gives the line with correct counters.
 
     Slices that lie apart along the slice direction are slices, whatever the matrix: `are_planes` if the header has no
     encoding steps for its partitions. Otherwise, by the header, slices are partitions if it has several partitions but
@@ -42,34 +42,51 @@ class Partitions:
         # Of the first two slices; 0 if they share a position, None as long as there is one.
         self.apart_mm: float | None = 0.0 if self.count == 1 else None
         self.closest_slabs_mm = np.inf if steps == 0 else CLOSEST_SLABS * self.fov_mm
-        self.are_planes = self.deep = False  # deep: a volume had lines of several partitions
+        self.are_planes = False
+        self.deep = False  # whether a volume had lines of several partitions
         self.notes: list[str] = []
 
-    def __call__(self, line: ismrmrd.Acquisition) -> ismrmrd.Acquisition:
-        self._compare(line)
+    def see(self, line: ismrmrd.Acquisition) -> None:
+        """Compare the positions of the first two slices; if they lie apart, this decides."""
+        if self.apart_mm is not None or line.encoding_space_ref:
+            return
+        if self.first is None:
+            self.first = line.getHead()
+        elif line.idx.slice != self.first.idx.slice:
+            normal = np.array(self.first.slice_dir, float)
+            length = float(np.linalg.norm(normal))
+            with np.errstate(invalid="ignore"):  # positions and directions may be infinite
+                away = np.array(line.position, float) - np.array(self.first.position, float)
+                found = abs(float(away @ normal)) / length if length > 0 else float(np.linalg.norm(away))
+            self.apart_mm = found if np.isfinite(found) and found > APART * self.fov_mm / self.count else 0.0
+            if self.apart_mm:
+                self.are_planes, self.are_slices, self.decided = self.are_slices, False, True
+
+    def unsure(self, line: ismrmrd.Acquisition) -> bool:
+        """Whether it takes a line of another slice to know if this one is a slice or a partition."""
+        return self.apart_mm is None and (self.are_slices or (not self.decided and line.idx.slice > 0))
+
+    def recounted(self, line: ismrmrd.Acquisition) -> ismrmrd.Acquisition:
+        """The line with correct counters; while nothing is decided, its own may decide."""
+        if not self.decided:
+            self._decide(line.idx)
         if self.are_planes:
             has_partition = line.idx.kspace_encode_step_2 and not line.encoding_space_ref
             return _counted(line, line.idx.slice, 0) if has_partition else line
-        if not self.are_partitions(line.idx):
+        if (self.decided and not self.are_slices) or not line.idx.slice:
             return line
         self.notes = [
             f"the slice counter runs over the {self.count} partitions of the matrix: taken for kspace_encode_step_2"
         ]
         return _counted(line, 0, line.idx.slice)
 
-    def unsure(self, line: ismrmrd.Acquisition) -> bool:
-        """Whether it takes a line of another slice to know if this one is a slice or a partition."""
-        self._compare(line)
-        return self.apart_mm is None and (self.are_slices or (not self.decided and line.idx.slice > 0))
-
-    def are_partitions(self, idx: ismrmrd.EncodingCounters) -> bool:
-        """Whether the slice counter of this imaging line is a partition."""
-        if not self.decided and idx.slice != idx.kspace_encode_step_2:
-            self.decided = True  # slabs
-        elif not self.decided:
+    def _decide(self, idx: ismrmrd.EncodingCounters) -> None:
+        """Slabs if both counters differ; partitions once they have agreed for enough slices."""
+        if idx.slice != idx.kspace_encode_step_2:
+            self.decided = True
+        else:
             self.equal.add(idx.slice)
             self.decided = self.are_slices = len(self.equal) >= min(AGREEING, self.count)
-        return bool(idx.slice) and (self.are_slices or not self.decided)
 
     def plane(self, geometry: Geometry) -> Geometry:
         """Geometry of a single slice, for slices that lie apart; notes that it is."""
@@ -103,22 +120,6 @@ class Partitions:
             f"each of the {len(slices)} slices has one of the matrix' {self.count} partitions: "
             "partitions are to be counted by kspace_encode_step_2"
         )
-
-    def _compare(self, line: ismrmrd.Acquisition) -> None:
-        """Compare the positions of the first two slices."""
-        if self.apart_mm is not None or line.encoding_space_ref:
-            return
-        if self.first is None:
-            self.first = line.getHead()
-        elif line.idx.slice != self.first.idx.slice:
-            normal = np.array(self.first.slice_dir, float)
-            length = float(np.linalg.norm(normal))
-            with np.errstate(invalid="ignore"):  # positions and directions may be infinite
-                away = np.array(line.position, float) - np.array(self.first.position, float)
-                found = abs(float(away @ normal)) / length if length > 0 else float(np.linalg.norm(away))
-            self.apart_mm = found if np.isfinite(found) and found > APART * self.fov_mm / self.count else 0.0
-            if self.apart_mm:
-                self.are_planes, self.are_slices, self.decided = self.are_slices, False, True
 
 
 def _steps(header: ismrmrd.xsd.ismrmrdHeader) -> int:

@@ -311,32 +311,35 @@ class OpenVolume:
             self.judged = self.grid.lines, complete
         return self.judged[1]
 
-    def scan(self, noise: torch.Tensor | None, calibration: Grid | None) -> GatheredVolume:
-        """The finished volume, with notes for the user."""
+    def finished(self, noise: torch.Tensor | None, calibration: Grid | None) -> GatheredVolume:
+        """The volume, with notes for the user.
+
+        To be called once: it settles the geometry and may write calibration lines into the gathered k-space.
+        """
         self.geometry = self.geometry.settled()
         kspace, counts = torch.from_numpy(self.grid.kspace), torch.from_numpy(self.grid.counts)
-        scan = GatheredVolume(self.geometry, kspace, counts, self.head or self.first, noise)
-        scan.warnings += [*self.geometry.warnings, *self.grid.warnings("")]
+        volume = GatheredVolume(self.geometry, kspace, counts, self.head or self.first, noise)
+        volume.warnings += [*self.geometry.warnings, *self.grid.warnings("")]
         if self.duplicates:
-            scan.warnings.append(of_lines(self.duplicates, "{lines} came more than once and {were} averaged"))
+            volume.warnings.append(of_lines(self.duplicates, "{lines} came more than once and {were} averaged"))
         if calibration is not None:
-            scan.warnings += self._take_centre(calibration)
-            scan.calibration = self._calibration(calibration)
-            scan.warnings += calibration.warnings("calibration ")
-        scan.warnings += missing_lines(self.geometry, self.grid.counts)
+            volume.warnings += self._take_centre(calibration)
+            volume.calibration = self._calibration(calibration)
+            volume.warnings += calibration.warnings("calibration ")
+        volume.warnings += missing_lines(self.geometry, self.grid.counts)
         if self.grid.filled and hole_at_centre(self.grid.counts).any():
-            scan.warnings.append(NO_CENTRE)
+            volume.warnings.append(NO_CENTRE)
         if min(self.grid.reversed, self.grid.lines - self.grid.reversed) > BOTH_WAYS * self.grid.lines:
-            scan.warnings.append(
+            volume.warnings.append(
                 "CAUTION: this image is made from lines of both readout directions, as in EPI, "
                 "without any correction: expect ghosts"
             )
         if self.grid.outside > self.grid.lines > 0:
-            scan.flaw = (
+            volume.flaw = (
                 f"{self.grid.outside} lines lay outside the encoded matrix and only {self.grid.lines} inside: "
                 "the header does not belong to these lines"
             )
-        return scan
+        return volume
 
     def _take_centre(self, calibration: Grid) -> list[str]:
         """Use calibration lines for the image too; returns a remark for the user, if so.
