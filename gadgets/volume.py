@@ -76,7 +76,9 @@ class Grid:
         self.kspace = np.zeros((coils, *geometry.shape), np.complex64) if kspace is None else kspace
         self.counts = np.zeros(geometry.shape[:2], np.float32)
         self.energy = np.zeros(geometry.shape[:2], np.float32)  # of the strongest line at each place
-        self.lines = self.filled = self.outside = self.unfit = self.uncentred = self.empty = self.reversed = 0
+        self.lines = self.filled = 0  # lines added; places that have some
+        self.uncentred = self.reversed = 0  # of the lines added
+        self.outside = self.unfit = self.empty = 0  # lines left out, see `warnings`
         self.echo_moved = False
         # What was assumed about lines longer or shorter than the header says, and of how many.
         self.lengths: dict[str, int] = {}
@@ -222,7 +224,8 @@ class OpenVolume:
         self.nearest, self.judged = np.inf, (0, False)
         # With respect to the alternative centre, where the header's is in doubt.
         self.other_nearest, self.other_head = np.inf, None
-        self.averages = self.duplicates = self.certain = 0
+        self.averages = self.duplicates = 0
+        self.certain = 0  # places whose first line showed the oversampling of the volume
         self.strange: set[tuple[int, int]] = set()  # places of lines unlike the others
 
     def add(self, line: ismrmrd.Acquisition, readout: Readout) -> None:
