@@ -150,8 +150,7 @@ def make_meta(
 ) -> dict:
     """Meta attributes under Gadgetron's and FIRE's names, ASCII only."""
     geometry, protocol = scan.geometry, getattr(header.measurementInformation, "protocolName", None) or ""
-    top = float(np.percentile(np.abs(evenly(pixels, SAMPLED)), 99.5))
-    window = {"Center": str(max(1, round(top / 2))), "Width": str(max(1, round(top)))}
+    centre, width = _window(pixels)
     history = ["Gadgetron", "SliceDiffusion", _ascii(name)]
     read, phase, slices = ([f"{v:.18f}" for v in row] for row in frame.directions)
     comment = _ascii(comment)
@@ -161,8 +160,8 @@ def make_meta(
         "GADGETRON_ImageComment": comment, "ImageComments": comment, "ImageComment": comment,
         "GADGETRON_SeqDescription": f"_{_ascii(name)}", "SequenceDescriptionAdditional": _ascii(name),
         "SeriesDescription": _ascii(f"{protocol} {name}".strip()),
-        "GADGETRON_WindowCenter": window["Center"], "WindowCenter": window["Center"],
-        "GADGETRON_WindowWidth": window["Width"], "WindowWidth": window["Width"],
+        "GADGETRON_WindowCenter": centre, "WindowCenter": centre,
+        "GADGETRON_WindowWidth": width, "WindowWidth": width,
         # No RescaleSlope: a console would apply the window to the rescaled pixels.
         "GADGETRON_ScaleRatio": f"{scale:.9g}", "GADGETRON_ScaleOffset": "0",
         "ImageRowDir": read, "ImageColumnDir": phase, "ImageSliceNormDir": slices,
@@ -174,6 +173,15 @@ def make_meta(
         "recon_FOV": [f"{v:g}" for v in geometry.recon_fov_mm],
         **_about_the_scan(scan, header),
     }  # fmt: skip
+
+
+def _window(pixels: np.ndarray) -> tuple[str, str]:
+    """Centre and width of the window for a console: whole numbers for whole pixels, of any size for floats."""
+    top = float(np.percentile(np.abs(evenly(pixels, SAMPLED)), 99.5))
+    if pixels.dtype.kind == "u":
+        return str(max(1, round(top / 2))), str(max(1, round(top)))
+    top = top or 1.0
+    return f"{top / 2:.9g}", f"{top:.9g}"  # an exponent, which some readers cut off, only from 1e9 on
 
 
 def _about_the_scan(scan: GatheredVolume, header) -> dict:

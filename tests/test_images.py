@@ -124,6 +124,20 @@ def test_meta_tells_window_matrix_and_both_fields_of_view():
     assert meta["encoded_matrix"] == ["12", "10", "8"] and meta["recon_matrix"] == ["6", "10", "8"]
 
 
+@pytest.mark.parametrize("brightness", [1e-6, 0.3, 5000.25, 2e8])
+@pytest.mark.parametrize("output", ["float32", "complex64"])
+def test_the_window_of_float_images_fits_pixels_of_any_size(output, brightness):
+    """Far below 1 as well: a window of 1 would show such an image black. What reads whole numbers finds no exponent."""
+    volume, options = torch.full((8, 10, 12), brightness, dtype=torch.complex64), make_options({"output": output})
+    (image,) = make_images(volume, a_scan(), options, HEADER, 1, 0, "name", [])
+    window = (image.meta["WindowCenter"], image.meta["WindowWidth"])
+    assert [float(value) for value in window] == pytest.approx([brightness / 2, brightness], rel=1e-6)
+    assert window == (image.meta["GADGETRON_WindowCenter"], image.meta["GADGETRON_WindowWidth"])
+    assert brightness < 1 or not any("e" in value for value in window)
+    (dark,) = make_images(0 * volume, a_scan(), options, HEADER, 1, 0, "name", [])
+    assert float(dark.meta["WindowWidth"]) > 0
+
+
 def test_a_nifti_has_the_brightness_of_before_the_scaling(tmp_path):
     volume = torch.from_numpy(np.random.default_rng(0).random((8, 10, 12))).to(torch.complex64)
     (image,) = make_images(volume, a_scan(), make_options(), HEADER, 1, 0, "name", [])
