@@ -41,7 +41,7 @@ class Host:
         """Reply to a query during a scan; "" if there is nobody to reply."""
         return ""
 
-    def hurry(self) -> str:
+    def why_stop(self) -> str:
         """Reason to finish the scan early, or ""."""
         return ""
 
@@ -127,7 +127,7 @@ class Intake:
                     with contextlib.suppress(OSError):  # a peer that is gone is detected elsewhere
                         self.wire.send_response(item[0], answer)
         except WireError as error:
-            self.cut = f"the scan was cut off {self.host.hurry()}" if self.host.hurry() else str(error)
+            self.cut = f"the scan was cut off {self.host.why_stop()}" if self.host.why_stop() else str(error)
 
     def _note_late(self, text: str) -> None:
         with contextlib.suppress(OptionsError):  # any other text is the host's own
@@ -136,7 +136,7 @@ class Intake:
                 log.warning("options came after the first line and are not used: %s", ", ".join(sorted(late)))
             self.late |= late
 
-    def worth_it(self, scans: Iterator) -> Iterator:
+    def worth_it(self, volumes: Iterator) -> Iterator:
         """The gathered volumes; of a scan that broke off, only those with enough lines for an image, with a warning.
 
         Raises:
@@ -144,19 +144,19 @@ class Intake:
         """
         poor = 0
         try:
-            for scan in scans:
+            for gathered in volumes:
                 if self.late:
                     late = ", ".join(sorted(self.late))
-                    scan.warnings.append(f"options came after the first line and were not used: {late}")
-                if self.cut and not worth_an_image(scan):
+                    gathered.warnings.append(f"options came after the first line and were not used: {late}")
+                if self.cut and not worth_an_image(gathered):
                     poor += 1
                     continue
                 if self.cut:
-                    lines = int(scan.counts.sum())
-                    scan.warnings.append(
+                    lines = int(gathered.counts.sum())
+                    gathered.warnings.append(
                         f"the scan broke off and was reconstructed from the {lines} lines that came ({self.cut})"
                     )
-                yield scan
+                yield gathered
         except ScanError as error:
             if self.images:
                 error = ScanError(f"{error}; {self.images} images came, but raw data are needed")
@@ -170,13 +170,13 @@ class Intake:
     def turn(self, tell: Callable[[str], None]) -> Callable:
         """The context for computing one volume, as `reconstruct` expects it."""
 
-        def hurry() -> str:
-            return "because the peer is gone" if self.wire.gone() else self.host.hurry()
+        def why_stop() -> str:
+            return "because the peer is gone" if self.wire.gone() else self.host.why_stop()
 
         @contextlib.contextmanager
         def turn():
             with self.host.turn(tell):
-                yield hurry
+                yield why_stop
 
         return turn
 

@@ -303,7 +303,7 @@ class ServerHost(Host):
         """The server's reply, the same as outside a scan."""
         return self.handler.answer(question)
 
-    def hurry(self) -> str:
+    def why_stop(self) -> str:
         """Reason to finish the scan early, or ""."""
         return "because the server is shutting down" if self.server.out_of_time.is_set() else ""
 
@@ -311,7 +311,7 @@ class ServerHost(Host):
         """Reason not to begin another image, or ""."""
         if self.handler.wire.gone():
             return "because the peer is gone"
-        return self.hurry() if time.monotonic() > self.server.last_turn else ""
+        return self.why_stop() if time.monotonic() > self.server.last_turn else ""
 
     @contextlib.contextmanager
     def turn(self, tell: Callable[[str], None]) -> Iterator[None]:

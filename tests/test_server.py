@@ -643,8 +643,8 @@ def test_why_an_idle_connection_is_closed_is_told(prior):
 @pytest.fixture
 def slow_preview(monkeypatch):
     """CG-SENSE that does not come to its end."""
-    hangs, look = threading.Event(), recon._look
-    monkeypatch.setattr(recon, "_look", lambda *how, **more: hangs.wait(20) and look(*how, **more))
+    hangs, prepare = threading.Event(), recon._prepare
+    monkeypatch.setattr(recon, "_prepare", lambda *how, **more: hangs.wait(20) and prepare(*how, **more))
     monkeypatch.setattr("gadgets.solve.LAST_LOOK_S", 0.3)
     yield hangs
     hangs.set()
