@@ -32,7 +32,7 @@ class Host:
         return load_prior_for(options)
 
     def take_in(self, header) -> None:
-        """May refuse the scan with a ScanError."""
+        """Called once, before anything else of the scan; may refuse it with a ScanError."""
 
     def admit(self, coils: int, volumes: int) -> None:
         """May refuse, with a ScanError, to gather this many volumes at once."""
@@ -46,7 +46,7 @@ class Host:
         return ""
 
     @contextlib.contextmanager
-    def turn(self, tell: Callable[[str], None]) -> Iterator[None]:
+    def hold_device(self, tell: Callable[[str], None]) -> Iterator[None]:
         """Hold the device within the context; `tell` is called with the place in the queue while waiting."""
         yield
 
@@ -67,7 +67,7 @@ def run_scan(
     Args:
         header_xml: ISMRMRD header.
         sources: option mappings; later ones take precedence.
-        host: loads priors, grants turns and memory.
+        host: loads priors, grants the device and memory.
         notify: shows the peer a line of progress.
         first: a message already read from `wire`.
     """
@@ -77,11 +77,19 @@ def run_scan(
     options = make_options(*sources)
     prior = host.load_prior(options)
 
-    def ahead(scans):
-        readers.append(Ahead(intake.worth_it(scans), to_the_end=True))
+    def ahead(volumes):
+        readers.append(Ahead(intake.worth_it(volumes), to_the_end=True))
         return readers[-1]
 
-    images = reconstruct(header, intake, prior, options, progress, intake.turn(progress.say), ahead, host.admit)
+    def why_stop() -> str:
+        return "because the peer is gone" if wire.gone() else host.why_stop()
+
+    @contextlib.contextmanager
+    def turn():
+        with host.hold_device(progress.say):
+            yield why_stop
+
+    images = reconstruct(header, intake, prior, options, progress, turn, ahead, host.admit)
     try:
         for image in images:
             wire.send_item(image)
@@ -166,19 +174,6 @@ class Intake:
                 f"{self.cut}; the k-space centre had not come by then, "
                 f"so there is no image of {poor} volume{'s' * (poor > 1)}"
             )
-
-    def turn(self, tell: Callable[[str], None]) -> Callable:
-        """The context for computing one volume, as `reconstruct` expects it."""
-
-        def why_stop() -> str:
-            return "because the peer is gone" if self.wire.gone() else self.host.why_stop()
-
-        @contextlib.contextmanager
-        def turn():
-            with self.host.turn(tell):
-                yield why_stop
-
-        return turn
 
 
 class Progress:
