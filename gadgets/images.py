@@ -35,7 +35,8 @@ def to_recon_matrix(volume: torch.Tensor, geometry: Geometry) -> torch.Tensor:
     """Crop [z y x] to the reconstructed field of view and interpolate it to the reconstructed matrix."""
     gathered_fov = [n * mm for n, mm in zip(volume.shape, geometry.voxel_mm)]
     extent = [recon / fov for recon, fov in zip(reversed(geometry.recon_fov_mm), gathered_fov)]
-    cut_out = [2] * (geometry.readout < geometry.encoded_matrix[0])  # the readout, with its oversampling
+    # the readout, with its oversampling
+    cut_out = [2] if geometry.readout < geometry.encoded_matrix[0] else []
     return resample(volume, tuple(reversed(geometry.recon_matrix)), extent, cut_out)
 
 
