@@ -118,8 +118,8 @@ def _images_of(
     ) -> list[ismrmrd.Image]:
         def made(there: Measurement, volume: torch.Tensor) -> list[ismrmrd.Image]:
             notes = [*gathered.warnings, *there.warnings, *remarks]
-            image = image_of(there, volume)
-            return list(make_images(image, gathered, options, header, SERIES[series], number, name, notes))
+            facts = gathered, options, header, SERIES[series], number, name, notes
+            return list(make_images(image_of(there, volume), *facts))  # which lets go of what it has converted
 
         return result_of(made, report, measurement, volume)
 
@@ -141,7 +141,7 @@ def prepare(
 ) -> tuple[Measurement, torch.Tensor]:
     """The inverse problem and its CG-SENSE image [z y x].
 
-    On the CPU, with a warning, if the GPU cannot handle the gathered.
+    On the CPU, with a warning, if the GPU cannot handle the volume.
 
     Raises:
         ScanError: if no image can be made of it.
