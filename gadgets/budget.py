@@ -1,4 +1,4 @@
-"""The memory that the k-space of one connection may use, and whether an aborted scan is worth reconstructing."""
+"""The memory that the k-space of one connection may use, and whether what came of a scan is worth an image."""
 
 from __future__ import annotations
 
@@ -131,16 +131,16 @@ def _left_to_groups(root: Path) -> Iterator[int]:
                 yield max(0, most - now + int(droppable[1] if droppable else 0))
 
 
-def worth_an_image(scan: GatheredVolume) -> bool:
-    """Whether an aborted scan has enough lines for an image.
+def worth_an_image(gathered: GatheredVolume) -> bool:
+    """Whether a volume of an aborted scan has enough lines for an image.
 
     That is, some in each quadrant of the k-space centre, and not too few in all.
     """
-    there = scan.counts > 0
-    if scan.calibration is not None:
-        there = there | (scan.calibration[1] > 0)
+    there = gathered.counts > 0
+    if gathered.calibration is not None:
+        there = there | (gathered.calibration[1] > 0)
     quadrants = [there[z][:, y] for z in _halves(there.shape[0]) for y in _halves(there.shape[1])]
-    return all(bool(q.any()) for q in quadrants) and float((scan.counts > 0).float().mean()) >= FEWEST
+    return all(bool(q.any()) for q in quadrants) and float((gathered.counts > 0).float().mean()) >= FEWEST
 
 
 def _halves(n: int) -> list[slice]:

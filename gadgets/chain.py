@@ -11,7 +11,7 @@ from pathlib import Path
 from .options import OptionsError, preset_names
 
 OURS = ("gadgets",)
-PLAIN_NAME = re.compile(r"[\w.-]{1,100}")
+CHAIN_NAME = re.compile(r"[\w.-]{1,100}")
 DEFAULT_NAMES = ("default", "default.xml", "slicediff", "gadgets", "null", "")
 
 
@@ -52,7 +52,7 @@ def options_of_config_name(name: str) -> dict[str, str]:
     stem = name.removesuffix(".xml")
     if stem in preset_names():
         return {"preset": stem}
-    for folder in config_folders() if PLAIN_NAME.fullmatch(stem) else ():
+    for folder in config_folders() if CHAIN_NAME.fullmatch(stem) else ():
         if (folder / f"{stem}.xml").is_file():
             return properties_of((folder / f"{stem}.xml").read_bytes())
     known = sorted({"default", *preset_names(), *(p.name for f in config_folders() for p in f.glob("slicediff*.xml"))})

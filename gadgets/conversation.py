@@ -32,7 +32,7 @@ class Host:
         return load_prior_for(options)
 
     def take_in(self, header) -> None:
-        """May refuse the scan with a ScanError."""
+        """Called once, before anything else of the scan; may refuse it with a ScanError."""
 
     def admit(self, coils: int, volumes: int) -> None:
         """May refuse, with a ScanError, to gather this many volumes at once."""
@@ -41,12 +41,12 @@ class Host:
         """Reply to a query during a scan; "" if there is nobody to reply."""
         return ""
 
-    def hurry(self) -> str:
+    def why_stop(self) -> str:
         """Reason to finish the scan early, or ""."""
         return ""
 
     @contextlib.contextmanager
-    def turn(self, tell: Callable[[str], None]) -> Iterator[None]:
+    def hold_device(self, tell: Callable[[str], None]) -> Iterator[None]:
         """Hold the device within the context; `tell` is called with the place in the queue while waiting."""
         yield
 
@@ -67,7 +67,7 @@ def run_scan(
     Args:
         header_xml: ISMRMRD header.
         sources: option mappings; later ones take precedence.
-        host: loads priors, grants turns and memory.
+        host: loads priors, grants the device and memory.
         notify: shows the peer a line of progress.
         first: a message already read from `wire`.
     """
@@ -77,11 +77,19 @@ def run_scan(
     options = make_options(*sources)
     prior = host.load_prior(options)
 
-    def ahead(scans):
-        readers.append(Ahead(intake.worth_it(scans), to_the_end=True))
+    def ahead(volumes):
+        readers.append(Ahead(intake.worth_it(volumes), to_the_end=True))
         return readers[-1]
 
-    images = reconstruct(header, intake, prior, options, progress, intake.turn(progress.say), ahead, host.admit)
+    def why_stop() -> str:
+        return "because the peer is gone" if wire.gone() else host.why_stop()
+
+    @contextlib.contextmanager
+    def turn():
+        with host.hold_device(progress.say):
+            yield why_stop
+
+    images = reconstruct(header, intake, prior, options, progress, turn, ahead, host.admit)
     try:
         for image in images:
             wire.send_item(image)
@@ -127,7 +135,7 @@ class Intake:
                     with contextlib.suppress(OSError):  # a peer that is gone is detected elsewhere
                         self.wire.send_response(item[0], answer)
         except WireError as error:
-            self.cut = f"the scan was cut off {self.host.hurry()}" if self.host.hurry() else str(error)
+            self.cut = f"the scan was cut off {self.host.why_stop()}" if self.host.why_stop() else str(error)
 
     def _note_late(self, text: str) -> None:
         with contextlib.suppress(OptionsError):  # any other text is the host's own
@@ -136,7 +144,7 @@ class Intake:
                 log.warning("options came after the first line and are not used: %s", ", ".join(sorted(late)))
             self.late |= late
 
-    def worth_it(self, scans: Iterator) -> Iterator:
+    def worth_it(self, volumes: Iterator) -> Iterator:
         """The gathered volumes; of a scan that broke off, only those with enough lines for an image, with a warning.
 
         Raises:
@@ -144,19 +152,19 @@ class Intake:
         """
         poor = 0
         try:
-            for scan in scans:
+            for gathered in volumes:
                 if self.late:
                     late = ", ".join(sorted(self.late))
-                    scan.warnings.append(f"options came after the first line and were not used: {late}")
-                if self.cut and not worth_an_image(scan):
+                    gathered.warnings.append(f"options came after the first line and were not used: {late}")
+                if self.cut and not worth_an_image(gathered):
                     poor += 1
                     continue
                 if self.cut:
-                    lines = int(scan.counts.sum())
-                    scan.warnings.append(
+                    lines = int(gathered.counts.sum())
+                    gathered.warnings.append(
                         f"the scan broke off and was reconstructed from the {lines} lines that came ({self.cut})"
                     )
-                yield scan
+                yield gathered
         except ScanError as error:
             if self.images:
                 error = ScanError(f"{error}; {self.images} images came, but raw data are needed")
@@ -166,19 +174,6 @@ class Intake:
                 f"{self.cut}; the k-space centre had not come by then, "
                 f"so there is no image of {poor} volume{'s' * (poor > 1)}"
             )
-
-    def turn(self, tell: Callable[[str], None]) -> Callable:
-        """The context for computing one volume, as `reconstruct` expects it."""
-
-        def hurry() -> str:
-            return "because the peer is gone" if self.wire.gone() else self.host.hurry()
-
-        @contextlib.contextmanager
-        def turn():
-            with self.host.turn(tell):
-                yield hurry
-
-        return turn
 
 
 class Progress:

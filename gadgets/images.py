@@ -22,6 +22,7 @@ from .orientation import Frame, orient, parse_orientation
 from .volume import GatheredVolume
 
 SERIES = {"preview": 1, "final": 2, "error": 3}
+OF_THE_OBJECT = (SERIES["preview"], SERIES["final"])  # these show it, an error map does not
 FULL_SCALE = 4095
 # Of a volume's voxels: what contrast agent in vessels may cut off rather than change the scale of a series.
 CLIPPED = 0.01
@@ -34,13 +35,14 @@ def to_recon_matrix(volume: torch.Tensor, geometry: Geometry) -> torch.Tensor:
     """Crop [z y x] to the reconstructed field of view and interpolate it to the reconstructed matrix."""
     gathered_fov = [n * mm for n, mm in zip(volume.shape, geometry.voxel_mm)]
     extent = [recon / fov for recon, fov in zip(reversed(geometry.recon_fov_mm), gathered_fov)]
-    cut_out = [2] * (geometry.readout < geometry.encoded_matrix[0])  # the readout, with its oversampling
+    # the readout, with its oversampling
+    cut_out = [2] if geometry.readout < geometry.encoded_matrix[0] else []
     return resample(volume, tuple(reversed(geometry.recon_matrix)), extent, cut_out)
 
 
 def make_images(
     volume: torch.Tensor,
-    scan: GatheredVolume,
+    gathered: GatheredVolume,
     options: Options,
     header,
     series: int,
@@ -65,13 +67,13 @@ def make_images(
     Raises:
         ValueError: if the volume is not finite.
     """
-    volume = to_recon_matrix(volume, scan.geometry)
-    if scan.echo_offset and series != SERIES["error"]:
-        volume = with_echo_phase(volume, scan)
+    volume = to_recon_matrix(volume, gathered.geometry)
+    if gathered.echo_offset and series in OF_THE_OBJECT:
+        volume = with_echo_phase(volume, gathered)
     if not finite(volume):
         raise ValueError(f"the {name} image holds NaN or infinity and was not sent")
-    alike = (series, scan.head.idx.contrast, scan.head.idx.set)
-    earlier = scan.shared.scales.get(alike)
+    alike = (series, gathered.head.idx.contrast, gathered.head.idx.set)
+    earlier = gathered.shared.scales.get(alike)
     pixels, scale, saturated = to_pixels(volume, options.output, earlier)
     if saturated > CLIPPED * pixels.size and earlier is not None:
         pixels, scale, saturated = to_pixels(volume, options.output)
@@ -81,7 +83,7 @@ def make_images(
         )
         notes = [*notes, brighter]
     if pixels.any():
-        scan.shared.scales[alike] = scale
+        gathered.shared.scales[alike] = scale
     if saturated:
         voxels_are, were = ("voxel is", "was") if saturated == 1 else ("voxels are", "were")
         clipped = (
@@ -89,24 +91,26 @@ def make_images(
             "the first volume of a contrast sets its scale"
         )
         notes = [*notes, clipped]
-    frame, assumed = frame_of(scan)
+    frame, assumed = frame_of(gathered)
     pixels, frame = orient(pixels, frame, options.orientation)
     notes = [*notes, *assumed]
-    meta = make_meta(scan, frame, pixels, scale, name, BETWEEN_NOTES.join([name, *notes]), header)
+    meta = make_meta(gathered, frame, pixels, scale, name, BETWEEN_NOTES.join([name, *notes]), header)
     parts = [(0, pixels)] if options.layout == "volume" else [(z, pixels[z : z + 1]) for z in range(len(pixels))]
     partitions = len(pixels) if options.layout == "partitions" else 1
     for z, part in parts:
         index = number * len(parts) + z + 1
-        yield _image(part, scan.head, frame, z, partitions, series, index, meta)
+        yield _image(part, gathered.head, frame, z, partitions, series, index, meta)
 
 
-def with_echo_phase(volume: torch.Tensor, scan: GatheredVolume) -> torch.Tensor:
+def with_echo_phase(volume: torch.Tensor, gathered: GatheredVolume) -> torch.Tensor:
     """`volume` [z y x] of the reconstructed matrix with the linear phase along x that centring the echo has removed.
 
     A field gradient gives it to late echoes; without it, phases of contrasts could not be compared.
     """
-    n, geometry = volume.shape[-1], scan.geometry
-    cycles = scan.echo_offset * geometry.recon_fov_mm[0] / (geometry.readout * geometry.voxel_mm[2])  # over the image
+    n, geometry = volume.shape[-1], gathered.geometry
+    cycles = (
+        gathered.echo_offset * geometry.recon_fov_mm[0] / (geometry.readout * geometry.voxel_mm[2])
+    )  # over the image
     x = (torch.arange(n, device=volume.device, dtype=torch.float64) - n // 2) / n
     return volume * torch.exp(2j * torch.pi * cycles * x).to(volume.dtype)
 
@@ -146,12 +150,11 @@ def to_pixels(volume: torch.Tensor, output: str, scale: float | None = None) -> 
 
 
 def make_meta(
-    scan: GatheredVolume, frame: Frame, pixels: np.ndarray, scale: float, name: str, comment: str, header
+    gathered: GatheredVolume, frame: Frame, pixels: np.ndarray, scale: float, name: str, comment: str, header
 ) -> dict:
     """Meta attributes under Gadgetron's and FIRE's names, ASCII only."""
-    geometry, protocol = scan.geometry, getattr(header.measurementInformation, "protocolName", None) or ""
-    top = float(np.percentile(np.abs(evenly(pixels, SAMPLED)), 99.5))
-    window = {"Center": str(max(1, round(top / 2))), "Width": str(max(1, round(top)))}
+    geometry, protocol = gathered.geometry, getattr(header.measurementInformation, "protocolName", None) or ""
+    centre, width = _window(pixels)
     history = ["Gadgetron", "SliceDiffusion", _ascii(name)]
     read, phase, slices = ([f"{v:.18f}" for v in row] for row in frame.directions)
     comment = _ascii(comment)
@@ -161,8 +164,8 @@ def make_meta(
         "GADGETRON_ImageComment": comment, "ImageComments": comment, "ImageComment": comment,
         "GADGETRON_SeqDescription": f"_{_ascii(name)}", "SequenceDescriptionAdditional": _ascii(name),
         "SeriesDescription": _ascii(f"{protocol} {name}".strip()),
-        "GADGETRON_WindowCenter": window["Center"], "WindowCenter": window["Center"],
-        "GADGETRON_WindowWidth": window["Width"], "WindowWidth": window["Width"],
+        "GADGETRON_WindowCenter": centre, "WindowCenter": centre,
+        "GADGETRON_WindowWidth": width, "WindowWidth": width,
         # No RescaleSlope: a console would apply the window to the rescaled pixels.
         "GADGETRON_ScaleRatio": f"{scale:.9g}", "GADGETRON_ScaleOffset": "0",
         "ImageRowDir": read, "ImageColumnDir": phase, "ImageSliceNormDir": slices,
@@ -172,11 +175,20 @@ def make_meta(
         "encoding_FOV": [f"{v:g}" for v in geometry.encoded_fov_mm],
         "recon_matrix": [str(n) for n in geometry.recon_matrix],
         "recon_FOV": [f"{v:g}" for v in geometry.recon_fov_mm],
-        **_about_the_scan(scan, header),
+        **_about_the_scan(gathered, header),
     }  # fmt: skip
 
 
-def _about_the_scan(scan: GatheredVolume, header) -> dict:
+def _window(pixels: np.ndarray) -> tuple[str, str]:
+    """Centre and width of the window for a console: whole numbers for whole pixels, of any size for floats."""
+    top = float(np.percentile(np.abs(evenly(pixels, SAMPLED)), 99.5))
+    if pixels.dtype.kind == "u":
+        return str(max(1, round(top / 2))), str(max(1, round(top)))
+    top = top or 1.0
+    return f"{top / 2:.9g}", f"{top:.9g}"  # an exponent, which some readers cut off, only from 1e9 on
+
+
+def _about_the_scan(gathered: GatheredVolume, header) -> dict:
     """Protocol and timing (ms) from the header, under the names of both conventions."""
     information, sequence = header.measurementInformation, header.sequenceParameters
     names = {"measurementID": "measurementID", "protocolName": "protocolName", "patientPosition": "patient_position"}
@@ -185,7 +197,7 @@ def _about_the_scan(scan: GatheredVolume, header) -> dict:
         value = getattr(information, ours, None)
         if value:
             out[theirs] = _ascii(str(getattr(value, "value", value)))
-    idx = scan.head.idx
+    idx = gathered.head.idx
     several_sets = idx.set or announced(header).get("set", 1) > 1  # contrasts are then echoes
     inversion = idx.set if several_sets else idx.contrast
     timing = (
@@ -199,12 +211,12 @@ def _about_the_scan(scan: GatheredVolume, header) -> dict:
     return out
 
 
-def frame_of(scan: GatheredVolume) -> tuple[Frame, list[str]]:
+def frame_of(gathered: GatheredVolume) -> tuple[Frame, list[str]]:
     """Position and orientation of the volume by its lines, and notes on what was assumed.
 
     The lines' directions may have any length; something is assumed if, for example, they are not orthogonal.
     """
-    head, notes = scan.head, []
+    head, notes = gathered.head, []
     given = np.array([head.read_dir, head.phase_dir, head.slice_dir], float)
     directions = _of_unit_length(given) if np.isfinite(given).all() else np.zeros((3, 3))
     lacks = [name for name, direction in zip(("read", "phase", "slice"), given) if not direction.any()]
@@ -227,7 +239,7 @@ def frame_of(scan: GatheredVolume) -> tuple[Frame, list[str]]:
     if not np.isfinite(position).all():
         notes.append("the lines have no finite position: the centre of the magnet was assumed")
         position = np.zeros(3)
-    return Frame(directions, scan.geometry.recon_fov_mm, position), notes
+    return Frame(directions, gathered.geometry.recon_fov_mm, position), notes
 
 
 def _of_unit_length(directions: np.ndarray) -> np.ndarray:

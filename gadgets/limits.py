@@ -16,7 +16,7 @@ class Limits:
     slots: int = 1  # simultaneous reconstructions
     max_gib: float = 16.0  # k-space of one connection
     max_message_mib: float = 256.0
-    connections: int = 64
+    connections: int = 64  # with an open scan
     grace_s: float = 60.0  # for running scans after SIGTERM
 
     def __post_init__(self):

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -14,9 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from .orientation import parse_orientation
 
 PRESETS_DIR = Path(__file__).parent / "presets"
-PLAIN_NAME = re.compile(r"[^/\0]{1,100}(?<!\.safetensors)")
+PRIOR_NAME = re.compile(r"[^/\0]{1,100}(?<!\.safetensors)")
 ForComparison = Literal["faithful", "interpolated", "field", "gaussians", "operator", "dds", "tpdm", "mbir", "pnp"]
 Method = Literal["diffusion", ForComparison, "wavelet", "tv", "cg", "zero-filled"]
+*USUAL, LAST = (name for name in get_args(Method) if name not in get_args(ForComparison))  # for the description
 
 
 class OptionsError(ValueError):
@@ -30,8 +31,8 @@ class Options(BaseModel):
 
     method: Method = Field(
         "diffusion",
-        description="the image to compute: diffusion, wavelet, tv, cg or zero-filled; "
-        "for comparison: faithful, interpolated, field, gaussians, operator, dds, tpdm, mbir, pnp",
+        description=f"the image to compute: {', '.join(USUAL)} or {LAST}; "
+        f"for comparison: {', '.join(get_args(ForComparison))}",
     )
     prior: str = Field(
         "auto",
@@ -134,7 +135,7 @@ def from_a_peer(options: Mapping[str, Any]) -> dict[str, Any]:
             f"no preset {preset[:100]!r}: shipped are {', '.join(preset_names())}; "
             "a file of options is taken from the command line of the server only"
         )
-    if not PLAIN_NAME.fullmatch(prior):
+    if not PRIOR_NAME.fullmatch(prior):
         raise OptionsError(
             f"a scan may ask for a prior by its name only, got {prior[:100]!r}: "
             "put the file in a prior folder of the server (SLICEDIFF_PRIORS) and give its name"

@@ -27,16 +27,16 @@ from .gather import Admit, gather, no_limit
 from .geometry import ScanError
 from .images import SERIES, make_images
 from .options import Options
-from .solve import PREVIEW, Hurry, Report, apart, device_of, estimate_error, patient, result_of, solve
+from .solve import PREVIEW, Report, WhyStop, device_of, estimate_error, in_thread, never_stop, result_of, solve
 from .volume import GatheredVolume
 
 TWO_SETS = 1.25  # times the memory of one, for an object that reaches beyond the field of view
-Turn = Callable[[], AbstractContextManager[Hurry]]
+Turn = Callable[[], AbstractContextManager[WhyStop]]
 
 
-def alone() -> AbstractContextManager[Hurry]:
+def alone() -> AbstractContextManager[WhyStop]:
     """The turn for a process that has the device to itself."""
-    return contextlib.nullcontext(patient)
+    return contextlib.nullcontext(never_stop)
 
 
 def reconstruct(
@@ -72,31 +72,26 @@ def reconstruct(
     """
     failures: Failures = {}
     number = 0
-    for number, scan in enumerate(ahead(gather(header, items, admit))):
-        sampled = float((scan.counts > 0).float().mean())
-        report("gathered", {"shape": list(scan.kspace.shape), "sampled": sampled, "warnings": scan.warnings})
-        volume = volume_name(number, scan.head.idx)
-        images = partial(make_images, scan=scan, options=options, header=header, number=number)
-        with noted(failures, volume), turn() as hurry:
-            for text in (yield from images_of(scan, prior, options, images, report, hurry)):
-                failures.setdefault(text, []).append(volume)
+    for number, gathered in enumerate(ahead(gather(header, items, admit))):
+        sampled = float((gathered.counts > 0).float().mean())
+        report("gathered", {"shape": list(gathered.kspace.shape), "sampled": sampled, "warnings": gathered.warnings})
+        volume = volume_name(number, gathered.head.idx)
+        with noted(failures, volume), turn() as why_stop:
+            failure = yield from images_of(gathered, number, header, prior, options, report, why_stop)
+            if failure:
+                failures.setdefault(failure, []).append(volume)
     raise_if_any(failures, number + 1)
 
 
 def images_of(
-    scan: GatheredVolume,
-    prior,
-    options: Options,
-    images: Callable[..., Iterable[ismrmrd.Image]],
-    report: Report,
-    hurry: Hurry,
-) -> Generator[ismrmrd.Image, None, list[str]]:
-    """Yield the images of one volume; returns why the requested one could not be made, if so.
+    gathered: GatheredVolume, number: int, header, prior, options: Options, report: Report, why_stop: WhyStop
+) -> Generator[ismrmrd.Image, None, str]:
+    """Yield the images of volume `number`; returns why the requested one could not be made, "" if it was.
 
     They are of CG-SENSE on the CPU if the GPU is lost before the first.
     """
     for again in (False, True):
-        made = _images_of(scan, prior, options, images, report, hurry)
+        made = _images_of(gathered, number, header, prior, options, report, why_stop)
         try:
             first = next(made)
             break
@@ -109,15 +104,10 @@ def images_of(
 
 
 def _images_of(
-    scan: GatheredVolume,
-    prior,
-    options: Options,
-    images: Callable[..., Iterable[ismrmrd.Image]],
-    report: Report,
-    hurry: Hurry,
-) -> Generator[ismrmrd.Image, None, list[str]]:
+    gathered: GatheredVolume, number: int, header, prior, options: Options, report: Report, why_stop: WhyStop
+) -> Generator[ismrmrd.Image, None, str]:
     """The same on one device. Everything held is freed at the end."""
-    measurement, preview = look(scan, options, report, hurry)
+    measurement, preview = prepare(gathered, options, report, why_stop)
 
     def shown(
         volume: torch.Tensor,
@@ -126,91 +116,101 @@ def _images_of(
         remarks: Iterable[str] = (),
         image_of: Callable = Measurement.image_of,
     ) -> list[ismrmrd.Image]:
-        make = partial(images, series=SERIES[series], name=name)
-
         def made(there: Measurement, volume: torch.Tensor) -> list[ismrmrd.Image]:
-            return list(make(image_of(there, volume), notes=[*scan.warnings, *there.warnings, *remarks]))
+            notes = [*gathered.warnings, *there.warnings, *remarks]
+            facts = gathered, options, header, SERIES[series], number, name, notes
+            return list(make_images(image_of(there, volume), *facts))  # which lets go of what it has converted
 
         return result_of(made, report, measurement, volume)
 
     if METHODS[options.method].iterative and options.preview:
         yield from shown(preview, "preview", PREVIEW)
-    outcome = solve(measurement, preview, prior, options, report, hurry, scan.shared.learned)
-    scan.shared.learned = scan.shared.learned if outcome.learned is None else outcome.learned
+    outcome = solve(measurement, preview, prior, options, report, why_stop, gathered.shared.learned)
+    if outcome.learned is not None:
+        gathered.shared.learned = outcome.learned
     if not (outcome.failure and options.preview):
         yield from shown(outcome.volume, "final", outcome.name, outcome.remarks)
     if options.error_map and not outcome.failure:
-        error = estimate_error(measurement, preview, prior, options, report, hurry)
+        error = estimate_error(measurement, preview, prior, options, report, why_stop)
         yield from shown(error.volume, "error", error.name, error.remarks, lambda there, x: there.operator.overlaid(x))
     return outcome.failure
 
 
-def look(scan: GatheredVolume, options: Options, report: Report, hurry: Hurry) -> tuple[Measurement, torch.Tensor]:
+def prepare(
+    gathered: GatheredVolume, options: Options, report: Report, why_stop: WhyStop
+) -> tuple[Measurement, torch.Tensor]:
     """The inverse problem and its CG-SENSE image [z y x].
 
-    On the CPU, with a warning, if the GPU cannot handle the scan.
+    On the CPU, with a warning, if the GPU cannot handle the volume.
 
     Raises:
         ScanError: if no image can be made of it.
         Unfinished: if there was a reason to stop before it was ready.
     """
-    if scan.flaw:
-        raise ScanError("; ".join([scan.flaw, *scan.warnings]))
-    if not scan.counts.any():
-        raise ScanError("; ".join(["none of its lines could be used", *scan.warnings]))
+    if gathered.flaw:
+        raise ScanError("; ".join([gathered.flaw, *gathered.warnings]))
+    if not gathered.counts.any():
+        raise ScanError("; ".join(["none of its lines could be used", *gathered.warnings]))
     device, reason = device_of(options), GPU_LOST
     if device.type == "cpu":
-        return apart(partial(_look, scan, options, device), report, hurry)
+        return in_thread(partial(_prepare, gathered, options, device), report, why_stop)
     # The second try, if GPU memory is short, is with coil maps on the host.
-    for spare in () if gpu_lost.is_set() else (False, True):
+    for maps_on_host in () if gpu_lost.is_set() else (False, True):
         try:
-            return apart(partial(_look, scan, options, device, spare=spare), report, hurry, on_gpu=True)
+            work = partial(_prepare, gathered, options, device, maps_on_host=maps_on_host)
+            return in_thread(work, report, why_stop, on_gpu=True)
         except RuntimeError as error:
             reason, short = why_the_cpu(error), ran_out_of_memory(error)
             if not reason:
                 raise
-            what = "the GPU cannot take it" if spare or not short else "the GPU cannot take it with its coil maps"
+            with_maps = short and not maps_on_host
+            what = "the GPU cannot take it with its coil maps" if with_maps else "the GPU cannot take it"
             log_failure(what, error)
         free_gpu_memory()
         if not short:
             break
-    measurement, preview = apart(partial(_look, scan, options, torch.device("cpu")), report, hurry)
+    work = partial(_prepare, gathered, options, torch.device("cpu"))
+    measurement, preview = in_thread(work, report, why_stop)
     measurement.warnings.append(f"{reason}: CG-SENSE was computed on the CPU")
     return measurement, preview
 
 
-def _look(
-    scan: GatheredVolume,
+def _prepare(
+    gathered: GatheredVolume,
     options: Options,
     device: torch.device,
     report: Report,
-    spare: bool = False,
-    louder: float = 1.0,
+    maps_on_host: bool = False,
+    noise_factor: float = 1.0,
 ) -> tuple[Measurement, torch.Tensor]:
-    coils, *shape = scan.kspace.shape
+    """The same on one device; the noise is `noise_factor` times that of the noise lines."""
+    coils, *shape = gathered.kspace.shape
     needed, on_cpu = to_compute(coils, shape, options.coils), device.type == "cpu"
-    if on_cpu or spare:  # scans that arrived meanwhile may have taken the free memory
+    if on_cpu or maps_on_host:  # scans that arrived meanwhile may have taken the free memory
         check_memory(needed, "its image needs")
-    sets = 1 if spare or (on_cpu and not has_room(TWO_SETS * needed)) else 2
-    how = dict(
+    measurement = measure(
+        gathered.kspace,
+        gathered.counts,
+        gathered.geometry.voxel_mm,
+        gathered.noise,
+        gathered.calibration,
         coils=options.coils,
         device=device,
-        reference=scan.shared.references.get(coils),
-        louder=louder,
+        reference=gathered.shared.references.get(coils),
+        louder=noise_factor,
         keep_lines=options.error_map,
-        gain=scan.gain,
-        on_host=spare,
-        sets=sets,
+        gain=gathered.gain,
+        on_host=maps_on_host,
+        sets=1 if maps_on_host or (on_cpu and not has_room(TWO_SETS * needed)) else 2,
     )
-    measurement = measure(scan.kspace, scan.counts, scan.geometry.voxel_mm, scan.noise, scan.calibration, **how)
-    scan.shared.references.setdefault(coils, measurement.reference)
-    warnings = scan.warnings + measurement.warnings
+    gathered.shared.references.setdefault(coils, measurement.reference)
+    warnings = gathered.warnings + measurement.warnings
     report("measured", {"coils": measurement.operator.coils, "acs": list(measurement.acs), "warnings": warnings})
     preview = cg_sense(measurement)
     excess = measurement.excess_noise(preview)
-    if excess > 1 and louder == 1:
+    if excess > 1 and noise_factor == 1:
         del measurement, preview  # else two of each would be held at once
-        return _look(scan, options, device, report, spare, excess)
+        return _prepare(gathered, options, device, report, maps_on_host=maps_on_host, noise_factor=excess)
     measurement.warnings += doubts(measurement, preview)
     report("preview", {"warnings": measurement.warnings})
     return measurement, preview

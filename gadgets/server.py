@@ -24,7 +24,7 @@ from .budget import Budget
 from .chain import is_gadgetron_peer, options_of_config_name, properties_of
 from .conversation import Host, run_scan
 from .delivery import LINGER_S, await_delivery, linger
-from .failure import ReconError, free_gpu_memory, gpu_lost, log_failure, sentence
+from .failure import free_gpu_memory, gpu_lost, log_failure, sentence
 from .geometry import ScanError
 from .health import Counts, process_facts
 from .keep import FailedScans
@@ -285,7 +285,7 @@ class ServerHost(Host):
         return self.server.prior(options)
 
     def take_in(self, header) -> None:
-        """ScanError if the server takes no scans now, or cannot take this one."""
+        """Open the scan's memory budget; ScanError if the server takes no scans now, or cannot take this one."""
         server = self.server
         if server.retiring.is_set():
             raise ScanError("this server is shutting down and takes no new scan: send it again when the server is back")
@@ -296,14 +296,14 @@ class ServerHost(Host):
         self.budget = Budget(header, server.limits.max_gib, server.options.coils if on_cpu else 0)
 
     def admit(self, coils: int, volumes: int) -> None:
-        """ScanError if they would exceed the memory limit."""
+        """ScanError if they would exceed the scan's budget."""
         self.budget.check(coils, volumes)
 
     def answer(self, question: str) -> str:
         """The server's reply, the same as outside a scan."""
         return self.handler.answer(question)
 
-    def hurry(self) -> str:
+    def why_stop(self) -> str:
         """Reason to finish the scan early, or ""."""
         return "because the server is shutting down" if self.server.out_of_time.is_set() else ""
 
@@ -311,21 +311,19 @@ class ServerHost(Host):
         """Reason not to begin another image, or ""."""
         if self.handler.wire.gone():
             return "because the peer is gone"
-        return self.hurry() if time.monotonic() > self.server.last_turn else ""
+        return self.why_stop() if time.monotonic() > self.server.last_turn else ""
 
     @contextlib.contextmanager
-    def turn(self, tell: Callable[[str], None]) -> Iterator[None]:
+    def hold_device(self, tell: Callable[[str], None]) -> Iterator[None]:
         """Hold one of the device's slots; ReconError if the peer is gone, or the server has no time left.
 
         Once the grace period is over the queue moves fast, so most still get a turn.
         """
-        if reason := self.give_up():
-            raise ReconError(f"the scan was given up {reason}")
 
         def tell_place(place: int) -> None:
             tell(f"waiting for the device, number {place} in the queue")
 
-        with self.server.turns.turn(tell_place, self.give_up):
+        with self.server.turns.hold(tell_place, self.give_up):
             yield
         if device_of(self.server.options).type == "cuda" and not self.server.turns.waiting:
             # Gadgetron's own gadgets may want the same GPU; freeing may hang, so nobody waits.

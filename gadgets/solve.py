@@ -37,7 +37,7 @@ from .options import Options
 
 SOLVERS = Crew()
 Report = Callable[[str, dict], None]
-Hurry = Callable[[], str]
+WhyStop = Callable[[], str]
 PREVIEW = "CG-SENSE preview"
 WATCH_S = 0.2  # polling interval of the solver
 # For CG-SENSE once there is a reason to stop: most are ready by then, and there would be no other image.
@@ -47,7 +47,7 @@ HANG_S = 600.0  # a sweep of a 320 x 320 x 256 matrix takes a minute on two CPU 
 log = logging.getLogger("slicediff")
 
 
-def patient() -> str:
+def never_stop() -> str:
     """Never gives a reason to stop early."""
     return ""
 
@@ -56,13 +56,13 @@ def patient() -> str:
 class Outcome:
     """The volume [z y x] for the requested series, its name, and remarks for the user.
 
-    `failure` says why if it is the preview, `learned` is a prior it has taught.
+    `failure` says why it is the preview, if so, and `learned` is a prior it has taught.
     """
 
     volume: torch.Tensor
     name: str
     remarks: list[str] = field(default_factory=list)
-    failure: list[str] = field(default_factory=list)
+    failure: str = ""
     learned: torch.nn.Module | None = None
 
 
@@ -72,7 +72,7 @@ def solve(
     prior,
     options: Options,
     report: Report,
-    hurry: Hurry = patient,
+    why_stop: WhyStop = never_stop,
     learned: torch.nn.Module | None = None,
 ) -> Outcome:
     """The volume of the requested method; if an iterative one fails, the preview in its place, with the reason.
@@ -82,12 +82,13 @@ def solve(
     name = METHODS[options.method].title
     if not METHODS[options.method].iterative:
         on_gpu = measurement.operator.device.type == "cuda"
-        volume = apart(lambda _: next(states(measurement, preview, prior, options)).volume, report, hurry, on_gpu)
-        return Outcome(volume, name)
+        only = lambda _: next(states(measurement, preview, prior, options)).volume
+        return Outcome(in_thread(only, report, why_stop, on_gpu), name)
     try:
         if measurement.operator.device.type != device_of(options).type:
             raise ReconError("the GPU could not take this scan")
-        state, remarks = iterate(lambda: states(measurement, preview, prior, options, learned), options, report, hurry)
+        start = lambda: states(measurement, preview, prior, options, learned)
+        state, remarks = run_solver(start, options, report, why_stop)
         trust, why = result_of(judge, report, measurement, preview, state.volume)
         if trust is Trust.FAILED:
             raise ReconError(f"this image {why}")
@@ -97,15 +98,21 @@ def solve(
         if gpu_lost.is_set() and not options.preview and measurement.operator.device.type == "cuda":
             raise  # the preview was not sent and can no longer be read from the GPU: it is made again (recon.py)
         reason = f"{name} failed and the {PREVIEW} stands: {sentence(error)}"
-        return Outcome(preview, PREVIEW, [reason], [reason])
-    remarks += [f"CAUTION: this image {why}: compare with the preview"] * bool(why)
+        return Outcome(preview, PREVIEW, [reason], reason)
+    if why:
+        remarks.append(f"CAUTION: this image {why}: compare with the preview")
     for text in remarks:
         log.warning("%s: %s", name, text)
     return Outcome(state.volume, name, remarks, learned=state.learned)
 
 
 def estimate_error(
-    measurement: Measurement, preview: torch.Tensor, prior, options: Options, report: Report, hurry: Hurry = patient
+    measurement: Measurement,
+    preview: torch.Tensor,
+    prior,
+    options: Options,
+    report: Report,
+    why_stop: WhyStop = never_stop,
 ) -> Outcome:
     """Error map of the requested method's image.
 
@@ -118,7 +125,8 @@ def estimate_error(
     image_of = lambda part: states(part, cg_sense(part), prior, quick)
     progress = lambda _, facts: report("error map", facts)
     try:
-        state, stopped = iterate(lambda: estimated_error(measurement, image_of, options.seed), options, progress, hurry)
+        start = lambda: estimated_error(measurement, image_of, options.seed)
+        state, stopped = run_solver(start, options, progress, why_stop)
         flaw = ""
         if stopped:
             flaw = stopped[0]
@@ -155,7 +163,7 @@ def result_of(work: Callable, report: Report, measurement: Measurement, *volumes
     """
     on_gpu = volumes[-1].is_cuda
     try:
-        return apart(lambda _: work(measurement, *volumes), report, patient, on_gpu)
+        return in_thread(lambda _: work(measurement, *volumes), report, never_stop, on_gpu)
     except RuntimeError as error:
         if not on_gpu or lost_the_gpu(error) or not (reason := why_the_cpu(error)):
             raise
@@ -165,7 +173,8 @@ def result_of(work: Callable, report: Report, measurement: Measurement, *volumes
     check_memory(to_compute(coils, measurement.operator.shape, coils), "its image needs")
     if (warning := f"{reason}: the CPU made an image of what had been computed") not in measurement.warnings:
         measurement.warnings.append(warning)
-    return apart(lambda _: work(measurement.to("cpu"), *(volume.cpu() for volume in volumes)), report, patient, on_gpu)
+    here = lambda _: work(measurement.to("cpu"), *(volume.cpu() for volume in volumes))
+    return in_thread(here, report, never_stop, on_gpu)
 
 
 def _let_go(error: Exception) -> None:
@@ -175,8 +184,8 @@ def _let_go(error: Exception) -> None:
         free_gpu_memory()
 
 
-def iterate(
-    start: Callable[[], Iterator[State]], options: Options, report: Report, hurry: Hurry
+def run_solver(
+    start: Callable[[], Iterator[State]], options: Options, report: Report, why_stop: WhyStop
 ) -> tuple[State, list[str]]:
     """The final state, or the latest one when stopped early or learning failed, with remarks.
 
@@ -187,19 +196,19 @@ def iterate(
             images.
         GpuHangs: if no sweep ended on the GPU within HANG_S.
     """
-    began, state, solver = time.monotonic(), None, Ahead(finished(start), crew=SOLVERS)
+    began, state, solver = time.monotonic(), None, Ahead(once_computed(start), crew=SOLVERS)
     try:
-        moved, reason = began, ""
+        last_sweep_at, reason = began, ""
         while not reason and (state is None or state.sweep < state.sweeps):
             with contextlib.suppress(TimeoutError):
-                state, moved = solver.take(WATCH_S), time.monotonic()
+                state, last_sweep_at = solver.take(WATCH_S), time.monotonic()
                 report("sweep", {"sweep": state.sweep, "sweeps": state.sweeps})
-            reason = _stop(options, began, moved, hurry)
+            reason = _why_stop(options, began, last_sweep_at, why_stop)
     except StopIteration:
         log.info("the solver ended before its last sweep")
     finally:
         solver.close(WATCH_S)
-    if time.monotonic() - moved > HANG_S and device_of(options).type == "cuda":
+    if time.monotonic() - last_sweep_at > HANG_S and device_of(options).type == "cuda":
         raise GpuHangs(f"stopped {reason}: the GPU hangs and will not be used again until this process is restarted")
     if state is None:
         raise Unfinished(f"stopped {reason} before its first sweep ended")
@@ -217,7 +226,7 @@ def iterate(
     return state, remarks
 
 
-def apart(work: Callable[[Report], Any], report: Report, hurry: Hurry, on_gpu: bool = False) -> Any:
+def in_thread(work: Callable[[Report], Any], report: Report, why_stop: WhyStop, on_gpu: bool = False) -> Any:
     """The result of `work`, run in a solver thread, which can be abandoned.
 
     It is given `report`, at which it then ends.
@@ -228,12 +237,12 @@ def apart(work: Callable[[Report], Any], report: Report, hurry: Hurry, on_gpu: b
     """
     began, reason, end, over = time.monotonic(), "", math.inf, threading.Event()
 
-    def still(stage: str, facts: dict) -> None:
+    def report_if_awaited(stage: str, facts: dict) -> None:
         if over.is_set():
             raise Unfinished("nobody waits for it any more")
         report(stage, facts)
 
-    worker = Ahead(items_of(lambda: [work(still)]), crew=SOLVERS)
+    worker = Ahead(items_of(lambda: [work(report_if_awaited)]), crew=SOLVERS)
     try:
         while time.monotonic() < end:
             try:
@@ -241,7 +250,7 @@ def apart(work: Callable[[Report], Any], report: Report, hurry: Hurry, on_gpu: b
             except TimeoutError:
                 if worker.closed.is_set():  # the work's own
                     raise
-            if not reason and (reason := hurry()):
+            if not reason and (reason := why_stop()):
                 end = time.monotonic() + LAST_LOOK_S
             if on_gpu and time.monotonic() - began > HANG_S:
                 raise GpuHangs(
@@ -259,7 +268,7 @@ def items_of(start: Callable[[], Iterable]) -> Iterator:
     yield from start()
 
 
-def finished(start: Callable[[], Iterator[State]]) -> Iterator[State]:
+def once_computed(start: Callable[[], Iterator[State]]) -> Iterator[State]:
     """The states of `start()`, each once its volume is computed.
 
     A GPU is only told what to do, and what it was told would add up beyond the deadline.
@@ -270,13 +279,13 @@ def finished(start: Callable[[], Iterator[State]]) -> Iterator[State]:
         yield state
 
 
-def _stop(options: Options, began: float, moved: float, hurry: Hurry) -> str:
+def _why_stop(options: Options, began: float, last_sweep_at: float, why_stop: WhyStop) -> str:
     now = time.monotonic()
     if options.deadline_s is not None and now - began > options.deadline_s:
         return f"at the deadline of {options.deadline_s:g} s"
-    if now - moved > HANG_S:
+    if now - last_sweep_at > HANG_S:
         return f"because no sweep ended within {HANG_S:g} s"
-    return hurry()
+    return why_stop()
 
 
 def states(

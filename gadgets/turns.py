@@ -28,7 +28,7 @@ class Turns:
         return len(self.line)
 
     @contextlib.contextmanager
-    def turn(
+    def hold(
         self, tell: Callable[[int], None] = lambda place: None, give_up: Callable[[], str] = lambda: ""
     ) -> Iterator[None]:
         """Wait in the queue, then hold a slot within the context.
@@ -36,7 +36,7 @@ class Turns:
         Args:
             tell: called with the place in the queue (1: next) first and whenever it changes; not called if there is no
                 wait.
-            give_up: returns the reason to leave the queue, or "".
+            give_up: returns the reason not to wait for a slot, or not to take one, or "".
 
         Raises:
             ReconError: with the reason given by `give_up`.
@@ -61,6 +61,8 @@ class Turns:
     def _wait(self, ticket: object, tell: Callable[[int], None], give_up: Callable[[], str]) -> None:
         told = 0
         while True:
+            if reason := give_up():
+                raise ReconError(f"the scan was given up {reason}")
             with self.changed:
                 place = self.line.index(ticket) + 1
                 if place == 1 and self.running < self.slots:
@@ -69,8 +71,6 @@ class Turns:
                     return
                 if place == told:
                     self.changed.wait(LOOK_S)
-            if reason := give_up():
-                raise ReconError(f"the scan was given up {reason}")
             if place != told:
                 tell(place)
                 told = place

@@ -432,13 +432,13 @@ def test_a_gpu_that_hangs_is_waited_for_in_no_thread_but_the_solvers(method, gpu
             hang()
         return x + 1
 
-    def hurry():
+    def why_stop():
         return "in a hurry" * hangs.is_set() * (method != "cg")
 
     def work():
         options = make_options({"method": method})
         try:
-            said.extend(solve.solve(measurement, preview, denoise, options, lambda *_: None, hurry).failure)
+            said.append(solve.solve(measurement, preview, denoise, options, lambda *_: None, why_stop).failure)
         except GpuHangs as error:
             said.append(str(error))
 

@@ -24,7 +24,7 @@ FLOAT32 = make_options({"output": "float32"})
 ZERO_FILLED = make_options({"method": "zero-filled", "device": "cpu"})
 
 
-def a_scan(matrix=(12, 10, 8), recon=None, fov=(24.0, 30.0, 16.0), recon_fov=None) -> GatheredVolume:
+def gathered_volume(matrix=(12, 10, 8), recon=None, fov=(24.0, 30.0, 16.0), recon_fov=None) -> GatheredVolume:
     geometry = Geometry(matrix, fov, recon or matrix, recon_fov or fov, (0, 0), ((0, 1), (0, 1)), matrix[0])
     head = ismrmrd.AcquisitionHeader()
     head.position, head.read_dir, head.phase_dir, head.slice_dir = (5.0, -7.0, 11.0), *(tuple(d) for d in DIRECTIONS)
@@ -55,12 +55,12 @@ def centroid_mm(images) -> np.ndarray:
 @pytest.mark.parametrize("layout", ["volume", "partitions"])
 @pytest.mark.parametrize("matrix", [(12, 10, 8), (13, 11, 9), (13, 10, 1)])
 def test_point_object_lies_where_it_is(layout, matrix):
-    scan = a_scan(matrix)
+    gathered = gathered_volume(matrix)
     x, y, z = 4, 7, min(3, matrix[2] - 1)
-    voxel = np.array(scan.geometry.recon_fov_mm) / matrix
-    expected = np.array(scan.head.position) + (np.array([x, y, z]) - np.array(matrix) // 2) * voxel @ DIRECTIONS
+    voxel = np.array(gathered.geometry.recon_fov_mm) / matrix
+    expected = np.array(gathered.head.position) + (np.array([x, y, z]) - np.array(matrix) // 2) * voxel @ DIRECTIONS
     volume, options = point(matrix[::-1], (z, y, x)), make_options({"layout": layout, "output": "float32"})
-    images = list(make_images(volume, scan, options, HEADER, 1, 0, "test", []))
+    images = list(make_images(volume, gathered, options, HEADER, 1, 0, "test", []))
     assert len(images) == (matrix[2] if layout == "partitions" else 1)
     np.testing.assert_allclose(centroid_mm(images), expected, atol=0.1 * voxel.min())
 
@@ -75,10 +75,10 @@ def test_point_object_lies_where_it_is(layout, matrix):
     ],
 )
 def test_point_stays_in_place_when_cropped_or_interpolated(recon, recon_fov):
-    scan = a_scan(recon=recon, recon_fov=recon_fov)
+    gathered = gathered_volume(recon=recon, recon_fov=recon_fov)
     away_mm = (np.array([7, 6, 3]) - np.array([6, 5, 4])) * np.array([2.0, 3.0, 2.0])
-    expected = np.array(scan.head.position) + away_mm @ DIRECTIONS
-    images = list(make_images(smooth_point((8, 10, 12), (3, 6, 7)), scan, FLOAT32, HEADER, 1, 0, "test", []))
+    expected = np.array(gathered.head.position) + away_mm @ DIRECTIONS
+    images = list(make_images(smooth_point((8, 10, 12), (3, 6, 7)), gathered, FLOAT32, HEADER, 1, 0, "test", []))
     assert tuple(images[0].getHead().matrix_size) == recon
     np.testing.assert_allclose(centroid_mm(images), expected, atol=0.2)
 
@@ -89,13 +89,15 @@ def smooth_point(shape, place):
 
 
 def test_interpolation_keeps_brightness():
-    scan = a_scan(recon=(24, 20, 16))
+    gathered = gathered_volume(recon=(24, 20, 16))
     constant = torch.full((8, 10, 12), 3.0, dtype=torch.complex64)
-    torch.testing.assert_close(to_recon_matrix(constant, scan.geometry).abs(), torch.full((16, 20, 24), 3.0))
+    torch.testing.assert_close(to_recon_matrix(constant, gathered.geometry).abs(), torch.full((16, 20, 24), 3.0))
 
 
 def test_header_carries_the_acquisition():
-    (image,) = make_images(point((8, 10, 12), (1, 1, 1)), a_scan(), make_options(), HEADER, 2, 4, "name", ["note"])
+    (image,) = make_images(
+        point((8, 10, 12), (1, 1, 1)), gathered_volume(), make_options(), HEADER, 2, 4, "name", ["note"]
+    )
     head = image.getHead()
     assert (head.acquisition_time_stamp, head.measurement_uid, head.contrast) == (1234, 77, 2)
     assert (head.image_series_index, head.image_index) == (2, 5)
@@ -105,7 +107,9 @@ def test_header_carries_the_acquisition():
 
 
 def test_meta_speaks_both_dialects_in_ascii_with_whole_windows():
-    (image,) = make_images(point((8, 10, 12), (1, 1, 1)), a_scan(), make_options(), HEADER, 1, 0, "name", ["bär"])
+    (image,) = make_images(
+        point((8, 10, 12), (1, 1, 1)), gathered_volume(), make_options(), HEADER, 1, 0, "name", ["bär"]
+    )
     meta = ismrmrd.Meta.deserialize(image.attribute_string)
     assert meta["GADGETRON_DataRole"] == meta["DataRole"] == "Image"
     assert "note" not in meta["ImageComments"] and "b?r" in meta["GADGETRON_ImageComment"]
@@ -114,8 +118,10 @@ def test_meta_speaks_both_dialects_in_ascii_with_whole_windows():
 
 def test_meta_tells_window_matrix_and_both_fields_of_view():
     """A volume of one brightness is shown at the middle of a window as wide as it is bright."""
-    scan = a_scan((12, 10, 8), recon=(6, 10, 8), fov=(48.0, 30.0, 16.0), recon_fov=(24.0, 30.0, 16.0))
-    (image,) = make_images(torch.ones(8, 10, 12, dtype=torch.complex64), scan, make_options(), HEADER, 1, 0, "name", [])
+    gathered = gathered_volume((12, 10, 8), recon=(6, 10, 8), fov=(48.0, 30.0, 16.0), recon_fov=(24.0, 30.0, 16.0))
+    (image,) = make_images(
+        torch.ones(8, 10, 12, dtype=torch.complex64), gathered, make_options(), HEADER, 1, 0, "name", []
+    )
     meta = ismrmrd.Meta.deserialize(image.attribute_string)
     window = (round(int(image.data.max()) / 2), int(image.data.max()))
     assert (int(meta["WindowCenter"]), int(meta["WindowWidth"])) == window
@@ -124,9 +130,23 @@ def test_meta_tells_window_matrix_and_both_fields_of_view():
     assert meta["encoded_matrix"] == ["12", "10", "8"] and meta["recon_matrix"] == ["6", "10", "8"]
 
 
+@pytest.mark.parametrize("brightness", [1e-6, 0.3, 5000.25, 2e8])
+@pytest.mark.parametrize("output", ["float32", "complex64"])
+def test_the_window_of_float_images_fits_pixels_of_any_size(output, brightness):
+    """Far below 1 as well: a window of 1 would show such an image black. What reads whole numbers finds no exponent."""
+    volume, options = torch.full((8, 10, 12), brightness, dtype=torch.complex64), make_options({"output": output})
+    (image,) = make_images(volume, gathered_volume(), options, HEADER, 1, 0, "name", [])
+    window = (image.meta["WindowCenter"], image.meta["WindowWidth"])
+    assert [float(value) for value in window] == pytest.approx([brightness / 2, brightness], rel=1e-6)
+    assert window == (image.meta["GADGETRON_WindowCenter"], image.meta["GADGETRON_WindowWidth"])
+    assert brightness < 1 or not any("e" in value for value in window)
+    (dark,) = make_images(0 * volume, gathered_volume(), options, HEADER, 1, 0, "name", [])
+    assert float(dark.meta["WindowWidth"]) > 0
+
+
 def test_a_nifti_has_the_brightness_of_before_the_scaling(tmp_path):
     volume = torch.from_numpy(np.random.default_rng(0).random((8, 10, 12))).to(torch.complex64)
-    (image,) = make_images(volume, a_scan(), make_options(), HEADER, 1, 0, "name", [])
+    (image,) = make_images(volume, gathered_volume(), make_options(), HEADER, 1, 0, "name", [])
     write_nifti(image, tmp_path / "x.nii.gz")
     np.testing.assert_allclose(nibabel.load(tmp_path / "x.nii.gz").get_fdata().T, volume.abs(), atol=1 / 2000)
 
@@ -161,12 +181,12 @@ def test_partitions_share_scale_and_are_numbered(scan_path):
 def test_images_of_nan_are_not_sent():
     volume = point((8, 10, 12), (1, 1, 1)) * float("nan")
     with pytest.raises(ValueError, match="NaN"):
-        list(make_images(volume, a_scan(), make_options(), HEADER, 1, 0, "name", []))
+        list(make_images(volume, gathered_volume(), make_options(), HEADER, 1, 0, "name", []))
 
 
-def series_of(scan, *volumes):
+def series_of(gathered, *volumes):
     """One image of each volume, all in series 1."""
-    return [next(make_images(v, scan, make_options(), HEADER, 1, n, "name", [])) for n, v in enumerate(volumes)]
+    return [next(make_images(v, gathered, make_options(), HEADER, 1, n, "name", [])) for n, v in enumerate(volumes)]
 
 
 def test_a_series_has_one_scale_and_says_what_was_cut():
@@ -177,9 +197,9 @@ def test_a_series_has_one_scale_and_says_what_was_cut():
     volume = torch.from_numpy(np.random.default_rng(0).uniform(0.5, 1, (8, 10, 12))).to(torch.complex64)
     enhanced = volume.clone()
     enhanced[2, 3, :8] *= 3
-    scan = a_scan()
-    first, second, bright = series_of(scan, volume, 1.2 * volume, enhanced)
-    (other,) = make_images(3 * volume, scan, make_options(), HEADER, 2, 0, "name", [])
+    gathered = gathered_volume()
+    first, second, bright = series_of(gathered, volume, 1.2 * volume, enhanced)
+    (other,) = make_images(3 * volume, gathered, make_options(), HEADER, 2, 0, "name", [])
     np.testing.assert_allclose(second.data.astype(float), 1.2 * first.data, atol=1.2)
     assert {i.meta["GADGETRON_ScaleRatio"] for i in (first, second, bright)} == {first.meta["GADGETRON_ScaleRatio"]}
     np.testing.assert_array_equal(other.data, first.data)
@@ -194,7 +214,7 @@ def test_a_dark_first_volume_does_not_cut_the_later_ones_off():
     A new scale begins, is told once, and leads back to the same signal.
     """
     volume = torch.from_numpy(np.random.default_rng(0).uniform(0.5, 1, (8, 10, 12))).to(torch.complex64)
-    dark, full, third = series_of(a_scan(), 0.02 * volume, volume, volume)
+    dark, full, third = series_of(gathered_volume(), 0.02 * volume, volume, volume)
     ratio = [float(i.meta["GADGETRON_ScaleRatio"]) for i in (dark, full, third)]
     assert ratio[0] == pytest.approx(50 * ratio[1]) and ratio[1] == ratio[2]
     said = (
@@ -213,7 +233,7 @@ def test_the_first_volume_is_not_cut_and_what_is_cut_in_later_ones_is_counted():
     """
     volume = torch.ones(10, 20, 20, dtype=torch.complex64)
     volume[5, 5, 5:9] = torch.tensor([1.2, 5.0, 6.0, 7.0])
-    first, later = series_of(a_scan((20, 20, 10)), volume, 1.3 * volume)
+    first, later = series_of(gathered_volume((20, 20, 10)), volume, 1.3 * volume)
     assert first.meta["ImageComment"] == "name" and first.data.max() == 4095
     signal = first.data[0, 5, 5, 4:9] / float(first.meta["GADGETRON_ScaleRatio"])  # the way back
     np.testing.assert_allclose(signal, [1, 1.2, 5, 6, 7], rtol=1e-3)
@@ -223,7 +243,7 @@ def test_the_first_volume_is_not_cut_and_what_is_cut_in_later_ones_is_counted():
 
 def test_an_empty_first_volume_fixes_no_scale():
     volume = point((8, 10, 12), (1, 1, 1)) + 1e-3
-    first, second = series_of(a_scan(), 0 * volume, volume)
+    first, second = series_of(gathered_volume(), 0 * volume, volume)
     assert not first.data.any() and second.data.max() == 4095
 
 
@@ -282,7 +302,7 @@ def test_timing_and_protocol_reach_the_attributes(scan_path):
         ),
         sequenceParameters=x.sequenceParametersType(TE=[1.5, 2.5, 3.5], TI=[900.0]),
     )
-    (image,) = make_images(point((8, 10, 12), (1, 1, 1)), a_scan(), make_options(), header, 1, 6, "name", [])
+    (image,) = make_images(point((8, 10, 12), (1, 1, 1)), gathered_volume(), make_options(), header, 1, 6, "name", [])
     meta = ismrmrd.Meta.deserialize(image.attribute_string)
     # contrast 2 has the third echo time
     assert (meta["GADGETRON_TE"], meta["EchoTime"], meta["GADGETRON_TI"]) == ("3.5", "3.5", "900")
@@ -315,9 +335,9 @@ def test_lines_without_a_finite_position_are_told(full):
 
 
 def test_partitions_of_slabs_have_slice_numbers_of_their_own():
-    scan, options = a_scan(), make_options({"layout": "partitions"})
-    scan.head.idx.slice = 2
-    images = list(make_images(point((8, 10, 12), (1, 1, 1)), scan, options, HEADER, 1, 2, "name", []))
+    gathered, options = gathered_volume(), make_options({"layout": "partitions"})
+    gathered.head.idx.slice = 2
+    images = list(make_images(point((8, 10, 12), (1, 1, 1)), gathered, options, HEADER, 1, 2, "name", []))
     assert [i.slice for i in images] == list(range(16, 24)) and [i.image_index for i in images] == list(range(17, 25))
 
 
@@ -333,9 +353,9 @@ def turned_by(degrees: float) -> list:
 )
 def test_directions_of_another_length_say_where_the_volume_lies_all_the_same(directions):
     """One that lacks is at right angles to the others."""
-    scan = a_scan()
-    scan.head.read_dir, scan.head.phase_dir, scan.head.slice_dir = (tuple(d) for d in directions)
-    (image,) = make_images(point((8, 10, 12), (1, 1, 1)), scan, FLOAT32, HEADER, 1, 0, "name", [])
+    gathered = gathered_volume()
+    gathered.head.read_dir, gathered.head.phase_dir, gathered.head.slice_dir = (tuple(d) for d in directions)
+    (image,) = make_images(point((8, 10, 12), (1, 1, 1)), gathered, FLOAT32, HEADER, 1, 0, "name", [])
     head = image.getHead()
     np.testing.assert_allclose([head.read_dir, head.phase_dir, head.slice_dir], DIRECTIONS, atol=1e-6)
     lacks = next((name for name, direction in zip(("read", "phase", "slice"), directions) if not direction.any()), "")
@@ -361,9 +381,9 @@ def test_directions_of_another_length_say_where_the_volume_lies_all_the_same(dir
 )
 def test_lines_without_directions_lie_along_the_patient(tmp_path, directions, word):
     """Read, phase and slice then are x, y and z (LPS), as the comment says, and NIfTI and PNG can be written."""
-    scan = a_scan()
-    scan.head.read_dir, scan.head.phase_dir, scan.head.slice_dir = (tuple(d) for d in directions)
-    (image,) = make_images(point((8, 10, 12), (1, 1, 1)), scan, FLOAT32, HEADER, 1, 0, "name", ["note"])
+    gathered = gathered_volume()
+    gathered.head.read_dir, gathered.head.phase_dir, gathered.head.slice_dir = (tuple(d) for d in directions)
+    (image,) = make_images(point((8, 10, 12), (1, 1, 1)), gathered, FLOAT32, HEADER, 1, 0, "name", ["note"])
     head = image.getHead()
     expected = np.eye(3) if word else np.array(directions)
     np.testing.assert_allclose([head.read_dir, head.phase_dir, head.slice_dir], expected, atol=1e-6)
@@ -397,11 +417,11 @@ def test_preview_and_final_image_say_that_directions_are_missing(full):
 )
 @pytest.mark.parametrize("matrix", [(12, 10, 8), (13, 11, 9)])
 def test_orientation_moves_nothing_in_the_patient(orientation, matrix):
-    scan, volume = a_scan(matrix), point(matrix[::-1], (2, 7, 4))
+    gathered, volume = gathered_volume(matrix), point(matrix[::-1], (2, 7, 4))
 
     def oriented(steps):
         options = make_options({"orientation": steps, "output": "float32"})
-        return list(make_images(volume, scan, options, HEADER, 1, 0, "name", []))
+        return list(make_images(volume, gathered, options, HEADER, 1, 0, "name", []))
 
     plain, turned = oriented("acquired"), oriented(orientation)
     np.testing.assert_allclose(centroid_mm(turned), centroid_mm(plain), atol=1e-4)

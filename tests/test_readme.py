@@ -14,6 +14,7 @@ from gadgets.conformance.suite import CASES
 from gadgets.options import Options, preset_names
 from recon_core.fft import fft
 from recon_core.metrics import object_mask, psnr
+from recon_core.trust import BARS, INEXACT, UNEXPLAINED, Trust
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 MEASURED = (Path(__file__).parent / "benchmarks" / "README.md").read_text()
@@ -46,6 +47,17 @@ def test_the_example_in_python_reconstructs():
     assert psnr(given["volume"], reference, inside) > psnr(given["preview"], reference, inside) + 6
     bright = (given["volume"].abs() * reference)[inside].sum() / reference[inside].square().sum()
     assert float(bright) * sigma == pytest.approx(1, abs=0.05)
+
+
+def test_what_makes_an_image_doubtful_is_told():
+    worse, unexplained = BARS[Trust.DOUBTFUL]
+    assert f"residual is above {worse:g} times that of CG-SENSE and above {unexplained:g} times the noise" in README
+    assert BARS[Trust.FAILED] == (2, 2)
+    assert "(a residual more than twice that of CG-SENSE and twice the noise)" in README
+    assert f"leaves more than {UNEXPLAINED:g} times the noise and {INEXACT:.0%} of the data" in README.replace(
+        " %", "%"
+    )
+    assert f"data that CG-SENSE does not explain to {UNEXPLAINED:g} times the noise" in README
 
 
 def test_enough_is_shown():

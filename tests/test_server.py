@@ -45,10 +45,10 @@ def test_turns_come_in_order_and_places_are_told():
     turns, order, told = Turns(1), [], {}
 
     def take(name):
-        with turns.turn(lambda place: told.setdefault(name, []).append(place)):
+        with turns.hold(lambda place: told.setdefault(name, []).append(place)):
             order.append(name)
 
-    with turns.turn():
+    with turns.hold():
         threads = []
         for name in "abc":
             threads.append(threading.Thread(target=take, args=(name,)))
@@ -64,9 +64,13 @@ def test_turns_come_in_order_and_places_are_told():
 
 def test_a_line_is_left_by_who_gives_up():
     turns = Turns(1)
-    with turns.turn(), pytest.raises(ReconError, match="because the peer is gone"):
-        with turns.turn(give_up=lambda: "because the peer is gone"):
+    with turns.hold(), pytest.raises(ReconError, match="because the peer is gone"):
+        with turns.hold(give_up=lambda: "because the peer is gone"):
             raise AssertionError("no turn was free")
+    assert (turns.running, turns.waiting) == (0, 0)
+    with pytest.raises(ReconError, match="because the peer is gone"):
+        with turns.hold(give_up=lambda: "because the peer is gone"):
+            raise AssertionError("a free one was taken all the same")
     assert (turns.running, turns.waiting) == (0, 0)
 
 
@@ -643,8 +647,8 @@ def test_why_an_idle_connection_is_closed_is_told(prior):
 @pytest.fixture
 def slow_preview(monkeypatch):
     """CG-SENSE that does not come to its end."""
-    hangs, look = threading.Event(), recon._look
-    monkeypatch.setattr(recon, "_look", lambda *how, **more: hangs.wait(20) and look(*how, **more))
+    hangs, prepare = threading.Event(), recon._prepare
+    monkeypatch.setattr(recon, "_prepare", lambda *how, **more: hangs.wait(20) and prepare(*how, **more))
     monkeypatch.setattr("gadgets.solve.LAST_LOOK_S", 0.3)
     yield hangs
     hangs.set()

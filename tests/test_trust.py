@@ -168,7 +168,7 @@ def test_a_gpu_that_hangs_is_asked_for_nothing_more(monkeypatch, gpu):
     )
     outcome = solve.solve(scan, preview := torch.ones(2, 2, 2), None, make_options({}), lambda *_: None)
     assert outcome.volume is preview
-    assert outcome.failure == [f"slice diffusion failed and the CG-SENSE preview stands: {hint}"]
+    assert outcome.failure == f"slice diffusion failed and the CG-SENSE preview stands: {hint}"
     assert gpu_lost.is_set()
     gpu_lost.clear()
     with pytest.raises(ReconError, match=f"^the error map was not made: {hint}$"):
@@ -179,18 +179,18 @@ def test_a_gpu_that_hangs_is_asked_for_nothing_more(monkeypatch, gpu):
 
 def test_a_gpu_that_hangs_before_the_preview_leaves_the_scan_to_the_cpu(scan_path, prior, monkeypatch, gpu):
     """Its first call may be what hangs: of the second scan after a solver that missed its deadline."""
-    hangs, asked, on_cpu = threading.Event(), [], recon._look
+    hangs, asked, on_cpu = threading.Event(), [], recon._prepare
 
-    def look(scan, options, device, report, **how):
+    def prepare(gathered, options, device, report, **how):
         asked.append(device.type)
         if device.type == "cuda":
             hangs.wait(30)
-        return on_cpu(scan, options, torch.device("cpu"), report, **how)
+        return on_cpu(gathered, options, torch.device("cpu"), report, **how)
 
     (expected,), _ = images_and_error(scan_path, raising)
     for module in (recon, solve):
         monkeypatch.setattr(module, "device_of", lambda options: gpu)
-    monkeypatch.setattr(recon, "_look", look)
+    monkeypatch.setattr(recon, "_prepare", prepare)
     monkeypatch.setattr(solve, "HANG_S", 0.5)
     for _ in range(2):
         images, error = images_and_error(scan_path, prior)
@@ -200,7 +200,7 @@ def test_a_gpu_that_hangs_before_the_preview_leaves_the_scan_to_the_cpu(scan_pat
     assert gpu_lost.is_set() and asked == ["cuda", "cpu", "cpu"]
 
 
-def test_a_volume_is_let_go_before_the_next_one_is_looked_at(tmp_path, monkeypatch, prior):
+def test_a_volume_is_let_go_before_the_next_one_is_prepared(tmp_path, monkeypatch, prior):
     held, alive = [], []
     options = SimulateOptions(coils=2, pattern="full", noise_lines=0, repetitions=3)
     header, lines, _ = load_small_scan(tmp_path, options, (4, 12, 8))
@@ -411,8 +411,8 @@ def test_contrasts_share_their_coil_weights(tmp_path):
         real, imaginary = (random.standard_normal(line.data.shape) for _ in range(2))
         line.data[:] += 0.1 * loud * (real + 1j * imaginary)
     options, both = make_options({"device": "cpu"}), []
-    for scan in recon.gather(header, lines):
-        measurement, *_ = recon.look(scan, options, lambda stage, facts: None, recon.patient)
+    for gathered in recon.gather(header, lines):
+        measurement, *_ = recon.prepare(gathered, options, lambda stage, facts: None, recon.never_stop)
         both.append(measurement)
     assert [measurement.weights.tolist() for measurement in both] == [[1.0] * 4] * 2
     assert not both[1].sigma_known and float(both[1].sigma) > 1.5 * float(both[0].sigma)

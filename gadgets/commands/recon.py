@@ -125,7 +125,7 @@ def _reconstruct(
 def _write_copies(arguments: argparse.Namespace, images: list[ismrmrd.Image]) -> None:
     """Write NIfTI and PNG files, if requested."""
     from ..image_files import join_partitions, write_nifti, write_png
-    from ..images import SERIES
+    from ..images import OF_THE_OBJECT
 
     volumes = join_partitions(images)
     if arguments.nifti:
@@ -133,7 +133,7 @@ def _write_copies(arguments: argparse.Namespace, images: list[ismrmrd.Image]) ->
         for image in volumes:
             write_nifti(image, arguments.nifti / f"series{image.image_series_index}_{image.image_index:03d}.nii.gz")
     if arguments.png:
-        write_png([v for v in volumes if v.image_series_index != SERIES["error"]][-1], arguments.png)
+        write_png([v for v in volumes if v.image_series_index in OF_THE_OBJECT][-1], arguments.png)
 
 
 def _tell(arguments: argparse.Namespace, display: Display, count: int) -> None:
