@@ -68,6 +68,7 @@ class Calibrations:
         grid = self._grid(key, line.active_channels)
         where = grid.place(line, own[0], self.image)
         if where is not None:
+            grid.unshare()
             its = max(oversampling, self._of_image(key.contrast)) if own[0] is self.image else oversampling
             grid.add(line, where, own[1], its)
             grid.head = grid.head or line.getHead()
@@ -83,7 +84,7 @@ class Calibrations:
         """Continue with another k-space centre of the image; lines gathered in the image's encoding are moved."""
         shift = shift_between(self.image, image)
         for grid in (grid for grids in self.grids.values() for grid in grids.values() if not grid.foreign):
-            grid.kspace = grid.kspace.copy()  # finished volumes may be in reconstruction with it
+            grid.unshare()
             grid.move(shift)
         self.image, self.encodings[0] = image, (image, self.encodings[0][1])
 
@@ -115,7 +116,9 @@ class Calibrations:
         fitting = [found for found in fitting if found[2].filled >= ENOUGH * max(grid.filled for _, _, grid in fitting)]
         remarks = list(self.notes)
         if fitting:
-            return min(fitting, key=rank)[2], remarks
+            chosen = min(fitting, key=rank)[2]
+            chosen.handed_out = True
+            return chosen, remarks
         channels: Counter[int] = Counter()
         for _, _, grid in here:
             channels[len(grid.kspace)] += grid.lines

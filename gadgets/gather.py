@@ -18,8 +18,6 @@ from .centre import centre_offset, narrow
 from .completeness import missing_ends, missing_volumes
 from .failure import of_lines
 from .flags import (
-    BOTH_BIT,
-    CALIBRATION_BIT,
     FIRST_BIT,
     LAST_BIT,
     NOISE_BIT,
@@ -139,15 +137,11 @@ class Gatherer:
                 self.offered = None
 
     def _reference_blocks(self, bit: ReconBit) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Blocks of calibration-only lines; those also used for imaging are in the data."""
         try:
-            blocks = list(bit.reference.blocks()) if bit.reference is not None else []
+            return bit.reference_blocks()
         except ReconDataError as error:
             self.notes.append(f"reference lines were left out: {error}")
             return []
-        for _, headers in blocks:
-            headers["number_of_samples"][headers["flags"] & (CALIBRATION_BIT | BOTH_BIT) != CALIBRATION_BIT] = 0
-        return blocks
 
     def _adopt(self, data: np.ndarray, headers: np.ndarray) -> None:
         """Offer the block itself as the array to gather into, if all its lines are already in place."""
@@ -315,7 +309,10 @@ class Gatherer:
         """Yield and release the volumes of earlier repetitions, up to the first that is not over."""
         earlier = sorted({key.repetition for key in self.volumes if key.repetition < repetition})
         still_open = next((number for number in earlier if not self._over(number)), repetition)
-        return self.finish(still_open) if earlier and earlier[0] < still_open else iter(())
+        if not earlier or earlier[0] >= still_open:
+            return
+        if not self.partitions.await_another_slice([volume.grid.counts for volume in self.volumes.values()]):
+            yield from self.finish(still_open)
 
     def _over(self, repetition: int) -> bool:
         """Whether a repetition is over: its last line was flagged, or enough lines of later repetitions have come.

@@ -35,6 +35,7 @@ class Partitions:
     def __init__(self, geometry: Geometry, header: ismrmrd.xsd.ismrmrdHeader):
         self.count, self.fov_mm = geometry.shape[0], geometry.encoded_fov_mm[2]
         steps, slices = _steps(header), announced(header).get("slice", 1)
+        self.several = announced(header).get("slice", 2) > 1  # slices, unless the header announces one
         self.are_slices = slices_fill_matrix(geometry, header)
         self.decided = self.are_slices or self.count == 1 or (steps > 0 and 1 < slices <= self.count / 2)
         self.equal: set[int] = set()  # slices whose lines all have the same number as partition
@@ -66,9 +67,14 @@ class Partitions:
         """Whether it takes a line of another slice to know if this one is a slice or a partition."""
         return self.apart_mm is None and (self.are_slices or (not self.decided and line.idx.slice > 0))
 
+    def await_another_slice(self, counts: list[np.ndarray]) -> bool:
+        """Whether volumes with line counts `counts` [z y] may be slices that lie apart, which the next slice shows."""
+        flat = all((one > 0).any(axis=1).sum() == 1 for one in counts)
+        return self.apart_mm is None and self.several and flat
+
     def recounted(self, line: ismrmrd.Acquisition) -> ismrmrd.Acquisition:
         """The line with correct counters; while nothing is decided, its own may decide."""
-        if not self.decided:
+        if not self.decided and not line.encoding_space_ref:  # other encodings have counters of their own
             self._decide(line.idx)
         if self.are_planes:
             has_partition = line.idx.kspace_encode_step_2 and not line.encoding_space_ref

@@ -59,7 +59,9 @@ class Readout:
     def uneven(self, line: ismrmrd.Acquisition) -> bool:
         """Whether the line comes with a trajectory and this is not a straight one at constant speed."""
         there, _, _ = self.echo(line)
-        places = np.asarray(line.traj, np.float64).reshape(line.number_of_samples, -1)[there]  # [samples dimensions]
+        places = np.asarray(line.traj, np.float64).reshape(line.number_of_samples, line.trajectory_dimensions)[
+            there
+        ]  # [samples dimensions]
         if len(places) < 3 or not places.shape[1] or not np.isfinite(places).all():
             return False
         speed = (places[-1] - places[0]) / (len(places) - 1)

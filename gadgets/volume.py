@@ -84,6 +84,12 @@ class Grid:
         self.lengths: dict[str, int] = {}
         self.foreign = self.renumbered = False  # of another encoding; with a numbering of their own
         self.head: ismrmrd.AcquisitionHeader | None = None  # of the first line; for calibration only
+        self.handed_out = False  # a finished volume, perhaps in reconstruction, has these arrays; for calibration only
+
+    def unshare(self) -> None:
+        """Continue with copies of arrays that were handed out."""
+        if self.handed_out:
+            self.kspace, self.counts, self.handed_out = self.kspace.copy(), self.counts.copy(), False
 
     def place(self, line: ismrmrd.Acquisition, own: Geometry, image: Geometry) -> tuple[int, int] | None:
         """Place z, y of a line of encoding `own`; outside the matrix, the line is counted and None returned."""

@@ -378,3 +378,25 @@ def test_calibration_lines_that_the_image_lacks_are_its_own_where_the_header_mis
     scan = gathered(header, [flagged(line, ONLY, flags=0) if is_near(line) else line for line in lines])
     assert int(scan.counts.sum()) == len(lines) - 4
     assert scan.warnings[0].startswith("the calibration lines are used for the image too")
+
+
+def test_external_calibration_does_not_decide_what_the_slice_counter_means(tmp_path):
+    """Its lines, of slice 0 and many partitions, would say that slices are slabs."""
+    header, lines = fully_sampled(tmp_path, calibration="external", acs=10)
+    whole = next(gather(header, lines))
+    for line in lines:
+        if not line.encoding_space_ref and not line.flags & NOISE_BIT:
+            line.idx.slice = line.idx.kspace_encode_step_2
+    (found,) = gather(header, lines)
+    assert not found.flaw and torch.equal(found.kspace, whole.kspace)
+
+
+def test_calibration_that_comes_again_does_not_change_a_volume_that_was_handed_out(tmp_path):
+    header, lines = fully_sampled(tmp_path, calibration="separate", acs=10, repetitions=2)
+    calibrating = [line for line in lines if line.isFlagSet(ONLY)]
+    first, second = ([line for line in lines if line.idx.repetition == n and line not in calibrating] for n in (0, 1))
+    found = gather(header, [*calibrating, *first, second[0], *calibrating, *second[1:]])
+    volume = next(found)
+    before = [part.clone() for part in volume.calibration]
+    assert len(list(found)) == 1
+    assert all(torch.equal(*pair) for pair in zip(volume.calibration, before))

@@ -238,6 +238,22 @@ def test_repetitions_of_slices_that_lie_apart(scan, step_2, slices, step_of):
         assert torch.equal(one.kspace, first.kspace)
 
 
+@pytest.mark.parametrize("limits", [((0, 7, 4), (0, 7, 0)), (None, None)])
+def test_repetitions_of_one_slice_after_another(scan, limits):
+    """Each repetition of the first slice ends, flagged, before there is a second slice to tell what they are."""
+    header, noise, stack = planes_of(scan)
+    lines = []
+    for plane in stack:
+        for repetition in range(3):
+            same = [line_like(line, repetition=repetition) for line in plane]
+            lines += [*same[:-1], line_like(same[-1], flags=LAST_BIT)]
+    found = list(gather(limited(header, *limits), [*noise, *lines]))
+    assert len(found) == 24 and not [w for one in found for w in one.warnings if "E2" in w]
+    alone = {one.head.idx.slice: one.kspace for one in gather(limited(header, *limits), [*noise, *sum(stack, [])])}
+    for one in found:
+        assert torch.equal(one.kspace, alone[one.head.idx.slice]) and one.kspace.shape[1] == 1
+
+
 def test_the_thickness_of_slices_may_be_the_field_of_view(scan):
     header, noise, stack = planes_of(scan)
     for space in (header.encoding[0].encodedSpace, header.encoding[0].reconSpace):

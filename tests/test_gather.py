@@ -154,6 +154,15 @@ def test_a_line_without_its_echo_is_counted_and_told(full):
     assert any(w.startswith(said) for w in scan.warnings)
 
 
+def test_a_first_line_without_samples_costs_no_more_than_itself(full):
+    header, lines, _ = full
+    empty = ismrmrd.Acquisition(line_like(lines[0]).getHead())
+    empty.resize(0, lines[0].active_channels, 2)
+    scan = gathered(header, [empty, *lines])
+    assert torch.equal(scan.kspace, gathered(header, lines).kspace)
+    assert any(w.startswith("1 line had a different number of channels or samples") for w in scan.warnings)
+
+
 @pytest.mark.parametrize("matrix,samples", [(11, 22), (13, 13), (12, 15), (9, 24)])
 def test_a_readout_is_the_centred_transform(matrix, samples):
     """Against the sum that defines it, for odd, even and unusual oversampling."""
