@@ -80,6 +80,9 @@ def send_scan(
         if reason:
             raise SendError(f"{reason} ({of_images(came.total(), '{images} {were} received')})")
         _check(came, sender.volumes, expect)
+        if expect is None and not sender.complete:
+            images = of_images(came.total(), "{images} {were} received")
+            raise SendError(f"the server ended the scan before all of its lines were sent ({images})")
 
 
 def ask(host: str, port: int, question: str, timeout_s: float = 10.0) -> str:
@@ -139,7 +142,7 @@ class _Sender(threading.Thread):
         self.failure = self.fault = ""  # the server's, the scan's
         self.pace = _Pace() if realtime else None
         self.stop = threading.Event()
-        self.given_up = False
+        self.given_up = self.complete = False
         self.seen: set[VolumeKey] = set()
         self.partitions = None  # if the header cannot be read, the server says so
         with contextlib.suppress(ScanError):
@@ -160,10 +163,10 @@ class _Sender(threading.Thread):
         try:
             (self.wire.send_config if isinstance(self.config, bytes) else self.wire.send_config_file)(self.config)
             self.wire.send_header(self.scan.header_xml)
-            complete = self._send_items()
-            if complete:
+            self.complete = self._send_items()
+            if self.complete:
                 self.on_sent(len(self.scan))
-            if complete or self.given_up:
+            if self.complete or self.given_up:
                 self.wire.close()
         except OSError as error:
             self.failure = f"the server stopped taking the scan: {error}"

@@ -62,7 +62,10 @@ def strip_version(xml: bytes) -> bytes:
 def _as_utf8(text: bytes) -> bytes:
     """As UTF-8, without an XML declaration, which may state the wrong encoding; with the namespace, for Gadgetron."""
     text = re.sub(rb"^\s*(\xef\xbb\xbf)?\s*<\?xml.*?\?>", b"", text, count=1, flags=re.S)
-    text = text if b"xmlns" in text else text.replace(b"<ismrmrdHeader", b"<ismrmrdHeader " + NAMESPACE, 1)
+    root = re.search(rb"<ismrmrdHeader\b[^>]*>", text)  # with a prefix, it has a namespace of its own
+    if root:
+        bare = re.sub(rb"""\sxmlns\s*=\s*("[^"]*"|'[^']*')""", b"", root[0])  # some converters write another one
+        text = text.replace(root[0], bare.replace(b"<ismrmrdHeader", b"<ismrmrdHeader " + NAMESPACE, 1), 1)
     try:
         return text.decode().encode()
     except UnicodeDecodeError:

@@ -144,10 +144,10 @@ class Recording:
         if isinstance(item, ismrmrd.Acquisition):
             self._add_line(item)
         elif isinstance(item, ReconData) and self.file is not None:
-            for buffer in item.buffers():
+            for blocks in (blocks for bit in item.bits for blocks in (bit.reference_blocks, bit.data.blocks)):
                 # If its lines cannot be told apart, the reconstruction reports it.
                 with contextlib.suppress(ReconDataError):
-                    for block in buffer.blocks():
+                    for block in blocks():
                         for _, line in lines_of(*block):
                             self._add_line(line)
 

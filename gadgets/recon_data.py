@@ -14,6 +14,8 @@ import ismrmrd
 import numpy as np
 from ismrmrd.hdf5 import acquisition_header_dtype
 
+from .flags import BOTH_BIT, CALIBRATION_BIT
+
 CHUNK_BYTES = 1 << 20
 MAX_ARRAY_BYTES = 64 << 30
 MAX_DIMENSIONS = 16
@@ -54,17 +56,23 @@ class ReconBit:
     data: ReconBuffer
     reference: ReconBuffer | None
 
+    def reference_blocks(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Blocks of the lines for calibration only: Gadgetron has those also used for imaging in the data as well.
+
+        Raises:
+            ReconDataError: if headers and data do not match.
+        """
+        blocks = list(self.reference.blocks()) if self.reference is not None else []
+        for _, headers in blocks:
+            headers["number_of_samples"][headers["flags"] & (CALIBRATION_BIT | BOTH_BIT) != CALIBRATION_BIT] = 0
+        return blocks
+
 
 @dataclass
 class ReconData:
     """One message: a bit for each encoding space."""
 
     bits: list[ReconBit]
-
-    def buffers(self) -> Iterator[ReconBuffer]:
-        """All buffers, reference lines before the data they belong to."""
-        for bit in self.bits:
-            yield from (buffer for buffer in (bit.reference, bit.data) if buffer is not None)
 
 
 def take_lines(data: np.ndarray, headers: np.ndarray) -> Iterator[ismrmrd.Acquisition]:

@@ -45,8 +45,8 @@ class ScanFile:
         """The header's text, whether a scalar or the first element of an array."""
         node = self.group["xml"]
         try:
-            text = node[()] if node.shape == () else node[0]
-        except (AttributeError, IndexError, ValueError):
+            text = np.ravel(node[()])[0]
+        except (AttributeError, IndexError, TypeError, ValueError):
             raise FileError(f"{self.group.name}/xml of {self.file.filename} holds no header") from None
         return text.encode() if isinstance(text, str) else bytes(text)
 
@@ -113,7 +113,7 @@ class ScanFile:
         try:
             if "waveforms" in self.group:
                 rows = self.group["waveforms"][()]
-        except DAMAGE as error:
+        except (*DAMAGE, TypeError) as error:  # TypeError: a group
             raise FileError(f"the waveforms of the scan file are damaged and were left out: {error}") from None
         lost = 0
         for head, row in zip(by_name(rows["head"], ismrmrd.hdf5.waveform_header_dtype), rows):
@@ -184,8 +184,14 @@ def _acquisition(head: np.void, row: np.void, number: int) -> ismrmrd.Acquisitio
     coils, samples, dims = head.active_channels, head.number_of_samples, head.trajectory_dimensions
     parts = (row[name] if name in row.dtype.names else [] for name in ("data", "traj"))
     data, trajectory = (np.asarray(part, np.float32).reshape(-1) for part in parts)
-    if data.size != 2 * coils * samples or trajectory.size != samples * dims:
+    if data.size != 2 * coils * samples:
         raise FileError(f"acquisition {number} announces {coils} x {samples} samples but holds {data.size // 2}")
+    if not trajectory.size:
+        dims = head.trajectory_dimensions = 0  # announced and left out, which a Cartesian scan can do without
+    if trajectory.size != samples * dims:
+        raise FileError(
+            f"acquisition {number} announces a trajectory of {samples} x {dims} numbers but holds {trajectory.size}"
+        )
     return ismrmrd.Acquisition(head, data.view(np.complex64).reshape(coils, samples), trajectory.reshape(samples, dims))
 
 
@@ -206,14 +212,19 @@ class ScanWriter:
         return self
 
     def __exit__(self, *exception) -> None:
-        self._flush()
-        if self.waveforms:
-            table = np.empty(len(self.waveforms), ismrmrd.hdf5.waveform_dtype)
-            for i, waveform in enumerate(self.waveforms):
-                table[i]["head"] = np.frombuffer(bytes(waveform.getHead()), ismrmrd.hdf5.waveform_header_dtype)[0]
-                table[i]["data"] = np.ascontiguousarray(waveform.data).ravel()
-            self.group.create_dataset("waveforms", data=table, maxshape=(None,))
-        self.file.close()
+        try:
+            self._flush()
+            if self.waveforms:
+                self._write_waveforms()
+        finally:
+            self.file.close()  # on a full disk too: an open file would go on taking room after its deletion
+
+    def _write_waveforms(self) -> None:
+        table = np.empty(len(self.waveforms), ismrmrd.hdf5.waveform_dtype)
+        for i, waveform in enumerate(self.waveforms):
+            table[i]["head"] = np.frombuffer(bytes(waveform.getHead()), ismrmrd.hdf5.waveform_header_dtype)[0]
+            table[i]["data"] = np.ascontiguousarray(waveform.data).ravel()
+        self.group.create_dataset("waveforms", data=table, maxshape=(None,))
 
     def append(self, item: ismrmrd.Acquisition | ismrmrd.Waveform) -> None:
         """Add one acquisition or waveform."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import ismrmrd
 import numpy as np
 from pydantic import ValidationError
 
@@ -19,7 +20,7 @@ from recon_core.volumes import Volume, emptiness, load_volume
 
 from .files import DAMAGE, FileError, open_hdf5
 from .header import parse_header
-from .image_files import read_images
+from .image_files import join_partitions, read_images
 from .images import SERIES
 from .options import OptionsError, error_sentence, make_options, read_yaml
 from .recon import reconstruct
@@ -65,8 +66,9 @@ def find_volumes(paths: Iterable[Path]) -> list[Path]:
             inside = sorted(p for p in path.iterdir() if p.name.endswith(VOLUMES) and not p.name.startswith("."))
         if not inside:
             raise FileError(f"the folder {path} holds no volume ({', '.join(VOLUMES)})")
-        found += [p.resolve() for p in inside]
-    return list(dict.fromkeys(found))
+        found += inside
+    # A link is read by its own name, which has the suffix, but counts as what it leads to.
+    return list({path.resolve(): path for path in found}.values())
 
 
 def make_train_options(config: Path | None, given: Mapping[str, Any]) -> TrainOptions:
@@ -92,17 +94,16 @@ def _load(path: Path) -> list[Volume]:
         with open_hdf5(path) as file:
             if scans_in(file):
                 return _from_scan(path)
-            if _holds_images(file):
-                return _from_images(path)
+            if groups := [name for name, node in file.items() if _holds_images(node)]:
+                return _from_images(path, groups)
             return [_from_array(path, file)]
     except DAMAGE as error:
         raise FileError(f"{path} cannot be read as a volume: {error}") from None
 
 
-def _holds_images(file: h5py.File) -> bool:
-    groups = (group for group in file.values() if isinstance(group, h5py.Group))
-    nodes = (node for group in groups for node in group.values())
-    return any(isinstance(node, h5py.Group) and "header" in node for node in nodes)
+def _holds_images(node) -> bool:
+    series = node.values() if isinstance(node, h5py.Group) else ()
+    return any(isinstance(one, h5py.Group) and "header" in one for one in series)
 
 
 def _from_scan(path: Path) -> list[Volume]:
@@ -125,15 +126,19 @@ def _from_scan(path: Path) -> list[Volume]:
     return [_from_image(f"{path.name}#{n}" if n else path.name, image) for n, image in whole]
 
 
-def _from_images(path: Path) -> list[Volume]:
-    images = [i for i in read_images(path) if i.data.shape[1] > 1]
+def _from_images(path: Path, groups: Iterable[str]) -> list[Volume]:
+    images = [image for group in groups for image in _volumes_of(read_images(path, group))]
     if not images:
         raise FileError(f"{path} holds only single slices; volumes are needed to resample through the plane")
-    if "SliceDiffusion" in images[0].meta.get("ImageProcessingHistory", ()):
-        # Of preview, image and error map, use only one for training.
-        final = [i for i in images if i.image_series_index == SERIES["final"]]
-        images = final or [i for i in images if i.image_series_index == SERIES["preview"]]
     return [_from_image(f"{path.name}#{n}" if n else path.name, image) for n, image in enumerate(images)]
+
+
+def _volumes_of(images: list[ismrmrd.Image]) -> list[ismrmrd.Image]:
+    """The volumes of a run, without single slices; of ours, its partitions joined, and one series to learn from."""
+    if images and "SliceDiffusion" in images[0].meta.get("ImageProcessingHistory", ()):
+        final = [i for i in images if i.image_series_index == SERIES["final"]]
+        images = join_partitions(final or [i for i in images if i.image_series_index == SERIES["preview"]])
+    return [image for image in images if image.data.shape[1] > 1]
 
 
 def _from_image(name: str, image) -> Volume:
@@ -153,6 +158,6 @@ def _from_array(path: Path, file: h5py.File) -> Volume:
     if len(arrays) != 1:
         raise FileError(f"{path} should hold one array with three dimensions (z, y, x), it holds {len(arrays)}")
     voxel_mm = arrays[0].attrs.get("voxel_mm")
-    if voxel_mm is None or len(voxel_mm) != 3:
+    if np.size(voxel_mm) != 3:
         raise FileError(f"{path}: the array {arrays[0].name} lacks the attribute voxel_mm (z, y, x)")
     return Volume(path.name, arrays[0][()], tuple(float(v) for v in voxel_mm))

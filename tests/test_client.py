@@ -243,6 +243,24 @@ def test_a_scan_that_is_refused_is_not_sent_to_its_end(scan_path):
     assert time.monotonic() - began < 0.6 and b"".join(received).endswith(struct.pack("<H", 4))
 
 
+def test_a_server_that_ends_the_scan_before_its_end_is_told(scan_path):
+    """It answers the first line with an image and closes in good order: nothing else shows that lines are missing."""
+
+    def serve():
+        sock, _ = listener.accept()
+        with sock, sock.makefile("rb") as stream:
+            sock.sendall(an_image(1) + an_image(2) + struct.pack("<H", 4))
+            sock.shutdown(socket.SHUT_WR)
+            stream.read()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(SendError, match=r"^the server ended the scan before .* \(2 images were received\)$"):
+            send(listener.getsockname(), scan_path, realtime=True)
+        thread.join(10)
+
+
 def test_a_server_that_goes_away_ends_a_paced_scan(scan_path):
     with socket.create_server(("127.0.0.1", 0)) as listener:
 

@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 import pytest
 from conftest import load_small_scan, run
-from test_images import HEADER, a_scan, point
+from test_images import HEADER, gathered_volume, point
 from test_mouths import running
 
 from gadgets.client import SendError, send_scan
@@ -101,6 +101,34 @@ def test_groups_that_are_no_scan_after_all_are_a_sentence(tmp_path, scan_path, c
             file[f"dataset/{name}"] = content
     code, _, err = run(capsys, "recon", tmp_path / "s.h5", tmp_path / "i.h5", "--method", "cg")
     assert code == 1 and said in err and "internal error" not in err
+
+
+def test_what_a_cartesian_scan_can_do_without_is_not_missed(tmp_path, scan_path):
+    """A trajectory that is announced and left out, waveforms that are no table; the header may be a table of one."""
+    shutil.copy(scan_path, tmp_path / "s.h5")
+    with h5py.File(tmp_path / "s.h5", "a") as file:
+        row = file["dataset/data"][3]
+        row["head"]["trajectory_dimensions"] = 2
+        file["dataset/data"][3] = row
+        text = file["dataset/xml"][0]
+        del file["dataset/xml"]
+        file["dataset"].create_dataset("xml", (1, 1), dtype=h5py.special_dtype(vlen=bytes))[0, 0] = text
+        file.create_group("dataset/waveforms")
+    with ScanFile(scan_path) as scan, ScanFile(tmp_path / "s.h5") as other:
+        assert other.header_xml == scan.header_xml
+        assert all(
+            np.array_equal(a.data, b.data) for a, b in zip(other.acquisitions(), scan.acquisitions(), strict=True)
+        )
+        with pytest.raises(FileError, match="the waveforms of the scan file are damaged and were left out"):
+            list(other.waveforms())
+
+
+def test_a_scan_that_cannot_be_written_to_its_end_leaves_no_open_file(tmp_path, monkeypatch):
+    writer = ScanWriter(tmp_path / "s.h5", "<ismrmrdHeader/>")
+    monkeypatch.setattr(writer, "_flush", lambda: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"), writer:
+        pass
+    assert not writer.file
 
 
 def test_a_bad_row_costs_its_line_and_is_told_after_the_images(tmp_path, capsys):
@@ -218,7 +246,7 @@ def test_a_scan_that_cannot_be_written_is_a_sentence(tmp_path):
 
 def test_partitions_find_their_volume_beyond_the_numbers_that_a_header_holds():
     """image_index is of 16 bits: volume 8192 of 8 partitions would come back as the first one."""
-    volume, scan, options = point((8, 10, 12), (1, 1, 1)), a_scan(), make_options({"layout": "partitions"})
+    volume, scan, options = point((8, 10, 12), (1, 1, 1)), gathered_volume(), make_options({"layout": "partitions"})
     parts = []
     for number in (0, 8191, 8192):
         parts += make_images(volume, scan, options, HEADER, 2, number, "name", [])

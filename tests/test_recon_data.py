@@ -197,6 +197,17 @@ def test_failed_buffers_are_kept_as_the_lines_in_them(full, tmp_path):
     assert torch.equal(kept.kspace, expected.kspace) and torch.equal(kept.counts, expected.counts)
 
 
+def test_calibration_lines_of_the_image_are_kept_once(full, tmp_path):
+    """Gadgetron has them in the data and among the reference lines."""
+    header, lines = full[0], [line_like(line) for line in full[1]]
+    for line in lines[40:60]:
+        line.setFlag(ismrmrd.ACQ_IS_PARALLEL_CALIBRATION_AND_IMAGING)
+    recording = FailedScans(tmp_path).record(header.toXML("ascii").encode())
+    recording.add(parsed(recon_data(header, lines)))
+    with ScanFile(recording.keep()) as scan:
+        assert len(scan) == len(lines)
+
+
 def test_an_aborted_scan_is_recognised_in_a_partly_filled_buffer(full):
     header, lines, _ = full
     scan = buffered(header, lines[:70])

@@ -116,6 +116,26 @@ def test_a_file_named_twice_is_read_once_and_a_hidden_one_never(tmp_path):
     assert len(find_volumes([tmp_path, tmp_path / "b.npy"])) == 1
 
 
+def test_a_link_is_read_by_its_own_name_and_once(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    np.save(tmp_path / "blobs" / "b.npy", small_object())
+    (tmp_path / "blobs" / "b.npy").rename(tmp_path / "blobs" / "0123abcd")
+    for name in ("a.npy", "b.npy"):
+        (tmp_path / name).symlink_to(tmp_path / "blobs" / "0123abcd")
+    (volume,) = load_volumes([tmp_path])
+    assert volume.name in ("a.npy", "b.npy") and np.array_equal(volume.data, small_object())
+
+
+def test_every_run_in_an_image_file_is_read_and_partitions_are_joined(tmp_path):
+    scan, images = str(tmp_path / "s.h5"), str(tmp_path / "i.h5")
+    assert main(["simulate", "phantom", scan, *"--coils 1 --voxel-mm 8 --pattern full".split()]) == 0
+    for layout in ("volume", "partitions"):
+        assert main(["recon", scan, images, "--method", "cg", "--layout", layout, "--group", layout]) == 0
+    first, second = load_volumes([tmp_path / "i.h5"])
+    assert first.data.ndim == 3 and np.array_equal(first.data, second.data)
+    assert first.voxel_mm == pytest.approx(second.voxel_mm)
+
+
 def test_what_is_no_volume_is_told(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "junk.h5").write_bytes(b"junk")

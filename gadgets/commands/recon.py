@@ -95,7 +95,7 @@ def _reconstruct(
     """
     from ..failure import sentence
     from ..files import FileError
-    from ..geometry import read_geometry
+    from ..geometry import announced, read_geometry
     from ..header import parse_header
     from ..images import SERIES, image_kind, notes_of
     from ..recon import reconstruct
@@ -104,7 +104,8 @@ def _reconstruct(
 
     with ScanFile(arguments.scan, arguments.input_group) as scan, display:
         header = parse_header(scan.header_xml)
-        if len(header.encoding) == 1:  # with several, only the lines tell which one is the image's
+        # Of several encodings, only the lines tell which is the image's; of several slices, whether they lie apart.
+        if len(header.encoding) == 1 and announced(header).get("slice", 1) == 1:
             writer.check(SERIES["final"], *image_kind(read_geometry(header), options))
         prior = load_prior_for(options)
         display.stage("prior", {})

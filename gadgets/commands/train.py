@@ -56,7 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
     given = {n: v for n in TrainOptions.model_fields if (v := getattr(arguments, n)) is not None}
     options = make_train_options(arguments.config, given)
     held_out = find_volumes(arguments.validate)
-    learned_from = [v for v in find_volumes(arguments.volumes) if v not in held_out]
+    kept_apart = {volume.resolve() for volume in held_out}
+    learned_from = [volume for volume in find_volumes(arguments.volumes) if volume.resolve() not in kept_apart]
     if not learned_from:
         raise FileError(
             "nothing is left to learn from: --validate holds out every volume given; "
