@@ -52,7 +52,7 @@ def on_finer_mesh(measurement: Measurement, factor: float, start: Tensor) -> Mea
         adjoint=operator.adjoint(lines),
         energy=measurement.energy * gain**2,
         sigma=measurement.noise_level(start) * gain,
-        sigma_shown=measurement.sigma_shown * gain,
+        sigma_bound=measurement.sigma_bound * gain,
         voxel_mm=tuple(mm * n / m for mm, n, m in zip(measurement.voxel_mm, (z, y, x), (*fine, x))),
         lines=lines,
         calibrated=None if measurement.calibrated is None else interpolate(measurement.calibrated, (*fine, x)),

@@ -414,7 +414,7 @@ def test_contrasts_share_their_coil_weights(tmp_path):
     for scan in recon.gather(header, lines):
         measurement, *_ = recon.look(scan, options, lambda stage, facts: None, recon.patient)
         both.append(measurement)
-    assert [measurement.weights.tolist() for measurement in both] == [[1.0] * 4] * 2
+    assert [measurement.coil_weights.tolist() for measurement in both] == [[1.0] * 4] * 2
     assert not both[1].sigma_known and float(both[1].sigma) > 1.5 * float(both[0].sigma)
 
 
