@@ -27,6 +27,15 @@ class Reference(NamedTuple):
     sets: int = 1
 
 
+class TissueUnits(NamedTuple):
+    """An image x [z y x], A^H y [z y x] and the noise level in the prior's units, times `scale` those of the data."""
+
+    scale: float
+    noise: float
+    image: Tensor
+    adjoint: Tensor
+
+
 @dataclass
 class Measurement:
     """One volume's inverse problem: A^H y, A, and what is known about noise and geometry.
@@ -134,10 +143,8 @@ class Measurement:
         """Tissue brightness: `tissue` if the calibration gave it, else that of `image` [z y x]."""
         return intensity_scale(image, self.voxel_mm) if self.tissue is None else self.tissue
 
-    def in_tissue_units(self, image: Tensor) -> tuple[float, float, Tensor, Tensor]:
-        """(scale, noise level / scale, image / scale, A^H y / scale), in the prior's units.
-
-        scale is the brightness of `image` [z y x].
+    def in_tissue_units(self, image: Tensor) -> TissueUnits:
+        """`image` [z y x], A^H y and the noise level over the brightness of `image`.
 
         Raises:
             ValueError: if there is no tissue: without lines of the centre of k-space, its brightness is rounding alone.
@@ -148,7 +155,7 @@ class Measurement:
             raise ValueError(
                 f"the noise is {noise:.2g} times as bright as the tissue: lines of the k-space centre are needed"
             )
-        return scale, noise, image / scale, self.adjoint / scale
+        return TissueUnits(scale, noise, image / scale, self.adjoint / scale)
 
 
 def inner(a: Tensor, b: Tensor) -> float:

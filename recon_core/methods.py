@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adaptation import reconstruct_adapted
+from .adaptation import AdaptedConfig, reconstruct_adapted
 from .cg_sense import STRENGTH_AS_IMAGE, cg_sense
 from .faithful import FaithfulConfig, reconstruct_faithful
 from .gaussians import Gaussians
@@ -22,7 +22,6 @@ from .prior import Prior, PriorError
 from .slices import Denoiser
 from .state import State
 from .total_variation import TotalVariationConfig, reconstruct_total_variation
-from .variational import VariationalConfig
 from .wavelet import WaveletConfig, reconstruct_wavelet
 
 
@@ -78,7 +77,7 @@ _published = partial(Method, run=reconstruct_faithful, weights="small-white")
 _sampled = partial(Method, run=reconstruct_posterior, weights="small-white", anytime=False)
 
 METHODS = {
-    "diffusion": Method("slice diffusion", reconstruct_adapted, VariationalConfig(), "small", larger="base"),
+    "diffusion": Method("slice diffusion", reconstruct_adapted, AdaptedConfig(), "small", larger="base"),
     "faithful": _published("slice diffusion as published", config=FaithfulConfig()),
     "interpolated": _published(
         "slice diffusion as published, prior on 2 mm", config=FaithfulConfig(prior_voxel_mm=2.0)

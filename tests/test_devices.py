@@ -297,7 +297,7 @@ def test_learning_from_the_scan_is_the_cpus(thickness, on_host, monkeypatch):
 
     def work(device):
         measurement = measure(kspace[..., 10 : 10 + thickness], mask, VOXEL, noise, device=device, on_host=on_host)
-        network, config = prior.load_prior("small", device, half=False), VariationalConfig(sweeps=1, adapt=2)
+        network, config = prior.load_prior("small", device, half=False), adaptation.AdaptedConfig(sweeps=1, adapt=2)
         states = list(reconstruct_adapted(measurement, network, cg_sense(measurement), config))
         assert len(states) == 5, "one sweep, two rounds, two passes"
         return states[-1].volume

@@ -107,7 +107,7 @@ def test_plug_and_play_with_a_gaussian_denoiser_reaches_its_closed_form_optimum(
     measurement = Measurement(operator, zero_filled, 1.0, 1, 1.0, VOXEL, (5, 5))
     config = PlugAndPlayConfig(iterations=10, sigma=0.4, cg_iterations=20)
     state = last(reconstruct_plug_and_play(measurement, gaussian, zero_filled, config))
-    _, noise, _, _ = measurement.in_tissue_units(zero_filled)
+    noise = measurement.in_tissue_units(zero_filled).noise
     expected = operator.solve(zero_filled, (noise / 0.5) ** 2, iterations=60)
     assert (state.volume - expected).norm() / expected.norm() < 1e-4
 
