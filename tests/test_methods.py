@@ -253,7 +253,7 @@ def test_the_rate_of_a_neural_field_may_be_set(scan, prior, monkeypatch):
 def test_compared_methods_with_the_shipped_prior_beat_cg_sense(name, fewer, scan):
     measurement, reference = scan
     method, inside, preview = METHODS[name], object_mask(reference), cg_sense(measurement)
-    state = last(method.run(measurement, load_prior(method.weights), preview, replace(method.config, **fewer), 0))
+    state = last(method.run(measurement, load_prior(method.prior), preview, replace(method.config, **fewer), 0))
     assert psnr(state.volume, reference, inside) > psnr(preview, reference, inside) + 1
 
 
