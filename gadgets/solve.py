@@ -12,7 +12,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,6 @@ from recon_core.prior import Prior, PriorError, load_prior
 from recon_core.simulate import sampling_mask
 from recon_core.state import State
 from recon_core.trust import Trust, finite, judge
-from recon_core.variational import VariationalConfig
 
 from .budget import check_memory, to_compute
 from .failure import ReconError, Unfinished, free_gpu_memory, gpu_lost, log_failure, sentence
@@ -299,7 +298,7 @@ def states(
     config = method.config
     if options.method == "diffusion":
         asked = {name: getattr(options, name) for name in vars(config) if hasattr(options, name)}
-        config = VariationalConfig(**asked, learned=learned)
+        config = replace(config, **asked, learned=learned)
     return method.run(measurement, prior, preview, config, options.seed)
 
 

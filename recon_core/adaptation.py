@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -24,25 +24,33 @@ from .state import State
 from .trust import Trust, judge
 from .variational import VariationalConfig, reconstruct_variational
 
-EVERY = 4  # rounds between judgements
-LATER = 0.2  # share of the rounds that a volume takes which begins with what another one of its scan has taught
-# Reconstructions after adaptation, alternating between grids:
-# the adapted prior depends more on the slices' pose, their mean less.
+EVERY = 4  # rounds between looks at the held-out lines
+LATER = 0.2  # share of the rounds that remains for a volume which begins with a prior that another one has taught
+# Reconstructions after learning, alternating between the best meshes. The image is their mean, because the adapted
+# prior depends more on the slices' pose.
 PASSES = 4
+
+
+@dataclass(frozen=True)
+class AdaptedConfig(VariationalConfig):
+    """Settings of the solver and of learning from the scan itself."""
+
+    adapt: int = 20  # rounds of learning
+    learned: nn.Module | None = None  # prior that another volume of the scan has taught: learning begins with it
 
 
 def reconstruct_adapted(
     measurement: Measurement,
     prior: Denoiser,
     start: Tensor,
-    config: VariationalConfig = VariationalConfig(),
+    config: AdaptedConfig = AdaptedConfig(),
     seed: int = 0,
 ) -> Iterator[State]:
     """Yield the states of reconstruct_variational, then those of learning.
 
     Learning is for single planes and thin slabs that keep their lines. It takes `config.adapt` rounds, or LATER of them
     if it begins with `config.learned`, and PASSES further reconstructions follow. The volume remains that of the first
-    pass until all of these are done; then it is their mean, on the scan's own voxel grid. If any of this fails, or the
+    pass until all of these are done; then it is their mean, on the scan's own mesh. If any of this fails, or the
     mean cannot be trusted, the first pass's volume stands, with the error as its `setback`. `prior` and
     `config.learned` are not changed.
 
@@ -52,15 +60,17 @@ def reconstruct_adapted(
         start: volume [z y x], the CG-SENSE image.
         seed: for the random slices, poses and lines.
     """
-    to_be_gained = measurement.lines is not None and len(usable_axes(measurement.operator.shape)) == 1
+    one_orientation = len(usable_axes(measurement.operator.shape)) == 1
     rounds, setback = 0, None
     try:
-        if config.adapt and isinstance(prior, nn.Module) and to_be_gained:
-            pupil = Pupil(measurement, prior, start, config, seed)
+        if config.adapt and isinstance(prior, nn.Module) and measurement.lines is not None and one_orientation:
+            pupil = Pupil(measurement, prior, start, config, seed, config.learned)
             if pupil.can_be_judged and pupil.can_learn:
                 rounds = math.ceil(config.adapt * (1 if config.learned is None else LATER))
     except Exception as error:  # the boundary of learning: the first image is complete without it
-        setback = _survived(error)
+        if lost_the_gpu(error):  # and the first image with it
+            raise
+        setback = error
     sweeps = (1 + PASSES) * config.sweeps + rounds if rounds else config.sweeps
     for state in reconstruct_variational(measurement, prior, start, config, seed):
         state = replace(state, sweeps=sweeps, setback=setback)
@@ -70,14 +80,9 @@ def reconstruct_adapted(
     try:
         yield from _taught(pupil, state, rounds, seed)
     except Exception as error:  # the same boundary
-        yield replace(state, sweep=sweeps, setback=_survived(error))
-
-
-def _survived(error: Exception) -> Exception:
-    """The error, unless the first image is lost with it: then it is raised."""
-    if lost_the_gpu(error):
-        raise error
-    return error
+        if lost_the_gpu(error):
+            raise
+        yield replace(state, sweep=sweeps, setback=error)
 
 
 def _taught(pupil: Pupil, state: State, rounds: int, seed: int) -> Iterator[State]:
@@ -86,17 +91,20 @@ def _taught(pupil: Pupil, state: State, rounds: int, seed: int) -> Iterator[Stat
     Raises:
         ValueError: if the image at the end cannot be trusted.
     """
+    spent = state.network_evaluations
     for done in range(1, rounds + 1):
         pupil.learn()
         if done % EVERY == 0 or done == rounds:
-            pupil.judge()
-        evaluations = state.network_evaluations + pupil.evaluations()
-        state = replace(state, sweep=state.sweep + 1, network_evaluations=evaluations)
+            pupil.keep_if_better()
+        state = replace(state, sweep=state.sweep + 1, network_evaluations=spent + pupil.spent)
         yield state
-    mean, state = torch.zeros_like(state.volume), replace(state, learned=pupil.learned)
+    state = replace(state, learned=pupil.learned)
+    mean = torch.zeros_like(state.volume)
     for again in range(1, PASSES + 1):
-        spent, mesh = state.network_evaluations, pupil.best_meshes[again % len(pupil.best_meshes)]
-        for fresh in reconstruct_variational(mesh, pupil.best, cg_sense(mesh), pupil.config, seed + again):
+        spent = state.network_evaluations
+        measurement = pupil.on_best_meshes[again % len(pupil.on_best_meshes)]
+        start = cg_sense(measurement)
+        for fresh in reconstruct_variational(measurement, pupil.best, start, pupil.config, seed + again):
             evaluations = spent + fresh.network_evaluations
             state = replace(state, sweep=state.sweep + 1, sigma=fresh.sigma, network_evaluations=evaluations)
             if state.sweep < state.sweeps:

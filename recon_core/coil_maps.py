@@ -64,7 +64,7 @@ class CoilMaps:
 def make_coil_maps(
     calibration: Calibration,
     shape: tuple[int, int, int],
-    lines: Tensor,
+    counts: Tensor,
     all_lines: Callable[[], Tensor],
     folded: int,
     least: float,
@@ -73,24 +73,25 @@ def make_coil_maps(
 
     Args:
         shape: (z, y, x) of the volume.
-        lines: [z y] number of lines of which the calibration is the centre; the maps are kept on its device.
-        all_lines: their k-space [coils z y x], asked for only if the calibration has too few lines.
+        counts: [z y] number of lines of which the calibration is the centre; the maps are kept on its device.
+        all_lines: the k-space of these lines [coils z y x], asked for only if the calibration has too few lines.
         folded: so many-fold the image would be aliased without coil maps.
         least: share of the object over other parts of it above which there is a second set (see least_overlap).
     """
-    acs, home = calibration.acs, lines.device
+    acs, home = calibration.acs, counts.device
     everywhere = torch.ones(shape, device=home)
     if len(acs) == 1:
         return CoilMaps(torch.ones((1, *shape), dtype=acs.dtype, device=home), everywhere)
     if too_few(calibration.size, shape):
-        few = _few(calibration.size, folding(lines) > 1, folded)
-        return CoilMaps(low_resolution_maps(all_lines(), lines), everywhere, few)
+        few = _few(calibration.size, folding(counts) > 1, folded)
+        return CoilMaps(low_resolution_maps(all_lines(), counts), everywhere, few)
     # With less than `loudest`, noise of that coil would count as a second signal everywhere.
     operators = signal_operators(acs, shape, calibration.loudest)
     # Thinner slabs look the same whether their edges meet or lie over each other.
     share = overlap(operators, acs) if min(shape[:2]) >= MIN_SIDE else 0.0
     second = share > least and len(usable_axes(shape)) > 1 and len(acs) >= COILS_FOR_TWO
-    first, support = maps_of(operators, shape, home), object_support(acs, shape, calibration.sigma).to(home)
+    first = maps_of(operators, shape, home)
+    support = object_support(acs, shape, calibration.sigma).to(home)
     return CoilMaps(first, support, _wraps(share, second), operators if second else None)
 
 
@@ -106,13 +107,16 @@ def least_overlap(sets: int, reference: Reference | None) -> float:
 
 def _few(size: tuple[int, int], regular: bool, folded: int) -> list[str]:
     """Warnings about so few calibration lines, of a `regular` pattern or not."""
-    few = (
+    warnings = [
         f"calibration lines cover only {size[0]} x {size[1]} (z x y) of the k-space centre, "
         f"{MIN_ACS} x {MIN_ACS} are wanted: coil maps were made from a smoothed image and may be poor"
-    )
-    none, fold = ("no calibration separates", "is") if regular else ("too few calibration lines separate", "may be")
-    lattice = f"CAUTION: the undersampling is regular and {none} the coils: the image {fold} aliased {folded}-fold"
-    return [few] + [lattice] * (folded > 1)
+    ]
+    if folded > 1:
+        none, fold = ("no calibration separates", "is") if regular else ("too few calibration lines separate", "may be")
+        warnings.append(
+            f"CAUTION: the undersampling is regular and {none} the coils: the image {fold} aliased {folded}-fold"
+        )
+    return warnings
 
 
 def _wraps(share: float, second: bool) -> list[str]:
@@ -122,8 +126,8 @@ def _wraps(share: float, second: bool) -> list[str]:
     done = "one set of coil maps cannot describe both"
     if second:
         done = "two sets of coil maps separate the parts, and the image shows both"
-    wraps = (
-        f"about {share:.0%} of the object seems to lie over other parts of it: "
+    caution = "CAUTION: " if share > WRAPS_BADLY else ""
+    return [
+        f"{caution}about {share:.0%} of the object seems to lie over other parts of it: "
         f"it reaches to the edge of the field of view or beyond along a phase encode, and {done}"
-    )
-    return [f"{'CAUTION: ' * (share > WRAPS_BADLY)}{wraps}"]
+    ]

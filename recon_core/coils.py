@@ -66,7 +66,11 @@ def folding(mask: Tensor) -> int:
     if not block.any():
         return 1
     nz, ny = block.shape
-    shifts = [(1, 0)] * (nz == 1) + [(0, 1)] * (ny == 1)  # no aliasing along an axis of one line
+    shifts = []
+    if nz == 1:  # no aliasing along an axis of one line
+        shifts.append((1, 0))
+    if ny == 1:
+        shifts.append((0, 1))
     for z, y in itertools.product(range(min(nz, LARGEST_SHIFT + 1)), range(-LARGEST_SHIFT, LARGEST_SHIFT + 1)):
         if (z, y) > (0, 0) and abs(y) < ny:
             here = block[z:, max(0, y) : ny + min(0, y)]

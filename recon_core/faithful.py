@@ -62,16 +62,20 @@ def reconstruct_faithful(
     """
     random = torch.Generator().manual_seed(seed)
     scale, _, image, target = measurement.in_tissue_units(start)
-    here, mesh = tuple(target.shape), prior_mesh(measurement, config)
+    here = tuple(target.shape)
+    mesh = prior_mesh(measurement, config)
     mesh_mm = tuple(mm * n / seen for mm, n, seen in zip(measurement.voxel_mm, here, mesh))
     # Zero-filled, as published; other representations are fitted to the better image.
     first = target if config.representation is Grid else image
     x = config.representation(first, tuple(max(pair) for pair in zip(here, mesh)), seed)
-    rate, energy = config.learning_rate * RMS, measurement.energy / scale**2
+    energy = measurement.energy / scale**2
+    rate = config.learning_rate * RMS
     x.fit(first, rate)
     optimiser = torch.optim.Adam(x.groups(rate), betas=config.betas)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimiser, factor=0.5, patience=config.patience)
-    highest, evaluations, render = float(noise_levels(config).max()), 0, torch.enable_grad()(x.forward)
+    highest = float(noise_levels(config).max())
+    evaluations = 0
+    render = torch.enable_grad()(x.forward)
     volume = render(here)
     for iteration in range(1, config.iterations + 1):
         seen = volume if mesh == here else render(mesh)

@@ -40,8 +40,11 @@ def estimated_error(
     Raises:
         ValueError: if there are too few lines outside the centre.
     """
-    whole, mean, variance = None, torch.zeros_like(measurement.adjoint), torch.zeros_like(measurement.adjoint.real)
-    evaluations, images = 0, 1 + GROUPS
+    whole = None
+    mean = torch.zeros_like(measurement.adjoint)
+    variance = torch.zeros_like(measurement.adjoint.real)
+    evaluations = 0
+    images = 1 + GROUPS
     for number, kept in enumerate((None, *without_groups(measurement, seed))):
         for state in image_of(measurement if kept is None else measurement.part(kept)):
             last = number == GROUPS and state.sweep == state.sweeps
@@ -73,7 +76,8 @@ def without_groups(measurement: Measurement, seed: int) -> list[Tensor]:
             f"the error cannot be estimated from {len(there)} lines outside of the k-space centre; "
             f"at least {2 * GROUPS} are needed"
         )
-    order, kept = torch.randperm(len(there), generator=torch.Generator().manual_seed(seed)), []
+    order = torch.randperm(len(there), generator=torch.Generator().manual_seed(seed))
+    kept = []
     for group in range(GROUPS):
         kept.append(taken.clone())
         kept[-1][tuple(there[order[group::GROUPS]].T)] = False

@@ -33,7 +33,8 @@ def object_support(acs: Tensor, shape: tuple[int, int, int], sigma: float) -> Te
     vial or deep tissue at 2 % of the bright signal may be real. A wider support costs some of that gain where the air
     around real heads contains ghosts.
     """
-    energy, window = torch.zeros(shape, device=acs.device), _window(acs)
+    window = _window(acs)
+    energy = torch.zeros(shape, device=acs.device)
     for coil in acs * window:  # one by one, to hold a single image in memory
         energy += _low_resolution(coil, shape).abs().square()
     blurred = energy.sqrt()
@@ -55,7 +56,8 @@ def calibrated_image(operator: Sense, adjoint: Tensor, acs: Tensor) -> Tensor | 
     if not acs.numel():
         return None
     image = operator.combined(_low_resolution(coil, operator.matrix) for coil in acs)
-    (plain, known), turned, start, found = _fitted(operator, image, adjoint), None, None, 0.0
+    plain, known = _fitted(operator, image, adjoint)
+    turned, start, found = None, None, 0.0
     for _ in range(PHASE_ROUNDS):
         target = adjoint if start is None else adjoint + PHASE_RHO * start
         seen = operator.solve(target, PHASE_RHO, start, PHASE_ITERATIONS)

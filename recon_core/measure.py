@@ -22,12 +22,13 @@ from .slices import usable_axes
 WORK_ARRAYS = 3  # data, maps and a temporary copy of the maps
 SINGLE_VOLUMES = 14  # besides these: 12 coils of 320 x 320 x 256 peak at 9.4 GiB (tests/benchmarks/chain_speed.py)
 KEPT_ARRAYS = 2  # data that are kept, and a part of them
-# Share of the signal around k = 0: less by a calibration of another contrast, more by one of another phase
-# (lattices of held-out heads).
+# Share of the signal near k = 0 that the calibration's image must explain: on held-out heads with regular undersampling
+# a calibration of another contrast explains less, one that differs only in phase explains more.
 EXPLAINS = 0.8
 TOO_LARGE = 1e15  # for a sample, in any units
-# Times the median count: what some lines gain from more averages, coil-map errors in them cost all others.
-TRUSTED = 2.0
+# Cap on a line's weight, in median counts: full weight for the few lines with more averages would amplify their
+# coil-map errors.
+MOST_WEIGHT = 2.0
 
 
 def measure(
@@ -80,21 +81,19 @@ def measure(
         raise ValueError(
             "the k-space holds NaN, infinity or numbers too large to square; the scan cannot be reconstructed"
         )
-    calibration, of_no_use = _usable(calibration)
-    trusted = counts.clamp_max(TRUSTED * float(counts[counts > 0].median()))
-    most = float(trusted.max())
-    mask = (trusted / most).sqrt()
+    calibration, warnings = _usable(calibration)
+    capped = counts.clamp_max(MOST_WEIGHT * float(counts[counts > 0].median()))
+    averages = float(capped.max())
+    mask = (capped / averages).sqrt()
     factor = mask / counts.clamp_min(1)
-    centre, lines = (kspace, counts) if calibration is None else calibration
+    calibration_kspace, calibration_counts = (kspace, counts) if calibration is None else calibration
     # Not `factor`: its weights would blur the relations between neighbouring samples that give the maps.
-    centre_factor = 1 / lines.clamp_min(1)
-    whitened = whiten(kspace, mask, factor, most, noise, louder, gain, None if reference is None else reference.weights)
-    mixing, warnings = whitened.matrix, [*of_no_use, *whitened.warnings]
-    found = _calibration_block(centre, lines, centre_factor, whitened)
-    if len(mixing) > 1:
-        innermost = found.acs if found.acs.numel() else _mix(mixing, _innermost(kspace, counts))
-        compression = compression_matrix(innermost, min(coils, len(mixing)))
-        mixing, found = compression @ mixing, replace(found, acs=_mix(compression, found.acs))
+    calibration_factor = 1 / calibration_counts.clamp_min(1)
+    coil_weights = None if reference is None else reference.coil_weights
+    whitened = whiten(kspace, mask, factor, averages, noise, louder, gain, coil_weights)
+    warnings += whitened.warnings
+    found = _calibration_block(calibration_kspace, calibration_counts, calibration_factor, whitened)
+    mixing, found = _compressed(whitened.matrix, found, kspace, counts, coils)
     mixing, found = mixing.cpu(), found.to(device)
     if on_host:
         warnings.append("the GPU's memory ran short: coil maps stay in the host's memory")
@@ -103,15 +102,14 @@ def measure(
         arrays = WORK_ARRAYS + KEPT_ARRAYS * keep_lines
         home = _home(mixing.shape[0], kspace.shape[1:], torch.device(device), warnings, arrays)
     data = _mix_lines(mixing, kspace, factor, home)
-    all_lines = lambda: _mix_lines(mixing, centre, centre_factor * (lines > 0), home)
+    all_lines = lambda: _mix_lines(mixing, calibration_kspace, calibration_factor * (calibration_counts > 0), home)
     least = least_overlap(sets, reference)
-    maps = make_coil_maps(found, kspace.shape[1:], lines.to(home), all_lines, folding(counts), least)
+    maps = make_coil_maps(found, kspace.shape[1:], calibration_counts.to(home), all_lines, folding(counts), least)
     warnings += maps.warnings
     if reference is not None and len(mixing) > 1 and not torch.equal(reference.combination, mixing[0]):
         in_phase(maps.first, mixing, reference.combination)
     operator = maps.sense(mask, device)
-    samples = int((mask > 0).sum()) * data.shape[0] * data.shape[-1]
-    sigma, shown = (level / most**0.5 for level in (whitened.sigma, whitened.shown))
+    sigma = whitened.sigma / averages**0.5
     kept = data if keep_lines or len(usable_axes(operator.shape)) == 1 else None
     adjoint = operator.adjoint(data)
     calibrated = tissue = None
@@ -124,18 +122,18 @@ def measure(
         operator=operator,
         adjoint=adjoint,
         energy=energy_of(data),
-        samples=samples,
+        samples=int((mask > 0).sum()) * data.shape[0] * data.shape[-1],
         sigma=sigma,
         voxel_mm=voxel_mm,
         acs=found.size,
         mixing=mixing,
         sigma_known=whitened.known,
-        sigma_shown=shown,
+        sigma_bound=whitened.sigma_bound / averages**0.5,
         warnings=warnings,
         lines=kept,
         calibrated=calibrated,
         tissue=tissue,
-        weights=whitened.weights,
+        coil_weights=whitened.coil_weights,
     )
 
 
@@ -174,23 +172,34 @@ def _usable(calibration: tuple[Tensor, Tensor] | None) -> tuple[tuple[Tensor, Te
     return calibration, []
 
 
-def _calibration_block(reference: Tensor, lines: Tensor, factor: Tensor, whitened: Whitening) -> Calibration:
-    """The calibration lines among those of `reference` [coils z y x], prewhitened."""
-    size = find_acs(lines)
+def _calibration_block(kspace: Tensor, counts: Tensor, factor: Tensor, whitened: Whitening) -> Calibration:
+    """The calibration lines among those of `kspace` [coils z y x], prewhitened."""
+    size = find_acs(counts)
     if not size[0]:
-        empty = torch.zeros((len(whitened.matrix), 0, 0, 0), dtype=reference.dtype)
+        empty = torch.zeros((len(whitened.matrix), 0, 0, 0), dtype=kspace.dtype)
         return Calibration(empty, size, whitened.sigma, whitened.sigma)
-    block = cut_acs(reference, size)
-    sigma = whitened.sigma * float(centre_crop_or_pad(factor * lines.sqrt(), size).square().mean().sqrt())
+    block = cut_acs(kspace, size)
+    sigma = whitened.sigma * float(centre_crop_or_pad(factor * counts.sqrt(), size).square().mean().sqrt())
     acs = _mix(whitened.matrix, block * centre_crop_or_pad(factor, block.shape[1:3])[..., None])
     return Calibration(acs, size, sigma, whitened.loudest * sigma)
 
 
-def _innermost(kspace: Tensor, counts: Tensor, lines: int = 64) -> Tensor:
+def _compressed(
+    matrix: Tensor, calibration: Calibration, kspace: Tensor, counts: Tensor, most: int
+) -> tuple[Tensor, Calibration]:
+    """`matrix` [virtual coils coils] and its calibration lines after compression to at most `most` virtual coils."""
+    if len(matrix) == 1:
+        return matrix, calibration
+    centre = calibration.acs if calibration.acs.numel() else _mix(matrix, _innermost(kspace, counts))
+    compression = compression_matrix(centre, min(most, len(matrix)))
+    return compression @ matrix, replace(calibration, acs=_mix(compression, calibration.acs))
+
+
+def _innermost(kspace: Tensor, counts: Tensor, most: int = 64) -> Tensor:
     """The acquired lines nearest the k-space centre [coils lines x], for scans that lack the centre itself."""
     there = (counts > 0).nonzero()
     middle = torch.tensor([n // 2 for n in counts.shape], device=there.device)
-    z, y = there[(there - middle).square().sum(1).argsort(stable=True)[:lines]].T
+    z, y = there[(there - middle).square().sum(1).argsort(stable=True)[:most]].T
     return kspace[:, z, y] / counts[z, y, None]
 
 
@@ -224,7 +233,8 @@ def _home(
         return device
     # Cached by earlier volumes, available to this one.
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    needed, free = 8 * (arrays * coils + SINGLE_VOLUMES) * math.prod(shape), torch.cuda.mem_get_info(device)[0] + cached
+    free = torch.cuda.mem_get_info(device)[0] + cached
+    needed = 8 * (arrays * coils + SINGLE_VOLUMES) * math.prod(shape)
     if needed <= free:
         return device
     warnings.append(
@@ -240,12 +250,13 @@ def _lacks_centre(operator: Sense, calibrated: Tensor, data: Tensor, size: tuple
     `data` is y [coils z y x], `calibrated` [z y x] the image of a block of `size` (z, y): only lines within it count.
     """
     mask = operator.mask.cpu()
-    inner_lines = mask * centre_block(mask.shape, size)
-    if bool((inner_lines * centre_block(mask.shape, (3, 3))).any()) or not bool(inner_lines.any()):
+    inner_mask = mask * centre_block(mask.shape, size)
+    if bool((inner_mask * centre_block(mask.shape, (3, 3))).any()) or not bool(inner_mask.any()):
         return []
-    part, lines = operator.with_mask(inner_lines), data * (inner_lines > 0)[..., None].to(data.device)
-    signal = energy_of(lines) - 2 * sigma**2 * int((inner_lines > 0).sum()) * len(data) * data.shape[-1]
-    share = explained_by(part, calibrated, part.adjoint(lines)) / max(signal, 1e-30)
+    inner_operator = operator.with_mask(inner_mask)
+    inner_data = data * (inner_mask > 0)[..., None].to(data.device)
+    signal = energy_of(inner_data) - 2 * sigma**2 * int((inner_mask > 0).sum()) * len(data) * data.shape[-1]
+    share = explained_by(inner_operator, calibrated, inner_operator.adjoint(inner_data)) / max(signal, 1e-30)
     if share > EXPLAINS:
         return []
     return [

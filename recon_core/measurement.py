@@ -18,13 +18,22 @@ QUIET = 1.5  # noise of the scan over that of its noise lines above which these 
 class Reference(NamedTuple):
     """What one volume decides for all of its scan, so that their phases and brightness can be compared.
 
-    `combination` [coils] is the one whose map is real; `weights` [coils] those of the coils, None if noise lines give
-    them; `sets` is the number of sets of coil maps.
+    `combination` [coils] is the one whose map is real; `coil_weights` [coils] are those of Whitening, None if noise
+    lines were used; `sets` is the number of sets of coil maps.
     """
 
     combination: Tensor
-    weights: Tensor | None
+    coil_weights: Tensor | None
     sets: int = 1
+
+
+class TissueUnits(NamedTuple):
+    """An image x [z y x], A^H y [z y x] and the noise level in the prior's units, times `scale` those of the data."""
+
+    scale: float
+    noise: float
+    image: Tensor
+    adjoint: Tensor
 
 
 @dataclass
@@ -32,13 +41,13 @@ class Measurement:
     """One volume's inverse problem: A^H y, A, and what is known about noise and geometry.
 
     `adjoint` is A^H y [z y x]; `energy` is ||y||^2, for the data misfit without keeping y; `sigma` is the noise of y
-    per real part, `sigma_shown` the upper bound that the scan's own outer lines give for it (0: unknown); `mixing`
+    per real part, `sigma_bound` the upper bound that the scan's own outer lines give for it (0: unknown); `mixing`
     [virtual coils coils] made y from the coils. `lines` is y [virtual coils z y x] itself, kept where the prior may
     learn from it (pupil.py) or the error is to be estimated (jackknife.py). Where the scan's own lines have no fully
     sampled centre, as in regular undersampling with separate calibration, `calibrated` [z y x] is the low-resolution
     image of that calibration, times the factor that makes it explain y best, and `tissue` is its brightness: there
-    A^H y is R times too dark, and conjugate gradients recover the low frequencies last. `weights` [coils] are those of
-    Reference.
+    A^H y is R times too dark, and conjugate gradients recover the low frequencies last. `coil_weights` [coils] are
+    those of Reference.
     """
 
     operator: Sense
@@ -50,12 +59,12 @@ class Measurement:
     acs: tuple[int, int]
     mixing: Tensor | None = None
     sigma_known: bool = True
-    sigma_shown: float = 0.0
+    sigma_bound: float = 0.0
     warnings: list[str] = field(default_factory=list)
     lines: Tensor | None = None
     calibrated: Tensor | None = None
     tissue: float | None = None
-    weights: Tensor | None = None
+    coil_weights: Tensor | None = None
 
     def to(self, device: str | torch.device) -> Measurement:
         """The same measurement on `device`."""
@@ -66,17 +75,17 @@ class Measurement:
     @property
     def reference(self) -> Reference:
         """For the other volumes of the scan."""
-        return Reference(self.mixing[0].cpu(), self.weights, 2 if len(self.operator.second) else 1)
+        return Reference(self.mixing[0].cpu(), self.coil_weights, 2 if len(self.operator.second) else 1)
 
     def part(self, chosen: Tensor, there: slice | None = None) -> Measurement:
         """The scan with only the `chosen` lines [z y], at readout positions `there` (all by default); needs `lines`."""
-        weights = self.operator.mask * chosen.to(self.operator.device)
+        mask = self.operator.mask * chosen.to(self.operator.device)
         lines = (self.lines if there is None else self.lines[..., there]) * chosen[..., None].to(self.lines.device)
         if there is None:
-            operator = self.operator.with_mask(weights)
+            operator = self.operator.with_mask(mask)
         else:
-            operator = Sense(self.operator.coil_maps()[..., there], weights, self.operator.device)
-        samples = int((weights > 0).sum()) * len(lines) * lines.shape[-1]
+            operator = Sense(self.operator.coil_maps()[..., there], mask, self.operator.device)
+        samples = int((mask > 0).sum()) * len(lines) * lines.shape[-1]
         calibrated = self.calibrated if self.calibrated is None or there is None else self.calibrated[..., there]
         return replace(
             self,
@@ -125,19 +134,17 @@ class Measurement:
         receiver gain or bandwidth would mean fitting noise. The scan's outer lines must confirm the excess: they alone
         also contain fine detail, the residual alone spikes, motion and coil-map errors.
         """
-        if not self.sigma_known or self.sigma_shown <= QUIET * self.sigma or self.sigma == 0:
+        if not self.sigma_known or self.sigma_bound <= QUIET * self.sigma or self.sigma == 0:
             return 1.0
-        found = min(self.misfit(image), self.sigma_shown / self.sigma)
+        found = min(self.misfit(image), self.sigma_bound / self.sigma)
         return found if found > QUIET else 1.0
 
     def brightness(self, image: Tensor) -> float:
         """Tissue brightness: `tissue` if the calibration gave it, else that of `image` [z y x]."""
         return intensity_scale(image, self.voxel_mm) if self.tissue is None else self.tissue
 
-    def in_tissue_units(self, image: Tensor) -> tuple[float, float, Tensor, Tensor]:
-        """(scale, noise level / scale, image / scale, A^H y / scale), in the prior's units.
-
-        scale is the brightness of `image` [z y x].
+    def in_tissue_units(self, image: Tensor) -> TissueUnits:
+        """`image` [z y x], A^H y and the noise level over the brightness of `image`.
 
         Raises:
             ValueError: if there is no tissue: without lines of the centre of k-space, its brightness is rounding alone.
@@ -148,7 +155,7 @@ class Measurement:
             raise ValueError(
                 f"the noise is {noise:.2g} times as bright as the tissue: lines of the k-space centre are needed"
             )
-        return scale, noise, image / scale, self.adjoint / scale
+        return TissueUnits(scale, noise, image / scale, self.adjoint / scale)
 
 
 def inner(a: Tensor, b: Tensor) -> float:

@@ -1,7 +1,7 @@
-"""The same scan with its volume on a finer voxel grid than the measured k-space fills; k-space beyond is not sampled.
+"""The same scan with its volume on a finer mesh than the measured k-space fills; k-space beyond is not sampled.
 
 A denoiser works voxel by voxel, and its response to an edge depends on where the edge lies between voxels; on a finer
-grid it depends less on this, and its errors are different.
+mesh it depends less on this, and its errors are different.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def on_finer_mesh(measurement: Measurement, factor: float, start: Tensor) -> Mea
     """The scan with `factor` times as many voxels along the phase-encoding axes within the usable slices.
 
     Their number is rounded up to a multiple of BLOCK. Intensities are kept: `kspace_crop` of a volume to the old matrix
-    is the volume on the old grid. `sigma` is scaled like the lines by the larger transform, so the solver takes an
-    image's noise on this grid to be higher than it is by the root of the ratio of voxels (`factor` where both phase
+    is the volume on the old mesh. `sigma` is scaled like the lines by the larger transform, so the solver takes an
+    image's noise on this mesh to be higher than it is by the root of the ratio of voxels (`factor` where both phase
     encodes are refined); given the true value, it reconstructed planes worse.
 
     Args:
         measurement: one that keeps its `lines` [coils z y x] and has usable slices of one orientation only.
         start: volume [z y x] of `measurement`, the CG-SENSE image; it bounds an estimated noise level on the original
-            grid, because a finer grid does not let the data determine more unknowns.
+            mesh, because a finer one does not let the data determine more unknowns.
     """
     z, y, x = measurement.operator.shape
     across = usable_axes((z, y, x))[0]
@@ -52,7 +52,7 @@ def on_finer_mesh(measurement: Measurement, factor: float, start: Tensor) -> Mea
         adjoint=operator.adjoint(lines),
         energy=measurement.energy * gain**2,
         sigma=measurement.noise_level(start) * gain,
-        sigma_shown=measurement.sigma_shown * gain,
+        sigma_bound=measurement.sigma_bound * gain,
         voxel_mm=tuple(mm * n / m for mm, n, m in zip(measurement.voxel_mm, (z, y, x), (*fine, x))),
         lines=lines,
         calibrated=None if measurement.calibrated is None else interpolate(measurement.calibrated, (*fine, x)),

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from .adaptation import reconstruct_adapted
+from .adaptation import AdaptedConfig, reconstruct_adapted
 from .cg_sense import STRENGTH_AS_IMAGE, cg_sense
 from .faithful import FaithfulConfig, reconstruct_faithful
 from .gaussians import Gaussians
@@ -22,7 +22,6 @@ from .prior import Prior, PriorError
 from .slices import Denoiser
 from .state import State
 from .total_variation import TotalVariationConfig, reconstruct_total_variation
-from .variational import VariationalConfig
 from .wavelet import WaveletConfig, reconstruct_wavelet
 
 
@@ -30,39 +29,38 @@ from .wavelet import WaveletConfig, reconstruct_wavelet
 class Method:
     """`title` is for people; `run` yields States from the measurement, prior (None if unused) and CG-SENSE image.
 
-    `weights` names the prior that suits the method, "" if it uses none: `small` was also trained on the states of
-    `diffusion`; `small-white`, trained on white noise alone, is the one to sample with. `larger` names the prior to use
-    instead on a GPU, where the larger network costs only seconds. `anytime`: every state is usable, not just the last.
+    `prior` names the prior that suits the method, "" if it uses none: `small` was also trained on the states of
+    `diffusion`; `small-white`, trained on white noise alone, is the one to sample with. `gpu_prior` names the one to
+    use instead on a GPU, where a larger network costs only seconds. `function_space`: whether the prior must, may or
+    cannot be one in function space. `anytime`: every state is usable, not just the last.
     """
 
     title: str
     run: Callable[[Measurement, Denoiser | None, Tensor, Any, int], Iterator[State]]
     config: Any = None
-    weights: str = ""
-    larger: str = ""
+    prior: str = ""
+    gpu_prior: str = ""
+    function_space: Literal["must", "may", "cannot"] = "cannot"
     iterative: bool = True
     anytime: bool = True
 
     @property
     def uses_prior(self) -> bool:
         """Whether the method needs a prior."""
-        return bool(self.weights)
+        return bool(self.prior)
 
     def suitable_prior(self, device: str | torch.device) -> str:
         """Name of the prior that suits the method on this device."""
-        return self.larger if self.larger and torch.device(device).type == "cuda" else self.weights
+        return self.gpu_prior if self.gpu_prior and torch.device(device).type == "cuda" else self.prior
 
     def check(self, prior: Prior) -> None:
-        """Raise PriorError if the prior is in function space and the method cannot use it, or the other way round.
-
-        Only faithful.py knows how to use one.
-        """
-        if prior.in_function_space and self.run is not reconstruct_faithful:
+        """Raise PriorError if the prior is in function space and the method cannot use it, or the other way round."""
+        if prior.in_function_space and self.function_space == "cannot":
             raise PriorError(
                 f"a prior in function space does not fit {self.title}; "
                 "use it with the method operator, or take another prior"
             )
-        if self.weights == "operator" and not prior.in_function_space:
+        if self.function_space == "must" and not prior.in_function_space:
             raise PriorError(f"{self.title}, needs one; leave prior at auto, or use this one with the method faithful")
 
 
@@ -74,11 +72,11 @@ def _cg_sense(measurement: Measurement, prior: None, start: Tensor, config: None
     yield State(1, 1, 0.0, cg_sense(measurement, strength=STRENGTH_AS_IMAGE), 0)
 
 
-_published = partial(Method, run=reconstruct_faithful, weights="small-white")
-_sampled = partial(Method, run=reconstruct_posterior, weights="small-white", anytime=False)
+_published = partial(Method, run=reconstruct_faithful, prior="small-white", function_space="may")
+_sampled = partial(Method, run=reconstruct_posterior, prior="small-white", anytime=False)
 
 METHODS = {
-    "diffusion": Method("slice diffusion", reconstruct_adapted, VariationalConfig(), "small", larger="base"),
+    "diffusion": Method("slice diffusion", reconstruct_adapted, AdaptedConfig(), "small", gpu_prior="base"),
     "faithful": _published("slice diffusion as published", config=FaithfulConfig()),
     "interpolated": _published(
         "slice diffusion as published, prior on 2 mm", config=FaithfulConfig(prior_voxel_mm=2.0)
@@ -89,7 +87,10 @@ METHODS = {
     ),
     "gaussians": _published("slice diffusion as published, Gaussians", config=FaithfulConfig(representation=Gaussians)),
     "operator": _published(
-        "slice diffusion as published, prior in function space", config=FaithfulConfig(), weights="operator"
+        "slice diffusion as published, prior in function space",
+        config=FaithfulConfig(),
+        prior="operator",
+        function_space="must",
     ),
     "dds": _sampled("posterior sampling DDS", config=PosteriorConfig(axis=2)),
     "tpdm": _sampled("posterior sampling TPDM", config=PosteriorConfig()),

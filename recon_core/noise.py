@@ -22,18 +22,18 @@ class Whitening(NamedTuple):
     """How coils become virtual coils of even noise.
 
     `matrix` [virtual coils coils] makes them, and `sigma` is the noise of a single line after it. `known`: noise lines
-    gave `sigma`; otherwise the scan's outer lines did, which also contain fine detail. `shown` is the upper bound that
-    those outer lines give, 0 if they were not used; `warnings` are sentences for the operator; `weights` [coils] are
-    the factors in `matrix` if noise lines did not give it, 1 for a coil that was left out. `loudest` is the noise of
-    the loudest coil over `sigma`: an estimate does not make them all alike.
+    gave `sigma`; otherwise the scan's outer lines did, which also contain fine detail. `sigma_bound` is the upper bound
+    that those outer lines give, 0 if they were not used; `warnings` are sentences for the operator; `coil_weights`
+    [coils] are the factors in `matrix` if noise lines did not give it, 1 for a coil that was left out. `loudest` is the
+    noise of the loudest coil over `sigma`: an estimate does not make them all alike.
     """
 
     matrix: Tensor
     sigma: float
     known: bool
-    shown: float
+    sigma_bound: float
     warnings: list[str]
-    weights: Tensor | None = None
+    coil_weights: Tensor | None = None
     loudest: float = 1.0
 
 
@@ -45,7 +45,7 @@ def whiten(
     noise: Tensor | None = None,
     louder: float = 1.0,
     gain: float = 1.0,
-    weights: Tensor | None = None,
+    coil_weights: Tensor | None = None,
 ) -> Whitening:
     """Prewhitening by the noise lines, or as well as the scan itself allows.
 
@@ -62,8 +62,8 @@ def whiten(
         noise: [coils samples] noise samples, if there are noise lines.
         louder: noise of the scan over that of its noise lines.
         gain: factor on data prewhitened by noise lines, so that volumes of different dwell times can be compared.
-        weights: [coils] those of another volume of the scan, used without noise lines: own ones, which fine detail in
-            the outer lines affects as well, would shade the images of contrasts differently.
+        coil_weights: [coils] those of another volume of the scan, used without noise lines: own ones, which fine detail
+            in the outer lines affects as well, would shade the images of contrasts differently.
     """
     reason = "no noise lines"
     if noise is not None:
@@ -73,9 +73,11 @@ def whiten(
             reason = f"unusable noise lines ({error})"
         else:
             found = _by_noise_lines(matrix, kspace, mask, factor, averages, louder)
-            return found._replace(matrix=gain * found.matrix, sigma=gain * found.sigma, shown=gain * found.shown)
+            return found._replace(
+                matrix=gain * found.matrix, sigma=gain * found.sigma, sigma_bound=gain * found.sigma_bound
+            )
     why = f"{reason}: the noise level was estimated from the scan itself"
-    return _by_itself(kspace, mask, factor, averages, why, weights)
+    return _by_itself(kspace, mask, factor, averages, why, coil_weights)
 
 
 def _by_itself(
@@ -99,7 +101,8 @@ def _by_itself(
     left = (weight * sigma).double()  # the square of the least noise is none in single precision
     level = float(left.square().mean().sqrt())
     weights = torch.ones(len(kspace), device=sigma.device).masked_scatter(live, weight)
-    matrix, of_a_line = weights.diag()[live].to(kspace.dtype), level * averages**0.5
+    matrix = weights.diag()[live].to(kspace.dtype)
+    of_a_line = level * averages**0.5
     return Whitening(matrix, of_a_line, False, of_a_line, warnings, weights, loudest=float(left.max()) / level)
 
 

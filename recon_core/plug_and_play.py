@@ -44,7 +44,8 @@ def reconstruct_plug_and_play(
     """
     scale, noise, x, target = measurement.in_tissue_units(start)
     sigma = max(config.sigma, noise / 2)
-    rho, axes = (noise / sigma) ** 2, usable_axes(tuple(x.shape))
+    rho = (noise / sigma) ** 2
+    axes = usable_axes(tuple(x.shape))
     dual, evaluations = x * 0, 0
     for iteration in range(1, config.iterations + 1):
         clean = x * 0

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .slices import Denoiser
 
-BLOCK = 8  # pixels after which the network's downsampling pattern repeats
+BLOCK = 8  # pixels after which the downsampling pattern of a U-Net repeats: a multiple of `UNet.multiple`
 
 
 class Pose(NamedTuple):

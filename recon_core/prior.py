@@ -48,7 +48,10 @@ class Prior(nn.Module):
         super().__init__()
         if architecture not in ARCHITECTURES:
             raise PriorError(f"unknown architecture {architecture!r}; expected one of {sorted(ARCHITECTURES)}")
-        self.architecture, self.sigma_data, self.card, self.in_bf16 = architecture, float(sigma_data), card or {}, False
+        self.architecture = architecture
+        self.sigma_data = float(sigma_data)
+        self.card = card or {}
+        self.in_bf16 = False
         self.net = ARCHITECTURES[architecture]()
 
     @property
@@ -82,7 +85,8 @@ class Prior(nn.Module):
         s = sigma[:, None, None, None]
         total = torch.sqrt(s**2 + self.sigma_data**2)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.in_bf16):
-            out = self.net(x / total, torch.log(sigma) / 4, *[voxel_mm] * self.in_function_space)
+            voxel = (voxel_mm,) if self.in_function_space else ()
+            out = self.net(x / total, torch.log(sigma) / 4, *voxel)
         return x * (self.sigma_data / total) ** 2 + out.float() * (s * self.sigma_data / total)
 
 

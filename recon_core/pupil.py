@@ -1,11 +1,11 @@
-"""A copy of the prior that learns from a scan's own lines, and how its progress is judged.
+"""A copy of the prior that learns from a scan's own lines, and how its progress is scored.
 
 Zero-shot self-supervision (Yaman et al., arXiv 2102.07737): some of the measured lines are left out, the rest are
 reconstructed, and at every sweep the copy learns to predict the left-out lines from the input that the sweep gives
 it (sweep by sweep as in rehearsal.py, never backpropagating through the solver). Each line is weighted by the number of
 unmeasured lines around it that it represents (Millard and Chiew, arXiv 2205.10278), because the centre is densely
-sampled and most of what must be predicted lies elsewhere. Rounds alternate between the scan's own voxel grid and a
-finer one (mesh.py). Held-out lines, which are never learned from, decide whether the copy improved, and on which grid.
+sampled and most of what must be predicted lies elsewhere. Rounds alternate between the scan's own mesh and a finer
+one (mesh.py). Held-out lines, which are never learned from, decide whether the copy improved, and on which mesh.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from .variational import VariationalConfig, reconstruct_variational
 
 RATE = 1e-4  # Adam's learning rate
 DECAY = 0.98  # per step, of the moving average of the weights
-LEFT_OUT = 0.2  # share of the lines outside the calibration square, to learn from
-JUDGING = 0.1  # share of them held out, never learned from
+HELD_OUT = 0.1  # share of the lines outside the calibration square that is never learned from
+LEFT_OUT = 0.2  # share of the others that a round leaves out and learns to predict
 FINER = 1.5  # times as many voxels along the phase-encoding axes
 NEIGHBOURS = 8.0  # lines; standard deviation of the window over which the measured share is computed
-LEAST_LINES, LEAST_SAMPLES = 5, 1000  # held out, needed to judge
+LEAST_LINES, LEAST_SAMPLES = 5, 1000  # held out, needed to tell better from worse
 HOPELESS = 10.0  # residual energy over that of the left-out lines at which learning has diverged; a zero image leaves 1
 PIXELS = 1 << 16  # per sweep of a round: a few seconds on two CPU cores
 
@@ -40,18 +40,29 @@ PIXELS = 1 << 16  # per sweep of a round: a few seconds on two CPU cores
 class Pupil:
     """A copy of the prior, or of what another volume of the scan has made of it, that learns from a volume.
 
-    `best` and `best_meshes` do best on its held-out lines, and start as the prior and the scan's own grid.
+    `best` and `on_best_meshes` do best on its held-out lines, and start as the prior and the scan on its own mesh.
+    Learning begins with the prior that another volume has `taught`, if there is one. `spent` counts slice evaluations.
     """
 
-    def __init__(self, measurement: Measurement, prior: nn.Module, start: Tensor, config: VariationalConfig, seed: int):
-        self.measurement, self.start, self.config, self.prior = measurement, start, config, prior
-        self.best, self.best_meshes, self.score = prior, (measurement,), None
+    def __init__(
+        self,
+        measurement: Measurement,
+        prior: nn.Module,
+        start: Tensor,
+        config: VariationalConfig,
+        seed: int,
+        taught: nn.Module | None = None,
+    ):
+        self.measurement, self.prior, self.start, self.config = measurement, prior, start, config
+        self.best = prior
+        self.on_best_meshes: tuple[Measurement, ...] = (measurement,)
+        self.score: float | None = None
         self.random = torch.Generator().manual_seed(seed)
-        self.network = copy.deepcopy(prior if config.learned is None else config.learned).float().requires_grad_(True)
+        self.network = copy.deepcopy(prior if taught is None else taught).float().requires_grad_(True)
         self.average = copy.deepcopy(self.network).requires_grad_(False)
         taken = measurement.operator.sampled
-        self.judging = self._some(taken, JUDGING)
-        self.others = taken & ~self.judging
+        self.held_out = self._some(taken, HELD_OUT)
+        self.training = taken & ~self.held_out
         self.importance = importance(taken, measurement.acs)
         self.rounds = self.spent = 0
 
@@ -61,8 +72,8 @@ class Pupil:
         return torch.optim.Adam(self.network.parameters(), lr=RATE, betas=(0.9, 0.99))
 
     @cached_property
-    def meshes(self) -> tuple[Measurement, Measurement]:
-        """The scan on its own voxel grid and on a finer one."""
+    def on_meshes(self) -> tuple[Measurement, Measurement]:
+        """The scan on its own mesh and on a finer one."""
         return self.measurement, on_finer_mesh(self.measurement, FINER, self.start)
 
     @property
@@ -73,7 +84,8 @@ class Pupil:
     @property
     def can_be_judged(self) -> bool:
         """Whether enough lines are held out to tell better from worse."""
-        lines, (coils, _, _, x) = int(self.judging.sum()), self.measurement.lines.shape
+        lines = int(self.held_out.sum())
+        coils, _, _, x = self.measurement.lines.shape
         return lines >= LEAST_LINES and lines * coils * x >= LEAST_SAMPLES
 
     @property
@@ -82,25 +94,25 @@ class Pupil:
         with torch.enable_grad():
             return self.network(torch.zeros(1, 2, MIN_SIDE, MIN_SIDE, device=self.start.device), 0.1).requires_grad
 
-    def evaluations(self) -> int:
-        """Slice evaluations by the network since the last call."""
-        spent, self.spent = self.spent, 0
-        return spent
-
     def learn(self) -> None:
-        """One reconstruction without some of the lines, on the grid whose turn it is; each sweep is a learning step."""
-        mesh, there = self.meshes[self.rounds % len(self.meshes)], self._window()
-        left_out = self._some(self.others, LEFT_OUT)
-        part, answer = (mesh.part(_on(mesh, lines), there) for lines in (self.others & ~left_out, left_out))
-        start, given = cg_sense(part), []
-        scale, box = part.in_tissue_units(start)[0], object_box(part.operator.support)
+        """One reconstruction without some of the lines, on the mesh whose turn it is; each sweep is a learning step."""
+        measurement = self.on_meshes[self.rounds % len(self.on_meshes)]
+        there = self._window()
+        left_out = self._some(self.training, LEFT_OUT)
+        part = measurement.part(_on_matrix_of(measurement, self.training & ~left_out), there)
+        target = measurement.part(_on_matrix_of(measurement, left_out), there)
+        weights = _on_matrix_of(measurement, self.importance)
+        start = cg_sense(part)
+        scale = part.in_tissue_units(start).scale
+        box = object_box(part.operator.support)
         seed = int(torch.randint(1 << 31, (), generator=self.random))
-        denoise = partial(_keeping_graph, given)
+        denoised: list[Tensor] = []
+        denoise = partial(_keeping_graph, denoised)
         for state in reconstruct_variational(part, self.network, start, self.config, seed, denoise):
             whole = torch.zeros_like(state.volume)
             with torch.enable_grad():
-                whole[box] = given.pop()
-                loss = unexplained(answer.operator, whole * scale, answer.lines, _on(mesh, self.importance))
+                whole[box] = denoised.pop()  # _keeping_graph put it there in this sweep
+                loss = unexplained(target.operator, whole * scale, target.lines, weights)
             if not bool(loss < HOPELESS):
                 self._forget()
                 break
@@ -118,33 +130,34 @@ class Pupil:
             network.load_state_dict(self.best.state_dict())
         self.optimiser.state.clear()
 
-    def judge(self) -> None:
+    def keep_if_better(self) -> None:
         """Keep what was learned if it predicts the held-out lines better than the best so far.
 
-        It may do so on one grid or as the mean of both.
+        It may do so on one mesh or as the mean of both.
         """
         for prior in (self.best, self.average) if self.score is None else (self.average,):
-            for meshes, score in self._judged(prior):
+            for on_meshes, score in self._scored(prior):
                 if self.score is None or score < self.score:
-                    self.score, self.best_meshes = score, meshes
+                    self.score, self.on_best_meshes = score, on_meshes
                     self.best = copy.deepcopy(prior) if prior is self.average else prior
 
-    def _judged(self, prior: nn.Module) -> list[tuple[tuple[Measurement, ...], float]]:
-        """Choices of grids, each with the share of the held-out lines that it leaves unexplained.
+    def _scored(self, prior: nn.Module) -> list[tuple[tuple[Measurement, ...], float]]:
+        """Choices of meshes, each with the share of the held-out lines that it leaves unexplained.
 
-        What should explain them is the mean of `prior`'s images on these grids, made from the other lines.
+        What should explain them is the mean of `prior`'s images on these meshes, made from the other lines.
         """
-        there, volumes = self._window(middle=True), []
-        answer = self.measurement.part(self.judging, there)
-        for mesh in self.meshes:
-            part = mesh.part(_on(mesh, self.others), there)
+        there = self._window(middle=True)
+        target = self.measurement.part(self.held_out, there)
+        volumes = []
+        for measurement in self.on_meshes:
+            part = measurement.part(_on_matrix_of(measurement, self.training), there)
             for state in reconstruct_variational(part, prior, cg_sense(part), self.config):
                 pass
-            volumes.append(kspace_crop(state.volume, answer.operator.shape))
+            volumes.append(kspace_crop(state.volume, target.operator.shape))
             self.spent += state.network_evaluations
-        score = lambda volume: float(unexplained(answer.operator, volume, answer.lines, self.importance))
-        single = [((mesh,), score(volume)) for mesh, volume in zip(self.meshes, volumes)]
-        return [*single, (self.meshes, score(sum(volumes) / len(volumes)))]
+        score = lambda volume: float(unexplained(target.operator, volume, target.lines, self.importance))
+        single = [((measurement,), score(volume)) for measurement, volume in zip(self.on_meshes, volumes)]
+        return [*single, (self.on_meshes, score(sum(volumes) / len(volumes)))]
 
     def _some(self, lines: Tensor, share: float) -> Tensor:
         """A random `share` of `lines` [z y], none from the calibration square."""
@@ -167,15 +180,15 @@ class Pupil:
 
 
 def _keeping_graph(
-    given: list[Tensor], volume: Tensor, prior: Denoiser, sigma: float, axis: int, chosen: Tensor, pose: Pose
+    kept: list[Tensor], volume: Tensor, prior: Denoiser, sigma: float, axis: int, chosen: Tensor, pose: Pose
 ) -> int:
-    """Like denoise_in_pose, in one batch; appends the denoised volume to `given`, differentiable in the weights."""
+    """Like denoise_in_pose, in one batch; appends the denoised volume to `kept`, differentiable in the weights."""
     with torch.enable_grad():
         planes = volume.movedim(axis, 0)
         denoised = apply_prior(planes[chosen], pose.seen_by(prior), sigma)
         denoised = planes.index_copy(0, chosen, denoised).movedim(0, axis)
     volume.copy_(denoised.detach())
-    given.append(denoised)
+    kept.append(denoised)
     return len(chosen)
 
 
@@ -203,6 +216,6 @@ def unexplained(operator: Sense, volume: Tensor, lines: Tensor, weights: Tensor)
     return energy(operator.forward(volume) - lines) / energy(lines)
 
 
-def _on(mesh: Measurement, lines: Tensor) -> Tensor:
-    """Values per line [z y], cropped or padded to the matrix of `mesh`."""
-    return centre_crop_or_pad(lines, mesh.operator.shape[:2])
+def _on_matrix_of(measurement: Measurement, lines: Tensor) -> Tensor:
+    """Values per line [z y], cropped or padded to the matrix of `measurement`."""
+    return centre_crop_or_pad(lines, measurement.operator.shape[:2])

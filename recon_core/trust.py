@@ -6,6 +6,7 @@ Does it explain the measured data as well as the classical image, and do data an
 from __future__ import annotations
 
 from enum import Enum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,13 +22,20 @@ class Trust(Enum):
     FAILED = 2
 
 
+class Bar(NamedTuple):
+    """Misfit as multiples of the classical image's and of the noise; one that exceeds both is over the bar."""
+
+    of_classical: float
+    of_noise: float
+
+
 UNEXPLAINED = 4.0  # times the noise, left by the classical image, above which something is wrong with the data
 # of the data, and less is what coil maps never explain: a scan without noise, as simulated ones may be,
 # is not one with spikes
 INEXACT = 0.01
-BARS = {  # multiples of the classical image's misfit and of the noise; both must be exceeded
-    Trust.FAILED: (2.0, 2.0),
-    Trust.DOUBTFUL: (1.15, 1.1),
+BARS = {  # the higher bar first: the first one that is exceeded counts
+    Trust.FAILED: Bar(2.0, 2.0),
+    Trust.DOUBTFUL: Bar(1.15, 1.1),
 }
 
 
@@ -42,8 +50,8 @@ def judge(measurement: Measurement, preview: Tensor, volume: Tensor) -> tuple[Tr
         return Trust.FAILED, "holds NaN or infinity"
     classical, found = measurement.misfit(preview), measurement.misfit(volume)
     noise = measurement.noise_level(preview) / measurement.sigma
-    for trust, (worse, unexplained) in BARS.items():
-        if found > max(worse * classical, unexplained * noise):
+    for trust, bar in BARS.items():
+        if found > max(bar.of_classical * classical, bar.of_noise * noise):
             why = (
                 "explains the data worse than CG-SENSE does "
                 f"(residual {found:.2f} against {classical:.2f} times the noise)"

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .measurement import Measurement
 from .pose import Pose, draw_pose
@@ -25,42 +25,35 @@ from .state import State
 
 @dataclass(frozen=True)
 class VariationalConfig:
-    """Settings of the solver; sigma is in units of tissue brightness.
+    """Settings of the solver; noise levels are in units of tissue brightness.
 
     With n the noise of the data in those units, a sweep at sigma pulls towards its denoised image with
     rho = prior_weight * sqrt(1 / R) * (n / sigma)^2: the Gaussian model's balance of data noise and prior noise,
     times a factor found by experiment (tests/benchmarks/robustness.py), the same for every protocol; the more
-    of k-space is sampled (R = 1: all), the stronger a prior the image tolerates. Data noisier than `noisy` (SNR below
-    16) tolerate a proportionally stronger one, if noise lines give the level: an estimate may be twice too high, above
-    all with one coil.
+    of k-space is sampled (R = 1: all), the stronger a prior the image tolerates.
 
-    sigma falls to `sigma_min` or n / 2, whichever is higher, and stays there for a share `held` of the sweeps, so that
-    slices of all orientations have their turn at the end: 24 sweeps are then at most 0.1 dB better than 12 at R = 4,
-    0.4 dB at R = 8 and 0.5 dB at R = 12 (results/bench_fine.csv). `dual` is the share added back: 0 is half-quadratic
-    splitting, whose pull x - D(x) falls short of the prior's gradient; 1 is ADMM, which trusts the denoiser to be
-    exactly the prior's own.
-
-    Where slices of only one orientation are usable, `dual` and `held` are 0: both made measured single planes and thin
-    slabs worse. There 1 / R counts as at least `alone`: planes and thin slabs of held-out heads need no weaker prior
-    above R = 3 (0.04 to 0.85 dB at R = 4 and 8, -0.07 to 0.22 dB for slabs at 4 mm; results/bench_planes_alone0.csv).
-
-    `adapt`, the rounds of learning from the scan itself, and `learned`, the prior that another of its volumes has
-    taught, with which learning begins, are used in adaptation.py, not here.
+    With the sweeps held at the end, 24 sweeps are at most 0.1 dB better than 12 at R = 4, 0.4 dB at R = 8 and 0.5 dB at
+    R = 12 (results/bench_fine.csv). Where slices of only one orientation are usable, `dual_share` and `held` count as
+    0: both made measured single planes and thin slabs worse. There 1 / R counts as at least `alone`: planes and thin
+    slabs of held-out heads need no weaker prior above R = 3 (0.04 to 0.85 dB at R = 4 and 8, -0.07 to 0.22 dB for slabs
+    at 4 mm; results/bench_planes_alone0.csv).
     """
 
     sweeps: int = 12
-    sigma_max: float = 0.3
-    sigma_min: float = 0.02
-    prior_weight: float = 0.7
+    sigma_max: float = 0.3  # noise level of the first sweep
+    sigma_min: float = 0.02  # noise level of the last sweep, or n / 2 if that is higher
+    prior_weight: float = 0.7  # strength of the prior relative to the data
+    # Noisier data (SNR below 16) tolerate a proportionally stronger prior, if noise lines give the level: an estimate
+    # may be twice too high, above all with one coil.
     noisy: float = 0.0625
-    momentum: float = 0.7
-    dual: float = 0.3
-    held: float = 0.25
-    alone: float = 0.36
-    cg_iterations: int = 3
-    slice_fraction: float = 1.0
-    adapt: int = 20
-    learned: nn.Module | None = None
+    momentum: float = 0.7  # share of the last sweep's change of the volume that is repeated before denoising
+    # Share of ADMM's dual variable that is added back: 0 is half-quadratic splitting, whose pull x - D(x) falls short
+    # of the prior's gradient; 1 is ADMM, which trusts the denoiser to be exactly the prior's own.
+    dual_share: float = 0.3
+    held: float = 0.25  # share of the sweeps that stay at the last noise level: slices of all orientations have a turn
+    alone: float = 0.36  # least that 1 / R counts as where slices of only one orientation are usable
+    cg_iterations: int = 3  # conjugate-gradient steps per sweep
+    slice_fraction: float = 1.0  # fraction of the slices that is denoised in each sweep
 
 
 def denoise_in_pose(volume: Tensor, prior: Denoiser, sigma: float, axis: int, chosen: Tensor, pose: Pose) -> int:
@@ -90,33 +83,39 @@ def reconstruct_variational(
     box = object_box(measurement.operator.support)
     across = lambda volume, axis: volume[box].movedim(axis, 0)
     usable = usable_axes(tuple(s.stop - s.start for s in box))
-    alone = len(usable) == 1
-    weight = prior_weight(measurement, noise, config, config.alone if alone else 0.0)
-    share, held = (0.0, 0.0) if alone else (config.dual, config.held)
-    previous, denoised, returned = x, x.clone(), torch.zeros_like(x)
-    last_sigma, axes, evaluations = config.sigma_max, [], 0
+    if len(usable) == 1:
+        dual_share, held, least_sampled = 0.0, 0.0, config.alone
+    else:
+        dual_share, held, least_sampled = config.dual_share, config.held, 0.0
+    pull = pull_of_prior(measurement, noise, config, least_sampled)
+    previous, denoised, dual = x, x.clone(), torch.zeros_like(x)
+    last_sigma = config.sigma_max
+    axes, evaluations = [], 0
     for sweep, sigma in enumerate(annealed(config, noise, held), start=1):
         axes = axes or [a for a in torch.randperm(3, generator=random).tolist() if a in usable]
-        rho = weight * (noise / sigma) ** 2
-        returned = returned * (sigma / last_sigma) ** 2  # keeps rho * returned constant
-        noisy = x + config.momentum * (x - previous) + returned
+        rho = pull * (noise / sigma) ** 2
+        dual = dual * (sigma / last_sigma) ** 2  # keeps rho * dual constant
+        to_denoise = x + config.momentum * (x - previous) + dual
         axis = axes.pop()
         chosen = some_slices(denoised[box].shape[axis], config.slice_fraction, random).to(x.device)
-        across(denoised, axis)[chosen] = across(noisy, axis)[chosen]  # slices not drawn keep their last result
+        across(denoised, axis)[chosen] = across(to_denoise, axis)[chosen]  # slices not drawn keep their last result
         pose = draw_pose(random)
         evaluations += denoise(denoised[box], prior, sigma, axis, chosen, pose)
-        returned = share * (noisy - denoised)
+        dual = dual_share * (to_denoise - denoised)
         previous, last_sigma = x, sigma
-        x = measurement.operator.solve(target + rho * (denoised - returned), rho, denoised, config.cg_iterations)
+        x = measurement.operator.solve(target + rho * (denoised - dual), rho, denoised, config.cg_iterations)
         yield State(sweep, config.sweeps, sigma, x * scale, evaluations)
 
 
-def prior_weight(measurement: Measurement, noise: float, config: VariationalConfig, least: float = 0.0) -> float:
+def pull_of_prior(
+    measurement: Measurement, noise: float, config: VariationalConfig, least_sampled: float = 0.0
+) -> float:
     """Pull of the prior relative to that of the Gaussian model (see VariationalConfig).
 
-    `noise` is in units of tissue brightness; `least` is the smallest share of k-space that counts as sampled.
+    `noise` is in units of tissue brightness; `least_sampled` is the smallest share of k-space that counts as
+    sampled.
     """
-    sampled = max(least, float(measurement.operator.sampled.float().mean()))
+    sampled = max(least_sampled, float(measurement.operator.sampled.float().mean()))
     noisier = max(1.0, noise / config.noisy) if measurement.sigma_known else 1.0
     return config.prior_weight * sampled**0.5 * noisier
 

@@ -11,16 +11,16 @@ from gadgets import solve
 from gadgets.options import make_options
 from gadgets.recon import reconstruct
 from gadgets.simulation.protocol import SimulateOptions
-from recon_core.adaptation import PASSES, reconstruct_adapted
+from recon_core.adaptation import PASSES, AdaptedConfig, reconstruct_adapted
 from recon_core.cg_sense import cg_sense
 from recon_core.fft import centre_crop_or_pad
 from recon_core.measure import measure
 from recon_core.metrics import object_mask, psnr
 from recon_core.prior import Prior, load_prior
 from recon_core.pupil import Pupil, importance, unexplained
-from recon_core.variational import VariationalConfig, reconstruct_variational
+from recon_core.variational import reconstruct_variational
 
-QUICK = VariationalConfig(sweeps=3, adapt=5)
+QUICK = AdaptedConfig(sweeps=3, adapt=5)
 BOTH = (reconstruct_variational, reconstruct_adapted)
 
 
@@ -163,7 +163,7 @@ def test_what_was_learned_serves_the_next_volume_of_the_scan(untrained, monkeypa
         begun.append(weights(self.network))
         return learn(self)
 
-    monkeypatch.setattr(Pupil, "judge", lambda self: setattr(self, "best", self.average))
+    monkeypatch.setattr(Pupil, "keep_if_better", lambda self: setattr(self, "best", self.average))
     monkeypatch.setattr(Pupil, "learn", noted)
     taught = last(reconstruct_adapted(one, untrained, cg_sense(one), QUICK, 0)).learned
     kept, begun[:] = weights(taught), []
@@ -183,7 +183,7 @@ def test_the_chain_hands_it_on_within_a_scan_only(untrained, monkeypatch, tmp_pa
         return states(measurement, preview, prior, options, learned)
 
     monkeypatch.setattr(solve, "states", noted)
-    monkeypatch.setattr(Pupil, "judge", lambda self: setattr(self, "best", self.average))
+    monkeypatch.setattr(Pupil, "keep_if_better", lambda self: setattr(self, "best", self.average))
     protocol = SimulateOptions(coils=4, acceleration=2, acs=10, repetitions=2)
     header, lines, _ = load_small_scan(tmp_path, protocol, (12, 48, 24))
     options = make_options({"sweeps": 1, "adapt": 1, "device": "cpu", "preview": False})
@@ -199,7 +199,7 @@ def test_same_seed_same_image(untrained):
     assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
 
 
-def test_judging_lines_and_the_calibration_square_are_never_learned_from(untrained, monkeypatch):
+def test_held_out_lines_and_the_calibration_square_are_never_learned_from(untrained, monkeypatch):
     measurement, _ = plane()
     pupil, seen = pupil_of(measurement, untrained), []
     part = type(measurement).part
@@ -215,15 +215,15 @@ def test_judging_lines_and_the_calibration_square_are_never_learned_from(untrain
     assert [lines.shape for lines in seen] == 2 * [(72, 80)] + 2 * [(112, 120)]
     assert all(int(lines.sum()) == int(centre_crop_or_pad(lines, (72, 80)).sum()) for lines in seen)
     seen = [centre_crop_or_pad(lines, (72, 80)) for lines in seen]
-    (given, answer), (other, _) = zip(seen[::2], seen[1::2])
-    for lines in (given, answer):
-        assert not bool((lines & pupil.judging).any())
-    assert torch.equal(given | answer | pupil.judging, taken)
-    assert not bool((given & answer).any()) and not torch.equal(given, other)
+    (given, target), (other, _) = zip(seen[::2], seen[1::2])
+    for lines in (given, target):
+        assert not bool((lines & pupil.held_out).any())
+    assert torch.equal(given | target | pupil.held_out, taken)
+    assert not bool((given & target).any()) and not torch.equal(given, other)
     z, y = measurement.acs
     centre = (slice(36 - z // 2, 36 - z // 2 + z), slice(40 - y // 2, 40 - y // 2 + y))
     assert bool(given[centre].all())
-    assert 0.05 < float(pupil.judging.sum() / taken.sum()) < 0.1
+    assert 0.05 < float(pupil.held_out.sum() / taken.sum()) < 0.1
 
 
 def test_what_is_judged_is_the_slow_mean_of_the_steps(untrained):
@@ -252,43 +252,43 @@ def test_what_makes_it_worse_is_not_taken(untrained, monkeypatch):
     measurement, _ = plane()
     pupil = pupil_of(measurement, untrained)
     pupil.learn()
-    pupil.judge()
+    pupil.keep_if_better()
     assert pupil.best is untrained
     assert all(torch.equal(a, b) for a, b in zip(pupil.network.parameters(), untrained.parameters()))
 
 
-def test_the_judging_lines_choose_the_mesh_or_the_mean_of_both(untrained, monkeypatch):
+def test_the_held_out_lines_choose_the_mesh_or_the_mean_of_both(untrained, monkeypatch):
     measurement, _ = plane()
     scores = iter([(5.0, 4.0, 4.5), (4.2, 3.9, 3.8), (3.7, 3.9, 4.0), (3.8, 3.8, 3.8)])
 
-    def judged(self, prior):
-        return zip([self.meshes[:1], self.meshes[1:], self.meshes], next(scores))
+    def scored(self, prior):
+        return zip([self.on_meshes[:1], self.on_meshes[1:], self.on_meshes], next(scores))
 
-    monkeypatch.setattr(Pupil, "_judged", judged)
+    monkeypatch.setattr(Pupil, "_scored", scored)
     pupil, chosen = pupil_of(measurement, untrained), []
-    pupil.judge()  # the prior, and what it became
-    assert pupil.best_meshes == pupil.meshes and pupil.best is not untrained
+    pupil.keep_if_better()  # the prior, and what it became
+    assert pupil.on_best_meshes == pupil.on_meshes and pupil.best is not untrained
     for _ in range(2):
         first = pupil.best
-        pupil.judge()
-        chosen.append((pupil.best_meshes == (measurement,), pupil.best is first))
+        pupil.keep_if_better()
+        chosen.append((pupil.on_best_meshes == (measurement,), pupil.best is first))
     assert chosen == [(True, False), (True, True)]
 
 
 def test_what_the_meshes_are_judged_by_are_the_lines_that_their_images_predict(untrained):
     measurement, _ = plane()
     pupil = pupil_of(measurement, untrained)
-    (own, _), (finer, _), (both, _) = scores = pupil._judged(untrained)
+    (own, _), (finer, _), (both, _) = scores = pupil._scored(untrained)
     assert own == (measurement,) and both == own + finer and finer[0].operator.shape == (112, 120, 1)
-    part = measurement.part(pupil.others)
+    part = measurement.part(pupil.training)
     image = last(reconstruct_variational(part, untrained, cg_sense(part), QUICK)).volume
-    answer = measurement.part(pupil.judging)
-    assert scores[0][1] == pytest.approx(float(unexplained(answer.operator, image, answer.lines, pupil.importance)))
+    target = measurement.part(pupil.held_out)
+    assert scores[0][1] == pytest.approx(float(unexplained(target.operator, image, target.lines, pupil.importance)))
     assert scores[2][1] <= max(scores[0][1], scores[1][1])  # a mean's error is not above the worse one's
 
 
 def test_the_image_on_a_finer_mesh_comes_back_on_the_own(untrained, monkeypatch):
-    monkeypatch.setattr(Pupil, "judge", lambda self: setattr(self, "best_meshes", self.meshes[1:]))
+    monkeypatch.setattr(Pupil, "keep_if_better", lambda self: setattr(self, "on_best_meshes", self.on_meshes[1:]))
     measurement, _ = plane()
     states = list(reconstruct_adapted(measurement, untrained, cg_sense(measurement), QUICK, 0))
     assert states[-1].volume.shape == (72, 80, 1)
@@ -310,16 +310,16 @@ def test_each_pass_has_slices_and_poses_of_its_own(untrained, monkeypatch):
     "where, error",
     [
         ("__init__", TypeError("cannot be copied")),
-        ("meshes", torch.OutOfMemoryError("CUDA out of memory")),
+        ("on_meshes", torch.OutOfMemoryError("CUDA out of memory")),
         ("learn", RuntimeError("a kernel is missing")),
-        ("judge", torch.OutOfMemoryError("CUDA out of memory")),
+        ("keep_if_better", torch.OutOfMemoryError("CUDA out of memory")),
     ],
 )
 def test_learning_that_fails_leaves_the_first_image(untrained, monkeypatch, where, error):
     def fails(*_):
         raise error
 
-    monkeypatch.setattr(Pupil, where, property(fails) if where == "meshes" else fails)
+    monkeypatch.setattr(Pupil, where, property(fails) if where == "on_meshes" else fails)
     measurement, _ = plane()
     states = list(reconstruct_adapted(measurement, untrained, cg_sense(measurement), replace(QUICK, adapt=1), 0))
     assert torch.equal(states[-1].volume, states[2].volume) and states[-1].sweep == states[-1].sweeps
@@ -345,10 +345,10 @@ def test_a_gpu_that_is_lost_while_learning_has_lost_the_first_image(untrained, m
     ],
 )
 def test_an_image_of_what_was_learned_that_cannot_be_trusted_leaves_the_first(untrained, monkeypatch, learned, why):
-    def judge(self):
+    def keep_if_better(self):
         self.best, self.config = learned, replace(QUICK, prior_weight=100)
 
-    monkeypatch.setattr(Pupil, "judge", judge)
+    monkeypatch.setattr(Pupil, "keep_if_better", keep_if_better)
     monkeypatch.setattr(Pupil, "learn", lambda self: None)
     measurement, _ = plane()
     states = list(reconstruct_adapted(measurement, untrained, cg_sense(measurement), replace(QUICK, adapt=1), 0))

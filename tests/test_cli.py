@@ -29,10 +29,10 @@ from gadgets.header import parse_header
 from gadgets.image_files import ImageWriter, read_images, save_nifti
 from gadgets.scan_files import ScanFile, ScanWriter
 from gadgets.simulation.protocol import SimulateOptions
+from recon_core.adaptation import AdaptedConfig
 from recon_core.prior import Prior
 from recon_core.simulate import phantom
 from recon_core.train_options import TrainOptions
-from recon_core.variational import VariationalConfig
 
 COMMAND = [sys.executable, "-W", "ignore", "-c", "from gadgets.cli import command; command()"]
 
@@ -621,7 +621,7 @@ def test_the_chain_is_timed_stage_by_stage(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
     module, rows = importlib.import_module("chain_speed"), []
     monkeypatch.setattr(module, "SLICE", 32)
-    method = replace(module.METHODS["diffusion"], config=VariationalConfig(sweeps=2))
+    method = replace(module.METHODS["diffusion"], config=AdaptedConfig(sweeps=2))
     scan, machine = module.Scan((20, 40, 36), 2, 2.0), module.Machine("cpu", "CPU", 1e9, 1e9, 1e9)
     module.run(scan, machine, [("diffusion", method, Prior("small").eval())], rows.append)
     assert [row["stage"] for row in rows] == ["gather", "coil maps", "preview", "diffusion"]

@@ -282,7 +282,7 @@ def test_every_method_gives_the_cpus_image(name):
 
     def work(device):
         measurement = measure(kspace, mask, VOXEL, noise, device=device)
-        network = prior.load_prior(method.weights, device, half=False) if method.uses_prior else None
+        network = prior.load_prior(method.prior, device, half=False) if method.uses_prior else None
         return last(method.run(measurement, network, cg_sense(measurement), config, 0)).volume
 
     here, there = both(work)
@@ -297,7 +297,7 @@ def test_learning_from_the_scan_is_the_cpus(thickness, on_host, monkeypatch):
 
     def work(device):
         measurement = measure(kspace[..., 10 : 10 + thickness], mask, VOXEL, noise, device=device, on_host=on_host)
-        network, config = prior.load_prior("small", device, half=False), VariationalConfig(sweeps=1, adapt=2)
+        network, config = prior.load_prior("small", device, half=False), adaptation.AdaptedConfig(sweeps=1, adapt=2)
         states = list(reconstruct_adapted(measurement, network, cg_sense(measurement), config))
         assert len(states) == 5, "one sweep, two rounds, two passes"
         return states[-1].volume
@@ -316,7 +316,7 @@ def test_a_sweep_makes_the_host_wait_a_few_times_only(name, most, gpu):
     """
     method, (kspace, mask, noise, _) = METHODS[name], problem(shape=(24, 28, 20))
     measurement, waits = measure(kspace, mask, VOXEL, noise, device="cuda"), []
-    network = prior.load_prior(method.weights, "cuda") if method.uses_prior else None
+    network = prior.load_prior(method.prior, "cuda") if method.uses_prior else None
     for state, _ in zip(method.run(measurement, network, cg_sense(measurement), method.config, 0), range(4)):
         waits.append(gpu.waits.total())
     assert max(np.diff(waits)) <= most, gpu.waits

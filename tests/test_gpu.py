@@ -14,7 +14,7 @@ from test_variational import VOXEL, problem
 
 from gadgets.options import make_options
 from gadgets.solve import load_prior_for, prior_of
-from recon_core.adaptation import reconstruct_adapted
+from recon_core.adaptation import AdaptedConfig, reconstruct_adapted
 from recon_core.cg_sense import cg_sense
 from recon_core.gaussians import Gaussians
 from recon_core.measure import measure
@@ -24,7 +24,6 @@ from recon_core.representation import Grid
 from recon_core.simulate import phantom
 from recon_core.train import train
 from recon_core.train_options import TrainOptions
-from recon_core.variational import VariationalConfig
 from recon_core.volumes import Volume
 
 pytestmark = pytest.mark.gpu
@@ -119,7 +118,7 @@ def test_training_on_the_gpu(given, tmp_path):
 def test_a_prior_learns_from_a_scan_there():
     measurement = plane()[0].to("cuda")
     prior = load_prior("small", "cuda")
-    states = list(reconstruct_adapted(measurement, prior, cg_sense(measurement), VariationalConfig(sweeps=3, adapt=5)))
+    states = list(reconstruct_adapted(measurement, prior, cg_sense(measurement), AdaptedConfig(sweeps=3, adapt=5)))
     assert states[-1].volume.is_cuda and bool(torch.isfinite(states[-1].volume.abs()).all())
     assert not torch.equal(states[-1].volume, states[2].volume)
 

@@ -17,7 +17,7 @@ from gadgets.options import make_options
 from gadgets.recon import alone, reconstruct
 from gadgets.scan_files import ScanFile
 from recon_core import jackknife
-from recon_core.adaptation import reconstruct_adapted
+from recon_core.adaptation import AdaptedConfig, reconstruct_adapted
 from recon_core.cg_sense import cg_sense
 from recon_core.jackknife import CENTRE, GROUPS, estimated_error, smoothed, without_groups
 from recon_core.measure import measure
@@ -28,7 +28,6 @@ from recon_core.prior import load_prior
 from recon_core.scale import intensity_scale
 from recon_core.sense import Sense
 from recon_core.state import State
-from recon_core.variational import VariationalConfig
 
 
 def of_random_lines(shape=(20, 24, 6), sampled=0.5):
@@ -136,7 +135,7 @@ def test_it_is_about_the_true_error_and_where_it_is(name, fewer):
 def test_a_volume_that_keeps_its_lines_is_not_learned_from():
     kspace, mask, noise, _ = problem(shape=(32, 36, 30), snr=15.0)
     measurement = measure(kspace, mask, VOXEL, noise, keep_lines=True)
-    prior, config = load_prior("small"), VariationalConfig(sweeps=2)
+    prior, config = load_prior("small"), AdaptedConfig(sweeps=2)
     states = list(reconstruct_adapted(measurement, prior, cg_sense(measurement), config))
     assert len(states) == 2
 

@@ -107,7 +107,7 @@ def test_plug_and_play_with_a_gaussian_denoiser_reaches_its_closed_form_optimum(
     measurement = Measurement(operator, zero_filled, 1.0, 1, 1.0, VOXEL, (5, 5))
     config = PlugAndPlayConfig(iterations=10, sigma=0.4, cg_iterations=20)
     state = last(reconstruct_plug_and_play(measurement, gaussian, zero_filled, config))
-    _, noise, _, _ = measurement.in_tissue_units(zero_filled)
+    noise = measurement.in_tissue_units(zero_filled).noise
     expected = operator.solve(zero_filled, (noise / 0.5) ** 2, iterations=60)
     assert (state.volume - expected).norm() / expected.norm() < 1e-4
 
@@ -253,7 +253,7 @@ def test_the_rate_of_a_neural_field_may_be_set(scan, prior, monkeypatch):
 def test_compared_methods_with_the_shipped_prior_beat_cg_sense(name, fewer, scan):
     measurement, reference = scan
     method, inside, preview = METHODS[name], object_mask(reference), cg_sense(measurement)
-    state = last(method.run(measurement, load_prior(method.weights), preview, replace(method.config, **fewer), 0))
+    state = last(method.run(measurement, load_prior(method.prior), preview, replace(method.config, **fewer), 0))
     assert psnr(state.volume, reference, inside) > psnr(preview, reference, inside) + 1
 
 

@@ -15,8 +15,8 @@ from gadgets.options import (
     preset_names,
     read_preset,
 )
+from recon_core.adaptation import AdaptedConfig
 from recon_core.methods import METHODS
-from recon_core.variational import VariationalConfig
 
 
 def test_text_and_typed_values_are_the_same():
@@ -55,7 +55,7 @@ def test_wrong_options_are_refused_in_a_sentence(source, message):
 
 def test_methods_and_their_settings_are_those_of_recon_core():
     assert set(get_args(Options.model_fields["method"].annotation)) == set(METHODS)
-    defaults = {name: value for name, value in vars(VariationalConfig()).items() if name in Options.model_fields}
+    defaults = {name: value for name, value in vars(AdaptedConfig()).items() if name in Options.model_fields}
     assert all(getattr(make_options(), name) == value for name, value in defaults.items())
 
 

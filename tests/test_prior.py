@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from gadgets.cli import main
-from recon_core.pose import draw_pose
+from recon_core.pose import BLOCK, draw_pose
 from recon_core.prior import ARCHITECTURES, Prior, PriorError, half_is_faster, list_priors, load_prior, save_prior
 from recon_core.scale import intensity_scale
 from recon_core.simulate import phantom
@@ -27,6 +27,13 @@ def test_untrained_network_is_the_gaussian_denoiser(architecture):
     sigma = torch.tensor([0.1, 1.3])
     expected = x * (0.7**2 / (0.7**2 + sigma**2))[:, None, None, None]
     torch.testing.assert_close(prior(x, sigma), expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_poses_and_meshes_fit_the_downsampling_of_every_network(architecture):
+    """Of those that slice diffusion may use: it refuses priors in function space."""
+    prior = Prior(architecture)
+    assert prior.in_function_space or BLOCK % prior.net.multiple == 0
 
 
 def test_the_larger_prior_is_eight_times_the_work():

@@ -225,7 +225,7 @@ def test_an_image_that_explains_the_data_worse_than_the_preview_is_told_apart():
     direction = torch.ones_like(best)
     drifted = lambda misfit: best + direction * misfit * 2**0.5 * measurement.sigma
     assert measurement.misfit(drifted(1.0)) == pytest.approx(1.0, abs=0.02)
-    bars = {trust: unexplained for trust, (_, unexplained) in BARS.items()}
+    bars = {trust: bar.of_noise for trust, bar in BARS.items()}
     for misfit, trust in (
         (0.95 * bars[Trust.DOUBTFUL], Trust.SOUND),
         (1.7, Trust.DOUBTFUL),
@@ -414,7 +414,7 @@ def test_contrasts_share_their_coil_weights(tmp_path):
     for gathered in recon.gather(header, lines):
         measurement, *_ = recon.prepare(gathered, options, lambda stage, facts: None, recon.never_stop)
         both.append(measurement)
-    assert [measurement.weights.tolist() for measurement in both] == [[1.0] * 4] * 2
+    assert [measurement.coil_weights.tolist() for measurement in both] == [[1.0] * 4] * 2
     assert not both[1].sigma_known and float(both[1].sigma) > 1.5 * float(both[0].sigma)
 
 

@@ -20,7 +20,7 @@ from recon_core.scale import intensity_scale
 from recon_core.sense import Sense
 from recon_core.simulate import coil_sensitivity, phantom, sampling_mask
 from recon_core.slices import denoise_slices, usable_axes
-from recon_core.variational import VariationalConfig, annealed, prior_weight, reconstruct_variational
+from recon_core.variational import VariationalConfig, annealed, pull_of_prior, reconstruct_variational
 
 VOXEL = (2.0, 2.0, 2.0)
 
@@ -57,9 +57,11 @@ def test_momentum_comes_nearer_in_as_many_sweeps():
     """With D = 0.9 x and little trust in the data every sweep takes a tenth of the way; momentum takes more of it."""
     measurement, tikhonov = gaussian_problem(noise=3.0)
     noise = 3.0 / intensity_scale(measurement.adjoint, VOXEL)
-    rho = prior_weight(measurement, noise, VariationalConfig(prior_weight=2.0)) * (noise / 0.2) ** 2
+    rho = pull_of_prior(measurement, noise, VariationalConfig(prior_weight=2.0)) * (noise / 0.2) ** 2
     expected, left = tikhonov(rho * 0.1), []
-    config = VariationalConfig(sweeps=12, sigma_max=0.2, sigma_min=0.2, prior_weight=2.0, dual=0.0, cg_iterations=8)
+    config = VariationalConfig(
+        sweeps=12, sigma_max=0.2, sigma_min=0.2, prior_weight=2.0, dual_share=0.0, cg_iterations=8
+    )
     for momentum in (0.0, 0.5):
         config = replace(config, momentum=momentum)
         state = last(reconstruct_variational(measurement, lambda x, s: 0.9 * x, measurement.adjoint, config))
@@ -72,7 +74,14 @@ def test_what_is_given_back_follows_the_noise_level():
     measurement, tikhonov = gaussian_problem()
     data = 0.5
     config = VariationalConfig(
-        sweeps=40, sigma_max=0.6, sigma_min=0.15, prior_weight=2.0, dual=1.0, momentum=0.0, held=0.0, cg_iterations=12
+        sweeps=40,
+        sigma_max=0.6,
+        sigma_min=0.15,
+        prior_weight=2.0,
+        dual_share=1.0,
+        momentum=0.0,
+        held=0.0,
+        cg_iterations=12,
     )
 
     def gaussian(x, s):
@@ -84,9 +93,9 @@ def test_what_is_given_back_follows_the_noise_level():
     assert (state.volume - expected).norm() / expected.norm() < 1e-5
 
 
-@pytest.mark.parametrize("dual", [0.0, 0.3, 1.0])
-def test_gaussian_prior_reaches_its_closed_form_optimum(dual):
-    """With D(x) = a x the fixed point of a sweep is Tikhonov's with weight rho (1 - a) / (1 - dual (1 - a)).
+@pytest.mark.parametrize("dual_share", [0.0, 0.3, 1.0])
+def test_gaussian_prior_reaches_its_closed_form_optimum(dual_share):
+    """With D(x) = a x the fixed point of a sweep is Tikhonov's with weight rho (1 - a) / (1 - dual_share (1 - a)).
 
     Without the dual that is the pull x - D(x), with the whole of it, rho (1 - a) / a, the Gaussian's own gradient.
     """
@@ -98,12 +107,12 @@ def test_gaussian_prior_reaches_its_closed_form_optimum(dual):
     measurement = Measurement(operator, operator.adjoint(y), 1.0, 1, 0.05, VOXEL, (5, 5))
     shrink = data**2 / (data**2 + sigma**2)
     config = VariationalConfig(
-        sweeps=400, sigma_max=sigma, sigma_min=sigma, prior_weight=2.0, dual=dual, cg_iterations=8
+        sweeps=400, sigma_max=sigma, sigma_min=sigma, prior_weight=2.0, dual_share=dual_share, cg_iterations=8
     )
     state = last(reconstruct_variational(measurement, lambda x, s: x * shrink, operator.adjoint(y), config))
     noise = 0.05 / intensity_scale(operator.adjoint(y), VOXEL)
     rho = 2.0 * float(mask.mean()) ** 0.5 * (noise / sigma) ** 2
-    expected = operator.solve(operator.adjoint(y), rho * (1 - shrink) / (1 - dual * (1 - shrink)), iterations=50)
+    expected = operator.solve(operator.adjoint(y), rho * (1 - shrink) / (1 - dual_share * (1 - shrink)), iterations=50)
     assert (state.volume - expected).norm() / expected.norm() < 1e-4
 
 
@@ -160,8 +169,8 @@ def test_noisy_data_take_more_of_the_prior_if_noise_lines_say_so(noise, known, w
     mask[::2, ::2] = 1
     operator = Sense(torch.ones(1, 8, 8, 4, dtype=torch.complex64), mask)
     measurement = Measurement(operator, torch.zeros(8, 8, 4), 0.0, 64, 1.0, VOXEL, (8, 8), sigma_known=known)
-    assert prior_weight(measurement, noise, VariationalConfig()) == pytest.approx(weight)
-    assert prior_weight(measurement, noise, VariationalConfig(), least=0.36) == pytest.approx(1.2 * weight)
+    assert pull_of_prior(measurement, noise, VariationalConfig()) == pytest.approx(weight)
+    assert pull_of_prior(measurement, noise, VariationalConfig(), least_sampled=0.36) == pytest.approx(1.2 * weight)
 
 
 def test_half_of_the_slices_per_sweep_cost_little():
@@ -450,7 +459,7 @@ def test_a_lattice_without_a_centre_square_takes_its_brightness_from_the_calibra
     assert measurement.tissue == pytest.approx(true, rel=0.1)
     assert intensity_scale(measurement.adjoint, VOXEL) < 0.5 * true
     assert intensity_scale(cg_sense(measurement), VOXEL) == pytest.approx(true, rel=0.2)
-    assert measurement.in_tissue_units(cg_sense(measurement))[0] == measurement.tissue
+    assert measurement.in_tissue_units(cg_sense(measurement)).scale == measurement.tissue
     both = (lattice + calibration).clamp_max(1)
     own = measure(kspace * both[..., None], both, VOXEL, noise, separate)
     assert own.tissue is None

@@ -20,11 +20,10 @@ import torch
 from problems import Problem, measured, simulated
 from scans import save_table
 
-from recon_core.adaptation import reconstruct_adapted
+from recon_core.adaptation import AdaptedConfig, reconstruct_adapted
 from recon_core.cg_sense import cg_sense
 from recon_core.metrics import psnr
 from recon_core.prior import load_prior
-from recon_core.variational import VariationalConfig
 
 POSITIONS = (1, 8)  # along the readout
 
@@ -76,7 +75,7 @@ def image_of(
     """
     measurement = problem.measurement
     score = lambda state: round(psnr(measurement.image_of(state.volume), problem.truth, problem.inside), 2)
-    config = VariationalConfig(learned=learned)
+    config = AdaptedConfig(learned=learned)
     for state in reconstruct_adapted(measurement, prior, cg_sense(measurement), config):
         if state.sweep == config.sweeps:
             first, began = score(state), time.perf_counter()
