@@ -64,7 +64,11 @@ def estimated_error(
         mean = mean + away / number
         variance += (away * (state.volume - mean).conj()).real
     squared = (GROUPS - 1) / GROUPS * variance + ((GROUPS - 1) * (mean - whole)).abs().square()
-    yield replace(counted, volume=smoothed(squared, measurement.adjoint != 0).sqrt().to(whole.dtype))
+    # Second parts lie behind the scan's readout positions, and are no neighbours of them (Sense).
+    positions = len(measurement.operator.maps)
+    both = zip(squared.split(positions, dim=2), (measurement.adjoint != 0).split(positions, dim=2))
+    parts = [smoothed(part, inside) for part, inside in both]
+    yield replace(counted, volume=torch.cat(parts, dim=2).sqrt().to(whole.dtype))
 
 
 def without_groups(measurement: Measurement, seed: int) -> list[Tensor]:

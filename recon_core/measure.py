@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,8 +28,10 @@ KEPT_ARRAYS = 2  # data that are kept, and a part of them
 EXPLAINS = 0.8
 TOO_LARGE = 1e15  # for a sample, in any units
 # Cap on a line's weight, in median counts: full weight for the few lines with more averages would amplify their
-# coil-map errors.
+# coil-map errors. Fewer than SEVERAL of the lines weigh no more than the others: the largest weight is 1, and one line
+# sent twice would halve all others against the prior.
 MOST_WEIGHT = 2.0
+SEVERAL = 0.1
 
 
 def measure(
@@ -82,7 +85,7 @@ def measure(
             "the k-space holds NaN, infinity or numbers too large to square; the scan cannot be reconstructed"
         )
     calibration, warnings = _usable(calibration)
-    capped = counts.clamp_max(MOST_WEIGHT * float(counts[counts > 0].median()))
+    capped = _capped(counts)
     averages = float(capped.max())
     mask = (capped / averages).sqrt()
     factor = mask / counts.clamp_min(1)
@@ -143,6 +146,8 @@ def _sums(kspace: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: if they do not fit.
     """
+    # NumPy's flipped views are no tensors yet.
+    kspace, counts = (np.ascontiguousarray(a) if isinstance(a, np.ndarray) else a for a in (kspace, counts))
     kspace = torch.as_tensor(kspace, dtype=torch.complex64)
     counts = torch.as_tensor(counts, dtype=torch.float32, device=kspace.device)
     if kspace.ndim != 4 or counts.shape != kspace.shape[1:3]:
@@ -151,6 +156,14 @@ def _sums(kspace: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
             f"got {list(kspace.shape)} and {list(counts.shape)}"
         )
     return kspace, counts
+
+
+def _capped(counts: Tensor) -> Tensor:
+    """`counts` [z y], of the few lines with more than the median no more than MOST_WEIGHT allows."""
+    acquired = counts[counts > 0]
+    median = float(acquired.median())
+    several = float((acquired > median).float().mean()) >= SEVERAL
+    return counts.clamp_max(MOST_WEIGHT * median if several else median)
 
 
 def _finite(kspace: Tensor, counts: Tensor) -> bool:
@@ -176,7 +189,7 @@ def _calibration_block(kspace: Tensor, counts: Tensor, factor: Tensor, whitened:
     """The calibration lines among those of `kspace` [coils z y x], prewhitened."""
     size = find_acs(counts)
     if not size[0]:
-        empty = torch.zeros((len(whitened.matrix), 0, 0, 0), dtype=kspace.dtype)
+        empty = kspace.new_zeros((len(whitened.matrix), 0, 0, 0))
         return Calibration(empty, size, whitened.sigma, whitened.sigma)
     block = cut_acs(kspace, size)
     sigma = whitened.sigma * float(centre_crop_or_pad(factor * counts.sqrt(), size).square().mean().sqrt())

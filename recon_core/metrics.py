@@ -23,7 +23,7 @@ def psnr(image: Tensor, reference: Tensor, mask: Tensor | None = None) -> float:
     image, reference = image.abs().double(), reference.abs().double()
     if mask is not None:
         image, reference = image[mask], reference[mask]
-    factor = (image * reference).sum() / (image * image).sum().clamp_min(1e-30)
+    factor = (image * reference).sum() / (image * image).sum().clamp_min(torch.finfo(torch.float64).tiny)
     error = (factor * image - reference).square().mean().sqrt()
     return float(20 * torch.log10(reference.max() / error))
 

@@ -93,6 +93,22 @@ def test_states_count_all_images():
     assert [s.network_evaluations for s in states][-1] == 30 * (1 + GROUPS)
 
 
+def test_second_parts_are_no_neighbours_of_the_scans_own_positions():
+    """They lie behind them in the volume, and are another part of the object."""
+    shape, random = (20, 24, 6), torch.Generator().manual_seed(1)
+    plain = of_random_lines(shape)
+    operator = plain.operator.with_second(torch.ones(2, 1, *shape[:2], dtype=torch.complex64), 2)
+    measurement = replace(plain, operator=operator, adjoint=operator.adjoint(plain.lines))
+    noise = torch.randn(GROUPS, *shape, generator=random)
+    wholes = iter([torch.zeros(*shape[:2], 8), *(torch.cat([own, 0 * own[..., :2]], 2) for own in noise)])
+
+    def only_the_first_part_differs(part):
+        yield State(1, 1, 0.0, next(wholes).to(torch.complex64), 0)
+
+    error = last(estimated_error(measurement, only_the_first_part_differs)).volume.real
+    assert float(error[..., :6].min()) > 0 and not error[..., 6:].any()
+
+
 def test_smoothing_keeps_a_constant_inside_and_nothing_outside():
     inside = torch.zeros(9, 10, 11, dtype=torch.bool)
     inside[2:7, 3:9, 1:10] = True

@@ -334,6 +334,23 @@ def test_lines_that_came_many_times_do_not_outweigh_the_others():
     torch.testing.assert_close(*weights)
 
 
+def test_a_few_lines_sent_twice_leave_the_weights_of_all_others():
+    """Otherwise the data would have half their weight against every prior."""
+    kspace, mask, noise, _ = problem()
+    once, counts = measure(kspace, mask, VOXEL, noise), mask.clone()
+    counts[tuple((mask > 0).nonzero()[5::20].T)] = 2
+    repeated = measure(kspace * counts[..., None], counts, VOXEL, noise)
+    torch.testing.assert_close(repeated.operator.mask, once.operator.mask)
+    away = cg_sense(repeated) - cg_sense(once)
+    assert away.norm() < 0.03 * cg_sense(once).norm()  # less noise in the calibration lines changes the maps a little
+
+
+def test_flipped_arrays_are_taken():
+    kspace, mask, noise, _ = problem()
+    flipped = measure(kspace.flip(1).numpy()[:, ::-1], mask.flip(0).numpy()[::-1], VOXEL, noise)
+    assert torch.equal(flipped.adjoint, measure(kspace, mask, VOXEL, noise).adjoint)
+
+
 @pytest.mark.parametrize("shape, blurred", [((250, 400, 24), 72), ((50, 80, 32), 26), ((100, 102, 41), 28)])
 def test_the_support_is_where_the_blurred_object_is_and_two_voxels_more(shape, blurred):
     """A box 20 wide, seen by 32 x 32 lines.

@@ -104,7 +104,8 @@ def load_object(
         raise FileError(f"{volume} cannot be read as a volume: {error}") from None
     if found := emptiness(data):
         raise FileError(f"the volume {Path(volume).name} holds {found}: no scan can be made of it")
-    data = torch.from_numpy(data.astype(np.complex64) if np.iscomplexobj(data) else np.abs(data).astype(np.float32))
+    # In this order: the magnitude of int16's least number is none of its numbers.
+    data = torch.from_numpy(data.astype(np.complex64) if np.iscomplexobj(data) else np.abs(data.astype(np.float32)))
     if str(volume).endswith(".npy"):
         return data, voxel_mm, np.eye(3), (0.0, 0.0, 0.0)
     lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ read_affine(volume)
