@@ -33,7 +33,7 @@ def _recon_buffer(header, lines, remove_oversampling) -> bytes:
         samples[:, start : start + line.number_of_samples] = line.data
         if remove_oversampling:
             image = np.fft.fftshift(np.fft.ifft(np.fft.ifftshift(samples, 1), axis=1, norm="ortho"), 1)
-            low = samples.shape[1] // 2 - nx // 2
+            low = (samples.shape[1] - nx) // 2  # not centred if only nx is odd
             samples = np.fft.fftshift(np.fft.fft(np.fft.ifftshift(image[:, low : low + nx], 1), axis=1, norm="ortho"), 1)
         place = (line.idx.slice, line.idx.average, line.idx.contrast)
         y, z = (step + n // 2 - limit.center for step, n, limit in zip((line.idx.kspace_encode_step_1, line.idx.kspace_encode_step_2), (ny, nz), limits))
