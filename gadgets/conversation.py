@@ -13,7 +13,7 @@ from recon_core.ahead import Ahead
 
 from .budget import worth_an_image
 from .failure import one_line
-from .geometry import ScanError
+from .geometry import ScanError, readouts
 from .header import parse_header
 from .options import OptionsError, make_options, options_from_json
 from .recon import reconstruct
@@ -73,6 +73,7 @@ def run_scan(
     """
     header, intake, progress = parse_header(header_xml), Intake(wire, host, first, header_xml), Progress(notify)
     sent, readers = 0, []
+    wire.readouts = readouts(header)
     host.take_in(header)
     options = make_options(*sources)
     prior = host.load_prior(options)

@@ -166,6 +166,18 @@ def read_geometry(header: ismrmrd.xsd.ismrmrdHeader, number: int = 0) -> Geometr
     )
 
 
+def readouts(header: ismrmrd.xsd.ismrmrdHeader) -> list[tuple[int, int]]:
+    """For each encoding, the samples of a whole readout and of one without oversampling; (0, 0) if it is unusable."""
+    found = []
+    for number in range(len(header.encoding)):
+        try:
+            own = read_geometry(header, number)
+            found.append((own.encoded_matrix[0], own.readout))
+        except ScanError:  # told where the encoding is needed
+            found.append((0, 0))
+    return found
+
+
 def announced(header: ismrmrd.xsd.ismrmrdHeader) -> dict[str, int]:
     """How many averages, slices, contrasts, phases, repetitions and sets the header announces; only those it states."""
     limits = header.encoding[0].encodingLimits if header.encoding else None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import ismrmrd
@@ -103,10 +103,16 @@ class ReconDataReader:
     Args:
         read: returns exactly n bytes, or raises.
         max_bytes: limit for all arrays of the message together.
+        readouts: for each encoding, the samples of a whole readout and of one without oversampling.
     """
 
-    def __init__(self, read: Callable[[int], bytes], max_bytes: int = MAX_ARRAY_BYTES):
-        self.read, self.left = read, max_bytes
+    def __init__(
+        self,
+        read: Callable[[int], bytes],
+        max_bytes: int = MAX_ARRAY_BYTES,
+        readouts: Sequence[tuple[int, int]] = (),
+    ):
+        self.read, self.left, self.readouts = read, max_bytes, readouts
 
     def message(self) -> ReconData:
         """Read the whole payload; ReconDataError if lengths make no sense."""
@@ -116,7 +122,12 @@ class ReconDataReader:
                 f"a ReconData of {count} encoding spaces was announced, the limit is {MAX_DIMENSIONS}: "
                 "the stream is damaged or out of step"
             )
-        return ReconData([ReconBit(self._buffer(), self._optional(self._buffer)) for _ in range(count)])
+        message = ReconData([ReconBit(self._buffer(), self._optional(self._buffer)) for _ in range(count)])
+        for bit, readout in zip(message.bits, self.readouts):
+            for buffer in (bit.data, bit.reference):
+                if buffer is not None:
+                    _centre_crop(buffer.data, *readout)
+        return message
 
     def _buffer(self) -> ReconBuffer:
         data = self._array(np.dtype(np.complex64))
@@ -155,6 +166,16 @@ class ReconDataReader:
             stop = min(nbytes, start + CHUNK_BYTES)
             out[start:stop] = np.frombuffer(self.read(stop - start), np.uint8)
         return out.view(dtype).reshape(shape)
+
+
+def _centre_crop(data: np.ndarray, whole: int, cut: int) -> None:
+    """Move the image of lines [... E0] back by the voxel by which RemoveROOversamplingGadget moved it, if it did.
+
+    That gadget keeps `cut` of `whole` voxels from (whole - cut) // 2 on. If only `whole` is even, the middle one of all
+    is then one behind the middle of those kept.
+    """
+    if data.shape[-1] == cut < whole and cut % 2 and not whole % 2:
+        data *= np.exp(2j * np.pi / cut * (np.arange(cut) - cut // 2)).astype(data.dtype)
 
 
 def _with_axes(array: np.ndarray, axes: int) -> np.ndarray:

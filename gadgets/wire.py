@@ -73,6 +73,7 @@ class Wire:
         self.sock, self.timeout_s, self.max_bytes, self.max_buffer_bytes = sock, timeout_s, max_bytes, max_buffer_bytes
         self.stream = sock.makefile("rb", buffering=1 << 20)
         self.ended = self.heard = self.lost = False
+        self.readouts: list[tuple[int, int]] = []  # of the scan's encodings (geometry.readouts), needed for buffers
         self.tap: Callable[[object], None] | None = None  # called with every item of the scan, whoever reads it
         self.sending = threading.Lock()  # the thread that reads the scan answers queries while images are sent
 
@@ -306,7 +307,7 @@ class Wire:
 
     def _read_recon_data(self) -> ReconData:
         try:
-            return ReconDataReader(self.read, self.max_buffer_bytes).message()
+            return ReconDataReader(self.read, self.max_buffer_bytes, self.readouts).message()
         except ReconDataError as error:
             raise self._out_of_step(str(error)) from None
 

@@ -14,10 +14,12 @@ from pathlib import Path
 import ismrmrd
 import numpy as np
 import pytest
-from conftest import run_chain
+from conftest import run_chain, small_object
 
 from gadgets.image_files import read_images
 from gadgets.scan_files import ScanFile
+from gadgets.simulation.protocol import SimulateOptions
+from gadgets.simulation.scan import simulate
 from recon_core.prior import load_prior
 
 pytestmark = pytest.mark.gadgetron
@@ -123,6 +125,18 @@ def test_buffer_chain(scan_path, tmp_path, expected):
     with serving([*COMMAND, "serve", "--sweeps", "2", "--device", "cpu", "--port"]) as ours, gadgetron() as port:
         (tmp_path / "chain.xml").write_text(chain_to("buffer", ours))
         run_client(port, scan_path, tmp_path / "out.h5", "-C", str(tmp_path / "chain.xml"))
+    assert_alike(tmp_path / "out.h5", expected)
+
+
+def test_buffers_of_an_odd_readout(tmp_path):
+    """RemoveROOversamplingGadget crops it off its centre."""
+    np.save(tmp_path / "object.npy", small_object((24, 34, 27)))
+    options = SimulateOptions(coils=4, acceleration=3, acs=12, snr=40, calibration="separate")
+    simulate(tmp_path / "object.npy", tmp_path / "scan.h5", options)
+    expected = run_chain(tmp_path / "scan.h5", load_prior("small"), sweeps=2)
+    with serving([*COMMAND, "serve", "--sweeps", "2", "--device", "cpu", "--port"]) as ours, gadgetron() as port:
+        (tmp_path / "chain.xml").write_text(chain_to("buffer", ours))
+        run_client(port, tmp_path / "scan.h5", tmp_path / "out.h5", "-C", str(tmp_path / "chain.xml"))
     assert_alike(tmp_path / "out.h5", expected)
 
 

@@ -15,15 +15,16 @@ from peers import GadgetronPeer, run_execute, same_images
 
 from gadgets.conformance.buffers import recon_data
 from gadgets.gather import gather
+from gadgets.geometry import readouts
 from gadgets.keep import FailedScans
-from gadgets.recon_data import ReconBuffer, ReconData, ReconDataError, ReconDataReader
+from gadgets.recon_data import MAX_ARRAY_BYTES, ReconBuffer, ReconData, ReconDataError, ReconDataReader
 from gadgets.scan_files import ScanFile
 from gadgets.server import Server
 from gadgets.simulation.protocol import SimulateOptions
 from gadgets.wire import RECON_DATA, Wire, WireError
 
 
-def parsed(payload: bytes):
+def parsed(payload: bytes, *limits):
     stream = memoryview(payload)
     position = 0
 
@@ -33,7 +34,7 @@ def parsed(payload: bytes):
         assert position <= len(stream)
         return bytes(stream[position - count : position])
 
-    message = ReconDataReader(read).message()
+    message = ReconDataReader(read, *limits).message()
     assert position == len(stream)
     return message
 
@@ -71,6 +72,21 @@ def test_removed_oversampling_changes_only_rounding(full):
     header, lines, _ = full
     expected, found = gathered(header, lines), buffered(header, lines, True)
     torch.testing.assert_close(found.kspace, expected.kspace, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("calibration", ["integrated", "separate"])
+def test_an_odd_readout_without_oversampling_is_not_shifted(tmp_path, calibration):
+    """Gadgetron's removal of oversampling moves it by one voxel: of 22 voxels it keeps 11 from the sixth on."""
+    options = SimulateOptions(coils=2, acceleration=2, acs=4, noise_lines=0, calibration=calibration)
+    header, lines, _ = load_small_scan(tmp_path, options, (10, 13, 11))
+    expected = gathered(header, lines)
+    assert readouts(header) == [(22, 11)]
+    found = gathered(header, [parsed(recon_data(header, lines, True), MAX_ARRAY_BYTES, readouts(header))])
+    near = {"atol": 1e-6, "rtol": 1e-5}
+    torch.testing.assert_close(found.kspace[..., 1:-1], expected.kspace[..., 1:-1], **near)
+    assert (found.calibration is None) == (calibration == "integrated")
+    if found.calibration is not None:
+        torch.testing.assert_close(found.calibration[0][..., 1:-1], expected.calibration[0][..., 1:-1], **near)
 
 
 def test_a_small_object_in_buffers_is_not_taken_for_a_low_resolution(full):

@@ -38,7 +38,7 @@ def _recon_buffer(header, lines, remove_oversampling) -> bytes:
         samples[:, start : start + line.number_of_samples] = line.data
         if remove_oversampling:
             image = np.fft.fftshift(np.fft.ifft(np.fft.ifftshift(samples, 1), axis=1, norm="ortho"), 1)
-            low = samples.shape[1] // 2 - nx // 2
+            low = (samples.shape[1] - nx) // 2  # not centred if only nx is odd
             cropped = np.fft.ifftshift(image[:, low : low + nx], 1)
             samples = np.fft.fftshift(np.fft.fft(cropped, axis=1, norm="ortho"), 1)
         place = (line.idx.slice, line.idx.average, line.idx.contrast)
