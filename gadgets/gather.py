@@ -41,6 +41,10 @@ SINCE_LACKING = 8  # since its own last one, if it lacks averages, or its last-l
 SETTLED = 128  # lines; a smaller repetition counts as one of this size
 STRAYS = 8  # lines of earlier repetitions; more mean that repetitions are interleaved, and only the flag ends them
 AS_LONG = "the lines are too short for the readout oversampling that other lines of the scan have"
+STRETCHED = (
+    "CAUTION: the lines state that they begin at the echo, but it lies within them: if their readout oversampling was "
+    "removed and their centre sample never stated, the image is stretched along the readout"
+)
 UNEVEN = (
     "CAUTION: the lines' trajectories are not uniform (ramp sampling?), but this server reads the samples as equally "
     "spaced: regrid them first"
@@ -434,6 +438,8 @@ class Gatherer:
                 f"the echo lies {abs(offset)} samples (without oversampling) {side} the centre sample that the lines "
                 "state: its true place was used, and complex images keep the phase that it gives them"
             )
+        if offset > 0 and volume.grid.begin_at_echo:
+            notes.append(STRETCHED)
         if calibration is not None and calibration.renumbered:
             notes.append(
                 "the calibration lines seem to be numbered on their own, far from the image's centre of k-space: "

@@ -78,6 +78,7 @@ class Grid:
         self.energy = np.zeros(geometry.shape[:2], np.float32)  # of the strongest line at each place
         self.lines = self.filled = 0  # lines added; places that have some
         self.uncentred = self.reversed = 0  # of the lines added
+        self.begin_at_echo = 0  # of them: short ones whose centre sample is stated as 0
         self.outside = self.unfit = self.empty = 0  # lines left out, see `warnings`
         self.echo_moved = False
         # What was assumed about lines longer or shorter than the header says, and of how many.
@@ -159,6 +160,7 @@ class Grid:
             self.empty += 1
             return False
         self.uncentred += assumed
+        self.begin_at_echo += centre == 0 and oversampling > 0 and samples <= readout.cut < readout.full
         self.energy[place] = max(self.energy[place], np.vdot(data, data).real)
         if line.flags & REVERSE_BIT:
             self.reversed += 1

@@ -146,6 +146,20 @@ def test_a_strongly_asymmetric_echo_is_not_taken_for_removed_oversampling(full):
     torch.testing.assert_close(gathered(header, late).kspace, gathered(header, shifted).kspace)
 
 
+@pytest.mark.parametrize("removed, centre, told", [(True, 0, True), (True, 20, False), (False, 0, False)])
+def test_lines_that_may_be_stretched_are_told(tmp_path, removed, centre, told):
+    """Without oversampling and with the centre sample left at 0, they look like half echoes of an oversampled scan."""
+    protocol = SimulateOptions(coils=2, pattern="full", noise_lines=0, snr=100)
+    header, lines, _ = load_small_scan(tmp_path, protocol, (10, 13, 40))
+
+    def cut(data):
+        image = np.fft.fftshift(np.fft.ifft(np.fft.ifftshift(data, 1), axis=1), 1)[:, 20:60]
+        return np.fft.fftshift(np.fft.fft(np.fft.ifftshift(image, 1), axis=1), 1).astype(np.complex64)
+
+    short = [line_like(line, cut(line.data) if removed else line.data[:, 40:], center_sample=centre) for line in lines]
+    assert any("stretched along the readout" in w for w in gathered(header, short).warnings) is told
+
+
 def test_a_line_without_its_echo_is_counted_and_told(full):
     header, lines, _ = full
     scan = gathered(header, [line_like(lines[0], center_sample=999), line_like(lines[1], discard_post=90), *lines[2:]])
