@@ -45,6 +45,7 @@ STRETCHED = (
     "CAUTION: the lines state that they begin at the echo, but it lies within them: if their readout oversampling was "
     "removed and their centre sample never stated, the image is stretched along the readout"
 )
+WAITING = 32  # volumes of a single partition at most that wait for a second slice, to know what they are
 UNEVEN = (
     "CAUTION: the lines' trajectories are not uniform (ramp sampling?), but this server reads the samples as equally "
     "spaced: regrid them first"
@@ -315,7 +316,8 @@ class Gatherer:
         still_open = next((number for number in earlier if not self._over(number)), repetition)
         if not earlier or earlier[0] >= still_open:
             return
-        if not self.partitions.await_another_slice([volume.grid.counts for volume in self.volumes.values()]):
+        counts = [volume.grid.counts for volume in self.volumes.values()]
+        if len(counts) > WAITING or not self.partitions.await_another_slice(counts):
             yield from self.finish(still_open)
 
     def _over(self, repetition: int) -> bool:

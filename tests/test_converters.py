@@ -254,6 +254,23 @@ def test_repetitions_of_one_slice_after_another(scan, limits):
         assert torch.equal(one.kspace, alone[one.head.idx.slice]) and one.kspace.shape[1] == 1
 
 
+def test_repetitions_of_a_slice_that_stays_the_only_one_do_not_wait_for_the_end(scan):
+    header, noise, stack = planes_of(scan)
+    lines = []
+    for repetition in range(40):
+        same = [line_like(line, repetition=repetition) for line in stack[0]]
+        lines += [*same[:-1], line_like(same[-1], flags=LAST_BIT)]
+    came = []
+
+    def items():
+        for line in [*noise, *lines]:
+            came.append(line)
+            yield line
+
+    next(gather(limited(header, None, None), items()))
+    assert len(came) < len(noise) + len(lines)
+
+
 def test_the_thickness_of_slices_may_be_the_field_of_view(scan):
     header, noise, stack = planes_of(scan)
     for space in (header.encoding[0].encodedSpace, header.encoding[0].reconSpace):
