@@ -108,9 +108,8 @@ def with_echo_phase(volume: torch.Tensor, gathered: GatheredVolume) -> torch.Ten
     A field gradient gives it to late echoes; without it, phases of contrasts could not be compared.
     """
     n, geometry = volume.shape[-1], gathered.geometry
-    cycles = (
-        gathered.echo_offset * geometry.recon_fov_mm[0] / (geometry.readout * geometry.voxel_mm[2])
-    )  # over the image
+    readout_mm = geometry.readout * geometry.voxel_mm[2]
+    cycles = gathered.echo_offset * geometry.recon_fov_mm[0] / readout_mm  # over the image
     x = (torch.arange(n, device=volume.device, dtype=torch.float64) - n // 2) / n
     return volume * torch.exp(2j * torch.pi * cycles * x).to(volume.dtype)
 

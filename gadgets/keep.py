@@ -162,8 +162,8 @@ class Recording:
             return self.drop()
         try:
             return _convert(self.path, self.place)  # still locked, or another server would take it for one left behind
-        except Exception as error:  # the boundary: no trouble with the folder may disturb a scan
-            # (h5py reports a full disk in several ways)
+        # The boundary: no trouble with the folder may disturb a scan, and h5py reports a full disk in several ways.
+        except Exception as error:
             log.error("the raw data of a failed scan could not be kept: %s", _said(error))
             return None
         finally:
