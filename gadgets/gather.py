@@ -19,12 +19,13 @@ from .completeness import missing_ends, missing_volumes
 from .failure import of_lines
 from .flags import NOISE_BIT, SKIP_BITS, VolumeKey, is_calibration_only, volume_key
 from .geometry import Geometry, ScanError, announced, read_geometry
+from .grid import CalibrationGrid
 from .noise_lines import NoiseLines
 from .partitions import Partitions
 from .readout import Readout
 from .recon_data import ReconBit, ReconData, ReconDataError, take_lines
 from .repetitions import Repetitions
-from .volume import GatheredVolume, Grid, OpenVolume, Shared
+from .volume import GatheredVolume, OpenVolume, Shared
 
 DOUBTFUL = 2  # lines that lie inside the matrix only with another k-space centre than the header's; more move it
 AS_LONG = "the lines are too short for the readout oversampling that other lines of the scan have"
@@ -306,7 +307,7 @@ class Gatherer:
         if any(offset):
             self._recentre(volume.geometry.settled().recentred(offset), volume)
 
-    def _centre_echoes(self, volume: OpenVolume, contrast: int, calibration: Grid | None) -> list[str]:
+    def _centre_echoes(self, volume: OpenVolume, contrast: int, calibration: CalibrationGrid | None) -> list[str]:
         """Centre the echo if the lines misstate its position; returns notes for the user.
 
         The shift is the same for all volumes of a contrast.
@@ -346,7 +347,7 @@ class Gatherer:
             volume.flatten(self.geometry)
         self.calibrations.flatten(self.geometry)
 
-    def _remarks(self, volume: OpenVolume, calibration: Grid | None) -> list[str]:
+    def _remarks(self, volume: OpenVolume, calibration: CalibrationGrid | None) -> list[str]:
         """What was assumed of a volume's readouts and calibration, for the user."""
         remarks = []
         if volume.geometry.calibration == "interleaved" and calibration is None:

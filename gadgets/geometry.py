@@ -63,6 +63,10 @@ class Geometry:
         (cy, cz), (_, ny, nz) = self.centre, self.encoded_matrix
         return step_2 + nz // 2 - cz, step_1 + ny // 2 - cy
 
+    def shift_to(self, other: Geometry) -> tuple[int, int]:
+        """Shift (z, y) of gathered lines to the k-space centre of `other`."""
+        return tuple(before - after for before, after in zip(self.centre[::-1], other.centre[::-1]))
+
     def beyond(self, steps: tuple[int, int]) -> tuple[bool, bool]:
         """Along which of E1, E2 a line supports the alternative centre.
 
