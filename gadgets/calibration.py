@@ -11,9 +11,9 @@ import torch
 
 from recon_core.coils import MAX_ACS, find_acs, folding, too_few
 
-from .failure import of_lines
+from .failure import ScanError, of_lines
 from .flags import VolumeKey
-from .geometry import Geometry, ScanError, read_geometry
+from .geometry import Geometry, read_geometry
 from .grid import CalibrationGrid
 from .readout import Readout
 

@@ -16,9 +16,9 @@ import numpy as np
 from .calibration import Calibrations, Centres, lies_elsewhere
 from .centre import centre_offset, narrow
 from .completeness import missing_ends, missing_volumes
-from .failure import of_lines
+from .failure import ScanError, of_lines
 from .flags import NOISE_BIT, SKIP_BITS, VolumeKey, is_calibration_only, volume_key
-from .geometry import Geometry, ScanError, announced, read_geometry
+from .geometry import Geometry, announced, read_geometry
 from .grid import CalibrationGrid
 from .noise_lines import NoiseLines
 from .partitions import Partitions

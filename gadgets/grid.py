@@ -9,9 +9,9 @@ import torch
 from recon_core.coils import find_acs, too_few
 
 from .centre import block_offset, centre_offset, echo_offset, move_echo
-from .failure import of_lines
+from .failure import ScanError, of_lines
 from .flags import REVERSE_BIT
-from .geometry import Geometry, ScanError
+from .geometry import Geometry
 from .readout import Readout
 
 MAX_VOLUME_BYTES = 64 << 30
@@ -139,8 +139,8 @@ class Grid:
 class CalibrationGrid(Grid):
     """Sums of calibration lines at their places on the matrix of the image; several volumes may use them."""
 
-    def __init__(self, image: Geometry, coils: int):
-        super().__init__(image, coils)
+    def __init__(self, image: Geometry, coils: int, kspace: np.ndarray | None = None):
+        super().__init__(image, coils, kspace)
         self.head: ismrmrd.AcquisitionHeader | None = None  # of the first line
         self.foreign = self.renumbered = False  # of another encoding; with a numbering of their own
         self.handed_out = False  # a finished volume, perhaps in reconstruction, has these arrays

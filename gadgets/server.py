@@ -24,8 +24,7 @@ from .budget import Budget
 from .chain import is_gadgetron_peer, options_of_config_name, properties_of
 from .conversation import Host, run_scan
 from .delivery import LINGER_S, await_delivery, linger
-from .failure import free_gpu_memory, gpu_lost, log_failure, sentence
-from .geometry import ScanError
+from .failure import ScanError, free_gpu_memory, gpu_lost, log_failure, sentence
 from .health import Counts, process_facts
 from .keep import FailedScans
 from .limits import Limits

@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import gathered, line_like, load_small_scan, run_chain
 
-from gadgets.failure import ReconError
+from gadgets.failure import ReconError, ScanError
 from gadgets.flags import NOISE_BIT
 from gadgets.gather import gather
-from gadgets.geometry import ScanError, read_geometry
+from gadgets.geometry import read_geometry
 from gadgets.options import make_options
 from gadgets.recon import reconstruct
 from gadgets.simulation.protocol import SimulateOptions

@@ -27,9 +27,9 @@ from gadgets import recon
 from gadgets.address import AddressError
 from gadgets.budget import Budget, free_memory, worth_an_image
 from gadgets.cli import main
-from gadgets.failure import ReconError
+from gadgets.failure import ReconError, ScanError
 from gadgets.flags import LAST_BIT, NOISE_BIT
-from gadgets.gather import ScanError, gather
+from gadgets.gather import gather
 from gadgets.header import parse_header
 from gadgets.health import Counts, HealthPage
 from gadgets.keep import FailedScans
