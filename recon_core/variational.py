@@ -43,9 +43,10 @@ class VariationalConfig:
     sigma_max: float = 0.3  # noise level of the first sweep
     sigma_min: float = 0.02  # noise level of the last sweep, or n / 2 if that is higher
     prior_weight: float = 0.7  # strength of the prior relative to the data
-    # Noisier data (SNR below 16) tolerate a proportionally stronger prior, if noise lines give the level: an estimate
-    # may be twice too high, above all with one coil.
+    # Noisier data tolerate a stronger prior, in proportion to their noise between these levels (SNR 16 to 9), if noise
+    # lines give it: an estimate may be twice too high, above all with one coil.
     noisy: float = 0.0625
+    noisiest: float = 0.11  # growing on would cost 0.2 to 3 dB below SNR 6 (results/robustness_4mm_noisy.csv)
     momentum: float = 0.7  # share of the last sweep's change of the volume that is repeated before denoising
     # Share of ADMM's dual variable that is added back: 0 is half-quadratic splitting, whose pull x - D(x) falls short
     # of the prior's gradient; 1 is ADMM, which trusts the denoiser to be exactly the prior's own.
@@ -116,7 +117,7 @@ def pull_of_prior(
     sampled.
     """
     sampled = max(least_sampled, float(measurement.operator.sampled.float().mean()))
-    noisier = max(1.0, noise / config.noisy) if measurement.sigma_known else 1.0
+    noisier = min(max(noise, config.noisy), config.noisiest) / config.noisy if measurement.sigma_known else 1.0
     return config.prior_weight * sampled**0.5 * noisier
 
 
