@@ -10,6 +10,7 @@ import sys
 from recon_core.ahead import end_at_once, end_if_left_behind
 
 from .commands import bench, conform, demo, health, priors, recon, send, serve, simulate, train
+from .failure import OneLine, one_line, sentence
 
 COMMANDS = {
     demo: "run the whole chain on the shipped example and draw the result",
@@ -46,15 +47,15 @@ def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; returns its exit code, or 1 after an exception, with one sentence on stderr."""
     arguments = build_parser().parse_args(argv)
     level = logging.INFO if arguments.verbose else logging.CRITICAL
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
     try:
         return arguments.run(arguments) or 0
     except Exception as error:  # the boundary: one sentence; the traceback only with --verbose
-        from .failure import sentence
-
         if arguments.verbose:
             logging.getLogger("slicediff").info("failure", exc_info=error)
-        text = sentence(error) if not isinstance(error, OSError) else str(error)
+        text = sentence(error) if not isinstance(error, OSError) else one_line(str(error))
         print(f"slicediff: {text}", file=sys.stderr)
         return 1
 

@@ -22,6 +22,18 @@ class ReconError(ValueError):
     """Some volumes of a scan, or the images requested of them, could not be made; the message is for the user."""
 
 
+class OneLine(logging.Formatter):
+    """Formats each message as one line: what a peer or a file holds can imitate no other line, nor steer a terminal."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The message without a traceback."""
+        return one_line(super().formatMessage(record))
+
+    def formatException(self, exc_info) -> str:
+        """The traceback, with its line ends."""
+        return "".join(c for c in super().formatException(exc_info) if c.isprintable() or c == "\n")
+
+
 class Unfinished(ReconError):
     """The solver was stopped before it had an image."""
 

@@ -27,7 +27,7 @@ from gadgets import recon
 from gadgets.address import AddressError
 from gadgets.budget import Budget, free_memory, worth_an_image
 from gadgets.cli import main
-from gadgets.failure import ReconError
+from gadgets.failure import OneLine, ReconError
 from gadgets.flags import LAST_BIT, NOISE_BIT
 from gadgets.gather import ScanError, gather
 from gadgets.header import parse_header
@@ -797,6 +797,24 @@ def test_health_is_a_command(prior, capsys):
         assert main(arguments) == 1
     assert main(arguments) == 1
     assert capsys.readouterr().err.startswith("slicediff: no server answers at 127.0.0.1 port")
+
+
+def test_a_servers_health_cannot_steer_the_terminal(prior, capsys, monkeypatch):
+    monkeypatch.setattr("gadgets.server.Handler.answer", lambda *_: '{"ready": true,\r "prior": "\x9b31m"}')
+    with running(FAST, lambda options: prior) as server:
+        assert main(["health", "--port", str(server.server_address[1])]) == 0
+    assert capsys.readouterr().out == '{"ready": true, "prior": "\\u009b31m"}\n'
+
+
+def test_a_peer_cannot_write_lines_of_its_own_into_the_log():
+    try:
+        raise RuntimeError("trouble\x1b[2J")
+    except RuntimeError:
+        failure = sys.exc_info()
+    record = logging.LogRecord("slicediff", logging.INFO, "", 0, "it said %s", ("a\n2026 ERROR\x1b[31m b",), failure)
+    message, *traceback = OneLine("%(levelname)s %(message)s").format(record).split("\n")
+    assert message == "INFO it said a 2026 ERROR[31m b"
+    assert traceback[1].startswith('  File "') and traceback[-1] == "RuntimeError: trouble[2J"
 
 
 @pytest.mark.parametrize("answer", ["Gadgetron 4.7.2", "4", '{"version": "4.7.2"}'])

@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     from recon_core.ahead import end_at_once, left_behind
 
     from ..conformance.faults import load_prior_or_fault
-    from ..failure import gpu_lost
+    from ..failure import OneLine, gpu_lost
     from ..health import HealthPage
     from ..keep import FailedScans
     from ..server import Server
@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
     logging.getLogger().setLevel(logging.INFO)
     for handler in logging.getLogger().handlers:
         # thread name: the peer's address, so whose scan
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s [%(threadName)s] %(message)s"))
+        handler.setFormatter(OneLine("%(asctime)s %(levelname)s [%(threadName)s] %(message)s"))
     limits = {name: getattr(arguments, name) for name in SERVE_LIMITS}
     load = load_prior_or_fault if arguments.test_faults else load_prior_for
     keep = arguments.keep_failed and FailedScans(arguments.keep_failed, arguments.keep_failed_gib)
