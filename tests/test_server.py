@@ -280,7 +280,10 @@ def test_health_page_and_metrics(scan_path, prior):
 @pytest.mark.parametrize(
     "host,reachable", [("localhost", ["127.0.0.1"]), ("::", ["127.0.0.1", "[::1]"]), ("::1", ["[::1]"])]
 )
-def test_health_page_is_on_the_addresses_of_the_server(host, reachable):
+def test_health_page_is_on_the_addresses_of_the_server(host, reachable, monkeypatch):
+    """And asks no DNS for the host's name, which may take long to answer."""
+    monkeypatch.setattr("socket.getfqdn", lambda *_: pytest.fail("the DNS was asked"))
+    monkeypatch.setattr("socket.gethostbyaddr", lambda *_: pytest.fail("the DNS was asked"))
     try:
         page = HealthPage((host, 0), lambda: {"ready": True})
     except AddressError as error:
