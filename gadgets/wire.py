@@ -321,13 +321,15 @@ class Wire:
 class QueuedWire(Wire):
     """A Wire that sends from a thread of its own, so that a peer that reads slowly holds up nobody else.
 
-    Once the peer is gone, or has taken nothing for `timeout_s`, sending raises OSError.
+    Once the peer is gone, or has taken nothing for `timeout_s`, sending raises OSError. So it does while more than
+    `max_buffer_bytes` wait to be taken; what waits is sent all the same.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.failure: OSError | None = None
         self.outgoing: queue.SimpleQueue = queue.SimpleQueue()
+        self.waiting = 0  # bytes
         self.writer = threading.Thread(target=self._write, name="writer", daemon=True)
         self.writer.start()
 
@@ -345,7 +347,14 @@ class QueuedWire(Wire):
     def _send(self, data: bytes) -> None:
         if self.failure is not None:
             raise PeerGone(f"the peer takes no more messages: {self.failure}")
+        if self.waiting > self.max_buffer_bytes:
+            raise PeerGone(f"the peer has left {self.waiting / 2**30:.2g} GiB of images and messages unread")
+        self._count(len(data))
         self.outgoing.put(data)
+
+    def _count(self, nbytes: int) -> None:
+        with self.sending:
+            self.waiting += nbytes
 
     def _write(self) -> None:
         while (data := self.outgoing.get()) is not None:
@@ -354,6 +363,7 @@ class QueuedWire(Wire):
                     self._deliver(data)
             except OSError as error:
                 self.failure = error
+            self._count(-len(data))
 
 
 def _decode(data: bytes) -> str:
