@@ -19,7 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
-from conftest import line_like, run_chain
+from conftest import line_like, load_small_scan, run_chain
+from ismrmrd import ACQ_IS_PARALLEL_CALIBRATION
 from peers import ClientPeer, same_images
 from test_mouths import FAST, client, running
 
@@ -29,13 +30,14 @@ from gadgets.budget import Budget, free_memory, worth_an_image
 from gadgets.cli import main
 from gadgets.failure import OneLine, ReconError
 from gadgets.flags import LAST_BIT, NOISE_BIT
-from gadgets.gather import ScanError, gather
+from gadgets.gather import Gatherer, ScanError, gather
 from gadgets.header import parse_header
-from gadgets.health import Counts, HealthPage
+from gadgets.health import Counts, HealthPage, process_facts
 from gadgets.keep import FailedScans
 from gadgets.limits import Limits
 from gadgets.scan_files import ScanFile, ScanWriter
 from gadgets.server import Server
+from gadgets.simulation.protocol import SimulateOptions
 from gadgets.turns import Turns
 from gadgets.visit import Visit
 from gadgets.wire import IMAGE, Wire
@@ -86,6 +88,45 @@ def test_memory_is_refused_from_the_header_and_from_the_lines(scan_path):
     with pytest.raises(ScanError, match="2 volumes at once"):
         list(gather(header, lines, Budget(header, exactly * 1.5).check))
     assert len(list(gather(header, lines, Budget(header, exactly * 3.5).check))) == 3
+
+
+def calibration_only(line, count):
+    """As many calibration lines, each of another slice and contrast."""
+    flags = 1 << ACQ_IS_PARALLEL_CALIBRATION - 1
+    return [line_like(line, slice=n % 60_000, contrast=n // 100, flags=flags) for n in range(count)]
+
+
+SEPARATE = SimulateOptions(coils=4, noise_lines=0, calibration="separate")
+
+
+def test_a_scan_of_calibration_lines_alone_is_refused_before_it_fills_the_memory(tmp_path):
+    header, (line, *_), _ = load_small_scan(tmp_path, SEPARATE, (24, 35, 26))
+    budget = Budget(header, 0.01)
+    with pytest.raises(ScanError, match="k-space needs 0.0.* GiB .*volumes at once of 4 coils.*takes 0.01 GiB"):
+        list(gather(header, calibration_only(line, 5000), budget.check))
+    with pytest.raises(ScanError, match="the scan holds no imaging line .300 calibration lines came"):
+        list(gather(header, calibration_only(line, 300), budget.check))
+
+
+def test_a_calibration_line_takes_little_more_memory_than_it_has(tmp_path):
+    header, (line, *_), _ = load_small_scan(tmp_path, SEPARATE, (64, 64, 128))
+    gatherer, before = Gatherer(header), process_facts()["rss_mib"]
+    for one in calibration_only(line, 10):
+        assert list(gatherer.add(one)) == []
+    assert process_facts()["rss_mib"] - before < 16 and 0 < gatherer.calibrations.nbytes < 1 << 20
+
+
+def test_lines_that_wait_for_another_slice_count(scan_path):
+    with ScanFile(scan_path) as scan:
+        header, *_, line = parse_header(scan.header_xml), *scan.acquisitions()
+    limits = header.encoding[0].encodingLimits
+    limits.kspace_encoding_step_2 = None
+    limits.slice = SimpleNamespace(minimum=0, center=0, maximum=header.encoding[0].encodedSpace.matrixSize.z - 1)
+    gatherer = Gatherer(header, Budget(header, 0.002).check)
+    with pytest.raises(ScanError, match="k-space needs 0.0.* GiB"):
+        for _ in range(2000):
+            assert list(gatherer.add(line_like(line, slice=0, kspace_encode_step_2=0))) == []
+    assert len(gatherer.waiting) == 4 * 24 * 35 * 26 // 52  # as many samples as four volumes
 
 
 @pytest.mark.parametrize("flagged, held", [(True, 1), (False, 2)])
