@@ -96,16 +96,19 @@ class Server(Listening, socketserver.ThreadingTCPServer):
         _wait_while(lambda: self.counts.open, self.limits.grace_s)
         self.last_turn = time.monotonic() + LAST_WORDS_S / 2
         self.out_of_time.set()
-        for handler in list(self.talking):
-            handler.hang_up("this server is shutting down: come again when it is back")
         _wait_while(lambda: self.counts.open, LAST_WORDS_S)
         _wait_while(lambda: self.talking, LINGER_S)
         self.shutdown()
 
     def service_actions(self) -> None:
-        """Hang up on peers that send no header in time; called several times a second."""
+        """Hang up on peers that send no header in time, and on all once the time is over, also those that come then.
+
+        Called several times a second.
+        """
         for handler in list(self.talking):
-            if time.monotonic() > handler.until:
+            if self.out_of_time.is_set() and not handler.hung_up:
+                handler.hang_up("this server is shutting down: come again when it is back")
+            elif time.monotonic() > handler.until:
                 handler.hang_up(f"no configuration and header came within {self.limits.idle_s:g} s")
 
     def give_way(self) -> None:
@@ -192,8 +195,7 @@ class Handler(socketserver.BaseRequestHandler):
     def hang_up(self, why: str) -> None:
         """Stop reading: a scan that is still being received ends here."""
         self.until, self.hung_up = math.inf, why
-        with contextlib.suppress(OSError):
-            self.request.shutdown(socket.SHUT_RD)
+        self.wire.stop_reading()
 
     def _converse(self) -> None:
         config: tuple[int, str] | None = None

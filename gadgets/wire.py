@@ -72,7 +72,7 @@ class Wire:
         sock.settimeout(timeout_s)
         self.sock, self.timeout_s, self.max_bytes, self.max_buffer_bytes = sock, timeout_s, max_bytes, max_buffer_bytes
         self.stream = sock.makefile("rb", buffering=1 << 20)
-        self.ended = self.heard = self.lost = False
+        self.ended = self.heard = self.lost = self.stopped = False
         self.readouts: list[tuple[int, int]] = []  # of the scan's encodings (geometry.readouts), needed for buffers
         self.tap: Callable[[object], None] | None = None  # called with every item of the scan, whoever reads it
         self.sending = threading.Lock()  # the thread that reads the scan answers queries while images are sent
@@ -132,6 +132,8 @@ class Wire:
             RECON_DATA: self._read_recon_data,
         }
         while not self.ended:
+            if self.stopped:
+                self._complete(0, 1)
             kind = self._unpack("<H")
             self.heard = True
             if kind == CLOSE:
@@ -150,6 +152,12 @@ class Wire:
         """From now on, wait this long for the peer's next byte."""
         self.timeout_s = timeout_s
         self.sock.settimeout(timeout_s)
+
+    def stop_reading(self) -> None:
+        """End the stream here, whatever is still to come; may be called while another thread reads."""
+        self.stopped = True  # the shutdown alone would not stop us while there is more to read
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RD)
 
     def gone(self) -> bool:
         """Whether the connection is known to be broken (a peer that only closed its sending side is still there)."""

@@ -1,5 +1,6 @@
 """What the server grants: turns, memory, addresses, a page of health, a folder of failed scans."""
 
+import contextlib
 import errno
 import json
 import logging
@@ -40,7 +41,7 @@ from gadgets.server import Server
 from gadgets.simulation.protocol import SimulateOptions
 from gadgets.turns import Turns
 from gadgets.visit import Visit
-from gadgets.wire import IMAGE, Wire
+from gadgets.wire import ACQUISITION, IMAGE, Wire
 
 
 def test_turns_come_in_order_and_places_are_told():
@@ -686,6 +687,43 @@ def test_why_an_idle_connection_is_closed_is_told(prior):
         threading.Thread(target=server.retire).start()
         ((_, text),) = peer.wire.messages()
         assert text == "ERROR: this server is shutting down: come again when it is back"
+
+
+def test_who_goes_on_sending_hears_of_a_shutdown(scan_path, prior, monkeypatch):
+    """Faster than the server reads, or only since the shutdown began: the stream ends with a sentence and a CLOSE."""
+    monkeypatch.setattr("gadgets.server.LAST_WORDS_S", 3.0)
+    said = {"early": [], "late": []}
+
+    def go_on_sending(name):
+        with ClientPeer(server.server_address) as peer, ScanFile(scan_path) as scan:
+            lines = [line.to_bytes() for line in scan.acquisitions()]
+            block = b"".join(struct.pack("<H", ACQUISITION) + line for line in lines)
+
+            def send():
+                peer.wire.send_config_file("default")
+                peer.wire.send_header(scan.header_xml)
+                with contextlib.suppress(OSError):
+                    while True:
+                        peer.sock.sendall(block)
+
+            threading.Thread(target=send, daemon=True).start()
+            said[name] += [item for _, item in peer.wire.messages()]  # raises if there is no CLOSE
+            said[name].append("closed")
+
+    with running(FAST, lambda options: prior, grace_s=0.1) as server:
+        early, late = (threading.Thread(target=go_on_sending, args=(name,)) for name in said)
+        early.start()
+        assert until(lambda: server.counts.open)
+        server.counts.add(open=1)  # another one, which takes its time
+        retiring = threading.Thread(target=server.retire)
+        retiring.start()
+        early.join(10)
+        late.start()
+        late.join(10)
+        server.counts.add(open=-1)
+        retiring.join(10)
+    assert said["early"][-1] == said["late"][-1] == "closed"
+    assert "because the server is shutting down" in said["early"][-2] and "is shutting down" in said["late"][-2]
 
 
 @pytest.fixture
