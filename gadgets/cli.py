@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 
@@ -34,13 +35,25 @@ def command() -> None:
     if sys.stdout is not None:  # it is None where it was closed
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a name in another encoding must end nothing
     try:
-        code = main()
+        code = _written(main())
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # impatient users press it twice
         print("slicediff: interrupted", file=sys.stderr)
         end_at_once(INTERRUPTED)
     end_if_left_behind(code)
     sys.exit(code)
+
+
+def _written(code: int) -> int:
+    """The exit code; if what was printed cannot be written (a full disk), one sentence, and 1 instead of 0."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        print(f"slicediff: the output cannot be written: {error.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter tries it again
+        return code or 1
+    return code
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -753,6 +753,18 @@ def test_conform_with_a_port_alone_tests_the_server_there(capsys):
     assert code == 1 and "127.0.0.1 port 1" in err
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_cannot_be_written_costs_no_file(tmp_path, scan_path, unbuffered):
+    recon = [*COMMAND, "recon", scan_path, tmp_path / "images.h5", "--method", "cg"]
+    copies = ["--nifti", tmp_path / "nii", "--png", tmp_path / "x.png"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([*recon, *copies], stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    assert ended.returncode == 1 and ended.stderr.splitlines()[-1].endswith("No space left on device"), ended.stderr
+    assert ended.stderr.count("\n") == 1 and len(read_images(tmp_path / "images.h5")) == 1
+    assert len(list((tmp_path / "nii").iterdir())) == 1 and (tmp_path / "x.png").stat().st_size > 1000
+
+
 LEAVES_A_SOLVER = """
 import socket, torch
 from types import SimpleNamespace
