@@ -343,8 +343,16 @@ def prior_of(options: Options) -> str:
 
 
 def device_of(options: Options) -> torch.device:
-    """The device, with `auto` resolved; PriorError if CUDA was requested but is not available."""
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise PriorError("device cuda was asked for, but torch finds no CUDA device; use device auto or cpu")
+    """The device, with `auto` resolved; PriorError if a GPU was requested that is not there."""
+    name, _, number = options.device.partition(":")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise PriorError(
+            f"device {options.device} was asked for, but torch finds no CUDA device; use device auto or cpu"
+        )
+    if number and int(number) >= (count := torch.cuda.device_count()):
+        raise PriorError(
+            f"device {options.device} was asked for, but torch finds {count} CUDA device{'s' * (count != 1)}, "
+            "counted from 0; use device cuda or auto"
+        )
     wanted = "cuda" if options.device == "auto" and torch.cuda.is_available() else options.device
     return torch.device("cpu" if wanted == "auto" else wanted)

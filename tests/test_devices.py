@@ -22,8 +22,8 @@ from test_variational import VOXEL, last, problem
 import gadgets.images
 from gadgets import solve
 from gadgets.failure import gpu_lost
-from gadgets.options import make_options
-from gadgets.solve import load_prior_for
+from gadgets.options import OptionsError, make_options
+from gadgets.solve import device_of, load_prior_for
 from recon_core import adaptation, low_resolution, prior, pupil
 from recon_core.adaptation import reconstruct_adapted
 from recon_core.ahead import Crew
@@ -36,7 +36,7 @@ from recon_core.measurement import Measurement, Reference
 from recon_core.methods import METHODS
 from recon_core.neural_field import NeuralField
 from recon_core.neural_operator import NeuralOperator
-from recon_core.prior import Prior, save_prior
+from recon_core.prior import Prior, PriorError, save_prior
 from recon_core.rehearsal import Rehearsal
 from recon_core.sense import Sense
 from recon_core.train import train
@@ -351,6 +351,22 @@ def test_the_server_warms_up_and_answers_there(scan_path, gpu):
     assert all(np.array_equal(a.data, b.data) for a, b in zip(first, second))
     gc.collect()
     assert gpu.used == held
+
+
+def test_a_gpu_is_chosen_by_its_number(scan_path, gpu, monkeypatch):
+    expected, numbered = (run_chain(scan_path, None, method="cg", device=name)[0] for name in ("cuda", "cuda:0"))
+    assert np.array_equal(expected.data, numbered.data)
+    second = make_options({"device": "cuda:1"})
+    with pytest.raises(PriorError, match="device cuda:1 was asked for, but torch finds 1 CUDA device, counted from 0"):
+        load_prior_for(second)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "device_count", lambda: 2)
+        assert device_of(second) == torch.device("cuda", 1)
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(PriorError, match="device cuda:1 was asked for, but torch finds no CUDA device"):
+            load_prior_for(second)
+    with pytest.raises(OptionsError, match="option 'device': expected auto, cpu, cuda, or cuda:N .* got 'cuda:x'"):
+        make_options({"device": "cuda:x"})
 
 
 @pytest.mark.parametrize(
