@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -323,7 +324,7 @@ def warm_up(prior, options: Options) -> None:
 def load_prior_for(options: Options) -> Prior | None:
     """The prior that the options select, on their device; None if the method uses none.
 
-    None as well if the device is a GPU that is lost: then CG-SENSE stands.
+    None as well if the device is a GPU that is lost, or hangs: then CG-SENSE stands.
 
     Raises:
         PriorError: if the weights cannot be loaded or do not fit the method, or CUDA was requested but is not
@@ -332,7 +333,12 @@ def load_prior_for(options: Options) -> Prior | None:
     method = METHODS[options.method]
     if not method.uses_prior or (gpu_lost.is_set() and device_of(options).type == "cuda"):
         return None
-    prior = load_prior(prior_of(options), device_of(options))
+    load, on_gpu = partial(load_prior, prior_of(options), device_of(options)), device_of(options).type == "cuda"
+    try:
+        prior = in_thread(lambda _: load(), lambda stage, facts: None, never_stop, on_gpu)
+    except GpuHangs as error:
+        log_failure("the prior was not loaded", error)
+        return None
     method.check(prior)
     return prior
 

@@ -26,7 +26,7 @@ from gadgets.options import OptionsError, make_options
 from gadgets.solve import device_of, load_prior_for
 from recon_core import adaptation, low_resolution, prior, pupil
 from recon_core.adaptation import reconstruct_adapted
-from recon_core.ahead import Crew
+from recon_core.ahead import Crew, left_behind
 from recon_core.cg_sense import cg_sense
 from recon_core.device_failure import GpuHangs
 from recon_core.fft import centre_block
@@ -593,6 +593,33 @@ def test_a_gpu_that_hangs_as_its_memory_is_freed_holds_up_no_scan(scan_path, gpu
     with running({"device": "cuda", "method": "cg"}, load_prior_for) as server:
         (first, _), (second, _) = (client(server, scan_path) for _ in range(2))
     assert len(first) == len(second) == 1 and not released.is_set()
+    released.set()
+
+
+def test_a_gpu_that_hangs_as_it_takes_a_prior_is_lost(gpu, monkeypatch):
+    released = threading.Event()
+    monkeypatch.setattr(solve, "HANG_S", 0.5)
+    gpu.fault = lambda name: released.wait(60)
+    assert load_prior_for(make_options({"device": "cuda", "method": "pnp"})) is None and gpu_lost.is_set()
+    released.set()
+
+
+def test_a_gpu_that_hangs_as_its_memory_is_freed_for_another_try_is_lost(scan_path, gpu, monkeypatch):
+    """CG-SENSE comes from the CPU."""
+    (expected,), released = run_chain(scan_path, None, method="cg", device="cpu"), threading.Event()
+    monkeypatch.setattr("gadgets.failure.FREEING_S", 0.5)
+
+    def fault(name):
+        if name == "empty_cache":
+            released.wait(60)
+        else:
+            assert not gpu_lost.is_set(), f"{name} was asked of it"
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    gpu.fault = fault
+    (image,) = run_chain(scan_path, None, method="cg", device="cuda")
+    assert np.array_equal(image.data, expected.data) and gpu_lost.is_set() and left_behind() == 1
+    assert "CG-SENSE was computed on the CPU" in image.meta["ImageComments"]
     released.set()
 
 
