@@ -72,7 +72,8 @@ class Wire:
         sock.settimeout(timeout_s)
         self.sock, self.timeout_s, self.max_bytes, self.max_buffer_bytes = sock, timeout_s, max_bytes, max_buffer_bytes
         self.stream = sock.makefile("rb", buffering=1 << 20)
-        self.ended = self.heard = self.lost = self.stopped = False
+        self.ended = self.heard = self.lost = False
+        self.stopped = ""  # why nothing more is read
         self.readouts: list[tuple[int, int]] = []  # of the scan's encodings (geometry.readouts), needed for buffers
         self.tap: Callable[[object], None] | None = None  # called with every item of the scan, whoever reads it
         self.sending = threading.Lock()  # the thread that reads the scan answers queries while images are sent
@@ -111,7 +112,8 @@ class Wire:
     def _complete(self, got: int, wanted: int) -> None:
         if got < wanted:
             self.ended = True
-            raise WireError("the stream ended before its CLOSE message: the peer is gone or the scan was cut off")
+            why = "the stream ended before its CLOSE message: the peer is gone or the scan was cut off"
+            raise WireError(self.stopped or why)
 
     def messages(self) -> Iterator[tuple[int, object]]:
         """(id, item) of each message until CLOSE.
@@ -153,9 +155,9 @@ class Wire:
         self.timeout_s = timeout_s
         self.sock.settimeout(timeout_s)
 
-    def stop_reading(self) -> None:
-        """End the stream here, whatever is still to come; may be called while another thread reads."""
-        self.stopped = True  # the shutdown alone would not stop us while there is more to read
+    def stop_reading(self, why: str) -> None:
+        """End the stream here, whatever is still to come, with this sentence; another thread may be reading."""
+        self.stopped = why  # the shutdown alone would not stop us while there is more to read
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RD)
 

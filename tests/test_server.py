@@ -673,6 +673,46 @@ def test_a_peer_that_dribbles_is_let_go_and_a_full_server_is_not_ready(prior, mo
         assert time.monotonic() - began < 10 and until(lambda: not server.talking) and server.health()["ready"]
 
 
+def test_a_hundred_peers_at_once_are_all_answered(prior):
+    """Also while the server is too busy to accept them: the kernel keeps them until it does."""
+    server = Server(("127.0.0.1", 0), FAST, lambda options: prior)
+    with contextlib.ExitStack() as stack:
+        peers = [socket.create_connection(server.server_address, 2) for _ in range(100)]
+        wires = [stack.enter_context(Wire(stack.enter_context(peer), 20)) for peer in peers]
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        assert until(lambda: len(server.talking) == 100)
+        for wire in wires:
+            with contextlib.suppress(OSError):  # the last ones are refused
+                wire.send_query("gadgetron::info")
+                wire.close()
+        said = [str([item for _, item in wire.messages()]) for wire in wires]
+        server.shutdown()
+        server.server_close()
+    answered = sum("gadgetron-slicediff" in text for text in said)
+    assert answered >= 96 and answered + sum("connections already: try again" in text for text in said) == 100
+
+
+def test_texts_before_the_header_are_bounded(prior, monkeypatch):
+    monkeypatch.setattr("gadgets.wire.MAX_TEXT_BYTES", 1 << 20)
+    with running(FAST, lambda options: prior) as server, ClientPeer(server.server_address) as peer:
+        peer.wire.send_config_file("default")
+        for _ in range(3):
+            peer.wire.send_text("x" * 500_000)
+        peer.wire.close()
+        assert [item for _, item in peer.wire.messages()] == ["ERROR: more than 1 MiB of texts came before the header"]
+
+
+def test_who_has_only_sent_a_header_hears_of_a_shutdown(scan_path, prior):
+    with running(FAST, lambda options: prior, grace_s=0) as server, ScanFile(scan_path) as scan:
+        with ClientPeer(server.server_address) as peer:
+            peer.wire.send_config_file("default")
+            peer.wire.send_header(scan.header_xml)
+            assert until(lambda: server.counts.open)
+            threading.Thread(target=server.retire).start()
+            (said,) = (item for _, item in peer.wire.messages())
+    assert said == "ERROR: this server is shutting down: come again when it is back"
+
+
 def test_why_an_idle_connection_is_closed_is_told(prior):
     with running(FAST, lambda options: prior, idle_s=0.3) as server, ClientPeer(server.server_address) as peer:
         peer.wire.send_config_file("default")
