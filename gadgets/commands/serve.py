@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import signal
 import threading
@@ -88,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
         server.warm_up()
         if arguments.health_port is not None:
             page = HealthPage((arguments.host, arguments.health_port), server.health)
-            print(f"slicediff: health on {arguments.host} port {page.server_address[1]}", flush=True)
+            _announce(f"health on {arguments.host} port {page.server_address[1]}")
         facts = server.health()
         prior = f"prior {facts['prior']}" if facts["prior"] else "no prior"
         log.info("slicediff %s on %s with %s", facts["version"], facts["device"], prior)
@@ -99,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
             )
         _retire_on_signals(server)
         recovering.start()  # not before all is well: a start that fails could not exit
-        print(f"slicediff: serving on {arguments.host} port {server.server_address[1]}", flush=True)
+        _announce(f"serving on {arguments.host} port {server.server_address[1]}")
         server.serve_forever(poll_interval=0.1)
     if left_behind():
         log.error("%d hung solvers are left behind", left_behind())
@@ -109,6 +110,12 @@ def run(arguments: argparse.Namespace) -> int:
     if server.talking or recovering.is_alive():
         end_at_once(int(gpu_lost.is_set()))
     return int(gpu_lost.is_set())
+
+
+def _announce(what: str) -> None:
+    """Print a line on stdout; a full disk behind it keeps no server from serving."""
+    with contextlib.suppress(OSError):
+        print(f"slicediff: {what}", flush=True)
 
 
 def built_for_cuda() -> bool:
