@@ -276,10 +276,10 @@ def _sparse(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _nbytes(grid: Grid) -> int:
-    """Bytes of memory that a grid takes: those of its lines, and of its counts and energies."""
-    return grid.filled * len(grid.kspace) * max(grid.kspace.itemsize * grid.kspace.shape[-1], PAGE_BYTES) + (
-        grid.counts.nbytes + grid.energy.nbytes
-    )
+    """Bytes of memory that a grid takes: those of its lines, each at least a page, and of its counts and energies."""
+    coils, *_, samples = grid.kspace.shape
+    lines = grid.filled * coils * max(8 * samples, PAGE_BYTES)
+    return min(lines, grid.kspace.nbytes) + grid.counts.nbytes + grid.energy.nbytes
 
 
 def _group(key: VolumeKey) -> Group:
