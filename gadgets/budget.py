@@ -10,7 +10,8 @@ from pathlib import Path
 
 from recon_core.measure import WORK_ARRAYS
 
-from .geometry import ScanError, announced, read_geometry
+from .failure import ScanError
+from .geometry import announced, read_geometry
 from .partitions import slices_fill_matrix
 from .volume import GatheredVolume
 

@@ -14,11 +14,11 @@ import torch
 
 from recon_core.coils import MAX_ACS, find_acs, folding, too_few
 
-from .failure import of_lines
+from .failure import ScanError, of_lines
 from .flags import VolumeKey
-from .geometry import Geometry, ScanError, read_geometry
+from .geometry import Geometry, read_geometry
+from .grid import CalibrationGrid
 from .readout import Readout
-from .volume import Grid, shift_between
 
 # sums of lines [coils z y x], at most MAX_ACS along z and y, and their counts [z y]
 Centre = tuple[np.ndarray, np.ndarray]
@@ -50,7 +50,7 @@ class Calibrations:
     def __init__(self, header: ismrmrd.xsd.ismrmrdHeader, image: Geometry, readout: Readout):
         self.header, self.image = header, image
         self.encodings: dict[int, tuple[Geometry, Readout] | None] = {0: (image, readout)}
-        self.grids: dict[Group, dict[int, Grid]] = {}  # by repetition
+        self.grids: dict[Group, dict[int, CalibrationGrid]] = {}  # by repetition
         self.unsure: list[tuple[ismrmrd.Acquisition, VolumeKey]] = []  # before the image's first line
         self.oversampling: dict[int, int] = {}  # of the image's lines, by contrast
         self.notes: list[str] = []
@@ -72,7 +72,8 @@ class Calibrations:
             self.nbytes += line.data.nbytes
             return
         grid = self._grid(key, line.active_channels)
-        where = grid.place(line, own[0], self.image)
+        grid.foreign |= own[0] is not self.image
+        where = grid.place(line, own[0])
         if where is not None:
             grid.unshare()
             self.nbytes -= _nbytes(grid)
@@ -91,7 +92,7 @@ class Calibrations:
 
     def move(self, image: Geometry) -> None:
         """Continue with another k-space centre of the image; lines gathered in the image's encoding are moved."""
-        shift = shift_between(self.image, image)
+        shift = self.image.shift_to(image)
         for grid in (grid for grids in self.grids.values() for grid in grids.values() if not grid.foreign):
             grid.unshare()
             self.nbytes -= _nbytes(grid)
@@ -107,14 +108,14 @@ class Calibrations:
             self.nbytes += _nbytes(grid)
         self.image, self.encodings = image, {0: (image, self.encodings[0][1])}
 
-    def of(self, key: VolumeKey, coils: int) -> tuple[Grid | None, list[str]]:
+    def of(self, key: VolumeKey, coils: int) -> tuple[CalibrationGrid | None, list[str]]:
         """Calibration lines for volume `key`, and notes for the user.
 
         The newest from its own or an earlier repetition, with its contrast, set and phase if possible, else with others
         of its slice; a few stray lines do not count as a newer calibration.
         """
 
-        def rank(found: tuple[Group, int, Grid]) -> tuple:
+        def rank(found: tuple[Group, int, CalibrationGrid]) -> tuple:
             group, repetition, _ = found
             return repetition > key.repetition, group != _group(key), abs(repetition - key.repetition), group
 
@@ -157,14 +158,14 @@ class Calibrations:
                 if repetition != kept:
                     self.nbytes -= _nbytes(grids.pop(repetition))
 
-    def _grid(self, key: VolumeKey, coils: int) -> Grid:
+    def _grid(self, key: VolumeKey, coils: int) -> CalibrationGrid:
         """Grid for a line; started afresh once most lines have another number of channels."""
         grids = self.grids.setdefault(_group(key), {})
         grid = grids.get(key.repetition)
         if grid is None or (len(grid.kspace) != coils and grid.unfit >= grid.lines):
             unfit = grid.unfit + grid.lines if grid else 0
             self.nbytes -= _nbytes(grid) if grid else 0
-            grid = grids[key.repetition] = Grid(self.image, coils, _sparse((coils, *self.image.shape)))
+            grid = grids[key.repetition] = CalibrationGrid(self.image, coils, _sparse((coils, *self.image.shape)))
             grid.unfit = unfit
             self.nbytes += _nbytes(grid)
         return grid
@@ -275,7 +276,7 @@ def _sparse(shape: tuple[int, ...]) -> np.ndarray:
     return np.frombuffer(memory, np.complex64).reshape(shape)
 
 
-def _nbytes(grid: Grid) -> int:
+def _nbytes(grid: CalibrationGrid) -> int:
     """Bytes of memory that a grid takes: those of its lines, each at least a page, and of its counts and energies."""
     coils, *_, samples = grid.kspace.shape
     lines = grid.filled * coils * max(8 * samples, PAGE_BYTES)

@@ -14,9 +14,9 @@ from pathlib import Path
 import ismrmrd
 
 from . import wire as w
-from .failure import of_images, sentence
+from .failure import ScanError, of_images, sentence
 from .flags import NOISE_BIT, SKIP_BITS, VolumeKey, is_calibration_only, volume_key
-from .geometry import ScanError, read_geometry
+from .geometry import read_geometry
 from .header import parse_header
 from .partitions import Partitions
 from .scan_files import ScanFile

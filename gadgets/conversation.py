@@ -12,8 +12,8 @@ from typing import Any
 from recon_core.ahead import Ahead
 
 from .budget import worth_an_image
-from .failure import one_line
-from .geometry import ScanError, readouts
+from .failure import ScanError, one_line
+from .geometry import readouts
 from .header import parse_header
 from .options import OptionsError, make_options, options_from_json
 from .recon import reconstruct

@@ -20,6 +20,10 @@ Failures = dict[str, list[str]]  # reason: names of the volumes
 gpu_lost = threading.Event()  # for this process: any GPU call would fail or hang until the process is restarted
 
 
+class ScanError(ValueError):
+    """A scan that cannot be reconstructed; the message is one sentence for the user."""
+
+
 class ReconError(ValueError):
     """Some volumes of a scan, or the images requested of them, could not be made; the message is for the user."""
 

@@ -16,30 +16,18 @@ import numpy as np
 from .calibration import Calibrations, Centres, lies_elsewhere
 from .centre import centre_offset, narrow
 from .completeness import missing_ends, missing_volumes
-from .failure import of_lines
-from .flags import (
-    FIRST_BIT,
-    LAST_BIT,
-    NOISE_BIT,
-    SKIP_BITS,
-    VolumeKey,
-    is_calibration_only,
-    volume_key,
-)
-from .geometry import ScanError, announced, read_geometry
+from .failure import ScanError, of_lines
+from .flags import NOISE_BIT, SKIP_BITS, VolumeKey, is_calibration_only, volume_key
+from .geometry import Geometry, announced, read_geometry
+from .grid import CalibrationGrid
 from .noise_lines import NoiseLines
 from .partitions import Partitions
 from .readout import Readout
 from .recon_data import ReconBit, ReconData, ReconDataError, take_lines
-from .volume import GatheredVolume, Grid, OpenVolume, Shared
+from .repetitions import Repetitions
+from .volume import GatheredVolume, OpenVolume, Shared
 
 DOUBTFUL = 2  # lines that lie inside the matrix only with another k-space centre than the header's; more move it
-# A repetition whose last line was not flagged is over after so many lines, as multiples of its own size (see `_over`):
-IN_A_ROW = 0.5  # of the latest repetition in a row: always needed, and enough if it is complete by the header
-SINCE = 4  # since its own last one, if it may or may not be complete
-SINCE_LACKING = 8  # since its own last one, if it lacks averages, or its last-line flag although its first was flagged
-SETTLED = 128  # lines; a smaller repetition counts as one of this size
-STRAYS = 8  # lines of earlier repetitions; more mean that repetitions are interleaved, and only the flag ends them
 AS_LONG = "the lines are too short for the readout oversampling that other lines of the scan have"
 STRETCHED = (
     "CAUTION: the lines state that they begin at the echo, but it lies within them: if their readout oversampling was "
@@ -89,9 +77,10 @@ class Gatherer:
 
     def __init__(self, header: ismrmrd.xsd.ismrmrdHeader, admit: Admit = no_limit):
         self.geometry, self.admit = read_geometry(header), admit
-        self.header, self.promised = header, announced(header)
+        self.promised = announced(header)
         self.readout = Readout(self.geometry)
         self.partitions = Partitions(self.geometry, header)
+        self.repetitions = Repetitions(self.promised.get("average", 1))
         self.volumes: dict[VolumeKey, OpenVolume] = {}
         self.calibrations = Calibrations(header, self.geometry, self.readout)
         self.centres = Centres()
@@ -102,13 +91,6 @@ class Gatherer:
         self.calibration_lines = 0
         self.foreign = 0  # lines of another encoding space that are no calibration
         self.late = 0  # imaging lines whose volume had been yielded
-        self.lines = 0  # imaging lines
-        self.latest = -1  # repetition
-        self.streak = 0  # lines of the latest repetition in a row
-        self.back = 0  # lines of a repetition that came after a later one had begun
-        self.lines_until: dict[int, int] = {}  # for each repetition: `lines` when its last line so far came
-        self.flags: dict[int, int] = {}  # for each repetition: those of all its lines combined
-        self.ended: set[int] = set()  # repetitions whose last line was flagged, with no new volume since
         self.seen: dict[str, set[int]] = {name: set() for name in self.promised}
         self.notes: list[str] = []
         # lines outside the matrix with the header's centre, inside with another
@@ -168,10 +150,7 @@ class Gatherer:
             self.noise.add(line, self.readout)
             return
         if not line.encoding_space_ref:  # other encodings have counters of their own
-            repetition = line.idx.repetition
-            self.flags[repetition] = self.flags.get(repetition, 0) | flags
-            if flags & LAST_BIT:
-                self.ended.add(repetition)
+            self.repetitions.flagged(line.idx.repetition, flags)
         if flags & SKIP_BITS:
             self.skipped += 1
             return
@@ -187,6 +166,14 @@ class Gatherer:
         if self.waiting:
             yield from self._release()
         yield from self._sort_in(self.partitions.recounted(line))
+
+    def _release(self) -> Iterator[GatheredVolume]:
+        """Take the lines that waited for those of another slice."""
+        if self.partitions.are_planes:
+            self._flatten()
+        waiting, self.waiting, self.waiting_bytes = self.waiting, [], 0
+        for line in waiting:
+            yield from self.add(line)
 
     def _sort_in(self, line: ismrmrd.Acquisition) -> Iterator[GatheredVolume]:
         """Add a line to the volume or calibration that it belongs to; yield complete volumes of earlier repetitions."""
@@ -204,29 +191,21 @@ class Gatherer:
         elif space:
             self.foreign += 1
         else:
-            self._count(key.repetition)
+            self.repetitions.count(key.repetition)
             yield from self._finish_earlier(key.repetition)
             if self.partitions.are_planes:  # perhaps only since then
                 line = self.partitions.recounted(line)
             if key in self.given:
                 self.late += 1
             else:
-                self._image(line, key)
+                self._into_volume(line, key)
 
-    def _release(self) -> Iterator[GatheredVolume]:
-        """Take the lines that waited for those of another slice."""
-        if self.partitions.are_planes:
-            self._flatten()
-        waiting, self.waiting, self.waiting_bytes = self.waiting, [], 0
-        for line in waiting:
-            yield from self.add(line)
-
-    def _flatten(self, *finished: OpenVolume) -> None:
-        """Continue with single slices instead of volumes, also for the `finished` ones."""
-        self.geometry, self.offered = self.partitions.plane(self.geometry), None
-        for volume in (*finished, *self.volumes.values()):
-            volume.flatten(self.geometry)
-        self.calibrations.flatten(self.geometry)
+    def _admit_held(self, coils: int) -> None:
+        """Have the lines that are held besides the volumes admitted as what they would fill of such volumes."""
+        held = self.calibrations.nbytes + self.waiting_bytes
+        volumes = held // (8 * coils * math.prod(self.geometry.shape))
+        if volumes:
+            self.admit(coils, len(self.volumes) + volumes)
 
     def _doubt(self, line: ismrmrd.Acquisition, key: VolumeKey) -> Iterator[GatheredVolume]:
         """Keep a line that supports a k-space centre other than the header's.
@@ -241,25 +220,45 @@ class Gatherer:
         if len(self.doubtful) <= DOUBTFUL:
             return
         steps = [self.geometry.beyond(_steps(line)) for line in self.doubtful]
-        self.geometry = self.geometry.refitted(tuple(any(axis) for axis in zip(*steps)))
-        for volume in self.volumes.values():
-            volume.move(self.geometry)
-        self.calibrations.move(self.geometry)
+        self._recentre(self.geometry.refitted(tuple(any(axis) for axis in zip(*steps))))
         waiting, self.doubtful = self.doubtful, []
         for line in waiting:
             yield from self.add(line)
 
-    def what_came(self) -> str:
-        """Which lines came that are not image lines, in words."""
-        found = [(count, "", f" of encoding space {number}") for number, count in sorted(self.others.items())]
-        found += [
-            (self.calibration_lines - sum(self.others.values()), "calibration ", ""),
-            (self.channelless, "", " without channels"),
-            (len(self.noise), "noise ", ""),
-            (self.skipped, "other ", ""),
-        ]
-        told = [of_lines(count, "{lines}" + which, kind) for count, kind, which in found if count > 0]
-        return ", ".join(told or ["no line"]) + " came"
+    def _into_volume(self, line: ismrmrd.Acquisition, key: VolumeKey) -> None:
+        """Add an imaging line to its volume; the first one opens it."""
+        volume = self.volumes.get(key) or self._open_volume(key, line.active_channels)
+        begins = volume.first is None
+        if begins and line.trajectory_dimensions and self.readout.uneven(line) and UNEVEN not in self.notes:
+            self.notes.append(UNEVEN)
+        if "average" in self.seen:
+            self.seen["average"].add(line.idx.average)
+        volume.add(line, self.readout)
+        if volume.oversampling is not None:
+            self.calibrations.image_has(key.contrast, volume.oversampling)
+
+    def _open_volume(self, key: VolumeKey, coils: int) -> OpenVolume:
+        volumes = (len(self.volumes) + 1) * self.geometry.shape[0] / self.partitions.count  # of the header's matrix
+        self.admit(coils, math.ceil(volumes))
+        volume = self.volumes[key] = OpenVolume(self.geometry, coils, self._offered_to(key, coils))
+        self.noise.begin(volume)
+        for name, value in key._asdict().items():
+            self.seen.setdefault(name, set()).add(value)
+        self.repetitions.resume(key.repetition)
+        return volume
+
+    def _offered_to(self, key: VolumeKey, coils: int) -> np.ndarray | None:
+        """The block that a volume may be gathered into, if there is one."""
+        return self.offered[1] if self.offered and self.offered[0] == key and len(self.offered[1]) == coils else None
+
+    def _finish_earlier(self, repetition: int) -> Iterator[GatheredVolume]:
+        """Yield and release the volumes of earlier repetitions, up to the first that is not over."""
+        still_open = self.repetitions.first_open(self.volumes, repetition)
+        if all(key.repetition >= still_open for key in self.volumes):
+            return
+        counts = [volume.grid.counts for volume in self.volumes.values()]
+        if len(counts) > WAITING or not self.partitions.await_another_slice(counts):
+            yield from self.finish(still_open)
 
     def finish(self, before: int | None = None) -> Iterator[GatheredVolume]:
         """Yield and release all volumes, or those of repetitions below `before`."""
@@ -273,81 +272,11 @@ class Gatherer:
         for key in sorted(key for key in self.volumes if before is None or key.repetition < before):
             volume = self.volumes.pop(key)
             self.given.add(key)
-            whole = before is not None and volume.lacks_nothing(self.promised.get("average", 1))
+            whole = before is not None and volume.lacks_nothing(self.repetitions.averages)
             # of a whole volume, the last line may be one of another set, yet to come
-            ends = [] if whole else missing_ends(self.flags[key.repetition])
+            ends = [] if whole else missing_ends(self.repetitions.flags[key.repetition])
             yield self._close(volume, key, [*ends, *notes])
         self.calibrations.forget(before or 0)
-
-    def _image(self, line: ismrmrd.Acquisition, key: VolumeKey) -> None:
-        coils = line.active_channels
-        volume = self.volumes.get(key) or self._volume(key, coils, self._offer(key, coils))
-        begins = volume.first is None
-        if begins and line.trajectory_dimensions and self.readout.uneven(line) and UNEVEN not in self.notes:
-            self.notes.append(UNEVEN)
-        if "average" in self.seen:
-            self.seen["average"].add(line.idx.average)
-        volume.add(line, self.readout)
-        if volume.oversampling is not None:
-            self.calibrations.image_has(key.contrast, volume.oversampling)
-
-    def _offer(self, key: VolumeKey, coils: int) -> np.ndarray | None:
-        """The block that volume `key` may be gathered into, if there is one."""
-        return self.offered[1] if self.offered and self.offered[0] == key and len(self.offered[1]) == coils else None
-
-    def _volume(self, key: VolumeKey, coils: int, kspace: np.ndarray | None = None) -> OpenVolume:
-        volumes = (len(self.volumes) + 1) * self.geometry.shape[0] / self.partitions.count  # of the header's matrix
-        self.admit(coils, math.ceil(volumes))
-        volume = self.volumes[key] = OpenVolume(self.geometry, coils, kspace)
-        self.noise.begin(volume)
-        for name, value in key._asdict().items():
-            self.seen.setdefault(name, set()).add(value)
-        # if repetition is the inner loop of another counter, it recurs for each value of that counter
-        self.ended.discard(key.repetition)
-        return volume
-
-    def _admit_held(self, coils: int) -> None:
-        """Have the lines that are held besides the volumes admitted as what they would fill of such volumes."""
-        held = self.calibrations.nbytes + self.waiting_bytes
-        volumes = held // (8 * coils * math.prod(self.geometry.shape))
-        if volumes:
-            self.admit(coils, len(self.volumes) + volumes)
-
-    def _count(self, repetition: int) -> None:
-        """Count an imaging line of this repetition."""
-        self.lines += 1
-        self.lines_until[repetition] = self.lines
-        self.streak = self.streak + 1 if repetition == self.latest else 0
-        self.back += repetition < self.latest
-        self.latest = max(self.latest, repetition)
-
-    def _finish_earlier(self, repetition: int) -> Iterator[GatheredVolume]:
-        """Yield and release the volumes of earlier repetitions, up to the first that is not over."""
-        earlier = sorted({key.repetition for key in self.volumes if key.repetition < repetition})
-        still_open = next((number for number in earlier if not self._over(number)), repetition)
-        if not earlier or earlier[0] >= still_open:
-            return
-        counts = [volume.grid.counts for volume in self.volumes.values()]
-        if len(counts) > WAITING or not self.partitions.await_another_slice(counts):
-            yield from self.finish(still_open)
-
-    def _over(self, repetition: int) -> bool:
-        """Whether a repetition is over: its last line was flagged, or enough lines of later repetitions have come.
-
-        For interleaved repetitions only the flag counts; until an earlier one resumes, a segment looks like a whole
-        repetition.
-        """
-        if repetition in self.ended or self.back > STRAYS:
-            return repetition in self.ended
-        volumes = [volume for key, volume in self.volumes.items() if key.repetition == repetition]
-        size = max(SETTLED, sum(volume.grid.lines for volume in volumes))
-        if self.streak <= IN_A_ROW * size:
-            return False
-        averages = self.promised.get("average", 1)
-        if all(volume.lacks_nothing(averages) for volume in volumes):
-            return True
-        lacking = self.flags[repetition] & FIRST_BIT or any(volume.averages < averages for volume in volumes)
-        return self.lines - self.lines_until[repetition] > (SINCE_LACKING if lacking else SINCE) * size
 
     def _close(self, volume: OpenVolume, key: VolumeKey, notes: list[str]) -> GatheredVolume:
         """Finish a volume that was just taken off `volumes`.
@@ -365,59 +294,17 @@ class Gatherer:
         remarks += told
         if gathered.calibration is None:
             more = any(self.promised.get(name, 1) > 1 for name in VolumeKey._fields if name != "slice")
-            keep = more or self.latest > key.repetition
+            keep = more or self.repetitions.latest > key.repetition
             gathered.calibration, note = self.centres.serve(key, volume.grid.kspace, volume.grid.counts, keep)
             if note:
                 remarks.append(note)
         if calibration is not None and gathered.calibration is not None and calibration.head is not None:
             remarks += lies_elsewhere(gathered.head, calibration.head)
-        remarks += self._remarks(volume, calibration)
+        remarks += self._remarks(volume, calibration) + self._left_out()
         gathered.warnings += [*self.notes, *self.partitions.notes, *remarks, *notes]
         gathered.flaw = gathered.flaw or self.partitions.flaw(volume.grid.counts, self.seen.get("slice", ()))
         gathered.shared, gathered.gain, gathered.echo_offset = self.shared, gain, self.echoes[key.contrast]
         return gathered
-
-    def _remarks(self, volume: OpenVolume, calibration: Grid | None) -> list[str]:
-        """What the user should know about the lines of a volume, and about those of the scan that were left out."""
-        remarks = []
-        if volume.geometry.calibration == "interleaved" and calibration is None:
-            remarks.append(
-                "calibration is interleaved over the repetitions: "
-                "the coil maps are made from the lines of this and earlier repetitions"
-            )
-        if volume.oversampling == 0 and any(self.calibrations.oversampling.values()):
-            remarks.append(f"{AS_LONG}: it was assumed to be removed already")
-        elif volume.oversampling == 0 and self._seems_narrow(volume):
-            remarks.append(
-                "the lines are as short as without readout oversampling and the image is empty on both sides: "
-                "if it looks too narrow, they do have oversampling, and a lower resolution than the header says"
-            )
-        if volume.oversampling and volume.grid.filled and not volume.certain:
-            remarks.append(f"{AS_LONG}: they were assumed to have it, at a lower resolution")
-        foreign = self.foreign + self.calibrations.foreign
-        if foreign:
-            remarks.append(of_lines(foreign, "{lines} of another encoding space {were} left out"))
-        if foreign > self.lines:
-            remarks.append(
-                f"CAUTION: only {self.lines} lines belong to the first encoding space, from which the image is made: "
-                "does it belong to another one?"
-            )
-        if self.channelless:
-            remarks.append(of_lines(self.channelless, "{lines} without channels {were} left out"))
-        if self.doubtful:
-            remarks.append(of_lines(len(self.doubtful), "{lines} lay outside the encoded matrix and {were} left out"))
-        if self.late:
-            remarks.append(
-                of_lines(self.late, "{lines} of volumes that had already been reconstructed {were} left out")
-            )
-        return remarks
-
-    def _seems_narrow(self, volume: OpenVolume) -> bool:
-        """Whether lines that came without the oversampling that the header has give an image empty on both sides."""
-        oversampled = self.readout.full_length > self.readout.cut_length  # by the header
-        if self.buffered or volume.grid.lengths or not oversampled:
-            return False
-        return narrow(volume.grid.kspace, volume.grid.energy)
 
     def _centre_lines(self, volume: OpenVolume) -> None:
         """Move k = 0 to the strongest lines, for the whole scan, if they are far from the header's centre.
@@ -429,12 +316,9 @@ class Gatherer:
             return
         self.centred = True
         if any(offset):
-            self.geometry = volume.geometry.settled().recentred(offset)
-            for one in (volume, *self.volumes.values()):
-                one.move(self.geometry)
-            self.calibrations.move(self.geometry)
+            self._recentre(volume.geometry.settled().recentred(offset), volume)
 
-    def _centre_echoes(self, volume: OpenVolume, contrast: int, calibration: Grid | None) -> list[str]:
+    def _centre_echoes(self, volume: OpenVolume, contrast: int, calibration: CalibrationGrid | None) -> list[str]:
         """Centre the echo if the lines misstate its position; returns notes for the user.
 
         The shift is the same for all volumes of a contrast.
@@ -459,6 +343,78 @@ class Gatherer:
                 "their strongest line was taken for it"
             )
         return notes
+
+    def _recentre(self, geometry: Geometry, *finished: OpenVolume) -> None:
+        """Continue with another k-space centre, also for the `finished` volumes."""
+        self.geometry = geometry
+        for volume in (*finished, *self.volumes.values()):
+            volume.move(geometry)
+        self.calibrations.move(geometry)
+
+    def _flatten(self, *finished: OpenVolume) -> None:
+        """Continue with single slices instead of volumes, also for the `finished` ones."""
+        self.geometry, self.offered = self.partitions.plane(self.geometry), None
+        for volume in (*finished, *self.volumes.values()):
+            volume.flatten(self.geometry)
+        self.calibrations.flatten(self.geometry)
+
+    def _remarks(self, volume: OpenVolume, calibration: CalibrationGrid | None) -> list[str]:
+        """What was assumed of a volume's readouts and calibration, for the user."""
+        remarks = []
+        if volume.geometry.calibration == "interleaved" and calibration is None:
+            remarks.append(
+                "calibration is interleaved over the repetitions: "
+                "the coil maps are made from the lines of this and earlier repetitions"
+            )
+        if volume.oversampling == 0 and any(self.calibrations.oversampling.values()):
+            remarks.append(f"{AS_LONG}: it was assumed to be removed already")
+        elif volume.oversampling == 0 and self._seems_narrow(volume):
+            remarks.append(
+                "the lines are as short as without readout oversampling and the image is empty on both sides: "
+                "if it looks too narrow, they do have oversampling, and a lower resolution than the header says"
+            )
+        if volume.oversampling and volume.grid.filled and not volume.certain:
+            remarks.append(f"{AS_LONG}: they were assumed to have it, at a lower resolution")
+        return remarks
+
+    def _seems_narrow(self, volume: OpenVolume) -> bool:
+        """Whether lines that came without the oversampling that the header has give an image empty on both sides."""
+        oversampled = self.readout.full_length > self.readout.cut_length  # by the header
+        if self.buffered or volume.grid.lengths or not oversampled:
+            return False
+        return narrow(volume.grid.kspace, volume.grid.energy)
+
+    def _left_out(self) -> list[str]:
+        """Which lines of the scan belong to no volume, for the user."""
+        remarks, foreign = [], self.foreign + self.calibrations.foreign
+        if foreign:
+            remarks.append(of_lines(foreign, "{lines} of another encoding space {were} left out"))
+        if foreign > (own := self.repetitions.lines):
+            remarks.append(
+                f"CAUTION: only {own} lines belong to the first encoding space, from which the image is made: "
+                "does it belong to another one?"
+            )
+        if self.channelless:
+            remarks.append(of_lines(self.channelless, "{lines} without channels {were} left out"))
+        if self.doubtful:
+            remarks.append(of_lines(len(self.doubtful), "{lines} lay outside the encoded matrix and {were} left out"))
+        if self.late:
+            remarks.append(
+                of_lines(self.late, "{lines} of volumes that had already been reconstructed {were} left out")
+            )
+        return remarks
+
+    def what_came(self) -> str:
+        """Which lines came that are not image lines, in words."""
+        found = [(count, "", f" of encoding space {number}") for number, count in sorted(self.others.items())]
+        found += [
+            (self.calibration_lines - sum(self.others.values()), "calibration ", ""),
+            (self.channelless, "", " without channels"),
+            (len(self.noise), "noise ", ""),
+            (self.skipped, "other ", ""),
+        ]
+        told = [of_lines(count, "{lines}" + which, kind) for count, kind, which in found if count > 0]
+        return ", ".join(told or ["no line"]) + " came"
 
 
 def _steps(line: ismrmrd.Acquisition) -> tuple[int, int]:

@@ -10,19 +10,17 @@ from dataclasses import dataclass, replace
 
 import ismrmrd
 
+from .failure import ScanError
+
 MAX_MATRIX = 65535  # what an image header can hold
 MAX_IMAGE_BYTES = 64 << 30
 SMALLEST_MM = 0.02  # voxels of images; MR microscopy of rodents comes near
-HALVED = 1.5  # times the reconstructed matrix
+HALVED = 1.5  # readout samples for each voxel, over the same field of view: half the resolution seems unwanted
 LEAST_SIDE = 16  # at least 1/16 of the matrix lies on either side of k = 0 in any partial Fourier scan
 SHOWN = 0.5  # of the encoded slab; cropping leaves more
 FINER = 1 / 3  # of the encoded thickness; interpolation to thinner partitions is not usual
 OF_PARTITIONS = "partitions of"  # in notes on them
 STEPS = ("kspace_encoding_step_1", "kspace_encoding_step_2")
-
-
-class ScanError(ValueError):
-    """A scan that cannot be reconstructed; the message is one sentence for the user."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,10 @@ class Geometry:
         """Place z, y of encoding steps E1, E2 in the gathered matrix; k = 0 lies at n//2."""
         (cy, cz), (_, ny, nz) = self.centre, self.encoded_matrix
         return step_2 + nz // 2 - cz, step_1 + ny // 2 - cy
+
+    def shift_to(self, other: Geometry) -> tuple[int, int]:
+        """Shift (z, y) of gathered lines to the k-space centre of `other`."""
+        return tuple(before - after for before, after in zip(self.centre[::-1], other.centre[::-1]))
 
     def beyond(self, steps: tuple[int, int]) -> tuple[bool, bool]:
         """Along which of E1, E2 a line supports the alternative centre.
@@ -189,25 +191,18 @@ def announced(header: ismrmrd.xsd.ismrmrdHeader) -> dict[str, int]:
     return found
 
 
-def noise_bandwidth(header: ismrmrd.xsd.ismrmrdHeader) -> float:
-    """Relative receiver noise bandwidth (about 0.79 on Siemens), 1 if it is not stated or makes no sense."""
-    system = header.acquisitionSystemInformation
-    ratio = float(getattr(system, "relativeReceiverNoiseBandwidth", None) or 1.0)
-    return ratio if 0.1 < ratio <= 2 else 1.0
-
-
 def _limits(encoding, name: str, size: int) -> tuple[tuple[int, int], int, int | None, list[str]]:
     """First and last step, that of k = 0, an alternative that would fit better (or None), notes on what was assumed."""
     limit = getattr(encoding.encodingLimits, name, None) if encoding.encodingLimits else None
     if limit is None or limit.maximum is None:
         note = f"the header has no limits for {name}: centre {size // 2} assumed"
-        return (0, size - 1), size // 2, None, [note] * (size > 1)
+        return (0, size - 1), size // 2, None, [note] if size > 1 else []  # a single step needs none
     low, high, centre = limit.minimum or 0, limit.maximum, limit.center
     if high < low or high == low < size - 1:
         note = (
             f"the header's limits of {name} run from {low} to {high}: 0 to {size - 1} with centre {size // 2} assumed"
         )
-        return (0, size - 1), size // 2, None, [note] * (size > 1)
+        return (0, size - 1), size // 2, None, [note] if size > 1 else []  # a single step needs none
     notes = []
     if centre is None or not low <= centre <= high:
         middle = (low + high + 1) // 2

@@ -11,7 +11,7 @@ from xsdata.exceptions import ConverterWarning
 from xsdata.formats.dataclass.parsers import XmlParser
 from xsdata.formats.dataclass.parsers.config import ParserConfig
 
-from .geometry import ScanError
+from .failure import ScanError
 
 NAMESPACE = b'xmlns="http://www.ismrm.org/ISMRMRD"'
 TOLERANT = ParserConfig(fail_on_unknown_properties=False)  # elements of a newer schema are ignored

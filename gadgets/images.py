@@ -31,15 +31,6 @@ BETWEEN_NOTES = "; "
 RIGHT_ANGLE = 1e-2  # tolerance of the directions' dot products against those of orthonormal vectors
 
 
-def to_recon_matrix(volume: torch.Tensor, geometry: Geometry) -> torch.Tensor:
-    """Crop [z y x] to the reconstructed field of view and interpolate it to the reconstructed matrix."""
-    gathered_fov = [n * mm for n, mm in zip(volume.shape, geometry.voxel_mm)]
-    extent = [recon / fov for recon, fov in zip(reversed(geometry.recon_fov_mm), gathered_fov)]
-    # the readout, with its oversampling
-    cut_out = [2] if geometry.readout < geometry.encoded_matrix[0] else []
-    return resample(volume, tuple(reversed(geometry.recon_matrix)), extent, cut_out)
-
-
 def make_images(
     volume: torch.Tensor,
     gathered: GatheredVolume,
@@ -51,11 +42,6 @@ def make_images(
     notes: list[str],
 ) -> Iterator[ismrmrd.Image]:
     """Images of one reconstructed volume [z y x]: one 3D image, or one per partition.
-
-    Images of a series with the same contrast and set share one scale: the first of their volumes fixes it, because
-    the later ones are not known when it is sent, and individual scales would hide changes over time. Only where more
-    than CLIPPED of a volume would be cut off (the first one was an empty slice or a preparation) a new scale begins.
-    Each contrast or set has its own scale: a dark first one (MP2RAGE) would leave no headroom for the others.
 
     Args:
         header: the scan's ISMRMRD header, for the protocol name and timing.
@@ -72,34 +58,25 @@ def make_images(
         volume = with_echo_phase(volume, gathered)
     if not finite(volume):
         raise ValueError(f"the {name} image holds NaN or infinity and was not sent")
-    alike = (series, gathered.head.idx.contrast, gathered.head.idx.set)
-    earlier = gathered.shared.scales.get(alike)
-    pixels, scale, saturated = to_pixels(volume, options.output, earlier)
-    if saturated > CLIPPED * pixels.size and earlier is not None:
-        pixels, scale, saturated = to_pixels(volume, options.output)
-        brighter = (
-            "CAUTION: much brighter than the earlier images of its series: from here on, equal pixels mean "
-            f"{earlier / scale:.3g} times the signal (divide pixels by GADGETRON_ScaleRatio)"
-        )
-        notes = [*notes, brighter]
-    if pixels.any():
-        gathered.shared.scales[alike] = scale
-    if saturated:
-        voxels_are, were = ("voxel is", "was") if saturated == 1 else ("voxels are", "were")
-        clipped = (
-            f"{saturated} {voxels_are} brighter than {FULL_SCALE} and {were} clipped: "
-            "the first volume of a contrast sets its scale"
-        )
-        notes = [*notes, clipped]
+    pixels, scale, on_scale = _pixels_on_scale(volume, gathered, options.output, series)
     frame, assumed = frame_of(gathered)
     pixels, frame = orient(pixels, frame, options.orientation)
-    notes = [*notes, *assumed]
-    meta = make_meta(gathered, frame, pixels, scale, name, BETWEEN_NOTES.join([name, *notes]), header)
+    comment = BETWEEN_NOTES.join([name, *notes, *on_scale, *assumed])
+    meta = make_meta(gathered, frame, pixels, scale, name, comment, header)
     parts = [(0, pixels)] if options.layout == "volume" else [(z, pixels[z : z + 1]) for z in range(len(pixels))]
     partitions = len(pixels) if options.layout == "partitions" else 1
     for z, part in parts:
         index = number * len(parts) + z + 1
         yield _image(part, gathered.head, frame, z, partitions, series, index, meta)
+
+
+def to_recon_matrix(volume: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+    """Crop [z y x] to the reconstructed field of view and interpolate it to the reconstructed matrix."""
+    gathered_fov = [n * mm for n, mm in zip(volume.shape, geometry.voxel_mm)]
+    extent = [recon / fov for recon, fov in zip(reversed(geometry.recon_fov_mm), gathered_fov)]
+    # the readout, with its oversampling
+    cut_out = [2] if geometry.readout < geometry.encoded_matrix[0] else []
+    return resample(volume, tuple(reversed(geometry.recon_matrix)), extent, cut_out)
 
 
 def with_echo_phase(volume: torch.Tensor, gathered: GatheredVolume) -> torch.Tensor:
@@ -114,18 +91,34 @@ def with_echo_phase(volume: torch.Tensor, gathered: GatheredVolume) -> torch.Ten
     return volume * torch.exp(2j * torch.pi * cycles * x).to(volume.dtype)
 
 
-def image_kind(geometry: Geometry, options: Options) -> tuple[np.dtype, tuple[int, int, int, int]]:
-    """Pixel type and size [channels z y x] of the images that `make_images` will make."""
-    x, y, z = geometry.recon_matrix
-    if "transpose" in parse_orientation(options.orientation):
-        x, y = y, x
-    return np.dtype(options.output), (1, z if options.layout == "volume" else 1, y, x)
+def _pixels_on_scale(
+    volume: torch.Tensor, gathered: GatheredVolume, output: str, series: int
+) -> tuple[np.ndarray, float, list[str]]:
+    """Pixels [z y x] on the scale of their series, that scale, and notes on what it does to them.
 
-
-def notes_of(image: ismrmrd.Image) -> list[str]:
-    """Notes for the user in an image's comment, without its name; empty if it has none, as from another server."""
-    comment = image.meta.get("ImageComment", "")
-    return (comment if isinstance(comment, str) else BETWEEN_NOTES.join(comment)).split(BETWEEN_NOTES)[1:]
+    Images of a series with the same contrast and set share one scale: the first of their volumes fixes it, because
+    the later ones are not known when it is sent, and individual scales would hide changes over time. Only where more
+    than CLIPPED of a volume would be cut off (the first one was an empty slice or a preparation) a new scale begins.
+    Each contrast or set has its own scale: a dark first one (MP2RAGE) would leave no headroom for the others.
+    """
+    notes, alike = [], (series, gathered.head.idx.contrast, gathered.head.idx.set)
+    earlier = gathered.shared.scales.get(alike)
+    pixels, scale, saturated = to_pixels(volume, output, earlier)
+    if saturated > CLIPPED * pixels.size and earlier is not None:
+        pixels, scale, saturated = to_pixels(volume, output)
+        notes.append(
+            "CAUTION: much brighter than the earlier images of its series: from here on, equal pixels mean "
+            f"{earlier / scale:.3g} times the signal (divide pixels by GADGETRON_ScaleRatio)"
+        )
+    if pixels.any():
+        gathered.shared.scales[alike] = scale
+    if saturated:
+        voxels_are, were = ("voxel is", "was") if saturated == 1 else ("voxels are", "were")
+        notes.append(
+            f"{saturated} {voxels_are} brighter than {FULL_SCALE} and {were} clipped: "
+            "the first volume of a contrast sets its scale"
+        )
+    return pixels, scale, notes
 
 
 def to_pixels(volume: torch.Tensor, output: str, scale: float | None = None) -> tuple[np.ndarray, float, int]:
@@ -146,6 +139,50 @@ def to_pixels(volume: torch.Tensor, output: str, scale: float | None = None) -> 
     scaled = magnitude.mul_(scale).round_()
     saturated = int((scaled > FULL_SCALE).sum())
     return scaled.clamp_(max=FULL_SCALE).to(torch.int16).cpu().numpy().view(np.uint16), scale, saturated
+
+
+def frame_of(gathered: GatheredVolume) -> tuple[Frame, list[str]]:
+    """Position and orientation of the volume by its lines, and notes on what was assumed.
+
+    The lines' directions may have any length; something is assumed if, for example, they are not orthogonal.
+    """
+    head, notes = gathered.head, []
+    given = np.array([head.read_dir, head.phase_dir, head.slice_dir], float)
+    directions = _of_unit_length(given) if np.isfinite(given).all() else np.zeros((3, 3))
+    lacks = [name for name, direction in zip(("read", "phase", "slice"), given) if not direction.any()]
+    if np.allclose(directions @ directions.T, np.eye(3), rtol=0, atol=RIGHT_ANGLE):
+        if lacks:
+            notes.append(
+                f"the lines have no {lacks[0]} direction: "
+                "the one at right angles to the others, right-handed, was assumed"
+            )
+        elif not np.allclose(given, directions, rtol=0, atol=RIGHT_ANGLE):
+            notes.append("the lines' directions are not all of length 1: they were normalised")
+    else:
+        what = "contradicting" if given.any() else "no"
+        notes.append(
+            f"the lines have {what} directions: "
+            "read, phase and slice were assumed to point to the patient's left, posterior and superior"
+        )
+        directions = np.eye(3)
+    position = np.array(head.position, float)
+    if not np.isfinite(position).all():
+        notes.append("the lines have no finite position: the centre of the magnet was assumed")
+        position = np.zeros(3)
+    return Frame(directions, gathered.geometry.recon_fov_mm, position), notes
+
+
+def _of_unit_length(directions: np.ndarray) -> np.ndarray:
+    """Three directions (rows) normalised to length 1.
+
+    A single zero direction becomes perpendicular to the others, right-handed.
+    """
+    lengths = np.linalg.norm(directions, axis=1, keepdims=True)
+    out = np.divide(directions, lengths, out=np.zeros_like(directions), where=lengths > 0)
+    missing = np.flatnonzero(lengths[:, 0] == 0)
+    if len(missing) == 1:
+        out[missing[0]] = np.cross(out[(missing[0] + 1) % 3], out[(missing[0] + 2) % 3])
+    return out
 
 
 def make_meta(
@@ -211,50 +248,6 @@ def _about_the_scan(gathered: GatheredVolume, header) -> dict:
     return out
 
 
-def frame_of(gathered: GatheredVolume) -> tuple[Frame, list[str]]:
-    """Position and orientation of the volume by its lines, and notes on what was assumed.
-
-    The lines' directions may have any length; something is assumed if, for example, they are not orthogonal.
-    """
-    head, notes = gathered.head, []
-    given = np.array([head.read_dir, head.phase_dir, head.slice_dir], float)
-    directions = _of_unit_length(given) if np.isfinite(given).all() else np.zeros((3, 3))
-    lacks = [name for name, direction in zip(("read", "phase", "slice"), given) if not direction.any()]
-    if np.allclose(directions @ directions.T, np.eye(3), rtol=0, atol=RIGHT_ANGLE):
-        if lacks:
-            notes.append(
-                f"the lines have no {lacks[0]} direction: "
-                "the one at right angles to the others, right-handed, was assumed"
-            )
-        elif not np.allclose(given, directions, rtol=0, atol=RIGHT_ANGLE):
-            notes.append("the lines' directions are not all of length 1: they were normalised")
-    else:
-        what = "contradicting" if given.any() else "no"
-        notes.append(
-            f"the lines have {what} directions: "
-            "read, phase and slice were assumed to point to the patient's left, posterior and superior"
-        )
-        directions = np.eye(3)
-    position = np.array(head.position, float)
-    if not np.isfinite(position).all():
-        notes.append("the lines have no finite position: the centre of the magnet was assumed")
-        position = np.zeros(3)
-    return Frame(directions, gathered.geometry.recon_fov_mm, position), notes
-
-
-def _of_unit_length(directions: np.ndarray) -> np.ndarray:
-    """Three directions (rows) normalised to length 1.
-
-    A single zero direction becomes perpendicular to the others, right-handed.
-    """
-    lengths = np.linalg.norm(directions, axis=1, keepdims=True)
-    out = np.divide(directions, lengths, out=np.zeros_like(directions), where=lengths > 0)
-    missing = np.flatnonzero(lengths[:, 0] == 0)
-    if len(missing) == 1:
-        out[missing[0]] = np.cross(out[(missing[0] + 1) % 3], out[(missing[0] + 2) % 3])
-    return out
-
-
 def _image(
     pixels: np.ndarray, head, frame: Frame, z: int, partitions: int, series: int, index: int, meta: dict
 ) -> ismrmrd.Image:
@@ -281,6 +274,20 @@ def _image(
     out.attribute_string_len = len(image.attribute_string.encode())
     image.setHead(out)
     return image
+
+
+def image_kind(geometry: Geometry, options: Options) -> tuple[np.dtype, tuple[int, int, int, int]]:
+    """Pixel type and size [channels z y x] of the images that `make_images` will make."""
+    x, y, z = geometry.recon_matrix
+    if "transpose" in parse_orientation(options.orientation):
+        x, y = y, x
+    return np.dtype(options.output), (1, z if options.layout == "volume" else 1, y, x)
+
+
+def notes_of(image: ismrmrd.Image) -> list[str]:
+    """Notes for the user in an image's comment, without its name; empty if it has none, as from another server."""
+    comment = image.meta.get("ImageComment", "")
+    return (comment if isinstance(comment, str) else BETWEEN_NOTES.join(comment)).split(BETWEEN_NOTES)[1:]
 
 
 def _ascii(text: str) -> str:

@@ -1,7 +1,8 @@
 """Raw data of failed scans, kept for replay with `slicediff recon` in a folder of limited size.
 
 While a scan runs, its lines are appended to a plain spool file (a full disk then causes one clear OSError and never
-costs the scan); only a failed scan is converted to ISMRMRD HDF5.
+costs the scan); only a failed scan is converted to ISMRMRD HDF5. A spool file holds the length of the header (uint32),
+its XML, and the acquisitions as they are on the wire.
 """
 
 from __future__ import annotations
@@ -159,7 +160,8 @@ class Recording:
     def keep(self) -> Path | None:
         """The scan failed: write it to HDF5 and return the path; None if it had no lines or could not be written."""
         if self.file is None or not self.lines:
-            return self.drop()
+            self.drop()
+            return None
         try:
             return _convert(self.path, self.place)  # still locked, or another server would take it for one left behind
         # The boundary: no trouble with the folder may disturb a scan, and h5py reports a full disk in several ways.

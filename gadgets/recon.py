@@ -21,10 +21,9 @@ from recon_core.methods import METHODS
 from recon_core.trust import doubts
 
 from .budget import check_memory, has_room, to_compute
-from .failure import Failures, free_gpu_memory, gpu_lost, log_failure, noted, raise_if_any
+from .failure import Failures, ScanError, free_gpu_memory, gpu_lost, log_failure, noted, raise_if_any
 from .flags import volume_name
 from .gather import Admit, gather, no_limit
-from .geometry import ScanError
 from .images import SERIES, make_images
 from .options import Options
 from .solve import PREVIEW, Report, WhyStop, device_of, estimate_error, in_thread, never_stop, result_of, solve

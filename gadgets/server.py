@@ -24,8 +24,7 @@ from .budget import Budget
 from .chain import is_gadgetron_peer, options_of_config_name, properties_of
 from .conversation import Host, run_scan
 from .delivery import LINGER_S, await_delivery, linger
-from .failure import free_gpu_memory, gpu_lost, log_failure, sentence
-from .geometry import ScanError
+from .failure import ScanError, free_gpu_memory, gpu_lost, log_failure, sentence
 from .health import Counts, process_facts
 from .keep import FailedScans
 from .limits import Limits
@@ -69,8 +68,9 @@ class Server(Listening, socketserver.ThreadingTCPServer):
         self.priors: dict = {}
         self.lock, self.turns, self.counts = threading.Lock(), Turns(self.limits.slots), Counts()
         self.retiring, self.out_of_time = threading.Event(), threading.Event()
-        self.talking: set[Handler] = set()
-        self.gave_way, self.last_turn = False, math.inf
+        self.talking: set[Handler] = set()  # all connections, also those that linger
+        self.gave_way = False
+        self.last_turn = math.inf  # monotonic time from which on no image is begun
         super().__init__(address, Handler)
 
     def prior(self, options):
@@ -159,7 +159,7 @@ class Handler(socketserver.BaseRequestHandler):
         message_bytes, buffer_bytes = int(limits.max_message_mib * 2**20), int(limits.max_gib * 2**30)
         self.wire = w.QueuedWire(self.request, timeout_s, message_bytes, buffer_bytes)
         self.visit, self.gadgetron = Visit(self.server.counts, self.server.keep), False
-        self.until = time.monotonic() + limits.idle_s  # for the header to come
+        self.until = time.monotonic() + limits.idle_s  # the header must have come by then
         self.server.talking.add(self)
 
     def handle(self) -> None:

@@ -36,8 +36,8 @@ from .failure import ReconError, Unfinished, free_gpu_memory, gpu_lost, log_fail
 from .options import Options
 
 SOLVERS = Crew()
-Report = Callable[[str, dict], None]
-WhyStop = Callable[[], str]
+Report = Callable[[str, dict], None]  # told of a stage, and facts about it
+WhyStop = Callable[[], str]  # a reason to finish early, else ""
 PREVIEW = "CG-SENSE preview"
 WATCH_S = 0.2  # polling interval of the solver
 # For CG-SENSE once there is a reason to stop: most are ready by then, and there would be no other image.
@@ -203,7 +203,7 @@ def run_solver(
             with contextlib.suppress(TimeoutError):
                 state, last_sweep_at = solver.take(WATCH_S), time.monotonic()
                 report("sweep", {"sweep": state.sweep, "sweeps": state.sweeps})
-            reason = _why_stop(options, began, last_sweep_at, why_stop)
+            reason = _why_end(options, began, last_sweep_at, why_stop)
     except StopIteration:
         log.info("the solver ended before its last sweep")
     finally:
@@ -229,7 +229,7 @@ def run_solver(
 def in_thread(work: Callable[[Report], Any], report: Report, why_stop: WhyStop, on_gpu: bool = False) -> Any:
     """The result of `work`, run in a solver thread, which can be abandoned.
 
-    It is given `report`, at which it then ends.
+    `work` is called with a Report that passes on to `report`, or ends the work once nobody waits for it any more.
 
     Raises:
         Unfinished: if there was a reason to stop, and no result within LAST_LOOK_S from then.
@@ -279,7 +279,8 @@ def once_computed(start: Callable[[], Iterator[State]]) -> Iterator[State]:
         yield state
 
 
-def _why_stop(options: Options, began: float, last_sweep_at: float, why_stop: WhyStop) -> str:
+def _why_end(options: Options, began: float, last_sweep_at: float, why_stop: WhyStop) -> str:
+    """A reason to end the solver: its deadline, no sweep for too long, or the caller's; else ""."""
     now = time.monotonic()
     if options.deadline_s is not None and now - began > options.deadline_s:
         return f"at the deadline of {options.deadline_s:g} s"

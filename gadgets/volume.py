@@ -1,4 +1,4 @@
-"""k-space of one volume: preallocated, filled as lines arrive."""
+"""One volume of a scan: under construction, and finished."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ import ismrmrd
 import numpy as np
 import torch
 
-from recon_core.coils import find_acs, too_few
 from recon_core.measurement import Reference
 
-from .centre import block_offset, centre_offset, echo_offset, move_echo
 from .completeness import NO_CENTRE, hole_at_centre, missing_lines
 from .failure import of_lines
-from .flags import BOTH_BIT, REVERSE_BIT
-from .geometry import Geometry, ScanError
+from .flags import BOTH_BIT
+from .geometry import Geometry
+from .grid import CalibrationGrid, Grid, shifted
 from .readout import Readout
 
-MAX_VOLUME_BYTES = 64 << 30
 BOTH_WAYS = 0.1  # of the lines: the user is warned if more than this run in each of the two readout directions
 DECIDED = 16  # filled places beyond which a volume of short lines is kept as such, whatever the rest of the scan shows
 
@@ -60,161 +58,6 @@ class GatheredVolume:
     echo_offset: int = 0
 
 
-class Grid:
-    """Sums of lines [coils z y x] at their places, and line counts [z y].
-
-    `kspace` may supply the array to gather into, all zeros by the time its lines come.
-    """
-
-    def __init__(self, geometry: Geometry, coils: int, kspace: np.ndarray | None = None):
-        nbytes = 8 * coils * int(np.prod(geometry.shape))
-        if nbytes > MAX_VOLUME_BYTES:
-            raise ScanError(
-                f"the header asks for {nbytes / 2**30:.0f} GiB of k-space ({coils} coils, matrix {geometry.shape}); "
-                f"the limit is {MAX_VOLUME_BYTES >> 30} GiB"
-            )
-        self.kspace = np.zeros((coils, *geometry.shape), np.complex64) if kspace is None else kspace
-        self.counts = np.zeros(geometry.shape[:2], np.float32)
-        self.energy = np.zeros(geometry.shape[:2], np.float32)  # of the strongest line at each place
-        self.lines = self.filled = 0  # lines added; places that have some
-        self.uncentred = self.reversed = 0  # of the lines added
-        self.begin_at_echo = 0  # of them: short ones whose centre sample is stated as 0
-        self.outside = self.unfit = self.empty = 0  # lines left out, see `warnings`
-        self.echo_moved = False
-        # What was assumed about lines longer or shorter than the header says, and of how many.
-        self.lengths: dict[str, int] = {}
-        self.foreign = self.renumbered = False  # of another encoding; with a numbering of their own
-        self.head: ismrmrd.AcquisitionHeader | None = None  # of the first line; for calibration only
-        self.handed_out = False  # a finished volume, perhaps in reconstruction, has these arrays; for calibration only
-
-    def unshare(self) -> None:
-        """Continue with copies of arrays that were handed out."""
-        if self.handed_out:
-            self.kspace, self.counts, self.handed_out = self.kspace.copy(), self.counts.copy(), False
-
-    def place(self, line: ismrmrd.Acquisition, own: Geometry, image: Geometry) -> tuple[int, int] | None:
-        """Place z, y of a line of encoding `own`; outside the matrix, the line is counted and None returned."""
-        idx = line.idx
-        z, y = own.place(idx.kspace_encode_step_1, idx.kspace_encode_step_2)
-        if own is not image:
-            self.foreign = True
-            z, y = z + image.shape[0] // 2 - own.shape[0] // 2, y + image.shape[1] // 2 - own.shape[1] // 2
-        if 0 <= z < self.counts.shape[0] and 0 <= y < self.counts.shape[1]:
-            return z, y
-        self.outside += 1
-        return None
-
-    def move(self, shift: tuple[int, int]) -> None:
-        """Move all lines by `shift` (z, y); those that leave the matrix are dropped and counted."""
-        gone = shifted(np.ones(self.counts.shape, bool), tuple(-n for n in shift)) == 0
-        self.outside += int(self.counts[gone].sum())
-        self.kspace[:, gone] = 0
-        for coil in self.kspace:  # one at a time, to avoid a second array
-            coil[:] = np.roll(coil, shift, (0, 1))
-        self.counts, self.energy = (shifted(array, shift) for array in (self.counts, self.energy))
-        self.lines, self.filled = int(self.counts.sum()), int((self.counts > 0).sum())
-
-    def centre_lines(self) -> None:
-        """Move calibration lines to the middle of the matrix if the strongest lie far from it.
-
-        Such lines count from another middle.
-        """
-        offset, own = centre_offset(self.energy), not self.foreign
-        if offset is None and too_few(find_acs(torch.from_numpy(self.counts)), self.counts.shape):
-            offset = block_offset(self.energy)
-        if offset and any(offset):
-            self.move(tuple(-n for n in offset))
-            self.foreign, self.renumbered = True, own
-
-    def flatten(self) -> None:
-        """Keep only the first plane that has lines."""
-        z = int((self.counts > 0).any(axis=1).argmax())
-        self.kspace = np.ascontiguousarray(self.kspace[:, z : z + 1])
-        self.counts, self.energy = (array[z : z + 1] for array in (self.counts, self.energy))
-
-    def centre_echo(self, offset: int | None = None) -> int:
-        """Centre the echo, by `offset` samples or as the lines themselves show; returns the offset.
-
-        Acts only once, then returns 0.
-        """
-        if self.echo_moved:
-            return 0
-        offset = echo_offset(self.kspace, self.energy) if offset is None else offset
-        if offset:
-            move_echo(self.kspace, offset)
-        self.echo_moved = True
-        return offset
-
-    def add(self, line: ismrmrd.Acquisition, place: tuple[int, int], readout: Readout, oversampling: int) -> bool:
-        """Add a line at its place, flipped if its readout is reversed.
-
-        Returns whether it fitted; if not, it is only counted.
-        """
-        there, centre, assumed = readout.echo(line)
-        data = line.data[:, there]
-        samples = data.shape[1]
-        if len(data) != len(self.kspace) or not 0 <= centre < samples:
-            self.unfit += 1
-            return False
-        if not data[:, centre].any() and not data.any():
-            self.empty += 1
-            return False
-        self.uncentred += assumed
-        self.begin_at_echo += centre == 0 and oversampling > 0 and samples <= readout.cut < readout.full
-        self.energy[place] = max(self.energy[place], np.vdot(data, data).real)
-        if line.flags & REVERSE_BIT:
-            self.reversed += 1
-            data, centre = data[:, ::-1], samples - 1 - centre
-        have = f"{{have}} {samples} samples instead of the {readout.full} in the header"
-        if samples > readout.full and oversampling > 1:
-            self._of_another_length(f"{have}: {oversampling}-fold readout oversampling was assumed")
-        elif samples > readout.full:
-            self._of_another_length(f"{have}: the outer ones were cut")
-        elif not oversampling and samples < readout.cut:
-            self._of_another_length(f"{have}: oversampling was assumed to be removed already")
-        readout.add(data, centre, self.kspace[(slice(None), *place)], oversampling)
-        self.filled += not self.counts[place]
-        self.counts[place] += 1
-        self.lines += 1
-        return True
-
-    def _of_another_length(self, text: str) -> None:
-        self.lengths[text] = self.lengths.get(text, 0) + 1
-
-    def warnings(self, kind: str) -> list[str]:
-        """What was left out or assumed, for the user."""
-        out = []
-        if self.outside:
-            out.append(of_lines(self.outside, "{lines} lay outside the encoded matrix and {were} left out", kind))
-        if self.unfit:
-            text = (
-                "{lines} had a different number of channels or samples than most, no samples or no echo "
-                "and {were} left out"
-            )
-            out.append(of_lines(self.unfit, text, kind))
-        if self.empty:
-            out.append(of_lines(self.empty, "{lines} held only zeros and {were} treated as not acquired", kind))
-        out += [of_lines(count, f"{{lines}} {text}", kind) for text, count in self.lengths.items()]
-        if self.uncentred:
-            text = "{lines} had a centre sample that would put others outside k-space: the middle was assumed"
-            out.append(of_lines(self.uncentred, text, kind))
-        return out
-
-
-def shifted(array: np.ndarray, shift: tuple[int, int]) -> np.ndarray:
-    """Array [z y] moved by `shift`, filled with zeros (or False)."""
-    out = np.zeros_like(array)
-    there = tuple(slice(max(0, n), length + min(0, n)) for n, length in zip(shift, array.shape))
-    here = tuple(slice(max(0, -n), length + min(0, -n)) for n, length in zip(shift, array.shape))
-    out[there] = array[here]
-    return out
-
-
-def shift_between(old: Geometry, new: Geometry) -> tuple[int, int]:
-    """Shift (z, y) of lines from one k-space centre to another."""
-    return tuple(before - after for before, after in zip(old.centre[::-1], new.centre[::-1]))
-
-
 class OpenVolume:
     """One volume under construction: its grid, and what its lines have shown."""
 
@@ -240,7 +83,7 @@ class OpenVolume:
         """Add one imaging line at its place; a line that does not fit is only counted."""
         if self.first is None:
             self.first = line.getHead()
-        place = self.grid.place(line, self.geometry, self.geometry)
+        place = self.grid.place(line, self.geometry)
         if place is None:
             return
         oversampling = readout.oversampling(line)
@@ -291,14 +134,14 @@ class OpenVolume:
             self._note_for_the_other_centre(place, head)
 
     def _note_for_the_other_centre(self, place: tuple[int, int], head) -> None:
-        shift = shift_between(self.geometry, self.geometry.refitted((True, True)))
+        shift = self.geometry.shift_to(self.geometry.refitted((True, True)))
         distance = sum(abs(at + by - n // 2) for at, by, n in zip(place, shift, self.geometry.shape))
         if distance < self.other_nearest:
             self.other_nearest, self.other_head = distance, head()
 
     def move(self, geometry: Geometry) -> None:
         """Continue with another k-space centre; lines already gathered are moved."""
-        shift = shift_between(self.geometry, geometry)
+        shift = self.geometry.shift_to(geometry)
         self.geometry = geometry
         self.grid.move(shift)
         self.averages_at, self.calibrating = (shifted(array, shift) for array in (self.averages_at, self.calibrating))
@@ -322,7 +165,7 @@ class OpenVolume:
             self.judged = self.grid.lines, complete
         return self.judged[1]
 
-    def finished(self, noise: torch.Tensor | None, calibration: Grid | None) -> GatheredVolume:
+    def finished(self, noise: torch.Tensor | None, calibration: CalibrationGrid | None) -> GatheredVolume:
         """The volume, with notes for the user.
 
         To be called once: it settles the geometry and may write calibration lines into the gathered k-space.
@@ -352,7 +195,7 @@ class OpenVolume:
             )
         return volume
 
-    def _take_centre(self, calibration: Grid) -> list[str]:
+    def _take_centre(self, calibration: CalibrationGrid) -> list[str]:
         """Use calibration lines for the image too; returns a remark for the user, if so.
 
         Only if it has none of them and the header names no calibration mode, or to fill a hole at its centre.
@@ -379,7 +222,7 @@ class OpenVolume:
         self.grid.kspace[:, there], self.grid.counts[there] = calibration.kspace[:, there], calibration.counts[there]
         return [remark]
 
-    def lacks(self, calibration: Grid) -> bool:
+    def lacks(self, calibration: CalibrationGrid) -> bool:
         """Whether the image has no lines where the calibration has some, and the header names no calibration mode.
 
         These then belong to it.
@@ -397,7 +240,7 @@ class OpenVolume:
             return np.zeros(self.grid.counts.shape, bool)
         return hole_at_centre(self.grid.counts)
 
-    def _calibration(self, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    def _calibration(self, grid: CalibrationGrid) -> tuple[torch.Tensor, torch.Tensor]:
         """Calibration lines and their counts, completed by imaging lines that also serve as calibration."""
         kspace, counts = grid.kspace, grid.counts
         shared = self.calibrating & (counts == 0)

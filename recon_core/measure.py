@@ -86,10 +86,7 @@ def measure(
             "the k-space holds NaN, infinity or numbers too large to square; the scan cannot be reconstructed"
         )
     calibration, warnings = _usable(calibration)
-    capped = _capped(counts)
-    averages = float(capped.max())
-    mask = (capped / averages).sqrt()
-    factor = mask / counts.clamp_min(1)
+    averages, mask, factor = _weights(counts)
     calibration_kspace, calibration_counts = (kspace, counts) if calibration is None else calibration
     # Not `factor`: its weights would blur the relations between neighbouring samples that give the maps.
     calibration_factor = 1 / calibration_counts.clamp_min(1)
@@ -99,12 +96,9 @@ def measure(
     found = _calibration_block(calibration_kspace, calibration_counts, calibration_factor, whitened)
     mixing, found = _compressed(whitened.matrix, found, kspace, counts, coils)
     mixing, found = mixing.cpu(), found.to(device)
-    if on_host:
-        warnings.append("the GPU's memory ran short: coil maps stay in the host's memory")
-        home = torch.device("cpu")
-    else:
-        arrays = WORK_ARRAYS + KEPT_ARRAYS * keep_lines
-        home = _home(mixing.shape[0], kspace.shape[1:], torch.device(device), warnings, arrays)
+    arrays = WORK_ARRAYS + KEPT_ARRAYS * keep_lines
+    home, told = _home(len(mixing), kspace.shape[1:], torch.device(device), arrays, on_host)
+    warnings += told
     data = _mix_lines(mixing, kspace, factor, home)
     all_lines = lambda: _mix_lines(mixing, calibration_kspace, calibration_factor * (calibration_counts > 0), home)
     least = least_overlap(sets, reference)
@@ -165,12 +159,19 @@ def _sums(kspace: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     return kspace, counts
 
 
-def _capped(counts: Tensor) -> Tensor:
-    """`counts` [z y], of the few lines with more than the median no more than MOST_WEIGHT allows."""
+def _weights(counts: Tensor) -> tuple[float, Tensor, Tensor]:
+    """How many averages a line counts as at most, the operator's mask [z y], and the factor [z y] from sums to data.
+
+    The mask is the root of each line's averages over that number; of the few lines with more than the median, no more
+    count than MOST_WEIGHT allows.
+    """
     acquired = counts[counts > 0]
     median = float(acquired.median())
     several = float((acquired > median).float().mean()) >= SEVERAL
-    return counts.clamp_max(MOST_WEIGHT * median if several else median)
+    capped = counts.clamp_max(MOST_WEIGHT * median if several else median)
+    averages = float(capped.max())
+    mask = (capped / averages).sqrt()
+    return averages, mask, mask / counts.clamp_min(1)
 
 
 def _finite(kspace: Tensor, counts: Tensor) -> bool:
@@ -246,22 +247,28 @@ def _acquired(kspace: Tensor, counts: Tensor) -> Iterator[tuple[int, Tensor, Ten
 
 
 def _home(
-    coils: int, shape: tuple[int, int, int], device: torch.device, warnings: list[str], arrays: int = WORK_ARRAYS
-) -> torch.device:
-    """Where to keep the arrays of all coils: on the device if they fit, else on the host, to be read in parts."""
+    coils: int, shape: tuple[int, int, int], device: torch.device, arrays: int, on_host: bool
+) -> tuple[torch.device, list[str]]:
+    """Where to keep so many `arrays` of all coils, and a warning if that is not the device.
+
+    On the device if they fit, else, or if `on_host` is set, on the host, to be read in parts.
+    """
+    host = torch.device("cpu")
+    if on_host:
+        return host, ["the GPU's memory ran short: coil maps stay in the host's memory"]
     if device.type != "cuda":
-        return device
+        return device, []
     # Cached by earlier volumes, available to this one.
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + cached
     needed = 8 * (arrays * coils + SINGLE_VOLUMES) * math.prod(shape)
     if needed <= free:
-        return device
-    warnings.append(
+        return device, []
+    warning = (
         f"the GPU has {free / 2**30:.1f} GiB free, {coils} coils need {needed / 2**30:.1f} GiB: "
         "coil maps stay in the host's memory"
     )
-    return torch.device("cpu")
+    return host, [warning]
 
 
 def _lacks_centre(operator: Sense, calibrated: Tensor, data: Tensor, size: tuple[int, int], sigma: float) -> list[str]:

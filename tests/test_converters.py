@@ -12,9 +12,9 @@ import torch
 from conftest import gathered, line_like, load_small_scan
 
 from gadgets.budget import Budget
+from gadgets.failure import ScanError
 from gadgets.flags import CALIBRATION_BIT, LAST_BIT, NOISE_BIT, REVERSE_BIT
 from gadgets.gather import gather
-from gadgets.geometry import ScanError
 from gadgets.options import make_options
 from gadgets.recon import reconstruct
 from gadgets.simulation.scan import SimulateOptions

@@ -5,7 +5,8 @@ import re
 import pytest
 
 from gadgets.budget import Budget
-from gadgets.geometry import ScanError, read_geometry
+from gadgets.failure import ScanError
+from gadgets.geometry import read_geometry
 from gadgets.header import parse_header, strip_version
 from gadgets.simulation.protocol import SimulateOptions, make_header
 

@@ -29,9 +29,9 @@ from gadgets import recon
 from gadgets.address import AddressError
 from gadgets.budget import Budget, free_memory, worth_an_image
 from gadgets.cli import main
-from gadgets.failure import OneLine, ReconError
+from gadgets.failure import OneLine, ReconError, ScanError
 from gadgets.flags import LAST_BIT, NOISE_BIT
-from gadgets.gather import Gatherer, ScanError, gather
+from gadgets.gather import Gatherer, gather
 from gadgets.header import parse_header
 from gadgets.health import Counts, HealthPage, process_facts
 from gadgets.keep import FailedScans
