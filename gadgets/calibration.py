@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
 from collections import Counter
 from typing import NamedTuple
 
@@ -20,6 +23,7 @@ from .readout import Readout
 # sums of lines [coils z y x], at most MAX_ACS along z and y, and their counts [z y]
 Centre = tuple[np.ndarray, np.ndarray]
 ENOUGH = 0.5  # of the lines of the fullest calibration; those with fewer are strays
+PAGE_BYTES = 4096
 AWAY_MM, TURNED_DEGREES = 5.0, 3.0  # tolerated between calibration and image; coil maps are smooth
 
 
@@ -51,6 +55,7 @@ class Calibrations:
         self.oversampling: dict[int, int] = {}  # of the image's lines, by contrast
         self.notes: list[str] = []
         self.foreign = 0
+        self.nbytes = 0  # of memory that all of this takes
 
     def add(self, line: ismrmrd.Acquisition, key: VolumeKey) -> None:
         """Add a line of volume `key`.
@@ -64,14 +69,17 @@ class Calibrations:
         oversampling = own[1].oversampling(line)
         if own[0] is self.image and oversampling == 0 and not self.oversampling:
             self.unsure.append((line, key))
+            self.nbytes += line.data.nbytes
             return
         grid = self._grid(key, line.active_channels)
         grid.foreign |= own[0] is not self.image
         where = grid.place(line, own[0])
         if where is not None:
             grid.unshare()
+            self.nbytes -= _nbytes(grid)
             its = max(oversampling, self._of_image(key.contrast)) if own[0] is self.image else oversampling
             grid.add(line, where, own[1], its)
+            self.nbytes += _nbytes(grid)
             grid.head = grid.head or line.getHead()
 
     def image_has(self, contrast: int, oversampling: int) -> None:
@@ -79,6 +87,7 @@ class Calibrations:
         self.oversampling[contrast] = oversampling
         waiting, self.unsure = self.unsure, []
         for line, key in waiting:
+            self.nbytes -= line.data.nbytes
             self.add(line, key)
 
     def move(self, image: Geometry) -> None:
@@ -86,13 +95,17 @@ class Calibrations:
         shift = self.image.shift_to(image)
         for grid in (grid for grids in self.grids.values() for grid in grids.values() if not grid.foreign):
             grid.unshare()
+            self.nbytes -= _nbytes(grid)
             grid.move(shift)
+            self.nbytes += _nbytes(grid)
         self.image, self.encodings[0] = image, (image, self.encodings[0][1])
 
     def flatten(self, image: Geometry) -> None:
         """Continue with single slices in place of the matrix' partitions."""
         for grid in (grid for grids in self.grids.values() for grid in grids.values()):
+            self.nbytes -= _nbytes(grid)
             grid.flatten()
+            self.nbytes += _nbytes(grid)
         self.image, self.encodings = image, {0: (image, self.encodings[0][1])}
 
     def of(self, key: VolumeKey, coils: int) -> tuple[CalibrationGrid | None, list[str]]:
@@ -143,7 +156,7 @@ class Calibrations:
             kept = max((number for number, filled in earlier.items() if filled >= ENOUGH * most), default=before)
             for repetition in earlier:
                 if repetition != kept:
-                    del grids[repetition]
+                    self.nbytes -= _nbytes(grids.pop(repetition))
 
     def _grid(self, key: VolumeKey, coils: int) -> CalibrationGrid:
         """Grid for a line; started afresh once most lines have another number of channels."""
@@ -151,8 +164,10 @@ class Calibrations:
         grid = grids.get(key.repetition)
         if grid is None or (len(grid.kspace) != coils and grid.unfit >= grid.lines):
             unfit = grid.unfit + grid.lines if grid else 0
-            grid = grids[key.repetition] = CalibrationGrid(self.image, coils)
+            self.nbytes -= _nbytes(grid) if grid else 0
+            grid = grids[key.repetition] = CalibrationGrid(self.image, coils, _sparse((coils, *self.image.shape)))
             grid.unfit = unfit
+            self.nbytes += _nbytes(grid)
         return grid
 
     def _of_image(self, contrast: int) -> int:
@@ -245,6 +260,27 @@ def lies_elsewhere(image: ismrmrd.AcquisitionHeader, calibration: ismrmrd.Acquis
     if not found:
         return []
     return [f"the calibration lines were acquired {' and '.join(found)} from the image: the coil maps do not fit it"]
+
+
+def _sparse(shape: tuple[int, ...]) -> np.ndarray:
+    """Zeros, complex64, that take memory only where something is written.
+
+    NumPy asks for huge pages, of which each coil of a single line would take one.
+    """
+    try:
+        memory = mmap.mmap(-1, 8 * math.prod(shape), mmap.MAP_PRIVATE)
+    except (OSError, OverflowError) as error:
+        raise MemoryError(f"no room for calibration lines in {shape}: {error}") from None
+    with contextlib.suppress(AttributeError, OSError):  # a system without huge pages
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, np.complex64).reshape(shape)
+
+
+def _nbytes(grid: CalibrationGrid) -> int:
+    """Bytes of memory that a grid takes: those of its lines, each at least a page, and of its counts and energies."""
+    coils, *_, samples = grid.kspace.shape
+    lines = grid.filled * coils * max(8 * samples, PAGE_BYTES)
+    return min(lines, grid.kspace.nbytes) + grid.counts.nbytes + grid.energy.nbytes
 
 
 def _group(key: VolumeKey) -> Group:

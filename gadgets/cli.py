@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 
 from recon_core.ahead import end_at_once, end_if_left_behind
 
 from .commands import bench, conform, demo, health, priors, recon, send, serve, simulate, train
+from .failure import OneLine, one_line, sentence
 
 COMMANDS = {
     demo: "run the whole chain on the shipped example and draw the result",
@@ -33,7 +35,7 @@ def command() -> None:
     if sys.stdout is not None:  # it is None where it was closed
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a name in another encoding must end nothing
     try:
-        code = main()
+        code = _written(main())
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # impatient users press it twice
         print("slicediff: interrupted", file=sys.stderr)
@@ -42,19 +44,31 @@ def command() -> None:
     sys.exit(code)
 
 
+def _written(code: int) -> int:
+    """The exit code; if what was printed cannot be written (a full disk), one sentence, and 1 instead of 0."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        print(f"slicediff: the output cannot be written: {error.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter tries it again
+        return code or 1
+    return code
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; returns its exit code, or 1 after an exception, with one sentence on stderr."""
     arguments = build_parser().parse_args(argv)
     level = logging.INFO if arguments.verbose else logging.CRITICAL
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
     try:
         return arguments.run(arguments) or 0
     except Exception as error:  # the boundary: one sentence; the traceback only with --verbose
-        from .failure import sentence
-
         if arguments.verbose:
             logging.getLogger("slicediff").info("failure", exc_info=error)
-        text = sentence(error) if not isinstance(error, OSError) else str(error)
+        text = sentence(error) if not isinstance(error, OSError) else one_line(str(error))
         print(f"slicediff: {text}", file=sys.stderr)
         return 1
 

@@ -18,7 +18,7 @@ from .header import parse_header
 from .options import OptionsError, make_options, options_from_json
 from .recon import reconstruct
 from .solve import load_prior_for
-from .wire import ERROR, HEADER, IMAGE, QUERY, SCAN_ITEMS, TEXT, Wire, WireError
+from .wire import CONFIG_FILE, CONFIG_TEXT, ERROR, HEADER, IMAGE, QUERY, SCAN_ITEMS, TEXT, Wire, WireError
 
 log = logging.getLogger("slicediff")
 PROGRESS_EVERY_S = 2.0
@@ -132,6 +132,8 @@ class Intake:
                     return
                 elif kind == TEXT:
                     self._note_late(item)
+                elif kind in (CONFIG_FILE, CONFIG_TEXT):
+                    self.late.add("those of another configuration")
                 elif kind == QUERY and (answer := self.host.answer(item[1])):
                     with contextlib.suppress(OSError):  # a peer that is gone is detected elsewhere
                         self.wire.send_response(item[0], answer)

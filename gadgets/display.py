@@ -6,6 +6,8 @@ import re
 import time
 from collections.abc import Iterable
 
+from .failure import one_line
+
 BARS = ("sweep", "error map")  # stages that report how far they have got
 COUNT = re.compile(rf"({'|'.join(BARS)}) (\d+)/(\d+)")
 
@@ -41,6 +43,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """Show a line; "sweep 3/30" or "error map 3/30" updates its bar instead."""
+        text = one_line(text)
         if found := COUNT.fullmatch(text):
             self.count(found[1], int(found[2]), int(found[3]))
         else:
@@ -66,4 +69,4 @@ class Display:
 
     def note(self, notes: Iterable[str]) -> None:
         """Add notes for the user, on any volume, to `facts`; each sentence only once."""
-        self.facts["warnings"] = list(dict.fromkeys([*self.facts["warnings"], *notes]))
+        self.facts["warnings"] = list(dict.fromkeys([*self.facts["warnings"], *map(one_line, notes)]))

@@ -8,11 +8,13 @@ import logging
 import threading
 from collections.abc import Iterator
 
-from recon_core.device_failure import lost_the_gpu, ran_out_of_memory
+from recon_core.ahead import LEFT_BEHIND
+from recon_core.device_failure import GpuHangs, lost_the_gpu, ran_out_of_memory
 
 log = logging.getLogger("slicediff")
 LONGEST = 1000  # characters in a sentence
 INTERNAL = "internal error, "
+FREEING_S = 60.0  # it takes milliseconds, and what else runs there may have to end before
 MOST_NAMES = 3  # of volumes listed in a sentence
 Failures = dict[str, list[str]]  # reason: names of the volumes
 gpu_lost = threading.Event()  # for this process: any GPU call would fail or hang until the process is restarted
@@ -24,6 +26,18 @@ class ScanError(ValueError):
 
 class ReconError(ValueError):
     """Some volumes of a scan, or the images requested of them, could not be made; the message is for the user."""
+
+
+class OneLine(logging.Formatter):
+    """Formats each message as one line: what a peer or a file holds can imitate no other line, nor steer a terminal."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The message without a traceback."""
+        return one_line(super().formatMessage(record))
+
+    def formatException(self, exc_info) -> str:
+        """The traceback, with its line ends."""
+        return "".join(c for c in super().formatException(exc_info) if c.isprintable() or c == "\n")
 
 
 class Unfinished(ReconError):
@@ -73,13 +87,24 @@ def log_failure(what: str, error: BaseException, level: int = logging.ERROR) -> 
 
 
 def free_gpu_memory() -> None:
-    """Release what a failed attempt left cached, so that the next one finds the device as it was."""
+    """Release what a failed attempt left cached, so that the next one finds the device as it was.
+
+    A GPU that has not done so within FREEING_S counts as lost.
+    """
     import torch  # not above: a failure to import it must be told, too
+
+    def free() -> None:
+        with contextlib.suppress(RuntimeError):  # a lost GPU has nothing to give back
+            torch.cuda.empty_cache()
 
     gc.collect()
     if torch.cuda.is_available() and not gpu_lost.is_set():
-        with contextlib.suppress(RuntimeError):  # a lost GPU has nothing to give back
-            torch.cuda.empty_cache()
+        thread = threading.Thread(target=free, daemon=True)
+        thread.start()
+        thread.join(FREEING_S)
+        if thread.is_alive():
+            thread.name = LEFT_BEHIND
+            log_failure("freeing memory", GpuHangs(f"the GPU did not free its memory within {FREEING_S:g} s"))
 
 
 @contextlib.contextmanager

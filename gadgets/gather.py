@@ -96,6 +96,7 @@ class Gatherer:
         # lines outside the matrix with the header's centre, inside with another
         self.doubtful: list[ismrmrd.Acquisition] = []
         self.waiting: list[ismrmrd.Acquisition] = []  # lines of the first slice, which may be a partition
+        self.waiting_bytes = 0
         self.centred = False  # whether a volume has shown where k = 0 lies
         self.echoes: dict[int, int] = {}  # for each contrast: by how many samples its lines misstate the echo position
         self.given: set[VolumeKey] = set()  # volumes that were yielded
@@ -159,6 +160,8 @@ class Gatherer:
         self.partitions.see(line)
         if self.partitions.unsure(line):
             self.waiting.append(line)
+            self.waiting_bytes += line.data.nbytes
+            self._admit_held(line.active_channels)
             return
         if self.waiting:
             yield from self._release()
@@ -168,7 +171,7 @@ class Gatherer:
         """Take the lines that waited for those of another slice."""
         if self.partitions.are_planes:
             self._flatten()
-        waiting, self.waiting = self.waiting, []
+        waiting, self.waiting, self.waiting_bytes = self.waiting, [], 0
         for line in waiting:
             yield from self.add(line)
 
@@ -184,6 +187,7 @@ class Gatherer:
         if external or (is_calibration_only(line.flags) and self.geometry.calibration not in INTEGRATED):
             self.calibration_lines += 1
             self.calibrations.add(line, key)
+            self._admit_held(line.active_channels)
         elif space:
             self.foreign += 1
         else:
@@ -195,6 +199,13 @@ class Gatherer:
                 self.late += 1
             else:
                 self._into_volume(line, key)
+
+    def _admit_held(self, coils: int) -> None:
+        """Have the lines that are held besides the volumes admitted as what they would fill of such volumes."""
+        held = self.calibrations.nbytes + self.waiting_bytes
+        volumes = held // (8 * coils * math.prod(self.geometry.shape))
+        if volumes:
+            self.admit(coils, len(self.volumes) + volumes)
 
     def _doubt(self, line: ismrmrd.Acquisition, key: VolumeKey) -> Iterator[GatheredVolume]:
         """Keep a line that supports a k-space centre other than the header's.

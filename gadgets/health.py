@@ -9,8 +9,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from socketserver import ThreadingTCPServer
 
 from recon_core.ahead import left_behind
 
@@ -56,8 +57,10 @@ def process_facts() -> dict:
     return facts
 
 
-class HealthPage(Listening, ThreadingHTTPServer):
+class HealthPage(Listening, ThreadingTCPServer):
     """HTTP next to the MRD server: /healthz (JSON; status 200 when ready, else 503) and /metrics (Prometheus).
+
+    Not an HTTPServer, which asks for the host's full name: without a working DNS, for a long time.
 
     Args:
         address: (host, port), as for Listening.
@@ -67,7 +70,7 @@ class HealthPage(Listening, ThreadingHTTPServer):
         HealthError: if prometheus-client is not installed.
     """
 
-    daemon_threads = True
+    allow_reuse_address = daemon_threads = True
 
     def __init__(self, address: tuple[str, int], facts: Callable[[], dict]):
         self.facts, self.metrics = facts, metrics_of(facts)

@@ -218,6 +218,7 @@ def make_meta(
 def _window(pixels: np.ndarray) -> tuple[str, str]:
     """Centre and width of the window for a console: whole numbers for whole pixels, of any size for floats."""
     top = float(np.percentile(np.abs(evenly(pixels, SAMPLED)), 99.5))
+    top = top or float(np.abs(pixels).max())  # a few bright voxels in nothing
     if pixels.dtype.kind == "u":
         return str(max(1, round(top / 2))), str(max(1, round(top)))
     top = top or 1.0

@@ -24,6 +24,7 @@ class NoiseLines:
 
     def __init__(self, header: ismrmrd.xsd.ismrmrdHeader):
         self.lines: list[np.ndarray] = []
+        self.samples = 0
         self.dwell_us = 0.0  # of the first noise line
         self.power = 0.0  # of the noise in the first volume, relative to the noise lines
         self.before_first: int | None = None  # number of noise lines before the first volume
@@ -37,8 +38,9 @@ class NoiseLines:
 
         Noise power is proportional to 1/dwell.
         """
-        if sum(n.size for n in self.lines) >= MAX_SAMPLES:
+        if self.samples >= MAX_SAMPLES:
             return
+        self.samples += max(1, line.data.size)
         dwell_us = _dwell_us(line) or self.dwell_us  # not stated: that of the first
         self.dwell_us = self.dwell_us or dwell_us
         scale = (dwell_us / self.dwell_us) ** 0.5 if dwell_us else 1.0

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from .orientation import parse_orientation
 
 PRESETS_DIR = Path(__file__).parent / "presets"
+DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?")
 PRIOR_NAME = re.compile(r"[^/\0]{1,100}(?<!\.safetensors)")
 ForComparison = Literal["faithful", "interpolated", "field", "gaussians", "operator", "dds", "tpdm", "mbir", "pnp"]
 Method = Literal["diffusion", ForComparison, "wavelet", "tv", "cg", "zero-filled"]
@@ -39,7 +40,7 @@ class Options(BaseModel):
         description="name of a prior (see `slicediff priors`) or, on the command line, path of a .safetensors file; "
         "auto picks the one that suits method and device",
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto (a GPU if there is one), cpu or cuda")
+    device: str = Field("auto", description="auto (a GPU if there is one), cpu, cuda, or cuda:1 for the second GPU")
     preview: bool = Field(True, description="send the CG-SENSE image first, as a separate series")
     coils: int = Field(12, ge=1, le=128, description="maximum number of virtual coils after coil compression")
     sweeps: int = Field(
@@ -86,6 +87,13 @@ class Options(BaseModel):
     layout: Literal["volume", "partitions"] = Field(
         "volume", description="volume (one 3D image) or partitions (one 2D image per partition)"
     )
+
+    @field_validator("device")
+    @classmethod
+    def _device_is_one(cls, text: str) -> str:
+        if not DEVICE.fullmatch(text):
+            raise ValueError("expected auto, cpu, cuda, or cuda:N for GPU number N")
+        return text
 
     @field_validator("orientation")
     @classmethod

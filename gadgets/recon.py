@@ -166,7 +166,7 @@ def prepare(
             what = "the GPU cannot take it with its coil maps" if with_maps else "the GPU cannot take it"
             log_failure(what, error)
         free_gpu_memory()
-        if not short:
+        if not short or gpu_lost.is_set():
             break
     work = partial(_prepare, gathered, options, torch.device("cpu"))
     measurement, preview = in_thread(work, report, why_stop)

@@ -53,7 +53,7 @@ class Server(Listening, socketserver.ThreadingTCPServer):
     allow_reuse_address = True
     daemon_threads = True
     block_on_close = False
-    request_queue_size = 32
+    request_queue_size = 256  # beyond it, the kernel resets connections without a word
 
     def __init__(
         self,
@@ -96,16 +96,19 @@ class Server(Listening, socketserver.ThreadingTCPServer):
         _wait_while(lambda: self.counts.open, self.limits.grace_s)
         self.last_turn = time.monotonic() + LAST_WORDS_S / 2
         self.out_of_time.set()
-        for handler in list(self.talking):
-            handler.hang_up("this server is shutting down: come again when it is back")
         _wait_while(lambda: self.counts.open, LAST_WORDS_S)
         _wait_while(lambda: self.talking, LINGER_S)
         self.shutdown()
 
     def service_actions(self) -> None:
-        """Hang up on peers that send no header in time; called several times a second."""
+        """Hang up on peers that send no header in time, and on all once the time is over, also those that come then.
+
+        Called several times a second.
+        """
         for handler in list(self.talking):
-            if time.monotonic() > handler.until:
+            if self.out_of_time.is_set() and not handler.wire.stopped:
+                handler.hang_up("this server is shutting down: come again when it is back")
+            elif time.monotonic() > handler.until:
                 handler.hang_up(f"no configuration and header came within {self.limits.idle_s:g} s")
 
     def give_way(self) -> None:
@@ -157,7 +160,6 @@ class Handler(socketserver.BaseRequestHandler):
         self.wire = w.QueuedWire(self.request, timeout_s, message_bytes, buffer_bytes)
         self.visit, self.gadgetron = Visit(self.server.counts, self.server.keep), False
         self.until = time.monotonic() + limits.idle_s  # the header must have come by then
-        self.hung_up = ""  # why the peer was hung up on
         self.server.talking.add(self)
 
     def handle(self) -> None:
@@ -178,7 +180,7 @@ class Handler(socketserver.BaseRequestHandler):
             self.visit.end(well=False)  # unless it has ended
             if gpu_lost.is_set():
                 self.server.give_way()
-        linger(self.request, self.server.limits.idle_s if self.hung_up else self.server.limits.timeout_s)
+        linger(self.request, self.server.limits.idle_s if self.wire.stopped else self.server.limits.timeout_s)
 
     def finish(self) -> None:
         try:
@@ -191,13 +193,12 @@ class Handler(socketserver.BaseRequestHandler):
 
     def hang_up(self, why: str) -> None:
         """Stop reading: a scan that is still being received ends here."""
-        self.until, self.hung_up = math.inf, why
-        with contextlib.suppress(OSError):
-            self.request.shutdown(socket.SHUT_RD)
+        self.until = math.inf
+        self.wire.stop_reading(why)
 
     def _converse(self) -> None:
         config: tuple[int, str] | None = None
-        texts: list[str] = []
+        texts, room = [], w.MAX_TEXT_BYTES
         if len(self.server.talking) > self.server.limits.connections + SPARE:
             return self.wire.send_text(
                 f"ERROR: this server has {len(self.server.talking) - 1} connections already: try again later"
@@ -211,6 +212,9 @@ class Handler(socketserver.BaseRequestHandler):
                     self.gadgetron = kind == w.CONFIG_TEXT and is_gadgetron_peer(item)
                 elif kind == w.TEXT:
                     texts.append(item)
+                    room -= len(item)
+                    if room < 0:
+                        raise w.WireError(f"more than {w.MAX_TEXT_BYTES >> 20} MiB of texts came before the header")
                 elif kind == w.HEADER:
                     self.until = math.inf
                     return self._scan(config, texts, item.encode())
@@ -219,7 +223,7 @@ class Handler(socketserver.BaseRequestHandler):
                         f"expected a configuration and a header before the data, got message {kind} first"
                     )
         except Exception as error:  # the boundary: every failure must reach the peer
-            self._tell(error if self.visit.stage is Stage.OPEN or not self.hung_up else w.WireError(self.hung_up))
+            self._tell(error)
 
     def _scan(self, config: tuple[int, str] | None, texts: list[str], header_xml: bytes) -> None:
         self.wire.tap = self.visit.begin(header_xml)  # before anything can fail, so that everything received is kept
@@ -237,7 +241,9 @@ class Handler(socketserver.BaseRequestHandler):
         Returns the first other message, None if the scan ends before.
         """
         for kind, item in itertools.chain(((w.TEXT, text) for text in texts), self.wire.messages()):
-            if kind == w.TEXT:
+            if kind == w.TEXT and not item.lstrip().startswith("{"):
+                self.wire.send_text(f"this text holds no options, which are a JSON object: {item[:100]!r}")
+            elif kind == w.TEXT:
                 found, others = options_from_json(item)
                 sources.append(found)
                 if others:

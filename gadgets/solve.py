@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -324,7 +325,7 @@ def warm_up(prior, options: Options) -> None:
 def load_prior_for(options: Options) -> Prior | None:
     """The prior that the options select, on their device; None if the method uses none.
 
-    None as well if the device is a GPU that is lost: then CG-SENSE stands.
+    None as well if the device is a GPU that is lost, or hangs: then CG-SENSE stands.
 
     Raises:
         PriorError: if the weights cannot be loaded or do not fit the method, or CUDA was requested but is not
@@ -333,7 +334,12 @@ def load_prior_for(options: Options) -> Prior | None:
     method = METHODS[options.method]
     if not method.uses_prior or (gpu_lost.is_set() and device_of(options).type == "cuda"):
         return None
-    prior = load_prior(prior_of(options), device_of(options))
+    load, on_gpu = partial(load_prior, prior_of(options), device_of(options)), device_of(options).type == "cuda"
+    try:
+        prior = in_thread(lambda _: load(), lambda stage, facts: None, never_stop, on_gpu)
+    except GpuHangs as error:
+        log_failure("the prior was not loaded", error)
+        return None
     method.check(prior)
     return prior
 
@@ -344,8 +350,16 @@ def prior_of(options: Options) -> str:
 
 
 def device_of(options: Options) -> torch.device:
-    """The device, with `auto` resolved; PriorError if CUDA was requested but is not available."""
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise PriorError("device cuda was asked for, but torch finds no CUDA device; use device auto or cpu")
+    """The device, with `auto` resolved; PriorError if a GPU was requested that is not there."""
+    name, _, number = options.device.partition(":")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise PriorError(
+            f"device {options.device} was asked for, but torch finds no CUDA device; use device auto or cpu"
+        )
+    if number and int(number) >= (count := torch.cuda.device_count()):
+        raise PriorError(
+            f"device {options.device} was asked for, but torch finds {count} CUDA device{'s' * (count != 1)}, "
+            "counted from 0; use device cuda or auto"
+        )
     wanted = "cuda" if options.device == "auto" and torch.cuda.is_available() else options.device
     return torch.device("cpu" if wanted == "auto" else wanted)

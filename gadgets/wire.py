@@ -73,6 +73,7 @@ class Wire:
         self.sock, self.timeout_s, self.max_bytes, self.max_buffer_bytes = sock, timeout_s, max_bytes, max_buffer_bytes
         self.stream = sock.makefile("rb", buffering=1 << 20)
         self.ended = self.heard = self.lost = False
+        self.stopped = ""  # why nothing more is read
         self.readouts: list[tuple[int, int]] = []  # of the scan's encodings (geometry.readouts), needed for buffers
         self.tap: Callable[[object], None] | None = None  # called with every item of the scan, whoever reads it
         self.sending = threading.Lock()  # the thread that reads the scan answers queries while images are sent
@@ -111,7 +112,8 @@ class Wire:
     def _complete(self, got: int, wanted: int) -> None:
         if got < wanted:
             self.ended = True
-            raise WireError("the stream ended before its CLOSE message: the peer is gone or the scan was cut off")
+            why = "the stream ended before its CLOSE message: the peer is gone or the scan was cut off"
+            raise WireError(self.stopped or why)
 
     def messages(self) -> Iterator[tuple[int, object]]:
         """(id, item) of each message until CLOSE.
@@ -132,6 +134,8 @@ class Wire:
             RECON_DATA: self._read_recon_data,
         }
         while not self.ended:
+            if self.stopped:
+                self._complete(0, 1)
             kind = self._unpack("<H")
             self.heard = True
             if kind == CLOSE:
@@ -150,6 +154,12 @@ class Wire:
         """From now on, wait this long for the peer's next byte."""
         self.timeout_s = timeout_s
         self.sock.settimeout(timeout_s)
+
+    def stop_reading(self, why: str) -> None:
+        """End the stream here, whatever is still to come, with this sentence; another thread may be reading."""
+        self.stopped = why  # the shutdown alone would not stop us while there is more to read
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RD)
 
     def gone(self) -> bool:
         """Whether the connection is known to be broken (a peer that only closed its sending side is still there)."""
@@ -321,13 +331,15 @@ class Wire:
 class QueuedWire(Wire):
     """A Wire that sends from a thread of its own, so that a peer that reads slowly holds up nobody else.
 
-    Once the peer is gone, or has taken nothing for `timeout_s`, sending raises OSError.
+    Once the peer is gone, or has taken nothing for `timeout_s`, sending raises OSError. So it does while more than
+    `max_buffer_bytes` wait to be taken; what waits is sent all the same.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.failure: OSError | None = None
         self.outgoing: queue.SimpleQueue = queue.SimpleQueue()
+        self.waiting = 0  # bytes
         self.writer = threading.Thread(target=self._write, name="writer", daemon=True)
         self.writer.start()
 
@@ -345,7 +357,14 @@ class QueuedWire(Wire):
     def _send(self, data: bytes) -> None:
         if self.failure is not None:
             raise PeerGone(f"the peer takes no more messages: {self.failure}")
+        if self.waiting > self.max_buffer_bytes:
+            raise PeerGone(f"the peer has left {self.waiting / 2**30:.2g} GiB of images and messages unread")
+        self._count(len(data))
         self.outgoing.put(data)
+
+    def _count(self, nbytes: int) -> None:
+        with self.sending:
+            self.waiting += nbytes
 
     def _write(self) -> None:
         while (data := self.outgoing.get()) is not None:
@@ -354,6 +373,7 @@ class QueuedWire(Wire):
                     self._deliver(data)
             except OSError as error:
                 self.failure = error
+            self._count(-len(data))
 
 
 def _decode(data: bytes) -> str:

@@ -27,6 +27,7 @@ KEPT_ARRAYS = 2  # data that are kept, and a part of them
 # a calibration of another contrast explains less, one that differs only in phase explains more.
 EXPLAINS = 0.8
 TOO_LARGE = 1e15  # for a sample, in any units
+TOO_SMALL = 1e-15  # for the mean sample: noise and outer lines are far below it, and squared in float32
 # Cap on a line's weight, in median counts: full weight for the few lines with more averages would amplify their
 # coil-map errors. Fewer than SEVERAL of the lines weigh no more than the others: the largest weight is 1, and one line
 # sent twice would halve all others against the prior.
@@ -107,6 +108,12 @@ def measure(
         in_phase(maps.first, mixing, reference.combination)
     operator = maps.sense(mask, device)
     sigma = whitened.sigma / averages**0.5
+    energy, samples = energy_of(data), int((mask > 0).sum()) * data.shape[0] * data.shape[-1]
+    if not whitened.known and energy < TOO_SMALL**2 * samples:  # noise lines would have changed the units
+        warnings.append(
+            "CAUTION: the samples are so small that their squares, and with them the image, lose precision: "
+            f"multiply the lines so that they are far above {TOO_SMALL:g}, or send noise lines"
+        )
     kept = data if keep_lines or len(usable_axes(operator.shape)) == 1 else None
     adjoint = operator.adjoint(data)
     calibrated = tissue = None
@@ -118,8 +125,8 @@ def measure(
     return Measurement(
         operator=operator,
         adjoint=adjoint,
-        energy=energy_of(data),
-        samples=int((mask > 0).sum()) * data.shape[0] * data.shape[-1],
+        energy=energy,
+        samples=samples,
         sigma=sigma,
         voxel_mm=voxel_mm,
         acs=found.size,

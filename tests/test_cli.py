@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import make_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -751,6 +752,32 @@ def test_the_version_and_what_training_can_be_told(capsys):
 def test_conform_with_a_port_alone_tests_the_server_there(capsys):
     code, _, err = run(capsys, "conform", "--port", 1, "--case", "no-line")
     assert code == 1 and "127.0.0.1 port 1" in err
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_cannot_be_written_costs_no_file(tmp_path, scan_path, unbuffered):
+    recon = [*COMMAND, "recon", scan_path, tmp_path / "images.h5", "--method", "cg"]
+    copies = ["--nifti", tmp_path / "nii", "--png", tmp_path / "x.png"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([*recon, *copies], stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    assert ended.returncode == 1 and ended.stderr.splitlines()[-1].endswith("No space left on device"), ended.stderr
+    assert ended.stderr.count("\n") == 1 and len(read_images(tmp_path / "images.h5")) == 1
+    assert len(list((tmp_path / "nii").iterdir())) == 1 and (tmp_path / "x.png").stat().st_size > 1000
+
+
+def test_a_server_whose_output_cannot_be_written_serves():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+    serve = [*COMMAND, "serve", "--port", port, "--method", "cg"]
+    with open("/dev/full", "w") as full, subprocess.Popen(serve, stdout=full, stderr=subprocess.DEVNULL) as server:
+        try:
+            end = time.monotonic() + 60
+            while main(["health", "--port", port]) and time.monotonic() < end and server.poll() is None:
+                time.sleep(0.2)
+            assert server.poll() is None and main(["health", "--port", port]) == 0
+        finally:
+            server.kill()
 
 
 LEAVES_A_SOLVER = """

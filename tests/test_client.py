@@ -71,7 +71,7 @@ def an_image(series=2, index=1, comment="") -> bytes:
 
 
 def text(line: str) -> bytes:
-    return struct.pack("<HI", 5, len(line)) + line.encode()
+    return struct.pack("<HI", 5, len(line.encode())) + line.encode()
 
 
 def send(address, path, **kwargs):
@@ -143,6 +143,18 @@ def test_what_the_comments_tell_is_told(scan_path, tmp_path, capsys):
         assert send_by_command(address, scan_path, tmp_path / "out.h5", "--expect", "3") == 0
     notes = capsys.readouterr().err.splitlines()[-2:]
     assert notes == ["slicediff: note: no noise lines", "slicediff: note: one line is missing"]
+
+
+def test_a_server_cannot_steer_the_terminal(scan_path, tmp_path, capsys):
+    """Neither with what it says, nor with its errors and comments."""
+    evil = "\x1b]0;title\x07\x9b31mred\rover\u202e"
+    answers = text(evil) + an_image(1, 1) + an_image(2, 1, "name; noted &#x9b;31m") + text(f"ERROR: no {evil}")
+    with a_server(answers, []) as address:
+        assert send_by_command(address, scan_path, tmp_path / "out.h5") == 1
+    captured = capsys.readouterr()
+    shown = captured.out + captured.err
+    assert "]0;title31mred over" in shown and "note: noted 31m" in shown and "slicediff: no ]0;title" in shown
+    assert all(c.isprintable() or c == "\n" for c in shown)
 
 
 def test_a_chain_is_sent_byte_for_byte(scan_path, tmp_path, monkeypatch):

@@ -22,11 +22,11 @@ from test_variational import VOXEL, last, problem
 import gadgets.images
 from gadgets import solve
 from gadgets.failure import gpu_lost
-from gadgets.options import make_options
-from gadgets.solve import load_prior_for
+from gadgets.options import OptionsError, make_options
+from gadgets.solve import device_of, load_prior_for
 from recon_core import adaptation, low_resolution, prior, pupil
 from recon_core.adaptation import reconstruct_adapted
-from recon_core.ahead import Crew
+from recon_core.ahead import Crew, left_behind
 from recon_core.cg_sense import cg_sense
 from recon_core.device_failure import GpuHangs
 from recon_core.fft import centre_block
@@ -36,7 +36,7 @@ from recon_core.measurement import Measurement, Reference
 from recon_core.methods import METHODS
 from recon_core.neural_field import NeuralField
 from recon_core.neural_operator import NeuralOperator
-from recon_core.prior import Prior, save_prior
+from recon_core.prior import Prior, PriorError, save_prior
 from recon_core.rehearsal import Rehearsal
 from recon_core.sense import Sense
 from recon_core.train import train
@@ -353,6 +353,22 @@ def test_the_server_warms_up_and_answers_there(scan_path, gpu):
     assert gpu.used == held
 
 
+def test_a_gpu_is_chosen_by_its_number(scan_path, gpu, monkeypatch):
+    expected, numbered = (run_chain(scan_path, None, method="cg", device=name)[0] for name in ("cuda", "cuda:0"))
+    assert np.array_equal(expected.data, numbered.data)
+    second = make_options({"device": "cuda:1"})
+    with pytest.raises(PriorError, match="device cuda:1 was asked for, but torch finds 1 CUDA device, counted from 0"):
+        load_prior_for(second)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "device_count", lambda: 2)
+        assert device_of(second) == torch.device("cuda", 1)
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(PriorError, match="device cuda:1 was asked for, but torch finds no CUDA device"):
+            load_prior_for(second)
+    with pytest.raises(OptionsError, match="option 'device': expected auto, cpu, cuda, or cuda:N .* got 'cuda:x'"):
+        make_options({"device": "cuda:x"})
+
+
 @pytest.mark.parametrize(
     "noticed,said",
     [
@@ -577,6 +593,33 @@ def test_a_gpu_that_hangs_as_its_memory_is_freed_holds_up_no_scan(scan_path, gpu
     with running({"device": "cuda", "method": "cg"}, load_prior_for) as server:
         (first, _), (second, _) = (client(server, scan_path) for _ in range(2))
     assert len(first) == len(second) == 1 and not released.is_set()
+    released.set()
+
+
+def test_a_gpu_that_hangs_as_it_takes_a_prior_is_lost(gpu, monkeypatch):
+    released = threading.Event()
+    monkeypatch.setattr(solve, "HANG_S", 0.5)
+    gpu.fault = lambda name: released.wait(60)
+    assert load_prior_for(make_options({"device": "cuda", "method": "pnp"})) is None and gpu_lost.is_set()
+    released.set()
+
+
+def test_a_gpu_that_hangs_as_its_memory_is_freed_for_another_try_is_lost(scan_path, gpu, monkeypatch):
+    """CG-SENSE comes from the CPU."""
+    (expected,), released = run_chain(scan_path, None, method="cg", device="cpu"), threading.Event()
+    monkeypatch.setattr("gadgets.failure.FREEING_S", 0.5)
+
+    def fault(name):
+        if name == "empty_cache":
+            released.wait(60)
+        else:
+            assert not gpu_lost.is_set(), f"{name} was asked of it"
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    gpu.fault = fault
+    (image,) = run_chain(scan_path, None, method="cg", device="cuda")
+    assert np.array_equal(image.data, expected.data) and gpu_lost.is_set() and left_behind() == 1
+    assert "CG-SENSE was computed on the CPU" in image.meta["ImageComments"]
     released.set()
 
 

@@ -144,6 +144,14 @@ def test_the_window_of_float_images_fits_pixels_of_any_size(output, brightness):
     assert float(dark.meta["WindowWidth"]) > 0
 
 
+@pytest.mark.parametrize("output, window", [("uint16", ["2048", "4095"]), ("float32", ["1.5", "3"])])
+def test_the_window_shows_a_few_bright_voxels_in_nothing(output, window):
+    volume = torch.zeros(8, 10, 12, dtype=torch.complex64)
+    volume[4, 5, 6] = 3
+    (image,) = make_images(volume, gathered_volume(), make_options({"output": output}), HEADER, 1, 0, "name", [])
+    assert [image.meta["WindowCenter"], image.meta["WindowWidth"]] == window
+
+
 def test_a_nifti_has_the_brightness_of_before_the_scaling(tmp_path):
     volume = torch.from_numpy(np.random.default_rng(0).random((8, 10, 12))).to(torch.complex64)
     (image,) = make_images(volume, gathered_volume(), make_options(), HEADER, 1, 0, "name", [])

@@ -10,6 +10,7 @@ import threading
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import run_chain
 from peers import ClientPeer, GadgetronPeer, run_execute, same_images
@@ -250,6 +251,26 @@ def test_options_in_text_count_until_the_first_line(server, scan_path, before):
     assert "options came after the first line and were not used: output" in image.meta["ImageComments"]
     assert any(kind == TEXT and "were not used: output" in item for kind, item in messages)
     assert (RESPONSE in [kind for kind, _ in messages]) == (before == "query")
+
+
+def test_a_hosts_own_texts_and_a_late_configuration_cost_no_scan(server, scan_path, expected):
+    with ClientPeer(server.server_address) as peer, ScanFile(scan_path) as scan:
+        peer.wire.send_config_file("default")
+        peer.wire.send_text("scan of \x1b the day")
+        peer.wire.send_header(scan.header_xml)
+        peer.wire.send_text("")
+        peer.wire.send_config_file("fine")
+        for line in scan.acquisitions():
+            peer.wire.send_item(line)
+        peer.wire.close()
+        messages = list(peer.wire.messages())
+    images = [item for kind, item in messages if kind == IMAGE]
+    assert [np.array_equal(a.data, b.data) for a, b in zip(images, expected)] == [True, True]
+    said = [item for kind, item in messages if kind == TEXT][:2]
+    assert said == [
+        f"this text holds no options, which are a JSON object: {it!r}" for it in ("scan of \x1b the day", "")
+    ]
+    assert "were not used: those of another configuration" in images[0].meta["ImageComments"]
 
 
 def test_images_instead_of_raw_data_are_told(server, scan_path, expected):

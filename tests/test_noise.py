@@ -29,6 +29,15 @@ def test_useless_noise_is_refused(noise, message):
         whitening_matrix(noise)
 
 
+@pytest.mark.parametrize("unit, told", [(1e-16, True), (1e-13, False), (1.0, False)])
+def test_units_too_small_to_square_are_told_unless_noise_lines_change_them(unit, told):
+    noise, kspace = random_complex(2, 4000), random_complex(2, 12, 10, 8, seed=1)
+    kspace[:, 4:8, 3:7] += 4
+    found = measure(unit * kspace, torch.ones(12, 10), (2.0, 2.0, 2.0))
+    assert any("lose precision" in text for text in found.warnings) == told
+    assert not measure(unit * kspace, torch.ones(12, 10), (2.0, 2.0, 2.0), unit * noise).warnings
+
+
 @pytest.mark.parametrize("dead", [0.0, 1e-6])
 def test_a_dead_coil_is_left_out_and_the_image_is_that_of_the_others(dead):
     noise, kspace = random_complex(5, 4000), random_complex(5, 24, 20, 16, seed=1)

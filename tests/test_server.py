@@ -1,5 +1,6 @@
 """What the server grants: turns, memory, addresses, a page of health, a folder of failed scans."""
 
+import contextlib
 import errno
 import json
 import logging
@@ -19,7 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
-from conftest import line_like, run_chain
+from conftest import line_like, load_small_scan, run_chain
+from ismrmrd import ACQ_IS_PARALLEL_CALIBRATION
 from peers import ClientPeer, same_images
 from test_mouths import FAST, client, running
 
@@ -27,18 +29,19 @@ from gadgets import recon
 from gadgets.address import AddressError
 from gadgets.budget import Budget, free_memory, worth_an_image
 from gadgets.cli import main
-from gadgets.failure import ReconError, ScanError
+from gadgets.failure import OneLine, ReconError, ScanError
 from gadgets.flags import LAST_BIT, NOISE_BIT
-from gadgets.gather import gather
+from gadgets.gather import Gatherer, gather
 from gadgets.header import parse_header
-from gadgets.health import Counts, HealthPage
+from gadgets.health import Counts, HealthPage, process_facts
 from gadgets.keep import FailedScans
 from gadgets.limits import Limits
 from gadgets.scan_files import ScanFile, ScanWriter
 from gadgets.server import Server
+from gadgets.simulation.protocol import SimulateOptions
 from gadgets.turns import Turns
 from gadgets.visit import Visit
-from gadgets.wire import IMAGE, Wire
+from gadgets.wire import ACQUISITION, IMAGE, Wire
 
 
 def test_turns_come_in_order_and_places_are_told():
@@ -86,6 +89,45 @@ def test_memory_is_refused_from_the_header_and_from_the_lines(scan_path):
     with pytest.raises(ScanError, match="2 volumes at once"):
         list(gather(header, lines, Budget(header, exactly * 1.5).check))
     assert len(list(gather(header, lines, Budget(header, exactly * 3.5).check))) == 3
+
+
+def calibration_only(line, count):
+    """As many calibration lines, each of another slice and contrast."""
+    flags = 1 << ACQ_IS_PARALLEL_CALIBRATION - 1
+    return [line_like(line, slice=n % 60_000, contrast=n // 100, flags=flags) for n in range(count)]
+
+
+SEPARATE = SimulateOptions(coils=4, noise_lines=0, calibration="separate")
+
+
+def test_a_scan_of_calibration_lines_alone_is_refused_before_it_fills_the_memory(tmp_path):
+    header, (line, *_), _ = load_small_scan(tmp_path, SEPARATE, (24, 35, 26))
+    budget = Budget(header, 0.01)
+    with pytest.raises(ScanError, match="k-space needs 0.0.* GiB .*volumes at once of 4 coils.*takes 0.01 GiB"):
+        list(gather(header, calibration_only(line, 5000), budget.check))
+    with pytest.raises(ScanError, match="the scan holds no imaging line .300 calibration lines came"):
+        list(gather(header, calibration_only(line, 300), budget.check))
+
+
+def test_a_calibration_line_takes_little_more_memory_than_it_has(tmp_path):
+    header, (line, *_), _ = load_small_scan(tmp_path, SEPARATE, (64, 64, 128))
+    gatherer, before = Gatherer(header), process_facts()["rss_mib"]
+    for one in calibration_only(line, 10):
+        assert list(gatherer.add(one)) == []
+    assert process_facts()["rss_mib"] - before < 16 and 0 < gatherer.calibrations.nbytes < 1 << 20
+
+
+def test_lines_that_wait_for_another_slice_count(scan_path):
+    with ScanFile(scan_path) as scan:
+        header, *_, line = parse_header(scan.header_xml), *scan.acquisitions()
+    limits = header.encoding[0].encodingLimits
+    limits.kspace_encoding_step_2 = None
+    limits.slice = SimpleNamespace(minimum=0, center=0, maximum=header.encoding[0].encodedSpace.matrixSize.z - 1)
+    gatherer = Gatherer(header, Budget(header, 0.002).check)
+    with pytest.raises(ScanError, match="k-space needs 0.0.* GiB"):
+        for _ in range(2000):
+            assert list(gatherer.add(line_like(line, slice=0, kspace_encode_step_2=0))) == []
+    assert len(gatherer.waiting) == 4 * 24 * 35 * 26 // 52  # as many samples as four volumes
 
 
 @pytest.mark.parametrize("flagged, held", [(True, 1), (False, 2)])
@@ -280,7 +322,10 @@ def test_health_page_and_metrics(scan_path, prior):
 @pytest.mark.parametrize(
     "host,reachable", [("localhost", ["127.0.0.1"]), ("::", ["127.0.0.1", "[::1]"]), ("::1", ["[::1]"])]
 )
-def test_health_page_is_on_the_addresses_of_the_server(host, reachable):
+def test_health_page_is_on_the_addresses_of_the_server(host, reachable, monkeypatch):
+    """And asks no DNS for the host's name, which may take long to answer."""
+    monkeypatch.setattr("socket.getfqdn", lambda *_: pytest.fail("the DNS was asked"))
+    monkeypatch.setattr("socket.gethostbyaddr", lambda *_: pytest.fail("the DNS was asked"))
     try:
         page = HealthPage((host, 0), lambda: {"ready": True})
     except AddressError as error:
@@ -628,6 +673,46 @@ def test_a_peer_that_dribbles_is_let_go_and_a_full_server_is_not_ready(prior, mo
         assert time.monotonic() - began < 10 and until(lambda: not server.talking) and server.health()["ready"]
 
 
+def test_a_hundred_peers_at_once_are_all_answered(prior):
+    """Also while the server is too busy to accept them: the kernel keeps them until it does."""
+    server = Server(("127.0.0.1", 0), FAST, lambda options: prior)
+    with contextlib.ExitStack() as stack:
+        peers = [socket.create_connection(server.server_address, 2) for _ in range(100)]
+        wires = [stack.enter_context(Wire(stack.enter_context(peer), 20)) for peer in peers]
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        assert until(lambda: len(server.talking) == 100)
+        for wire in wires:
+            with contextlib.suppress(OSError):  # the last ones are refused
+                wire.send_query("gadgetron::info")
+                wire.close()
+        said = [str([item for _, item in wire.messages()]) for wire in wires]
+        server.shutdown()
+        server.server_close()
+    answered = sum("gadgetron-slicediff" in text for text in said)
+    assert answered >= 96 and answered + sum("connections already: try again" in text for text in said) == 100
+
+
+def test_texts_before_the_header_are_bounded(prior, monkeypatch):
+    monkeypatch.setattr("gadgets.wire.MAX_TEXT_BYTES", 1 << 20)
+    with running(FAST, lambda options: prior) as server, ClientPeer(server.server_address) as peer:
+        peer.wire.send_config_file("default")
+        for _ in range(3):
+            peer.wire.send_text("x" * 500_000)
+        peer.wire.close()
+        assert [item for _, item in peer.wire.messages()] == ["ERROR: more than 1 MiB of texts came before the header"]
+
+
+def test_who_has_only_sent_a_header_hears_of_a_shutdown(scan_path, prior):
+    with running(FAST, lambda options: prior, grace_s=0) as server, ScanFile(scan_path) as scan:
+        with ClientPeer(server.server_address) as peer:
+            peer.wire.send_config_file("default")
+            peer.wire.send_header(scan.header_xml)
+            assert until(lambda: server.counts.open)
+            threading.Thread(target=server.retire).start()
+            (said,) = (item for _, item in peer.wire.messages())
+    assert said == "ERROR: this server is shutting down: come again when it is back"
+
+
 def test_why_an_idle_connection_is_closed_is_told(prior):
     with running(FAST, lambda options: prior, idle_s=0.3) as server, ClientPeer(server.server_address) as peer:
         peer.wire.send_config_file("default")
@@ -642,6 +727,43 @@ def test_why_an_idle_connection_is_closed_is_told(prior):
         threading.Thread(target=server.retire).start()
         ((_, text),) = peer.wire.messages()
         assert text == "ERROR: this server is shutting down: come again when it is back"
+
+
+def test_who_goes_on_sending_hears_of_a_shutdown(scan_path, prior, monkeypatch):
+    """Faster than the server reads, or only since the shutdown began: the stream ends with a sentence and a CLOSE."""
+    monkeypatch.setattr("gadgets.server.LAST_WORDS_S", 3.0)
+    said = {"early": [], "late": []}
+
+    def go_on_sending(name):
+        with ClientPeer(server.server_address) as peer, ScanFile(scan_path) as scan:
+            lines = [line.to_bytes() for line in scan.acquisitions()]
+            block = b"".join(struct.pack("<H", ACQUISITION) + line for line in lines)
+
+            def send():
+                peer.wire.send_config_file("default")
+                peer.wire.send_header(scan.header_xml)
+                with contextlib.suppress(OSError):
+                    while True:
+                        peer.sock.sendall(block)
+
+            threading.Thread(target=send, daemon=True).start()
+            said[name] += [item for _, item in peer.wire.messages()]  # raises if there is no CLOSE
+            said[name].append("closed")
+
+    with running(FAST, lambda options: prior, grace_s=0.1) as server:
+        early, late = (threading.Thread(target=go_on_sending, args=(name,)) for name in said)
+        early.start()
+        assert until(lambda: server.counts.open)
+        server.counts.add(open=1)  # another one, which takes its time
+        retiring = threading.Thread(target=server.retire)
+        retiring.start()
+        early.join(10)
+        late.start()
+        late.join(10)
+        server.counts.add(open=-1)
+        retiring.join(10)
+    assert said["early"][-1] == said["late"][-1] == "closed"
+    assert "because the server is shutting down" in said["early"][-2] and "is shutting down" in said["late"][-2]
 
 
 @pytest.fixture
@@ -797,6 +919,24 @@ def test_health_is_a_command(prior, capsys):
         assert main(arguments) == 1
     assert main(arguments) == 1
     assert capsys.readouterr().err.startswith("slicediff: no server answers at 127.0.0.1 port")
+
+
+def test_a_servers_health_cannot_steer_the_terminal(prior, capsys, monkeypatch):
+    monkeypatch.setattr("gadgets.server.Handler.answer", lambda *_: '{"ready": true,\r "prior": "\x9b31m"}')
+    with running(FAST, lambda options: prior) as server:
+        assert main(["health", "--port", str(server.server_address[1])]) == 0
+    assert capsys.readouterr().out == '{"ready": true, "prior": "\\u009b31m"}\n'
+
+
+def test_a_peer_cannot_write_lines_of_its_own_into_the_log():
+    try:
+        raise RuntimeError("trouble\x1b[2J")
+    except RuntimeError:
+        failure = sys.exc_info()
+    record = logging.LogRecord("slicediff", logging.INFO, "", 0, "it said %s", ("a\n2026 ERROR\x1b[31m b",), failure)
+    message, *traceback = OneLine("%(levelname)s %(message)s").format(record).split("\n")
+    assert message == "INFO it said a 2026 ERROR[31m b"
+    assert traceback[1].startswith('  File "') and traceback[-1] == "RuntimeError: trouble[2J"
 
 
 @pytest.mark.parametrize("answer", ["Gadgetron 4.7.2", "4", '{"version": "4.7.2"}'])

@@ -9,7 +9,7 @@ import ismrmrd
 import numpy as np
 import pytest
 
-from gadgets.wire import ACQUISITION, TEXT, QueuedWire, Wire, WireError
+from gadgets.wire import ACQUISITION, TEXT, PeerGone, QueuedWire, Wire, WireError
 
 
 @pytest.fixture
@@ -48,6 +48,22 @@ def test_a_peer_that_takes_nothing_is_given_up():
     with ours, theirs:
         with Wire(ours, timeout_s=0.2) as wire, pytest.raises(TimeoutError):
             wire.send_text("x" * 4_000_000)
+
+
+def test_what_a_peer_leaves_unread_is_bounded_and_not_lost():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        wire, sent = QueuedWire(ours, timeout_s=20, max_buffer_bytes=1_000_000), 0
+        with pytest.raises(PeerGone, match="the peer has left 0.00.* GiB of images and messages unread"):
+            while sent < 100:
+                wire.send_text("x" * 100_000)
+                sent += 1
+        assert 10 <= sent < 20
+        with Wire(theirs, timeout_s=20) as peer:
+            assert [len(text) for _, (_, text) in zip(range(sent), peer.messages())] == [100_000] * sent
+        wire.send_text("it goes on")
+        wire.flush()
+        wire.release()
 
 
 def test_the_peer_hears_of_a_close_after_the_wire_was_released():

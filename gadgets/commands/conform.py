@@ -26,13 +26,15 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.table import Table
 
     from ..conformance.suite import conform
+    from ..failure import one_line
 
     table, results = Table("case", "promised", "happened", "seconds"), []
     with Console(stderr=True).status("") as status:
         given = arguments.host is not None or arguments.port is not None
         address = (arguments.host or "127.0.0.1", 9002 if arguments.port is None else arguments.port) if given else None
         for result in conform(address, arguments.case, status.update):
-            table.add_row(result.name, result.promise, f"{result.verdict}: {result.happened}", f"{result.seconds:.1f}")
+            happened = f"{result.verdict}: {one_line(result.happened)}"
+            table.add_row(result.name, result.promise, happened, f"{result.seconds:.1f}")
             results.append(result)
     # no markup: a server's sentence may hold brackets
     Console(width=None if sys.stdout.isatty() else 200, markup=False, emoji=False).print(table)

@@ -21,10 +21,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     answer = ask(arguments.host, arguments.port, "slicediff::health")
     try:
-        ready = json.loads(answer)["ready"]
+        facts = json.loads(answer)
+        ready = facts["ready"]
     except (ValueError, TypeError, KeyError):  # Gadgetron itself has port 9002, too
         raise SendError(
             f"the server at {arguments.host} port {arguments.port} is another one: it answered {answer[:100]!r}"
         ) from None
-    print(answer)
+    print(json.dumps(facts))  # written anew, as the answer may steer a terminal
     return 0 if ready else 1

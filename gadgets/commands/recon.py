@@ -60,8 +60,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise ReconError(f"{sentence(error)} ({of_images(writer.count, '{images} {were} written')})") from error
     finally:
         if writer.count:
-            _tell(arguments, display, writer.count)
-            _write_copies(arguments, images)
+            try:
+                _write_copies(arguments, images)
+            finally:  # last, as nobody may be there to read it
+                _tell(arguments, display, writer.count)
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import signal
 import threading
@@ -68,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     from recon_core.ahead import end_at_once, left_behind
 
     from ..conformance.faults import load_prior_or_fault
-    from ..failure import gpu_lost
+    from ..failure import OneLine, gpu_lost
     from ..health import HealthPage
     from ..keep import FailedScans
     from ..server import Server
@@ -78,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     logging.getLogger().setLevel(logging.INFO)
     for handler in logging.getLogger().handlers:
         # thread name: the peer's address, so whose scan
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s [%(threadName)s] %(message)s"))
+        handler.setFormatter(OneLine("%(asctime)s %(levelname)s [%(threadName)s] %(message)s"))
     limits = {name: getattr(arguments, name) for name in SERVE_LIMITS}
     load = load_prior_or_fault if arguments.test_faults else load_prior_for
     keep = arguments.keep_failed and FailedScans(arguments.keep_failed, arguments.keep_failed_gib)
@@ -88,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
         server.warm_up()
         if arguments.health_port is not None:
             page = HealthPage((arguments.host, arguments.health_port), server.health)
-            print(f"slicediff: health on {arguments.host} port {page.server_address[1]}", flush=True)
+            _announce(f"health on {arguments.host} port {page.server_address[1]}")
         facts = server.health()
         prior = f"prior {facts['prior']}" if facts["prior"] else "no prior"
         log.info("slicediff %s on %s with %s", facts["version"], facts["device"], prior)
@@ -99,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
             )
         _retire_on_signals(server)
         recovering.start()  # not before all is well: a start that fails could not exit
-        print(f"slicediff: serving on {arguments.host} port {server.server_address[1]}", flush=True)
+        _announce(f"serving on {arguments.host} port {server.server_address[1]}")
         server.serve_forever(poll_interval=0.1)
     if left_behind():
         log.error("%d hung solvers are left behind", left_behind())
@@ -109,6 +110,12 @@ def run(arguments: argparse.Namespace) -> int:
     if server.talking or recovering.is_alive():
         end_at_once(int(gpu_lost.is_set()))
     return int(gpu_lost.is_set())
+
+
+def _announce(what: str) -> None:
+    """Print a line on stdout; a full disk behind it keeps no server from serving."""
+    with contextlib.suppress(OSError):
+        print(f"slicediff: {what}", flush=True)
 
 
 def built_for_cuda() -> bool:
