@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from .fft import centre_crop_or_pad, fft, ifft
+from .fft import centre_crop_or_pad, fft, hann, ifft
 from .interpolation import interpolate
 from .metrics import object_mask
 
@@ -280,7 +280,7 @@ def low_resolution_maps(kspace: Tensor, mask: Tensor) -> Tensor:
     The phase of the first is taken off: otherwise they would contain the object's own phase, and with that take it from
     the image. They take the place of `kspace` [coils z y x].
     """
-    window = [torch.hann_window(n + 2, periodic=False, device=kspace.device)[1:-1] ** 4 for n in mask.shape]
+    window = [hann(n, kspace.device) ** 4 for n in mask.shape]
     smoothing = (window[0][:, None] * window[1] * (mask > 0))[..., None]
     for coil in kspace:  # one by one, to avoid further arrays of all coils
         coil.copy_(ifft(coil * smoothing, (0, 1)))
@@ -294,8 +294,14 @@ def _signal_patches(acs: Tensor, sides: list[int], sigma: float) -> Tensor:
     for axis, k in enumerate(sides, start=1):
         windows = windows.unfold(axis, k, 1)
     rows = windows.permute(1, 2, 3, 0, 4, 5, 6).reshape(-1, acs.shape[0] * sides[0] * sides[1] * sides[2])
-    values, vectors = torch.linalg.eigh(rows.T @ rows.conj())
+    # Of few patches with many entries (many coils), the products with each other have the same nonzero eigenvalues.
+    few = rows.shape[0] < rows.shape[1]
+    values, vectors = torch.linalg.eigh(rows.conj() @ rows.T if few else rows.T @ rows.conj())
     noise_edge = 2 * sigma**2 * (rows.shape[0] ** 0.5 + rows.shape[1] ** 0.5) ** 2
     keep = values > max(noise_edge, 1e-4 * float(values[-1]))
     keep[-1] = True
-    return vectors[:, keep]
+    signal = vectors[:, keep]
+    if few:
+        signal = rows.T @ signal
+        signal /= signal.norm(dim=0).clamp_min(torch.finfo(torch.float32).tiny)
+    return signal

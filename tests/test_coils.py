@@ -11,6 +11,7 @@ from conftest import random_complex
 from recon_core.cg_sense import cg_sense
 from recon_core.coils import (
     MATRICES_AT_ONCE,
+    _signal_patches,
     compression_matrix,
     cut_acs,
     dominant_eigenvectors,
@@ -245,6 +246,17 @@ def test_noise_of_the_calibration_is_told_from_signal():
     found = [maps_from(acs, (40, 44, 36), level) for level in (sigma, 10 * sigma, 0.0)]
     missed = [1 - float(alignment(maps, truth, inside).mean()) for maps in found]
     assert missed[0] < 1e-3 and missed[1] > 5 * missed[0] and missed[2] > 100 * missed[0]
+
+
+@pytest.mark.parametrize("coils", [2, 14])
+def test_signal_patches_are_an_orthonormal_basis_of_all_patches(coils):
+    """Whether there are more patches than entries in a patch (2 coils), or fewer (14)."""
+    acs = fft(object_seen((24, 24, 16), coils)[0], (1, 2, 3))[:, 9:15, 9:15, 4:12]
+    basis = _signal_patches(acs, [2, 2, 3], 0.0)
+    patches = acs.unfold(1, 2, 1).unfold(2, 2, 1).unfold(3, 3, 1).permute(0, 4, 5, 6, 1, 2, 3).flatten(4).flatten(0, 3)
+    assert (patches.shape[1] < patches.shape[0]) == (coils == 14) and basis.shape[1] < min(patches.shape)
+    torch.testing.assert_close(basis.mH @ basis, torch.eye(basis.shape[1]) + 0j, atol=1e-3, rtol=0)
+    assert (patches - basis @ (basis.mH @ patches)).norm() < 0.02 * patches.norm()
 
 
 def test_acs_is_found_also_when_it_is_not_square():
