@@ -15,8 +15,9 @@ from .metrics import object_mask
 MAX_ACS = 32  # more lines sharpen nothing and cost time
 ACS_READOUT = 24
 MIN_ACS = 8
-LATTICE_BLOCK, LARGEST_SHIFT = 24, 6  # lines
-ALIKE = 0.9  # share of a regular pattern's lines that a shift moves onto others
+LATTICE_BLOCK, LARGEST_SHIFT = 32, 8  # lines
+# Share of a regular pattern's lines that a shift moves onto others; two lines of random ones always seem regular.
+ALIKE, FEWEST = 0.9, 3
 READOUT_MARGIN = 1 / 8  # empty margin on each side, as a share of the readout
 # Side of a k-space patch; at most a third of the lines along an axis, since few lines would otherwise give too few
 # patches to learn from.
@@ -75,7 +76,7 @@ def folding(mask: Tensor) -> int:
         if (z, y) > (0, 0) and abs(y) < ny:
             here = block[z:, max(0, y) : ny + min(0, y)]
             there = block[: nz - z, max(0, -y) : ny - max(0, y)]
-            if here.any() and float((here & there).sum()) > ALIKE * float(here.sum()):
+            if int(here.sum()) >= FEWEST and float((here & there).sum()) > ALIKE * float(here.sum()):
                 shifts.append((z, y))
     cells = [abs(az * by - ay * bz) for (az, ay), (bz, by) in itertools.combinations(shifts, 2)]
     return min((cell for cell in cells if cell), default=1)  # parallel shifts span none

@@ -367,13 +367,26 @@ def lattice(z: int, y: int, shift: int, shape=(64, 80)) -> torch.Tensor:
 
 
 def test_how_often_a_lattice_folds_the_image():
-    cases = [(1, 1, 0, 1), (1, 2, 0, 2), (2, 1, 0, 2), (2, 2, 1, 4), (3, 2, 1, 6), (1, 4, 2, 4)]
+    cases = [
+        (1, 1, 0, 1),
+        (1, 2, 0, 2),
+        (2, 1, 0, 2),
+        (2, 2, 1, 4),
+        (3, 2, 1, 6),
+        (1, 4, 2, 4),
+        (1, 8, 0, 8),
+        (7, 2, 0, 14),
+    ]
     assert [folding(lattice(*case[:3])) for case in cases] == [case[3] for case in cases]
     assert folding(lattice(1, 3, 0, (1, 96))) == 3 and folding(torch.zeros(8, 8)) == 1
     random = torch.Generator().manual_seed(0)
     for share in (0.1, 0.3, 0.5, 0.8, 0.95):
         assert folding(torch.rand(64, 80, generator=random) < share) == 1
     assert folding((torch.rand(80, generator=random) < 0.4).expand(64, 80)) == 1
+    assert folding(lattice(1, 8, 0, (1, 96))) == 8
+    alone = torch.zeros(1, 96)
+    alone[0, [46, 51]] = 1
+    assert folding(alone) == 1
 
 
 @pytest.mark.parametrize("calibrated", [True, False])
