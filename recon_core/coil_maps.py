@@ -87,8 +87,9 @@ def make_coil_maps(
         return CoilMaps(low_resolution_maps(all_lines(), counts), everywhere, few)
     # With less than `loudest`, noise of that coil would count as a second signal everywhere.
     operators = signal_operators(acs, shape, calibration.loudest)
-    # Thinner slabs look the same whether their edges meet or lie over each other.
-    share = overlap(operators, acs) if min(shape[:2]) >= MIN_SIDE else 0.0
+    # Slabs of a few lines look the same whether their edges meet or lie over each other; a single one cannot.
+    sides = [n for n in shape[:2] if n > 1]
+    share = overlap(operators, acs) if sides and min(sides) >= MIN_SIDE else 0.0
     second = share > least and len(usable_axes(shape)) > 1 and len(acs) >= COILS_FOR_TWO
     first = maps_of(operators, shape, home)
     support = object_support(acs, shape, calibration.sigma).to(home)

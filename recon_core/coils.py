@@ -8,15 +8,16 @@ import math
 import torch
 from torch import Tensor
 
-from .fft import centre_crop_or_pad, fft, ifft
+from .fft import centre_crop_or_pad, fft, hann, ifft
 from .interpolation import interpolate
 from .metrics import object_mask
 
 MAX_ACS = 32  # more lines sharpen nothing and cost time
 ACS_READOUT = 24
 MIN_ACS = 8
-LATTICE_BLOCK, LARGEST_SHIFT = 24, 6  # lines
-ALIKE = 0.9  # share of a regular pattern's lines that a shift moves onto others
+LATTICE_BLOCK, LARGEST_SHIFT = 32, 8  # lines
+# Share of a regular pattern's lines that a shift moves onto others; two lines of random ones always seem regular.
+ALIKE, FEWEST = 0.9, 3
 READOUT_MARGIN = 1 / 8  # empty margin on each side, as a share of the readout
 # Side of a k-space patch; at most a third of the lines along an axis, since few lines would otherwise give too few
 # patches to learn from.
@@ -75,7 +76,7 @@ def folding(mask: Tensor) -> int:
         if (z, y) > (0, 0) and abs(y) < ny:
             here = block[z:, max(0, y) : ny + min(0, y)]
             there = block[: nz - z, max(0, -y) : ny - max(0, y)]
-            if here.any() and float((here & there).sum()) > ALIKE * float(here.sum()):
+            if int(here.sum()) >= FEWEST and float((here & there).sum()) > ALIKE * float(here.sum()):
                 shifts.append((z, y))
     cells = [abs(az * by - ay * bz) for (az, ay), (bz, by) in itertools.combinations(shifts, 2)]
     return min((cell for cell in cells if cell), default=1)  # parallel shifts span none
@@ -280,7 +281,7 @@ def low_resolution_maps(kspace: Tensor, mask: Tensor) -> Tensor:
     The phase of the first is taken off: otherwise they would contain the object's own phase, and with that take it from
     the image. They take the place of `kspace` [coils z y x].
     """
-    window = [torch.hann_window(n + 2, periodic=False, device=kspace.device)[1:-1] ** 4 for n in mask.shape]
+    window = [hann(n, kspace.device) ** 4 for n in mask.shape]
     smoothing = (window[0][:, None] * window[1] * (mask > 0))[..., None]
     for coil in kspace:  # one by one, to avoid further arrays of all coils
         coil.copy_(ifft(coil * smoothing, (0, 1)))
@@ -294,8 +295,14 @@ def _signal_patches(acs: Tensor, sides: list[int], sigma: float) -> Tensor:
     for axis, k in enumerate(sides, start=1):
         windows = windows.unfold(axis, k, 1)
     rows = windows.permute(1, 2, 3, 0, 4, 5, 6).reshape(-1, acs.shape[0] * sides[0] * sides[1] * sides[2])
-    values, vectors = torch.linalg.eigh(rows.T @ rows.conj())
+    # Of few patches with many entries (many coils), the products with each other have the same nonzero eigenvalues.
+    few = rows.shape[0] < rows.shape[1]
+    values, vectors = torch.linalg.eigh(rows.conj() @ rows.T if few else rows.T @ rows.conj())
     noise_edge = 2 * sigma**2 * (rows.shape[0] ** 0.5 + rows.shape[1] ** 0.5) ** 2
     keep = values > max(noise_edge, 1e-4 * float(values[-1]))
     keep[-1] = True
-    return vectors[:, keep]
+    signal = vectors[:, keep]
+    if few:
+        signal = rows.T @ signal
+        signal /= signal.norm(dim=0).clamp_min(torch.finfo(torch.float32).tiny)
+    return signal

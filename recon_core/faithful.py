@@ -141,7 +141,9 @@ def slice_gradient(
     """
     s = sigma.to(planes.device)[:, None, None]
     difference = planes - denoise_planes(planes + s * noise(complex_noise(planes, random)), prior, s[:, 0, 0])
-    return difference / torch.sqrt(1 + (s / RMS) ** 2), float(0.5 * (difference.abs().square() / s).double().sum())
+    # The published |difference / s|^2, weighted by s / RMS; times RMS^2 as the data term, which is in tissue units.
+    objective = 0.5 * RMS * (difference.abs().square() / s).double().sum()
+    return difference / torch.sqrt(1 + (s / RMS) ** 2), float(objective)
 
 
 def random_slabs(length: int, config: FaithfulConfig, random: torch.Generator) -> Tensor:

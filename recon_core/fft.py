@@ -40,6 +40,12 @@ def centre_block(shape: Sequence[int], sides: Sequence[int]) -> Tensor:
     return centre_crop_or_pad(torch.ones(tuple(sides), dtype=torch.bool), shape)
 
 
+def hann(length: int, device: str | torch.device = "cpu") -> Tensor:
+    """Hann window [length] with its peak at index n//2; without zeros."""
+    odd = length + 1 - length % 2  # an even number of lines has its centre half a line before n//2
+    return torch.hann_window(odd + 2, periodic=False, device=device)[1 : length + 1]
+
+
 def kspace_crop(volume: Tensor, shape: Sequence[int]) -> Tensor:
     """Resample a volume [... z y x] to matrix `shape` by cropping or padding its k-space.
 

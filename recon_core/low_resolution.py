@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .coils import widened
-from .fft import centre_crop_or_pad, fft, ifft
+from .fft import centre_crop_or_pad, fft, hann, ifft
 from .measurement import inner
 from .scale import evenly
 from .sense import Sense
@@ -84,7 +84,7 @@ def explained_by(operator: Sense, image: Tensor, adjoint: Tensor) -> float:
 def _blurred(volume: Tensor, lines: Sequence[int]) -> Tensor:
     """[z y x] with a Hann window over so many central lines (z, y) of its k-space."""
     sides = [min(pair) for pair in zip(lines, volume.shape)]
-    window = _hann(sides[0], volume)[:, None] * _hann(sides[1], volume)
+    window = hann(sides[0], volume.device)[:, None] * hann(sides[1], volume.device)
     return ifft(fft(volume, (0, 1)) * centre_crop_or_pad(window, volume.shape[:2])[..., None], (0, 1))
 
 
@@ -96,9 +96,5 @@ def _low_resolution(coil: Tensor, shape: tuple[int, int, int]) -> Tensor:
 def _window(acs: Tensor) -> Tensor:
     out = torch.ones(acs.shape[1:], device=acs.device)
     for axis, n in enumerate(acs.shape[1:]):
-        out = out * _hann(n, acs).reshape([-1 if i == axis else 1 for i in range(3)])
+        out = out * hann(n, acs.device).reshape([-1 if i == axis else 1 for i in range(3)])
     return out
-
-
-def _hann(length: int, like: Tensor) -> Tensor:
-    return torch.hann_window(length + 2, periodic=False, device=like.device)[1:-1]

@@ -228,10 +228,11 @@ def first_prior(options: TrainOptions, device: torch.device | str = "cpu") -> Pr
             f"{options.start_from} is of architecture {prior.architecture!r}, "
             f"asked for {options.architecture!r}; name one of them"
         )
-    if prior.in_function_space and (options.voxel_mm != TRAINED_MM or options.own_states):
+    # Interpolated volumes, which vary_sharpness makes, have other voxels.
+    if prior.in_function_space and (options.voxel_mm != TRAINED_MM or options.own_states or options.vary_sharpness):
         raise ValueError(
             f"a prior in function space learns smooth noise on voxels of {TRAINED_MM[0]:g} mm; "
-            f"give voxel_mm: {list(TRAINED_MM)} and own_states: 0"
+            f"give voxel_mm: {list(TRAINED_MM)}, own_states: 0 and vary_sharpness: false"
         )
     prior.in_bf16 = half_is_faster(device) if options.precision == "auto" else options.precision == "bf16"
     return prior.train().requires_grad_(True).to(device, memory_format=torch.channels_last)

@@ -11,6 +11,7 @@ from conftest import random_complex
 from recon_core.cg_sense import cg_sense
 from recon_core.coils import (
     MATRICES_AT_ONCE,
+    _signal_patches,
     compression_matrix,
     cut_acs,
     dominant_eigenvectors,
@@ -122,10 +123,11 @@ def wrapped(kept: float, coils: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
     return out, fields
 
 
+@pytest.mark.parametrize("planes", [slice(None), slice(20, 21)])
 @pytest.mark.parametrize("kept,told", [(1.0, ""), (0.8, "about"), (0.5, "CAUTION: about")])
-def test_an_object_that_reaches_beyond_the_field_of_view_is_told(kept, told):
-    """The phantom wraps around along y, which lies over itself then; nothing of it does while it fits."""
-    images, _ = wrapped(kept)
+def test_an_object_that_reaches_beyond_the_field_of_view_is_told(kept, told, planes):
+    """The phantom, or a plane of it, wraps around along y, and lies over itself then; nothing does while it fits."""
+    images = wrapped(kept)[0][:, planes]
     kspace = fft(images, (1, 2))
     acs = cut_acs(kspace, (20, 20))
     share = overlap(signal_operators(acs, images.shape[1:]), acs)
@@ -247,6 +249,17 @@ def test_noise_of_the_calibration_is_told_from_signal():
     assert missed[0] < 1e-3 and missed[1] > 5 * missed[0] and missed[2] > 100 * missed[0]
 
 
+@pytest.mark.parametrize("coils", [2, 14])
+def test_signal_patches_are_an_orthonormal_basis_of_all_patches(coils):
+    """Whether there are more patches than entries in a patch (2 coils), or fewer (14)."""
+    acs = fft(object_seen((24, 24, 16), coils)[0], (1, 2, 3))[:, 9:15, 9:15, 4:12]
+    basis = _signal_patches(acs, [2, 2, 3], 0.0)
+    patches = acs.unfold(1, 2, 1).unfold(2, 2, 1).unfold(3, 3, 1).permute(0, 4, 5, 6, 1, 2, 3).flatten(4).flatten(0, 3)
+    assert (patches.shape[1] < patches.shape[0]) == (coils == 14) and basis.shape[1] < min(patches.shape)
+    torch.testing.assert_close(basis.mH @ basis, torch.eye(basis.shape[1]) + 0j, atol=1e-3, rtol=0)
+    assert (patches - basis @ (basis.mH @ patches)).norm() < 0.02 * patches.norm()
+
+
 def test_acs_is_found_also_when_it_is_not_square():
     mask = torch.zeros(30, 41)
     mask[15 - 4 : 15 + 5, 20 - 7 : 20 + 8] = 1
@@ -355,13 +368,26 @@ def lattice(z: int, y: int, shift: int, shape=(64, 80)) -> torch.Tensor:
 
 
 def test_how_often_a_lattice_folds_the_image():
-    cases = [(1, 1, 0, 1), (1, 2, 0, 2), (2, 1, 0, 2), (2, 2, 1, 4), (3, 2, 1, 6), (1, 4, 2, 4)]
+    cases = [
+        (1, 1, 0, 1),
+        (1, 2, 0, 2),
+        (2, 1, 0, 2),
+        (2, 2, 1, 4),
+        (3, 2, 1, 6),
+        (1, 4, 2, 4),
+        (1, 8, 0, 8),
+        (7, 2, 0, 14),
+    ]
     assert [folding(lattice(*case[:3])) for case in cases] == [case[3] for case in cases]
     assert folding(lattice(1, 3, 0, (1, 96))) == 3 and folding(torch.zeros(8, 8)) == 1
     random = torch.Generator().manual_seed(0)
     for share in (0.1, 0.3, 0.5, 0.8, 0.95):
         assert folding(torch.rand(64, 80, generator=random) < share) == 1
     assert folding((torch.rand(80, generator=random) < 0.4).expand(64, 80)) == 1
+    assert folding(lattice(1, 8, 0, (1, 96))) == 8
+    alone = torch.zeros(1, 96)
+    alone[0, [46, 51]] = 1
+    assert folding(alone) == 1
 
 
 @pytest.mark.parametrize("calibrated", [True, False])

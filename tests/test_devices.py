@@ -641,7 +641,10 @@ def test_the_deadline_counts_what_is_computed_not_what_is_asked_for(scan_path, m
 # training
 
 
-@pytest.mark.parametrize("given", [{}, {"own_states": 1.0}, {"architecture": "operator", "voxel_mm": (2.0, 2.0)}])
+OPERATOR = {"architecture": "operator", "voxel_mm": (2.0, 2.0), "vary_sharpness": False}
+
+
+@pytest.mark.parametrize("given", [{}, {"own_states": 1.0}, OPERATOR])
 def test_training_there_is_the_cpus_and_can_be_resumed(given, tmp_path, monkeypatch):
     monkeypatch.setattr(Rehearsal, "config", VariationalConfig(sweeps=2))
     monkeypatch.setattr(Rehearsal, "voxels", (12_000, 20_000))

@@ -114,8 +114,9 @@ def test_methods_that_know_no_function_space_refuse_the_operator():
         assert load_prior_for(make_options({"method": method, "prior": "operator", "device": "cpu"})).in_function_space
 
 
-@pytest.mark.parametrize("wrong", [{"voxel_mm": (0.5, 4.0)}, {"voxel_mm": (2.0, 2.0), "own_states": 1.0}])
+@pytest.mark.parametrize("wrong", [{"voxel_mm": (0.5, 4.0)}, {"own_states": 1.0}, {"vary_sharpness": True}])
 def test_an_operator_learns_on_voxels_of_one_size(wrong):
+    one_size = {"architecture": "operator", "voxel_mm": (2.0, 2.0), "vary_sharpness": False}
     with pytest.raises(ValueError, match=r"smooth noise on voxels of 2 mm; give voxel_mm: \[2.0, 2.0\]"):
-        first_prior(TrainOptions(architecture="operator", **wrong))
-    assert first_prior(TrainOptions(architecture="operator", voxel_mm=(2.0, 2.0))).in_function_space
+        first_prior(TrainOptions(**one_size | wrong))
+    assert first_prior(TrainOptions(**one_size)).in_function_space

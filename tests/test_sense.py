@@ -5,7 +5,7 @@ import torch
 from conftest import random_complex
 
 from recon_core.cg import conjugate_gradient
-from recon_core.fft import centre_crop_or_pad, fft, ifft, kspace_crop, resample
+from recon_core.fft import centre_crop_or_pad, fft, hann, ifft, kspace_crop, resample
 from recon_core.sense import Sense
 
 SHAPES = [(3, 12, 15, 7), (1, 9, 8, 5), (4, 1, 16, 6), (2, 10, 11, 1)]
@@ -226,3 +226,20 @@ def test_crop_then_pad_keeps_the_centre():
     line = torch.arange(9.0)
     for size in range(1, 15):
         assert centre_crop_or_pad(line, (size,))[size // 2] == line[4]
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 8])
+def test_a_window_has_its_centre_where_k_is_zero(length):
+    window = hann(length)
+    reach = (length - 1) // 2
+    middle = window[length // 2 - reach : length // 2 + reach + 1]
+    torch.testing.assert_close(middle, middle.flip(0))
+    assert int(window.argmax()) == length // 2 and window.max() == 1 and window.min() > 0
+
+
+@pytest.mark.parametrize("length", [8, 9])
+def test_a_window_leaves_a_real_image_real(length):
+    edges = torch.zeros(48, dtype=torch.complex64)
+    edges[10:30] = 1
+    blurred = ifft(fft(edges, (0,)) * centre_crop_or_pad(hann(length), (48,)), (0,))
+    assert blurred[10:30].angle().abs().max() < 0.05

@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import random_complex
 
-from recon_core.cg_sense import cg_sense
+from recon_core.cg_sense import STRENGTH, cg_sense
 from recon_core.coils import cut_acs
-from recon_core.fft import fft, ifft
+from recon_core.fft import centre_block, fft, ifft
 from recon_core.low_resolution import object_support as support
 from recon_core.measure import measure
 from recon_core.measurement import Measurement
@@ -326,6 +326,18 @@ def test_coils_are_compressed_without_a_centre_too():
     assert measurement.operator.coils == 2 and measurement.acs == (0, 0)
     whole = measure(kspace * mask[..., None], mask, VOXEL, noise)
     assert measurement.energy > 0.5 * whole.energy
+
+
+@pytest.mark.parametrize("doubled", ["none", "centre", "outer"])
+def test_regularisation_is_the_same_wherever_lines_were_averaged(doubled):
+    """Lambda is STRENGTH times the noise over the true brightness, squared, though y is weighted."""
+    kspace, mask, noise, reference = problem(snr=10.0, acs=12)
+    central = centre_block(mask.shape, (12, 12))
+    counts = mask * (1.0 + {"none": False, "centre": central, "outer": ~central}[doubled])
+    measurement = measure(kspace * counts[..., None], counts, VOXEL, noise)
+    truth = intensity_scale(reference, VOXEL) / float(noise.abs().square().mean().sqrt() / 2**0.5)
+    expected = measurement.operator.solve(measurement.adjoint, STRENGTH * (measurement.sigma / truth) ** 2)
+    assert (cg_sense(measurement, 10) - expected).norm() < 0.01 * expected.norm()
 
 
 def test_lines_that_came_many_times_do_not_outweigh_the_others():
