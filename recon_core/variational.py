@@ -43,11 +43,10 @@ class VariationalConfig:
     sigma_max: float = 0.3  # noise level of the first sweep
     sigma_min: float = 0.02  # noise level of the last sweep, or n / 2 if that is higher
     prior_weight: float = 0.7  # strength of the prior relative to the data
-    # Noisier data tolerate a stronger prior, in proportion to their noise between these levels (SNR 16 to 9), if noise
+    # Noisier data tolerate a stronger prior, in proportion to their noise between these levels (SNR 16 to 7), if noise
     # lines give it: an estimate may be twice too high, above all with one coil.
     noisy: float = 0.0625
-    # Growing on would cost 0.5 to 3.0 dB at SNR 3 (there about the weight 4.5 of results/robustness_4mm_noisy.csv).
-    noisiest: float = 0.11
+    noisiest: float = 0.156
     momentum: float = 0.7  # share of the last sweep's change of the volume that is repeated before denoising
     # Share of ADMM's dual variable that is added back: 0 is half-quadratic splitting, whose pull x - D(x) falls short
     # of the prior's gradient; 1 is ADMM, which trusts the denoiser to be exactly the prior's own.

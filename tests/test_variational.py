@@ -161,10 +161,10 @@ def test_trained_prior_beats_cg_sense(coils):
 
 @pytest.mark.parametrize(
     ("noise", "known", "weight"),
-    [(0.03, True, 0.35), (0.09375, True, 0.525), (0.11, True, 0.616), (0.6, True, 0.616), (0.125, False, 0.35)],
+    [(0.03, True, 0.35), (0.09375, True, 0.525), (0.156, True, 0.8736), (0.6, True, 0.8736), (0.125, False, 0.35)],
 )
 def test_noisy_data_take_more_of_the_prior_if_noise_lines_say_so(noise, known, weight):
-    """A quarter of the lines halves 0.7; an SNR of 11 instead of 16 adds a half, one below 9 no more than one of 9.
+    """A quarter of the lines halves 0.7; an SNR of 11 instead of 16 adds a half, one below 7 no more than one of 7.
 
     But not by an estimate that may be wrong.
     """
